@@ -1,0 +1,58 @@
+"""The three maps of one sublayer from its streams (mHC, arXiv 2512.24880, Eq 14-19)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.kernels.reference.precision import at_least_fp32, without_autocast
+from megatron_mhc.kernels.reference.sinkhorn import sinkhorn_ref
+
+
+def scaled_projection_ref(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, norm_eps: float
+) -> Tensor:
+    """scale * (v phi) / r + b with r = ||v|| / sqrt(nC): the norm after the matmul (Eq 14-16).
+
+    Args:
+        x: ``[..., K]`` any float dtype; weight: ``[M, K]``; bias and scale: ``[M]``.
+        norm_eps: added to the mean square under the root.
+
+    Returns:
+        ``[..., M]`` in fp32 (fp64 for fp64 x).
+    """
+    with without_autocast(x.device):
+        v = at_least_fp32(x)
+        # Eq 14: one projection for all maps
+        h = torch.nn.functional.linear(v, weight.to(v.dtype))
+        # Eq 15: r = ||v|| / sqrt(nC)
+        r = (v.square().mean(dim=-1, keepdim=True) + norm_eps).sqrt()
+        # Eq 16: scale after the matmul, bias after the division
+        return h / r * scale.to(v.dtype) + bias.to(v.dtype)
+
+
+def mapping_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_streams: int,
+    sinkhorn_iterations: int = 20,
+    norm_eps: float = 1e-20,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H_pre = sigma, H_post = 2 sigma, H_res = Sinkhorn of the projected streams (Eq 17-19).
+
+    Args:
+        x: ``[..., n*C]``; weight: ``[n*n + 2n, n*C]``, rows pre | post | res (row-major);
+        bias: ``[n*n + 2n]``; alpha: ``[3]``, the gating factors of pre, post, res.
+
+    Returns:
+        ``h_pre [..., n]``, ``h_post [..., n]``, ``h_res [..., n, n]`` in fp32 (fp64 for fp64 x).
+    """
+    n = num_streams
+    scale = torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)])
+    logits = scaled_projection_ref(x, weight, bias, scale, norm_eps)
+    pre, post, res = logits.split([n, n, n * n], dim=-1)
+    h_res = sinkhorn_ref(res.unflatten(-1, (n, n)), sinkhorn_iterations)
+    return torch.sigmoid(pre), 2 * torch.sigmoid(post), h_res

@@ -1,0 +1,16 @@
+"""The working precision of the mapping: fp32, or fp64 where the caller already is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """``tensor`` in fp32, or unchanged when it is fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Context in which a surrounding autocast region cannot lower the precision."""
+    return torch.autocast(device_type=device.type, enabled=False)

@@ -1,0 +1,19 @@
+"""Hyper-connections (HC) and manifold-constrained hyper-connections (mHC) for Megatron-Core.
+
+Importing this package needs neither a GPU nor Triton nor Megatron; what touches Megatron is loaded
+when it is first used.
+"""
+
+from megatron_mhc import ops
+from megatron_mhc.config import ResidualConfig
+
+__version__ = '0.1.0'
+__all__ = ['ResidualConfig', '__version__', 'ops', 'with_residual']
+
+
+def __getattr__(name: str):
+    if name == 'with_residual':
+        from megatron_mhc.spec import with_residual
+
+        return with_residual
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,162 @@
+"""Command-line flags of the residual topology: their argparse group, and from values to settings.
+
+Every flag defaults to None, so that a flag given in vain (``--mhc-...`` under ``standard``) is told
+apart from one left out; ``resolve_arguments`` then fills in the papers' values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from megatron_mhc.config import (
+    HC_VARIANTS,
+    INIT_PRESETS,
+    MAPPINGS,
+    RESIDUAL_TYPES,
+    STREAM_MERGES,
+    ResidualConfig,
+)
+
+# argument -> (ResidualConfig field, residual types it applies to)
+FIELDS = {
+    'mhc_num_residual_streams': ('num_residual_streams', ('hc', 'mhc')),
+    'mhc_sinkhorn_iterations': ('sinkhorn_iterations', ('mhc',)),
+    'mhc_init_gating_factor': ('init_gating_factor', ('hc', 'mhc')),
+    'mhc_init': ('init', ('mhc',)),
+    'mhc_stream_merge': ('stream_merge', ('hc', 'mhc')),
+    'mhc_fixed_mappings': ('fixed_mappings', ('hc', 'mhc')),
+    'mhc_mapping_weight_decay': ('mapping_weight_decay', ('hc', 'mhc')),
+    'hc_variant': ('hc_variant', ('hc',)),
+    'hc_tanh': ('hc_tanh', ('hc',)),
+}
+
+
+def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``residual connections`` group to ``parser`` and return it."""
+    group = parser.add_argument_group(
+        'residual connections',
+        'Hyper-connections (HC, arXiv 2409.19606) and manifold-constrained hyper-connections '
+        '(mHC, arXiv 2512.24880): n parallel residual streams of the hidden size.',
+    )
+    group.add_argument(
+        '--residual-type',
+        choices=RESIDUAL_TYPES,
+        default='standard',
+        help='residual connection of every decoder layer (default: standard, stock Megatron)',
+    )
+    group.add_argument(
+        '--mhc-num-residual-streams',
+        type=int,
+        metavar='N',
+        help='number of residual streams n >= 1, the expansion rate (default: 4, both papers)',
+    )
+    group.add_argument(
+        '--mhc-sinkhorn-iterations',
+        type=int,
+        metavar='T',
+        help='column-then-row passes of the Sinkhorn-Knopp projection of H_res (default: 20, '
+        'mHC; mhc only)',
+    )
+    group.add_argument(
+        '--mhc-init-gating-factor',
+        type=float,
+        metavar='ALPHA',
+        help='initial factor of the token-dependent part of each map (default: 0.01, both papers)',
+    )
+    group.add_argument(
+        '--mhc-init',
+        choices=INIT_PRESETS,
+        help='initial mapping biases: uniform = zero (H_pre 1/2, H_post 1, H_res 1/n), identity = '
+        'H_res near I with one home stream per sublayer, under which H_res learns from the start '
+        '(default: uniform; mhc only; the paper does not say)',
+    )
+    group.add_argument(
+        '--mhc-stream-merge',
+        choices=STREAM_MERGES,
+        help='how n streams become one before the final norm; sum also divides the initial std of '
+        'output projections by sqrt(n) (default: sum for hc, its paper; mean for mhc)',
+    )
+    group.add_argument(
+        '--mhc-fixed-mappings',
+        nargs='+',
+        choices=MAPPINGS,
+        metavar='MAP',
+        help='maps held at their ablation value: pre = 1/n, post = 1, res = identity (default: '
+        'none; mHC Table 1)',
+    )
+    group.add_argument(
+        '--mhc-mapping-weight-decay',
+        choices=('on', 'off'),
+        help='weight decay on the projection phi; biases and gating factors never decay (default: '
+        'on: HC decays its dynamic part, DeepSeek-V4 its phi)',
+    )
+    group.add_argument(
+        '--hc-variant',
+        choices=HC_VARIANTS,
+        help='maps that depend on the token, or static ones (default: dynamic; hc only)',
+    )
+    group.add_argument(
+        '--hc-no-tanh',
+        action='store_const',
+        const=False,
+        dest='hc_tanh',
+        help='leave out the tanh of the dynamic part (default: tanh; hc only)',
+    )
+    return parser
+
+
+def residual_config_from_args(args: argparse.Namespace) -> ResidualConfig:
+    """The settings that ``args`` describes; ``standard`` where the flags are absent.
+
+    Raises:
+        ValueError: a flag is out of range, or does not apply to the chosen residual type.
+    """
+    residual_type = getattr(args, 'residual_type', 'standard')
+    values = {}
+    for name, (field, types) in FIELDS.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if residual_type not in types:
+            flag = '--hc-no-tanh' if name == 'hc_tanh' else '--' + name.replace('_', '-')
+            raise ValueError(
+                f'{flag} has no effect with --residual-type {residual_type}: it belongs to '
+                f'{" and ".join(types)}; drop it or set --residual-type {types[-1]}'
+            )
+        values[field] = value
+    if 'mapping_weight_decay' in values:
+        values['mapping_weight_decay'] = values['mapping_weight_decay'] in ('on', True)
+    values['fixed_mappings'] = tuple(values.get('fixed_mappings', ()))
+    seed = getattr(args, 'seed', None)
+    if seed is not None:
+        values['seed'] = seed
+    return ResidualConfig(residual_type=residual_type, **values)
+
+
+def resolve_arguments(args: argparse.Namespace) -> ResidualConfig:
+    """Write the settings back to ``args`` with defaults filled in, as plain values.
+
+    Megatron saves the namespace with every checkpoint and prints it, so both then tell what ran.
+    """
+    residual = residual_config_from_args(args)
+    for name, (field, types) in FIELDS.items():
+        if residual.residual_type in types:
+            value = getattr(residual, field)
+            setattr(args, name, list(value) if isinstance(value, tuple) else value)
+    return residual
+
+
+def same_structure(a: ResidualConfig, b: ResidualConfig) -> bool:
+    """Whether weights trained under ``a`` fit a model built under ``b``."""
+    return _structure(a) == _structure(b)
+
+
+def _structure(residual: ResidualConfig) -> tuple:
+    if not residual.enabled:
+        return (residual.residual_type,)
+    fields = dataclasses.asdict(residual)
+    names = ['residual_type', 'num_residual_streams', 'stream_merge', 'fixed_mappings']
+    if residual.residual_type == 'hc':
+        names.append('hc_variant')
+    return tuple(fields[name] for name in names)

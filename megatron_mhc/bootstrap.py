@@ -1,0 +1,61 @@
+"""What the launcher and the adaptor share: check, choose the device, open the argument seam."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import torch
+
+from megatron_mhc import cpu_device
+from megatron_mhc.compat import require_supported_core
+
+DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')
+TOO_LATE = (
+    'is too late: import megatron_mhc.adaptor at the top of the script, before arguments are '
+    'parsed and models are built, or start the script with `python -m megatron_mhc.run`'
+)
+
+
+def prepare(device: str) -> None:
+    """Make the next pretrain script understand ``--residual-type``; a second call does nothing.
+
+    Args:
+        device: ``cuda``; ``cpu``, an emulated CUDA device for functional runs; or ``auto``, which
+            is ``cuda`` where there is one and ``cpu`` elsewhere. ``unchanged`` asks for nothing.
+
+    Raises:
+        ValueError: unknown device, or one that this machine does not have.
+        RuntimeError: Megatron-Core is absent or out of range, a seam has changed, or models exist.
+    """
+    require_supported_core()
+    _require_early()
+    if device not in DEVICES:
+        raise ValueError(f'--device {device}: choose one of {", ".join(DEVICES)}')
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(
+            '--device cuda: torch sees no CUDA device here; use --device cpu for a functional run '
+            'on an emulated device'
+        )
+    if device == 'cpu' or (device == 'auto' and not torch.cuda.is_available()):
+        cpu_device.install()
+    from megatron_mhc.patches import engine
+    from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
+
+    if cpu_device.is_installed():
+        from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
+
+        engine.apply(CPU_DEVICE_PATCHES)
+    engine.apply((ARGUMENTS_PATCH,))
+
+
+def _require_early() -> None:
+    patches = sys.modules.get('megatron_mhc.patches.engine')
+    if patches is not None and 'arguments' in patches.applied():
+        return
+    global_vars = sys.modules.get('megatron.training.global_vars')
+    if global_vars is not None and global_vars._GLOBAL_ARGS is not None:
+        raise RuntimeError(f'Megatron has parsed its arguments: this {TOO_LATE}')
+    models = sys.modules.get('megatron.core.models.gpt.gpt_model')
+    if models is not None and any(isinstance(o, models.GPTModel) for o in gc.get_objects()):
+        raise RuntimeError(f'a GPTModel exists already: this {TOO_LATE}')

@@ -1,0 +1,34 @@
+"""The ``megatron-mhc`` command: ``run`` and ``doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_mhc import __version__
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Dispatch to a subcommand; each brings its own ``--help``."""
+    argv = sys.argv[1:] if argv is None else argv
+    # The launcher's REMAINDER must reach it untouched, hence no argparse in between.
+    if argv[:1] == ['run']:
+        from megatron_mhc.run import main as run
+
+        return run(argv[1:], prog='megatron-mhc run')
+    parser = argparse.ArgumentParser(prog='megatron-mhc', description=__doc__)
+    parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
+    commands = parser.add_subparsers(dest='command', required=True)
+    commands.add_parser('run', help='run a pretrain script with --residual-type available')
+    doctor = commands.add_parser(
+        'doctor', help='print versions, device, optional packages and the state of every patch'
+    )
+    doctor.add_argument('--json', action='store_true', help='print one JSON object')
+    options = parser.parse_args(argv)
+    from megatron_mhc.doctor import main as doctor_main
+
+    sys.exit(doctor_main(options.json))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,94 @@
+"""The settings of a residual topology, checked value by value."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+RESIDUAL_TYPES = ('standard', 'hc', 'mhc')
+INIT_PRESETS = ('uniform', 'identity')
+STREAM_MERGES = ('mean', 'sum', 'learned')
+MAPPINGS = ('pre', 'post', 'res')
+HC_VARIANTS = ('dynamic', 'static')
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """Residual connections of every decoder layer. Plain values only, so that it can be saved.
+
+    Args:
+        residual_type: ``standard`` (x + F(x)), ``hc`` (hyper-connections, arXiv 2409.19606) or
+            ``mhc`` (manifold-constrained hyper-connections, arXiv 2512.24880).
+        num_residual_streams: n >= 1, the expansion rate (both papers: 4).
+        sinkhorn_iterations: passes of mHC Eq 9 (paper: 20). mhc only.
+        init_gating_factor: initial alpha (both papers: 0.01).
+        init: ``uniform`` (zero biases: H_pre = 1/2, H_post = 1, H_res = 1/n) or ``identity`` (H_res
+            near I, each sublayer reading and writing mostly one home stream). mhc only.
+        stream_merge: how n streams become one before the final norm. None: ``sum`` for hc (its
+            paper), ``mean`` for mhc (its paper does not say).
+        fixed_mappings: maps held at their ablation values H_pre = 1/n, H_post = 1, H_res = I
+            (mHC, Table 1).
+        hc_variant: ``dynamic`` (maps depend on the token) or ``static``. hc only.
+        hc_tanh: tanh on the dynamic part of hc.
+        mapping_weight_decay: apply weight decay to the projection phi. Biases and gating factors
+            are never decayed.
+        seed: seeds the mapping's own generator; the other weights keep their random stream.
+
+    Raises:
+        ValueError: a value is out of range; the message names the flag that sets it.
+    """
+
+    residual_type: str = 'mhc'
+    num_residual_streams: int = 4
+    sinkhorn_iterations: int = 20
+    init_gating_factor: float = 0.01
+    init: str = 'uniform'
+    stream_merge: str | None = None
+    fixed_mappings: tuple[str, ...] = ()
+    hc_variant: str = 'dynamic'
+    hc_tanh: bool = True
+    mapping_weight_decay: bool = True
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        _one_of('--residual-type', self.residual_type, RESIDUAL_TYPES)
+        _at_least_one('--mhc-num-residual-streams', self.num_residual_streams, 'streams')
+        _at_least_one('--mhc-sinkhorn-iterations', self.sinkhorn_iterations, 'iterations')
+        if not 0 <= self.init_gating_factor < float('inf'):
+            raise ValueError(
+                f'--mhc-init-gating-factor {self.init_gating_factor}: wanted a finite number >= 0 '
+                '(alpha scales the token-dependent part of each map); the papers use 0.01'
+            )
+        _one_of('--mhc-init', self.init, INIT_PRESETS)
+        if self.stream_merge is None:
+            merge = 'sum' if self.residual_type == 'hc' else 'mean'
+            object.__setattr__(self, 'stream_merge', merge)
+        _one_of('--mhc-stream-merge', self.stream_merge, STREAM_MERGES)
+        for mapping in self.fixed_mappings:
+            _one_of('--mhc-fixed-mappings', mapping, MAPPINGS)
+        object.__setattr__(self, 'fixed_mappings', tuple(sorted(set(self.fixed_mappings))))
+        _one_of('--hc-variant', self.hc_variant, HC_VARIANTS)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything differs from stock Megatron."""
+        return self.residual_type != 'standard'
+
+    def describe(self) -> str:
+        """One line for logs and error messages."""
+        if not self.enabled:
+            return 'standard'
+        return ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(self).items())
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f'{flag} {value}: unknown value; choose one of {", ".join(allowed)}')
+
+
+def _at_least_one(flag: str, value: int, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f'{flag} {value}: wanted an integer number of {unit} >= 1; the paper uses '
+            f'{4 if unit == "streams" else 20}'
+        )

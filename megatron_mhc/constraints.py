@@ -1,0 +1,136 @@
+"""What hyper-connections cannot be combined with: one table for the command line and the model.
+
+Each row is checked on the parsed arguments, before any process group exists, and again on the
+``TransformerConfig`` when a model is built, for callers that use no command line. Megatron gives a
+setting the same name in both; a name that one side lacks reads as None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mhc.config import ResidualConfig
+
+Setting = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A refused pair: what is set, why it cannot work with n streams, and what to do."""
+
+    flag: str
+    violated: Callable[[Setting], bool]
+    reason: str
+    remedy: str
+
+
+def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
+    """Core names the switch ``batch_p2p_comm``; the command line its inverse."""
+    interleaved = get('virtual_pipeline_model_parallel_size') is not None or (
+        get('num_layers_per_virtual_pipeline_stage') is not None
+        or get('num_virtual_stages_per_pipeline_rank') is not None
+    )
+    batched = get('batch_p2p_comm') or get('overlap_p2p_comm') is False
+    return interleaved and get('pipeline_model_parallel_size') == 2 and bool(batched)
+
+
+CONSTRAINTS = (
+    Constraint(
+        '--no-overlap-p2p-communication with --pipeline-model-parallel-size 2 and virtual stages',
+        _batched_p2p_on_two_virtual_stages,
+        'batched p2p pairs the two messages of a two-rank ring the wrong way round, silently',
+        'leave p2p overlap on (batch_p2p_comm=False)',
+    ),
+    Constraint(
+        '--overlap-moe-expert-parallel-comm',
+        lambda get: bool(get('overlap_moe_expert_parallel_comm')),
+        'its schedule calls parts of a layer by hand and adds the residual itself',
+        'drop the flag',
+    ),
+    Constraint(
+        '--cuda-graph-impl / --enable-cuda-graph',
+        lambda get: (
+            get('cuda_graph_impl') not in (None, 'none')
+            or bool(get('enable_cuda_graph') or get('external_cuda_graph'))
+        ),
+        'captured layers use static inputs of one stream',
+        'use --cuda-graph-impl none',
+    ),
+    Constraint(
+        '--transformer-impl inference_optimized / --inference-fuse-tp-communication',
+        lambda get: (
+            get('transformer_impl') == 'inference_optimized'
+            or bool(get('inference_fuse_tp_communication'))
+        ),
+        'the residual is added inside the fused linear layers',
+        'use --transformer-impl transformer_engine or local',
+    ),
+    Constraint(
+        '--fused-residual-rmsnorm',
+        lambda get: bool(get('fused_residual_rmsnorm')),
+        'it fuses the single-stream residual add into the norm',
+        'drop the flag',
+    ),
+    Constraint(
+        '--cpu-offloading',
+        lambda get: bool(get('cpu_offloading')),
+        'offloading whole layers is not tested with n streams',
+        'use activation recomputation instead',
+    ),
+    Constraint(
+        '--use-megatron-fsdp / --use-torch-fsdp2',
+        lambda get: bool(
+            get('use_megatron_fsdp') or get('use_custom_fsdp') or get('use_torch_fsdp2')
+        ),
+        'fully sharded parameters are not tested with fp32 mapping parameters',
+        'use --use-distributed-optimizer',
+    ),
+    Constraint(
+        '--hybrid-layer-pattern',
+        lambda get: bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern')),
+        'only GPTModel is widened to n streams, not HybridModel',
+        'use a GPT layer spec',
+    ),
+    Constraint(
+        '--export-kd-teacher-load',
+        lambda get: bool(get('export_kd_teacher_load')),
+        'distillation adjusts the shapes of pipeline messages by itself',
+        'drop the flag',
+    ),
+    Constraint(
+        '--yaml-cfg',
+        lambda get: get('yaml_cfg') is not None,
+        'a YAML configuration discards every command-line value, --residual-type among them',
+        'pass the settings as flags',
+    ),
+    Constraint(
+        "Megatron's own hyper-connections (--enable-mhc-connections / --enable-hyper-connections)",
+        lambda get: bool(get('enable_mhc_connections') or get('enable_hyper_connections')),
+        'the streams would be widened twice',
+        'keep one of the two flags',
+    ),
+)
+
+
+def check_constraints(settings: object, residual: ResidualConfig) -> None:
+    """Raise ValueError for the first refused pair found in ``settings``.
+
+    Args:
+        settings: parsed arguments or a ``TransformerConfig``.
+        residual: with ``standard`` everything is allowed.
+    """
+    if not residual.enabled:
+        return
+
+    def get(name: str) -> Any:
+        return getattr(settings, name, None)
+
+    for constraint in CONSTRAINTS:
+        if constraint.violated(get):
+            raise ValueError(
+                f'{constraint.flag} cannot be combined with --residual-type '
+                f'{residual.residual_type}: {constraint.reason}; {constraint.remedy}, or use '
+                '--residual-type standard'
+            )

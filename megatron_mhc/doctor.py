@@ -1,0 +1,108 @@
+"""``megatron-mhc doctor``: what is installed, and whether every patch fits, without training."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import platform
+import warnings
+
+import torch
+
+import megatron_mhc
+from megatron_mhc.compat import CORE_SPECIFIER, TESTED, core_version, require_supported_core
+
+OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
+
+
+def report() -> dict:
+    """Versions, device, optional packages and patches, as plain values."""
+    try:
+        require_supported_core()
+        problem = None
+    except RuntimeError as error:
+        problem = str(error)
+    tested = ', '.join(f'{version} ({how})' for version, how in TESTED.items())
+    return {
+        'megatron-mhc': f'{megatron_mhc.__version__} ({_package_folder()})',
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'megatron-core': core_version() or 'not installed',
+        'supported': f'{CORE_SPECIFIER}, tested: {tested}',
+        'device': _device(),
+        'optional': {name: _optional(name, module) for name, module in OPTIONAL.items()},
+        'problem': problem,
+        'patches': [] if problem else _patches(),
+    }
+
+
+def _package_folder() -> pathlib.Path:
+    """Which copy is in use: a checkout on the path wins over an installed wheel."""
+    return pathlib.Path(megatron_mhc.__file__).parent
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return 'no CUDA; the launcher emulates a CUDA device on the CPU'
+    major, minor = torch.cuda.get_device_capability()
+    return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})'
+
+
+def _optional(name: str, module: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return 'not installed'
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a half-installed package raises anything, and breaks Megatron too
+        return f'BROKEN: {type(error).__name__}: {str(error).splitlines()[0]}; uninstall or repair'
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return 'present'
+
+
+def _patches() -> list[dict]:
+    warnings.simplefilter('ignore')  # Megatron warns of every optional package it does not find
+    from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
+    from megatron_mhc.patches.engine import inspect_patch
+    from megatron_mhc.patches.registry import ALL_PATCHES
+
+    rows = []
+    for use, patches in (('residual', ALL_PATCHES), ('cpu device', CPU_DEVICE_PATCHES)):
+        for patch in patches:
+            state, detail = inspect_patch(patch)
+            rows.append(
+                {
+                    'id': patch.id,
+                    'use': use,
+                    'state': state,
+                    'detail': detail,
+                    'target': patch.target,
+                    'reason': patch.reason,
+                }
+            )
+    return rows
+
+
+def main(as_json: bool = False) -> int:
+    """Print the report; 1 when something needs a remedy, else 0."""
+    found = report()
+    broken = [row for row in found['patches'] if row['state'] in ('missing', 'unknown')]
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return int(bool(found['problem'] or broken))
+    for name in ('megatron-mhc', 'python', 'torch', 'megatron-core', 'supported', 'device'):
+        print(f'{name:20} {found[name]}')
+    for name, value in found['optional'].items():
+        print(f'{name:20} {value}')
+    if found['problem']:
+        print(f'\nproblem: {found["problem"]}')
+        return 1
+    print('\npatches (none is applied before a run asks for it)')
+    for row in found['patches']:
+        print(f'  {row["id"]:24} {row["state"]:10} {row["use"]:10} {row["target"]}')
+        if row in broken:
+            print(f'    {row["detail"]}; install a tested megatron-core')
+    return int(bool(broken))

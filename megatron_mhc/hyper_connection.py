@@ -1,0 +1,134 @@
+"""What HC and mHC share: one module per sublayer that reads from n streams and writes back.
+
+Its forward computes the three maps once and applies F_pre; ``post`` applies F_post,res with those
+maps. Nothing is kept on the module between the two calls, so that schedules may interleave
+microbatches.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mhc import ops
+from megatron_mhc.config import MAPPINGS, ResidualConfig
+
+Maps = tuple[Tensor, Tensor, Tensor]
+
+
+class MappingProjection(nn.Module):
+    """Holder of phi. Called (not read) for its weight, so that parameter-gather hooks fire."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class KeepFP32(nn.Module):
+    """A module whose parameters stay in fp32 when the model around it is cast to bf16 or fp16.
+
+    Megatron's ``Float16Module`` casts every parameter; a mapping cast to bf16 would violate the
+    row sums by 1e-3. The original values are kept rather than cast back.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32:
+                return tensor.to(device=moved.device)
+            return moved
+
+        return super()._apply(keep_fp32, recurse)
+
+
+class HyperConnection(KeepFP32):
+    """The residual connection of one sublayer over n streams (mHC, Eq 3).
+
+    Args:
+        hidden_size: C.
+        residual: the settings.
+        sublayer: index of the sublayer in the whole model, attention and MLP counted separately.
+            It names the home stream and seeds the initialisation, whatever the parallel layout.
+        sequence_parallel: mark the parameters so that Megatron sums their gradients over the
+            tensor-parallel ranks, each of which sees its own tokens.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        residual: ResidualConfig,
+        sublayer: int,
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.residual = residual
+        self.num_streams = residual.num_residual_streams
+        self.sublayer = sublayer
+        # A module whose maps are all constants has no parameters: none could ever get a gradient.
+        if set(residual.fixed_mappings) != set(MAPPINGS):
+            self.build_parameters()
+            self.reset_parameters()
+        for parameter in self.parameters():
+            parameter.sequence_parallel = sequence_parallel
+
+    @abstractmethod
+    def build_parameters(self) -> None:
+        """Create the fp32 parameters; biases and gating factors are 1-D, hence never decayed."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialise them from ``self.generator()`` and nothing else."""
+
+    @abstractmethod
+    def maps(self, x: Tensor) -> Maps:
+        """fp32 ``h_pre [..., n]``, ``h_post [..., n]``, ``h_res [..., n, n]`` of ``[..., n*C]``."""
+
+    def generator(self) -> torch.Generator:
+        """A private generator: equal on all ranks and layouts, no draw from the model's stream."""
+        return torch.Generator(device='cpu').manual_seed((self.residual.seed << 20) + self.sublayer)
+
+    @property
+    def home(self) -> int:
+        """The stream this sublayer favours where an initialisation favours one."""
+        return self.sublayer % self.num_streams
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Streams ``[..., n*C]`` -> sublayer input ``[..., C]``, and what ``post`` needs."""
+        if x.shape[-1] != self.num_streams * self.hidden_size:
+            raise ValueError(
+                f'hidden states of width {x.shape[-1]} reached a layer with {self.num_streams} '
+                f'residual streams, which needs {self.num_streams} * {self.hidden_size}: the '
+                'previous pipeline stage runs with another --residual-type or stream count'
+            )
+        h_pre, h_post, h_res = self._fix(x, self.maps(x) if self._has_parameters() else (None,) * 3)
+        return ops.pre(x, h_pre), (h_post, h_res)
+
+    @staticmethod
+    def post(x: Tensor, y: Tensor, maps: tuple[Tensor, Tensor]) -> Tensor:
+        """Streams and sublayer output ``[..., C]`` -> the next streams ``[..., n*C]``."""
+        h_post, h_res = maps
+        return ops.post_res(x, y, h_post, h_res)
+
+    def _has_parameters(self) -> bool:
+        return next(self.parameters(), None) is not None
+
+    def _fix(self, x: Tensor, maps: Maps | tuple[None, None, None]) -> Maps:
+        """Replace the maps named in ``fixed_mappings`` by 1/n, 1 and I (mHC, Table 1)."""
+        if not self.residual.fixed_mappings:
+            return maps
+        n = self.num_streams
+        fixed = torch.ones(n, device=x.device)
+        constants = {'pre': fixed / n, 'post': fixed, 'res': torch.eye(n, device=x.device)}
+        return tuple(
+            constants[name].expand(*x.shape[:-1], *constants[name].shape)
+            if name in self.residual.fixed_mappings
+            else value
+            for name, value in zip(MAPPINGS, maps, strict=True)
+        )

@@ -1,0 +1,184 @@
+"""n-stream residuals around the two sublayers of *any* Megatron transformer layer.
+
+The mixin goes in front of the layer class that a spec names. The stock methods see the C-wide
+sublayer input as their hidden states, and bias-dropout-add is replaced by bias-dropout, so what
+they return is the bare sublayer output; the mixin then applies F_post,res. Norms, attention, MLP,
+MoE, recomputation and quantisation inside those methods run unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch.nn.functional as F
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    BaseTransformerLayer,
+    MoETransformerLayer,
+    TransformerLayer,
+)
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron_mhc.config import ResidualConfig
+from megatron_mhc.hc import UnconstrainedHyperConnection
+from megatron_mhc.hyper_connection import HyperConnection
+from megatron_mhc.mhc import ManifoldHyperConnection
+
+
+def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """Drop-in for ``get_bias_dropout_add`` that leaves the residual out.
+
+    ``fused`` is ignored: without bias and dropout, the usual case, there is nothing to fuse.
+    """
+    del fused
+
+    def apply(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+        del residual
+        x, bias = x_with_bias
+        if bias is not None:
+            x = x + bias
+        return F.dropout(x, p=prob, training=True) if training and prob > 0 else x
+
+    return apply
+
+
+def build_hyper_connection(
+    config: TransformerConfig, residual: ResidualConfig, sublayer: int
+) -> HyperConnection:
+    """The residual connection of sublayer number ``sublayer`` (attention and MLP both count)."""
+    if residual.residual_type == 'hc':
+        return UnconstrainedHyperConnection(
+            config.hidden_size,
+            residual,
+            sublayer,
+            config.sequence_parallel,
+            normalization=config.normalization,
+            norm_eps=config.layernorm_epsilon,
+        )
+    return ManifoldHyperConnection(config.hidden_size, residual, sublayer, config.sequence_parallel)
+
+
+@contextlib.contextmanager
+def output_projections_rescaled(
+    config: TransformerConfig, residual: ResidualConfig
+) -> Iterator[None]:
+    """Divide the initial std of output projections by sqrt(n) where streams are summed.
+
+    HC section 3.1: the sum of n streams would otherwise leave the last layer with a larger std.
+    Megatron initialises exactly these projections with ``output_layer_init_method``; only layers
+    built inside the context are affected, so MTP layers keep their own.
+    """
+    original = config.output_layer_init_method
+    if residual.stream_merge != 'sum' or original is None:
+        yield
+        return
+
+    def rescaled(weight: Tensor, *args: object, **kwargs: object) -> Tensor | None:
+        result = original(weight, *args, **kwargs)
+        weight.data.div_(math.sqrt(residual.num_residual_streams))
+        return result
+
+    config.output_layer_init_method = rescaled
+    try:
+        yield
+    finally:
+        config.output_layer_init_method = original
+
+
+class HyperConnectionLayerMixin:
+    """Overrides the two sublayer methods; everything else is the layer class behind it."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: object,
+        *args: object,
+        residual: ResidualConfig,
+        **kwargs: object,
+    ) -> None:
+        cross_attention = submodules.cross_attention
+        if getattr(cross_attention, 'module', cross_attention) not in (IdentityOp, IdentityFuncOp):
+            raise ValueError(
+                f'--residual-type {residual.residual_type}: this layer has cross attention '
+                f'({cross_attention}), for which hyper-connections are not defined; '
+                'use --residual-type standard for encoder-decoder models'
+            )
+        replaced = {
+            name: bias_dropout
+            for name in ('self_attn_bda', 'mlp_bda')
+            if getattr(submodules, name) is not IdentityFuncOp
+        }
+        with output_projections_rescaled(config, residual):
+            super().__init__(config, dataclasses.replace(submodules, **replaced), *args, **kwargs)
+        first = 2 * (self.layer_number - 1)
+        self.self_attention_hyper_connection = (
+            None
+            if isinstance(self.self_attention, IdentityOp)
+            else build_hyper_connection(config, residual, first)
+        )
+        self.mlp_hyper_connection = (
+            None
+            if isinstance(self.mlp, IdentityOp)
+            else build_hyper_connection(config, residual, first + 1)
+        )
+
+    def _forward_attention(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple:
+        connection = self.self_attention_hyper_connection
+        if connection is None:
+            return super()._forward_attention(hidden_states, *args, **kwargs)
+        x, maps = connection(hidden_states)
+        y, context = super()._forward_attention(x, *args, **kwargs)
+        return _viewless(connection.post(hidden_states, y, maps)), context
+
+    def _forward_mlp(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        connection = self.mlp_hyper_connection
+        if connection is None:
+            return super()._forward_mlp(hidden_states, *args, **kwargs)
+        x, maps = connection(hidden_states)
+        y = super()._forward_mlp(x, *args, **kwargs)
+        return _viewless(connection.post(hidden_states, y, maps))
+
+
+def _viewless(x: Tensor) -> Tensor:
+    """Pipeline schedules free a stage's output in place and therefore refuse views."""
+    return make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
+
+
+class HyperConnectionTransformerLayer(HyperConnectionLayerMixin, TransformerLayer):
+    """``TransformerLayer`` with n-stream residuals."""
+
+
+class HyperConnectionMoETransformerLayer(HyperConnectionLayerMixin, MoETransformerLayer):
+    """``MoETransformerLayer`` with n-stream residuals."""
+
+
+_STATIC = {
+    TransformerLayer: HyperConnectionTransformerLayer,
+    MoETransformerLayer: HyperConnectionMoETransformerLayer,
+}
+
+
+@functools.cache
+def hyper_connection_layer(layer_class: type) -> type:
+    """The n-stream form of ``layer_class``; an n-stream class is returned as it is."""
+    if issubclass(layer_class, HyperConnectionLayerMixin):
+        return layer_class
+    if layer_class in _STATIC:
+        return _STATIC[layer_class]
+    missing = [
+        name for name in ('_forward_attention', '_forward_mlp') if not hasattr(layer_class, name)
+    ]
+    if not issubclass(layer_class, BaseTransformerLayer) or missing:
+        raise ValueError(
+            f'layer class {layer_class.__module__}.{layer_class.__qualname__} has no '
+            f'{" or ".join(missing) or "BaseTransformerLayer base"}: hyper-connections wrap those '
+            'two methods of a TransformerLayer; derive the layer from TransformerLayer'
+        )
+    name = f'HyperConnection{layer_class.__name__}'
+    return type(name, (HyperConnectionLayerMixin, layer_class), {'__doc__': layer_class.__doc__})

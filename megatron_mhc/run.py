@@ -1,0 +1,89 @@
+"""Launcher: run an unmodified Megatron pretrain script with ``--residual-type`` available.
+
+python -m megatron_mhc.run SCRIPT ARGS...
+torchrun --nproc-per-node 8 -m megatron_mhc.run SCRIPT ARGS...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import runpy
+import socket
+import sys
+
+from megatron_mhc.arguments import add_residual_arguments
+from megatron_mhc.bootstrap import DEVICES, prepare
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The launcher's own options stand before SCRIPT; everything after it is the script's."""
+    flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description='Run a Megatron pretrain script, unmodified, with hyper-connections available.',
+        epilog='flags that SCRIPT gains (SCRIPT --help lists them beside its own):\n'
+        + add_residual_arguments(flags).format_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        '--device',
+        choices=[device for device in DEVICES if device != 'unchanged'],
+        default='auto',
+        help='cuda, or an emulated CUDA device on the CPU over gloo for functional runs '
+        '(default: auto, cuda where there is one)',
+    )
+    parser.add_argument('script', metavar='SCRIPT', help='pretrain script, e.g. pretrain_gpt.py')
+    parser.add_argument(
+        'arguments', metavar='ARGS', nargs=argparse.REMAINDER, help='passed to SCRIPT as they are'
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run') -> None:
+    """Prepare Megatron, then run the script as ``__main__``."""
+    parser = build_parser(prog)
+    options = parser.parse_args(argv)
+    script = pathlib.Path(options.script)
+    if not script.is_file():
+        _refuse(
+            prog,
+            f'SCRIPT {script}: no such file; name a pretrain script, e.g. examples/pretrain_gpt.py',
+        )
+    _single_process_defaults()
+    try:
+        prepare(options.device)
+    except (RuntimeError, ValueError) as error:
+        _refuse(prog, str(error))
+    sys.argv = [str(script), *options.arguments]
+    # As `python SCRIPT` has it: the script's own folder first.
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name='__main__')
+
+
+def _single_process_defaults() -> None:
+    """Without torchrun, stand for its rendezvous variables for a world of one."""
+    if 'WORLD_SIZE' in os.environ or 'MASTER_ADDR' in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        RANK='0',
+        LOCAL_RANK='0',
+        WORLD_SIZE='1',
+        LOCAL_WORLD_SIZE='1',
+    )
+
+
+def _refuse(prog: str, message: str) -> None:
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{prog}: error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,73 @@
+"""The two ends of the widened residual stream: one stream to n, and n to one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mhc import ops
+from megatron_mhc.config import ResidualConfig
+from megatron_mhc.hyper_connection import KeepFP32, MappingProjection
+from megatron_mhc.kernels.reference import scaled_projection_ref
+from megatron_mhc.kernels.reference.precision import at_least_fp32
+
+
+def expand_streams(x: Tensor, num_streams: int) -> Tensor:
+    """Replicate ``[s, b, C]`` into n equal streams ``[s, b, n*C]``."""
+    return x.repeat(*(1,) * (x.dim() - 1), num_streams)
+
+
+class StreamMerge(KeepFP32):
+    """n streams ``[..., n*C]`` -> ``[..., C]``, just before the final norm.
+
+    ``mean`` and ``sum`` have no parameters. ``learned`` weighs each stream by
+    sigma(alpha * (v phi) / r + b), computed from all streams of the token as mHC's own maps are
+    (the head of DeepSeek-V4).
+    """
+
+    def __init__(
+        self, hidden_size: int, residual: ResidualConfig, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.num_streams = residual.num_residual_streams
+        self.hidden_size = hidden_size
+        if residual.stream_merge == 'learned':
+            n = self.num_streams
+            self.mapping_proj = MappingProjection(n, n * hidden_size)
+            self.bias = nn.Parameter(torch.empty(n, dtype=torch.float32))
+            self.alpha = nn.Parameter(torch.empty(1, dtype=torch.float32))
+            self.reset_parameters()
+        for parameter in self.parameters():
+            parameter.sequence_parallel = sequence_parallel
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """phi Xavier-uniform, b = 0, alpha = ``init_gating_factor``: about half the sum."""
+        rows, columns = self.mapping_proj.weight.shape
+        bound = math.sqrt(6 / (rows + columns))
+        # Sublayers are counted from 0, so the bare seed belongs to nobody else.
+        generator = torch.Generator(device='cpu').manual_seed((self.residual.seed << 20) - 1)
+        phi = torch.empty(rows, columns, dtype=torch.float32, device='cpu')
+        self.mapping_proj.weight.copy_(phi.uniform_(-bound, bound, generator=generator))
+        self.bias.zero_()
+        self.alpha.fill_(self.residual.init_gating_factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.num_streams * self.hidden_size:
+            raise ValueError(
+                f'hidden states of width {x.shape[-1]} reached the merge of {self.num_streams} '
+                f'streams of {self.hidden_size}: the previous pipeline stage runs with another '
+                '--residual-type or stream count'
+            )
+        if self.residual.stream_merge == 'learned':
+            scale = self.alpha.expand(self.num_streams)
+            logits = scaled_projection_ref(x, self.mapping_proj(), self.bias, scale, ops.NORM_EPS)
+            return ops.pre(x, torch.sigmoid(logits))
+        streams = at_least_fp32(x).unflatten(-1, (self.num_streams, self.hidden_size))
+        total = streams.sum(dim=-2)
+        if self.residual.stream_merge == 'mean':
+            total = total / self.num_streams
+        return total.to(x.dtype)

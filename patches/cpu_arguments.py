@@ -1,0 +1,109 @@
+"""Seam of the emulated CPU device: Megatron's argument parser.
+
+It makes an unmodified command line run on the CPU by changing defaults, and refuses in one line, as
+soon as the values are known, what the user asked for explicitly and the CPU cannot do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+
+from megatron_mhc.patches.engine import Patch
+
+# ``megatron_mhc.cpu_device.NOTICE`` names these to the user.
+DEFAULTS = {
+    'transformer_impl': 'local',
+    'distributed_backend': 'gloo',
+    'gradient_accumulation_fusion': False,
+    'no_persist_layer_norm': True,
+    'apply_rope_fusion': False,
+    'masked_softmax_fusion': False,
+}
+
+# argument -> (flag, accepted values, why, remedy)
+LIMITS = {
+    'transformer_impl': (
+        '--transformer-impl',
+        ('local',),
+        'Transformer Engine needs CUDA',
+        'leave the flag out',
+    ),
+    'distributed_backend': (
+        '--distributed-backend',
+        ('gloo',),
+        'gloo is the only backend for CPU tensors here',
+        'leave the flag out',
+    ),
+    'context_parallel_size': (
+        '--context-parallel-size',
+        (1,),
+        "context parallelism exists only in Transformer Engine's attention",
+        'use 1',
+    ),
+    'fp8': ('--fp8-format', (None,), 'fp8 needs Transformer Engine', 'use --bf16 or fp32'),
+    'fp4': ('--fp4-format', (None,), 'fp4 needs Transformer Engine', 'use --bf16 or fp32'),
+    'tp_comm_overlap': (
+        '--tp-comm-overlap',
+        (False,),
+        'its communication buffers belong to Transformer Engine',
+        'leave the flag out',
+    ),
+    'cuda_graph_impl': (
+        '--cuda-graph-impl',
+        ('none',),
+        'there is no CUDA to capture',
+        'leave the flag out',
+    ),
+    'enable_cuda_graph': (
+        '--enable-cuda-graph',
+        (False,),
+        'there is no CUDA to capture',
+        'leave the flag out',
+    ),
+    'external_cuda_graph': (
+        '--external-cuda-graph',
+        (False,),
+        'there is no CUDA to capture',
+        'leave the flag out',
+    ),
+}
+
+
+def check_limits(namespace: argparse.Namespace) -> None:
+    """Raise ValueError, naming flag, reason and remedy, for what the CPU device cannot run."""
+    for name, (flag, accepted, reason, remedy) in LIMITS.items():
+        value = getattr(namespace, name, accepted[0])
+        if value not in accepted:
+            raise ValueError(f'{flag} {value}: not on the CPU device, {reason}; {remedy}.')
+
+
+def _wrap(original: Callable) -> Callable:
+    def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
+        parser = original(parser, *args, **kwargs)
+        parser.set_defaults(**DEFAULTS)
+        parser.parse_known_args = functools.partial(_parse, parser, parser.parse_known_args)
+        return parser
+
+    return add_megatron_arguments
+
+
+def _parse(parser: argparse.ArgumentParser, parse_known_args: Callable, *args, **kwargs):
+    namespace, unknown = parse_known_args(*args, **kwargs)
+    try:
+        check_limits(namespace)
+    except ValueError as error:
+        first = os.environ.get('RANK', '0') == '0'
+        parser.exit(2, f'{parser.prog}: error: {error}\n' if first else None)
+    return namespace, unknown
+
+
+CPU_ARGUMENTS_PATCH = Patch(
+    id='cpu-arguments',
+    target='megatron.training.arguments:add_megatron_arguments',
+    wrap=_wrap,
+    reason='stock defaults name NCCL, Transformer Engine and fused CUDA kernels',
+    fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), '6904cd4c'),
+)

@@ -1,0 +1,151 @@
+"""Megatron-side patches of the emulated CPU device.
+
+The launcher applies them after ``megatron_mhc.cpu_device.install``; with CUDA none is applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
+
+import torch
+
+from megatron_mhc.patches.cpu_arguments import CPU_ARGUMENTS_PATCH
+from megatron_mhc.patches.cpu_optimizer import CPU_OPTIMIZER_PATCHES
+from megatron_mhc.patches.engine import Patch
+
+_ALL = ('0.17', '0.18', '0.19')
+
+
+def _allow_no_cuda(original: Callable) -> Callable:
+    return functools.partial(original, allow_no_cuda=True)
+
+
+def _skip(original: Callable) -> Callable:
+    return lambda: None
+
+
+def _splits_to_numpy(original: Callable) -> Callable:
+    def move(tensor, as_numpy=False, record_stream=False):
+        # The original converts only what it moved, and all_to_all takes no tensor as split sizes.
+        moved = original(tensor, as_numpy=as_numpy, record_stream=record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    return move
+
+
+def _norm_with_sequence_parallel(original: Callable) -> Callable:
+    def new(cls, config, *args, **kwargs):
+        if not config.sequence_parallel:
+            return original(cls, config, *args, **kwargs)
+        config = copy.copy(config)
+        config.sequence_parallel = False
+        norm = original(cls, config, *args, **kwargs)
+        # A norm works token by token, so split sequences are no obstacle; its gradient is partial,
+        # and this mark has Megatron sum it over the tensor-parallel group.
+        for param in norm.parameters():
+            param.sequence_parallel = True
+        return norm
+
+    return new
+
+
+def _without_fp8(original: Callable) -> Callable:
+    def init(self, fp8=None):
+        # The default False is read as "on", and then Transformer Engine is called.
+        original(self, fp8=fp8 or None)
+
+    return init
+
+
+def _share_by_copy(original: Callable) -> Callable:
+    def share(output, recomputed):
+        # Storage level, so that views see the data and no version counter moves.
+        target, source = output.untyped_storage(), recomputed.untyped_storage()
+        target.resize_(source.nbytes())
+        target.copy_(source)
+
+    return lambda: share
+
+
+def _wait_at_once(original: Callable) -> Callable:
+    @contextlib.contextmanager
+    def manager(*args, **kwargs):
+        with original(*args, **kwargs) as handle:
+            yield handle
+        # Left in flight beside p2p, gloo's coalesced collectives corrupt the heap.
+        handle.wait()
+
+    return manager
+
+
+def _keep_outputs(original: Callable) -> Callable:
+    def post_init(self):
+        original(self)
+        self.deallocate_pipeline_outputs = False
+
+    return post_init
+
+
+CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        id='cpu-allow-no-cuda',
+        target='megatron.training.training:initialize_megatron',
+        wrap=_allow_no_cuda,
+        reason='start-up asserts a real CUDA device unless told otherwise',
+        fingerprints={'0.17': 'd2c56f52', '0.18': '650a2e0f', '0.19': '625d0daa'},
+    ),
+    CPU_ARGUMENTS_PATCH,
+    Patch(
+        id='cpu-prebuilt-helpers',
+        target='megatron.core.datasets.utils:compile_helpers',
+        wrap=_skip,
+        reason='the wheel ships the data helpers built, without the Makefile that would build them',
+        fingerprints=dict.fromkeys(_ALL, 'e3b0c442'),
+    ),
+    Patch(
+        id='cpu-alltoall-splits',
+        target='megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu',
+        wrap=_splits_to_numpy,
+        reason='a tensor that is on the CPU already is not converted to numpy',
+        fingerprints=dict.fromkeys(_ALL, '9b679809'),
+    ),
+    Patch(
+        id='cpu-norm-sequence-parallel',
+        target='megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__',
+        wrap=_norm_with_sequence_parallel,
+        reason="the local layer spec's only norm without Apex asserts no sequence parallelism",
+        fingerprints=dict.fromkeys(_ALL, '83653cf2'),
+    ),
+    Patch(
+        id='cpu-checkpoint-fp8',
+        target='megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__',
+        wrap=_without_fp8,
+        reason='selective recompute calls Transformer Engine although fp8 is off',
+        fingerprints=dict.fromkeys(_ALL, 'd87a79d1'),
+    ),
+    Patch(
+        id='cpu-checkpoint-storage',
+        target='megatron.core.tensor_parallel.random:_get_share_storage',
+        wrap=_share_by_copy,
+        reason='selective recompute compiles a C++ extension when it first runs',
+        fingerprints=dict.fromkeys(_ALL, 'e3b0c442'),
+    ),
+    Patch(
+        id='cpu-wait-coalesced',
+        target='megatron.core.distributed.param_and_grad_buffer:_coalescing_manager',
+        wrap=_wait_at_once,
+        reason='gloo corrupts the heap when coalesced collectives stay in flight',
+        fingerprints=dict.fromkeys(_ALL, '8cbcc252'),
+    ),
+    Patch(
+        id='cpu-keep-outputs',
+        target='megatron.core.model_parallel_config:ModelParallelConfig.__post_init__',
+        wrap=_keep_outputs,
+        reason='0.17 frees a stage output whose send is pending; later releases wait for it',
+        fingerprints={'0.17': '64b28ff1'},
+    ),
+    *CPU_OPTIMIZER_PATCHES,
+)

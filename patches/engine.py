@@ -1,0 +1,114 @@
+"""A patch as data: what is rebound, why, and the signatures it was written against.
+
+A patch *wraps*: its factory receives the original callable and returns the replacement, which calls
+the original with ``*args, **kwargs``. Nothing here copies an upstream body. Before a symbol is
+rebound its signature is compared with the one recorded for the installed core release; an unknown
+one stops the run with the symbol, the version seen and the remedy.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_mhc.compat import TESTED, core_minor, core_version
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One rebinding of a Megatron name.
+
+    Args:
+        id: short name shown by ``megatron-mhc doctor``.
+        target: ``package.module:attribute`` or ``package.module:Class.attribute``.
+        wrap: ``original -> replacement``.
+        reason: why this seam and no other, one sentence.
+        fingerprints: core minor release -> ``fingerprint`` of the original there. A release that is
+            left out has no such symbol and needs no patch.
+    """
+
+    id: str
+    target: str
+    wrap: Callable[[Callable], Callable] = field(repr=False)
+    reason: str
+    fingerprints: Mapping[str, str]
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(':')[0]
+
+    def owner(self) -> tuple[object, str]:
+        """The object that holds the attribute, and the attribute's name."""
+        path = self.target.partition(':')[2].split('.')
+        owner = functools.reduce(getattr, path[:-1], importlib.import_module(self.module))
+        return owner, path[-1]
+
+
+def fingerprint(function: Callable) -> str:
+    """Digest of the parameter names and kinds of ``function``, nothing else of it."""
+    parameters = inspect.signature(function).parameters.values()
+    text = ','.join(f'{p.kind.name[0]}{p.kind.name[-1]}:{p.name}' for p in parameters)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+_APPLIED: dict[str, tuple[object, str, object]] = {}
+
+
+def inspect_patch(patch: Patch) -> tuple[str, str]:
+    """``(state, detail)`` without applying: applied, ready, not needed, missing or unknown."""
+    version = core_version()
+    if version is None:
+        return 'missing', 'megatron-core is not installed'
+    expected = patch.fingerprints.get(core_minor(version))
+    if expected is None and core_minor(version) in {core_minor(v) for v in TESTED}:
+        return 'not needed', f'no such seam in megatron-core {version}'
+    if patch.id in _APPLIED:
+        return 'applied', expected or ''
+    try:
+        owner, name = patch.owner()
+        seen = fingerprint(getattr(owner, name))
+    except (ImportError, AttributeError) as error:
+        return 'missing', f'{patch.target} not found in megatron-core {version}: {error}'
+    if seen != expected:
+        return 'unknown', f'signature {seen}, expected {expected} for megatron-core {version}'
+    return 'ready', seen
+
+
+def apply(patches: tuple[Patch, ...]) -> None:
+    """Check all of ``patches``, then apply those not yet in place; all or nothing.
+
+    Raises:
+        RuntimeError: a target is missing or has a signature that was never seen.
+    """
+    states = [(patch, *inspect_patch(patch)) for patch in patches]
+    for patch, state, detail in states:
+        if state in ('missing', 'unknown'):
+            raise RuntimeError(
+                f'patch {patch.id!r} cannot be applied: {detail} (target {patch.target}). '
+                f'Install a tested megatron-core ({", ".join(TESTED)}); '
+                '`megatron-mhc doctor` lists every patch.'
+            )
+    for patch, state, _ in states:
+        if state == 'ready':
+            owner, name = patch.owner()
+            # vars() keeps a staticmethod or classmethod wrapper that getattr would strip.
+            _APPLIED[patch.id] = (owner, name, vars(owner)[name])
+            seen = getattr(owner, name)
+            setattr(owner, name, functools.wraps(seen)(patch.wrap(seen)))
+
+
+def revert(patches: tuple[Patch, ...]) -> None:
+    """Restore the originals of ``patches``, newest first; patches not in place are ignored."""
+    for patch in reversed(patches):
+        if patch.id in _APPLIED:
+            owner, name, original = _APPLIED.pop(patch.id)
+            setattr(owner, name, original)
+
+
+def applied() -> tuple[str, ...]:
+    """Ids of the patches in place, oldest first."""
+    return tuple(_APPLIED)

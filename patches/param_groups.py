@@ -1,0 +1,61 @@
+"""Seam: the optimizer's parameter groups, where weight decay is decided by parameter name.
+
+It is also the first point after every model chunk is built, hence where a run is stopped whose
+script builds no GPTModel: ``--residual-type`` would otherwise silently do nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+
+from megatron.core.optimizer import ParamKey
+from torch import nn
+
+from megatron_mhc.block import HyperConnectionBlockMixin
+from megatron_mhc.config import ResidualConfig
+from megatron_mhc.patches.engine import Patch
+from megatron_mhc.patches.gpt_model import residual_of
+
+PHI = ('*hyper_connection.mapping_proj.weight', '*stream_merge.mapping_proj.weight')
+
+
+def _wrap(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    def _get_param_groups(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        chunks = bound.arguments['model_chunks']
+        residual = residual_of(chunks[0].config)
+        if residual.enabled:
+            require_widened(chunks, residual)
+            if not residual.mapping_weight_decay:
+                overrides = dict(bound.arguments.get('config_overrides') or {})
+                overrides.update({ParamKey(name=name): {'wd_mult': 0.0} for name in PHI})
+                bound.arguments['config_overrides'] = overrides
+        return original(*bound.args, **bound.kwargs)
+
+    return _get_param_groups
+
+
+def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> None:
+    """Raise RuntimeError for a model without an n-stream block."""
+    for chunk in chunks:
+        if not any(isinstance(module, HyperConnectionBlockMixin) for module in chunk.modules()):
+            inner = chunk
+            while hasattr(inner, 'module'):
+                inner = inner.module
+            raise RuntimeError(
+                f'--residual-type {residual.residual_type} had no effect: the script built a '
+                f'{type(inner).__name__}, and only GPTModel is widened to n streams; use a GPT '
+                'model or --residual-type standard'
+            )
+
+
+PARAM_GROUPS_PATCH = Patch(
+    id='param-groups',
+    target='megatron.core.optimizer:_get_param_groups',
+    wrap=_wrap,
+    reason='weight decay of phi is chosen by name; also the first point where all chunks are built',
+    fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), '40033d09'),
+)

@@ -1,0 +1,12 @@
+"""All patches in the order in which they are applied."""
+
+from __future__ import annotations
+
+from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
+from megatron_mhc.patches.checkpoint_args import CHECKPOINT_ARGS_PATCH
+from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
+from megatron_mhc.patches.p2p import P2P_PATCH
+from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCH
+
+RESIDUAL_PATCHES = (GPT_MODEL_PATCH, P2P_PATCH, PARAM_GROUPS_PATCH, CHECKPOINT_ARGS_PATCH)
+ALL_PATCHES = (ARGUMENTS_PATCH, *RESIDUAL_PATCHES)

@@ -1,0 +1,54 @@
+"""Build ``megatron-mhc``; all metadata is here, lint and test settings are in pyproject.toml."""
+
+import re
+import runpy
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+# Executed, not imported: importing the package would need torch, which a build does not have.
+COMPAT = runpy.run_path(str(ROOT / 'megatron_mhc' / 'compat.py'))
+VERSION = re.search(
+    r"^__version__ = '(.+)'$", (ROOT / 'megatron_mhc' / '__init__.py').read_text(), re.MULTILINE
+).group(1)
+README = ROOT / 'README.md'
+
+# `kernels`, `schedules` and `patches` are symbolic links inside `megatron_mhc`, followed here, so
+# that a wheel, an editable install and a bare PYTHONPATH all see the same `megatron_mhc.kernels`.
+PACKAGES = find_namespace_packages(include=['megatron_mhc*'], exclude=['*__pycache__*'])
+if 'megatron_mhc.kernels' not in PACKAGES:
+    raise SystemExit(
+        'megatron_mhc/kernels is not a folder: the symbolic links were lost when these sources '
+        'were unpacked. Clone with git (on Windows with core.symlinks=true) and try again.'
+    )
+
+setup(
+    name='megatron-mhc',
+    version=VERSION,
+    description='Hyper-connection residuals (HC and mHC) for released Megatron-Core',
+    long_description=README.read_text(encoding='utf-8') if README.exists() else '',
+    long_description_content_type='text/markdown',
+    packages=PACKAGES,
+    package_data={'': ['py.typed', '*.json']},
+    python_requires='>=' + '.'.join(map(str, COMPAT['PYTHON_MIN'])),
+    # torch carries no version: whatever a vendor container brings satisfies it, so pip never
+    # replaces that build. Triton is an extra, because everything has a plain torch path.
+    install_requires=['packaging', 'torch'],
+    extras_require={
+        'training': [
+            'megatron-core[training]' + COMPAT['CORE_SPECIFIER'],
+            'tensorboard',
+            'matplotlib',
+            'tqdm',
+        ],
+        'te': ['transformer-engine[pytorch]'],
+        'kernels': ['triton'],
+        'test': ['build', 'hypothesis', 'pytest', 'pytest-timeout', 'ruff', 'setuptools>=68'],
+    },
+    entry_points={'console_scripts': ['megatron-mhc = megatron_mhc.cli:main']},
+    classifiers=[
+        'Programming Language :: Python :: 3 :: Only',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)
