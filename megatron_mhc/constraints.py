@@ -27,12 +27,14 @@ class Constraint:
 
 
 def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
-    """Core names the switch ``batch_p2p_comm``; the command line its inverse."""
+    """The model config has ``batch_p2p_comm``; the command line only its inverse."""
     interleaved = get('virtual_pipeline_model_parallel_size') is not None or (
         get('num_layers_per_virtual_pipeline_stage') is not None
         or get('num_virtual_stages_per_pipeline_rank') is not None
     )
-    batched = get('batch_p2p_comm') or get('overlap_p2p_comm') is False
+    batched = get('batch_p2p_comm')
+    if batched is None:
+        batched = get('overlap_p2p_comm') is False
     return interleaved and get('pipeline_model_parallel_size') == 2 and bool(batched)
 
 

@@ -52,6 +52,17 @@ def _norm_with_sequence_parallel(original: Callable) -> Callable:
     return new
 
 
+def _any_head_size(original: Callable) -> Callable:
+    def init(self, *args, k_channels=None, v_channels=None, **kwargs):
+        # Latent attention names its head sizes: Transformer Engine's attention takes them, the
+        # local one works for any but shapes its output by the configured one.
+        original(self, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return init
+
+
 def _without_fp8(original: Callable) -> Callable:
     def init(self, fp8=None):
         # The default False is read as "on", and then Transformer Engine is called.
@@ -118,6 +129,13 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         wrap=_norm_with_sequence_parallel,
         reason="the local layer spec's only norm without Apex asserts no sequence parallelism",
         fingerprints=dict.fromkeys(_ALL, '83653cf2'),
+    ),
+    Patch(
+        id='cpu-latent-attention',
+        target='megatron.core.transformer.dot_product_attention:DotProductAttention.__init__',
+        wrap=_any_head_size,
+        reason="multi-latent attention passes arguments that only Transformer Engine's takes",
+        fingerprints=dict.fromkeys(_ALL, '80e0eb05'),
     ),
     Patch(
         id='cpu-checkpoint-fp8',

@@ -1,0 +1,96 @@
+"""One process, one model: what must hold on every supported Megatron-Core release."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron_mhc import ResidualConfig
+
+SEQUENCE, VOCABULARY = 16, 64
+
+
+@pytest.fixture(scope='session')
+def megatron(tmp_path_factory):
+    """Megatron's parallel state for a world of one, with our patches in place."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron_mhc import cpu_device
+    from megatron_mhc.patches import engine
+    from megatron_mhc.patches.registry import RESIDUAL_PATCHES
+
+    if cpu_device.is_installed():
+        from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
+
+        engine.apply(CPU_DEVICE_PATCHES)
+    rendezvous = tmp_path_factory.mktemp('rendezvous') / 'store'
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{rendezvous}', rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    engine.apply(RESIDUAL_PATCHES)
+    yield
+    engine.revert(RESIDUAL_PATCHES)
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def build(megatron):
+    """``build(residual=..., spec=..., **config)`` -> GPTModel; equal seeds, equal base weights."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    def make(residual: dict | None = None, spec=None, mtp_spec=None, tied=False, **settings):
+        torch.manual_seed(5)
+        config = TransformerConfig(
+            **{
+                'num_layers': 3,
+                'hidden_size': 32,
+                'ffn_hidden_size': 64,
+                'num_attention_heads': 4,
+                'use_cpu_initialization': True,
+                'hidden_dropout': 0.0,
+                'attention_dropout': 0.0,
+                'persist_layer_norm': False,
+                'gradient_accumulation_fusion': False,
+                'masked_softmax_fusion': False,
+                'bias_dropout_fusion': False,
+                **settings,
+            }
+        )
+        if residual is not None:
+            config.residual_config = ResidualConfig(**residual)
+        return GPTModel(
+            config,
+            spec(config) if spec else get_gpt_layer_local_spec(normalization=config.normalization),
+            vocab_size=VOCABULARY,
+            max_sequence_length=SEQUENCE,
+            share_embeddings_and_output_weights=tied,
+            mtp_block_spec=mtp_spec(config) if mtp_spec else None,
+            position_embedding_type='rope' if mtp_spec else 'learned_absolute',
+        )
+
+    return make
+
+
+@pytest.fixture
+def step():
+    """``step(model)`` -> logits or loss, and every gradient, on fixed tokens."""
+
+    def run(model, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1), generator=generator)
+        positions = torch.arange(SEQUENCE).expand(2, -1)
+        torch.manual_seed(9)  # dropout
+        loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
+        loss.mean().backward()
+        gradients = {
+            name: parameter.grad.clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        model.zero_grad()
+        return loss.detach(), gradients
+
+    return run

@@ -1,0 +1,232 @@
+"""Train one step of a small GPT in several parallel layouts: ``torchrun worker.py CASES.json DIR``.
+
+Every case loads the same weights from a distributed checkpoint written by one process, runs
+Megatron's own schedule on the same microbatches, and saves its gradients (or the weights after an
+optimizer step) as a distributed checkpoint again, so that any layout can be compared with any other.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+from megatron_mhc import ResidualConfig, cpu_device
+
+cpu_device.install()
+
+import torch  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.core.num_microbatches_calculator import (  # noqa: E402
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import get_standard_config_overrides  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from megatron_mhc.patches import engine  # noqa: E402
+from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
+from megatron_mhc.patches.registry import RESIDUAL_PATCHES  # noqa: E402
+
+SEQUENCE, VOCABULARY = 32, 64
+
+
+def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
+    layout = {'tp': 1, 'pp': 1, 'vpp': None, 'ep': 1, 'sp': False, **case.get('layout', {})}
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout['tp'],
+        pipeline_model_parallel_size=layout['pp'],
+        virtual_pipeline_model_parallel_size=layout['vpp'],
+        expert_model_parallel_size=layout['ep'],
+        expert_tensor_parallel_size=1,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    config = TransformerConfig(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        pipeline_dtype=torch.float32,
+        tensor_model_parallel_size=layout['tp'],
+        pipeline_model_parallel_size=layout['pp'],
+        virtual_pipeline_model_parallel_size=layout['vpp'],
+        expert_model_parallel_size=layout['ep'],
+        expert_tensor_parallel_size=1,
+        sequence_parallel=layout['sp'],
+        batch_p2p_comm=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        **case.get('config', {}),
+    )
+    if case.get('residual'):
+        config.residual_config = ResidualConfig(**case['residual'])
+    moe = config.num_moe_experts is not None
+    chunks = []
+    for vp_stage in range(layout['vpp'] or 1):
+        stage = vp_stage if layout['vpp'] else None
+        chunks.append(
+            GPTModel(
+                config,
+                get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
+                if moe
+                else get_gpt_layer_local_spec(),
+                vocab_size=VOCABULARY,
+                max_sequence_length=SEQUENCE,
+                pre_process=parallel_state.is_pipeline_first_stage(
+                    ignore_virtual=False, vp_stage=stage
+                ),
+                post_process=parallel_state.is_pipeline_last_stage(
+                    ignore_virtual=False, vp_stage=stage
+                ),
+                share_embeddings_and_output_weights=case.get('tied', False),
+                vp_stage=stage,
+            )
+        )
+        chunks[-1].model_type = 1
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=case.get('step') == 'dist',
+        overlap_grad_reduce=case.get('overlap', False),
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return config, [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+
+
+def weights(chunks: list[torch.nn.Module]) -> dict:
+    """The sharded state of all chunks; virtual stages hold different layers of the same keys."""
+    return {
+        str(index): chunk.module.sharded_state_dict(metadata={'singleton_local_shards': False})
+        for index, chunk in enumerate(chunks)
+    }
+
+
+@torch.no_grad()
+def randomise(chunks: list[torch.nn.Module]) -> None:
+    """Give every mapping parameter a value that makes all maps matter."""
+    generator = torch.Generator().manual_seed(11)
+    for name, parameter in sorted(chunks[0].module.named_parameters()):
+        if 'hyper_connection' in name or 'stream_merge' in name:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * 0.1)
+
+
+def batches(microbatches: int) -> list[torch.Tensor]:
+    """This rank's microbatches; data-parallel ranks take them in turn, as one process would."""
+    rank = parallel_state.get_data_parallel_rank()
+    size = parallel_state.get_data_parallel_world_size()
+    make = torch.Generator().manual_seed(3)
+    tokens = [
+        torch.randint(0, VOCABULARY, (1, SEQUENCE + 1), generator=make) for _ in range(microbatches)
+    ]
+    return tokens[rank::size]
+
+
+def forward_step(iterator, model):
+    tokens = next(iterator)
+    positions = torch.arange(SEQUENCE).unsqueeze(0)
+    output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
+
+    def loss(output):
+        mean = output.float().mean()
+        return mean, {'loss': mean.detach().clone()}
+
+    return output, loss
+
+
+def run(case: dict, folder: pathlib.Path) -> dict:
+    config, chunks = build(case)
+    if case.get('reference'):
+        randomise(chunks)
+        save(weights(chunks), folder / case['weights'])
+    else:
+        state = dist_checkpointing.load(weights(chunks), str(folder / case['weights']))
+        for index, chunk in enumerate(chunks):
+            chunk.module.load_state_dict(state[str(index)])
+    optimizer = None
+    if case.get('step'):
+        optimizer_config = OptimizerConfig(
+            lr=1e-2,
+            min_lr=1e-2,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            adam_eps=1e-8,
+            use_distributed_optimizer=case['step'] == 'dist',
+        )
+        optimizer = get_megatron_optimizer(
+            optimizer_config, chunks, get_standard_config_overrides(optimizer_config)
+        )
+    forward_only = case.get('forward_only', False)
+    mine = batches(case.get('microbatches', 4))
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        chunk.train()
+    unset_num_microbatches_calculator()
+    init_num_microbatches_calculator(0, None, len(mine), 1, 1)
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(mine) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(mine),
+        seq_length=SEQUENCE,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    gathered = [None] * torch.distributed.get_world_size()
+    own = [entry['loss'].item() for entry in losses]
+    first_of_tp = parallel_state.get_tensor_model_parallel_rank() == 0
+    torch.distributed.all_gather_object(gathered, own if first_of_tp else [])
+    if not forward_only:
+        if optimizer is not None:
+            optimizer.step()
+        else:
+            with torch.no_grad():
+                for chunk in chunks:
+                    for parameter in chunk.module.parameters():
+                        parameter.data.copy_(parameter.main_grad)
+        save(weights(chunks), folder / case['name'])
+    return {'losses': gathered}
+
+
+def save(state: dict, path: pathlib.Path) -> None:
+    if torch.distributed.get_rank() == 0:
+        path.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(state, str(path))
+
+
+def main() -> None:
+    cases = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    folder = pathlib.Path(sys.argv[2])
+    torch.distributed.init_process_group('gloo')
+    engine.apply(CPU_DEVICE_PATCHES)
+    engine.apply(RESIDUAL_PATCHES)
+    results = {}
+    for case in cases:
+        results[case['name']] = run(case, folder)
+    if torch.distributed.get_rank() == 0:
+        world = torch.distributed.get_world_size()
+        (folder / f'results-{world}.json').write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

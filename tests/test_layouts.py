@@ -1,0 +1,209 @@
+"""Loss and gradients of hc and mhc are the same in every parallel layout as in one process.
+
+The work is done by ``layouts/worker.py`` under torchrun, one launch per world size, since importing
+Megatron costs seconds per process. Pipeline and data parallelism only move whole operations, so they
+must agree bit for bit; tensor, sequence and expert parallelism split sums.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+
+WORKER = pathlib.Path(__file__).parent / 'layouts' / 'worker.py'
+# fp32. A gating factor's gradient is one scalar in which thousands of terms cancel, so tensors are
+# held to 1e-6 of the whole gradient, and each to its own norm only by what a wrong sum would show.
+SPLIT_SUM_TOLERANCE = 1e-6
+OWN_NORM_TOLERANCE = 1e-3
+
+MHC = {'residual_type': 'mhc', 'init': 'identity'}
+HC = {'residual_type': 'hc'}
+HEAD = {'residual_type': 'mhc', 'num_residual_streams': 3, 'stream_merge': 'learned'}
+FIXED = {'residual_type': 'mhc', 'fixed_mappings': ['pre', 'post', 'res']}
+MOE = {
+    'num_moe_experts': 4,
+    'moe_router_topk': 2,
+    'moe_token_dispatcher_type': 'alltoall',
+    'moe_router_load_balancing_type': 'none',
+    'add_bias_linear': False,
+}
+FULL = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 2}
+CORE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn']}
+NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']}
+
+# model -> what distinguishes it
+MODELS = {
+    'mhc': {'residual': MHC},
+    'hc': {'residual': HC},
+    'head': {'residual': HEAD},
+    'tied': {'residual': MHC, 'tied': True},
+    'moe': {'residual': MHC, 'config': MOE},
+    'fixed': {'residual': FIXED},
+}
+# (case, model, world, changes, bitwise). The reference of a case is its model in one process on the
+# same microbatches.
+CASES = [
+    ('full', 'mhc', 1, {'config': FULL}, True),
+    ('core', 'mhc', 1, {'config': CORE}, True),
+    ('norm', 'hc', 1, {'config': NORM}, True),
+    ('pp2', 'mhc', 2, {'layout': {'pp': 2}}, True),
+    ('pp2', 'hc', 2, {'layout': {'pp': 2}}, True),
+    ('pp2', 'head', 2, {'layout': {'pp': 2}}, True),
+    ('pp2', 'tied', 2, {'layout': {'pp': 2}}, False),
+    ('pp2-full', 'mhc', 2, {'layout': {'pp': 2}, 'config': FULL}, True),
+    ('pp2-vpp2', 'mhc', 2, {'layout': {'pp': 2, 'vpp': 2}}, True),
+    ('pp2-vpp2', 'hc', 2, {'layout': {'pp': 2, 'vpp': 2}}, True),
+    ('dp2', 'mhc', 2, {'microbatches': 2}, True),
+    ('dp2', 'hc', 2, {'microbatches': 2}, True),
+    ('dp2-overlap', 'fixed', 2, {'microbatches': 2, 'overlap': True}, True),
+    ('tp2', 'mhc', 2, {'layout': {'tp': 2}}, False),
+    ('tp2-sp', 'mhc', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('tp2-sp', 'hc', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('tp2-sp', 'head', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('ep2', 'moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
+    ('pp4', 'mhc', 4, {'layout': {'pp': 4}}, True),
+    ('pp4', 'hc', 4, {'layout': {'pp': 4}}, True),
+    ('pp2-tp2', 'mhc', 4, {'layout': {'pp': 2, 'tp': 2}}, False),
+    ('pp2-tp2-sp', 'hc', 4, {'layout': {'pp': 2, 'tp': 2, 'sp': True}}, False),
+    ('pp2-ep2', 'moe', 4, {'layout': {'pp': 2, 'ep': 2}}, False),
+    ('pp2-vpp2-dp2', 'mhc', 4, {'layout': {'pp': 2, 'vpp': 2}}, False),
+]
+
+
+def launch(world: int, cases: list[dict], folder: pathlib.Path) -> dict:
+    description = folder / f'cases-{world}.json'
+    description.write_text(json.dumps(cases))
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc-per-node',
+        str(world),
+        str(WORKER),
+        str(description),
+        str(folder),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / f'results-{world}.json').read_text())
+
+
+def tensors(path: pathlib.Path) -> dict[str, torch.Tensor]:
+    """All tensors of a distributed checkpoint, whole, without Megatron."""
+    reader = FileSystemReader(path)
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, 'size')
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def reference_name(model: str, changes: dict) -> str:
+    return f'{model}-reference-{changes.get("microbatches", 4)}'
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    folder = tmp_path_factory.mktemp('layouts')
+    by_world: dict[int, list[dict]] = {1: [], 2: [], 4: []}
+    for model, base in MODELS.items():
+        first = {'weights': f'{model}-weights', **base}
+        by_world[1].append({**first, 'name': reference_name(model, {}), 'reference': True})
+        by_world[1].append(
+            {**first, 'name': reference_name(model, {'microbatches': 2}), 'microbatches': 2}
+        )
+    for name, model, world, changes, _ in CASES:
+        case = {'weights': f'{model}-weights', **MODELS[model], **changes}
+        case['config'] = {**MODELS[model].get('config', {}), **changes.get('config', {})}
+        by_world[world].append({**case, 'name': f'{name}-{model}'})
+    for model in ('mhc', 'hc'):
+        for kind in ('plain', 'dist'):
+            by_world[2].append(
+                {
+                    'weights': f'{model}-weights',
+                    **MODELS[model],
+                    'microbatches': 2,
+                    'step': kind,
+                    'name': f'{kind}-step-{model}',
+                }
+            )
+    for name, layout in (('eval-pp2', {'pp': 2}), ('eval-pp2-vpp2', {'pp': 2, 'vpp': 2})):
+        by_world[2].append(
+            {
+                'weights': 'mhc-weights',
+                **MODELS['mhc'],
+                'layout': layout,
+                'forward_only': True,
+                'name': name,
+            }
+        )
+    losses = {}
+    for world, cases in by_world.items():
+        losses.update(launch(world, cases, folder))
+    return folder, losses
+
+
+@pytest.mark.parametrize(
+    ('name', 'model', 'changes', 'bitwise'),
+    [pytest.param(c[0], c[1], c[3], c[4], id=f'{c[0]}-{c[1]}') for c in CASES],
+)
+def test_layout_equals_one_process(runs, name, model, changes, bitwise):
+    folder, losses = runs
+    case, reference = f'{name}-{model}', reference_name(model, changes)
+    got = sorted(loss for rank in losses[case]['losses'] for loss in rank)
+    wanted = sorted(loss for rank in losses[reference]['losses'] for loss in rank)
+    assert got == (wanted if bitwise else pytest.approx(wanted, rel=SPLIT_SUM_TOLERANCE))
+    gradients, references = tensors(folder / case), tensors(folder / reference)
+    assert gradients.keys() == references.keys()
+    own = [key for key in gradients if 'hyper_connection' in key]
+    assert bool(own) == (model != 'fixed')
+    whole = torch.stack([gradient.norm() for gradient in references.values()]).norm()
+    for key, reference_gradient in references.items():
+        if bitwise:
+            assert torch.equal(gradients[key], reference_gradient), key
+        error = (gradients[key] - reference_gradient).norm()
+        assert error <= SPLIT_SUM_TOLERANCE * whole, (key, error / whole)
+        assert error <= OWN_NORM_TOLERANCE * reference_gradient.norm(), key
+
+
+@pytest.mark.parametrize('name', ['eval-pp2', 'eval-pp2-vpp2'])
+def test_forward_only_equals_training_losses(runs, name):
+    _, losses = runs
+    flat = [loss for rank in losses[name]['losses'] for loss in rank]
+    assert flat == losses[reference_name('mhc', {})]['losses'][0]
+
+
+@pytest.mark.parametrize('model', ['mhc', 'hc'])
+def test_distributed_optimizer_steps_as_the_plain_one(runs, model):
+    folder, _ = runs
+    plain, sharded = tensors(folder / f'plain-step-{model}'), tensors(folder / f'dist-step-{model}')
+    before = tensors(folder / f'{model}-weights')
+    assert plain.keys() == sharded.keys()
+    for key, value in plain.items():
+        assert torch.equal(value, sharded[key]), key
+        assert not torch.equal(value, before[key]), key
+
+
+def test_mapping_parameters_get_gradients(runs):
+    """A layout test that compares zeros with zeros would prove nothing."""
+    folder, _ = runs
+    for model in ('mhc', 'hc', 'head', 'moe'):
+        for key, gradient in tensors(folder / reference_name(model, {})).items():
+            if 'hyper_connection' in key or 'stream_merge' in key:
+                assert gradient.abs().max() > 1e-6, (model, key)
