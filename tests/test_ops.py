@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from megatron_mhc import ops
 
 # Largest absolute error of a map against fp64, per input dtype (maps are O(1)).

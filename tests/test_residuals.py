@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from megatron_mhc import ResidualConfig
 from megatron_mhc.hc import UnconstrainedHyperConnection
 from megatron_mhc.mhc import ManifoldHyperConnection

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from megatron_mhc import ResidualConfig
 
 SEQUENCE, VOCABULARY = 16, 64
@@ -13,6 +14,7 @@ SEQUENCE, VOCABULARY = 16, 64
 def megatron(tmp_path_factory):
     """Megatron's parallel state for a world of one, with our patches in place."""
     from megatron.core import parallel_state, tensor_parallel
+
     from megatron_mhc import cpu_device
     from megatron_mhc.patches import engine
     from megatron_mhc.patches.registry import RESIDUAL_PATCHES

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from megatron_mhc import ResidualConfig, with_residual
 
 # n = 2 streams with constant maps are the standard residual, bit for bit: halves of two equal
@@ -119,6 +120,7 @@ def test_constant_maps_with_multi_token_prediction(build, step):
 def test_standard_is_untouched(build, step):
     """With the patches in place, a model without settings is the stock one: class and numbers."""
     from megatron.core.transformer.transformer_block import TransformerBlock
+
     from megatron_mhc.patches import engine
     from megatron_mhc.patches.registry import RESIDUAL_PATCHES
 
@@ -299,6 +301,7 @@ def test_spec_transform_copies_and_is_idempotent(megatron):
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer
+
     from megatron_mhc.layer import HyperConnectionTransformerLayer
 
     spec, residual = get_gpt_layer_local_spec(), ResidualConfig()

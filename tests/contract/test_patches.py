@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from megatron_mhc.compat import core_version, require_supported_core
 from megatron_mhc.patches import engine
 
@@ -39,6 +40,7 @@ def sample(*, wrap=lambda original: lambda *a, **k: original(*a, **k), **changes
 @pytest.fixture
 def fitting(megatron):
     from megatron.core import utils
+
     from megatron_mhc.compat import core_minor
 
     minor = core_minor(core_version())

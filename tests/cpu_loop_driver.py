@@ -1,0 +1,96 @@
+"""Rank of an emulated world that runs several pretrain command lines one after another.
+
+``python tests/cpu_loop_driver.py CASES.json OUT.json`` in a torchrun-like environment. CASES is a
+list of ``[name, [argument, ...]]``; OUT receives name -> ``[loss, gradient norm]`` per iteration at
+full precision, written by the last rank because losses exist on the last pipeline stage only.
+``--with-float-parameters`` among the arguments is ours, see ``add_float_parameters``.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+WITH_FLOAT = '--with-float-parameters'
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recording(train_step, into):
+    def step(*args, **kwargs):
+        result = train_step(*args, **kwargs)
+        losses, grad_norm = result[0], result[5]
+        into.append([float(losses.get('lm loss', 'nan')), float(grad_norm)])
+        return result
+
+    return step
+
+
+def add_float_parameters(model_provider):
+    """Give every layer an fp32 parameter that takes part in the loss and stays fp32 under bf16."""
+    import torch
+
+    def scale(layer, args, output):
+        hidden, *rest = output
+        return ((hidden.float() * layer.float_gain).to(hidden.dtype), *rest)
+
+    def provide(*args, **kwargs):
+        model = model_provider(*args, **kwargs)
+        for layer in model.decoder.layers:
+            layer.float_gain = torch.nn.Parameter(torch.ones(model.config.hidden_size))
+            layer.register_forward_hook(scale)
+        half = model.bfloat16
+
+        def bfloat16():
+            half()
+            for layer in model.decoder.layers:
+                layer.float_gain.data = layer.float_gain.data.float()
+            return model
+
+        model.bfloat16 = bfloat16
+        return model
+
+    return provide
+
+
+def main(cases_path, out_path):
+    from megatron_mhc import cpu_device
+
+    cpu_device.install()
+    from megatron_mhc.patches import engine
+    from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
+    from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
+
+    engine.apply(CPU_DEVICE_PATCHES + FLOAT_PARAMETER_PATCHES)
+    import torch
+    from megatron.training import training
+
+    script = load_script(REPOSITORY / 'examples' / 'pretrain_gpt.py')
+    train_step, provider = training.train_step, script.model_provider
+    port = int(os.environ['MASTER_PORT'])
+    results = {}
+    for number, (name, arguments) in enumerate(json.loads(pathlib.Path(cases_path).read_text())):
+        print(f'### {name}', flush=True)
+        # A port of its own: the previous rendezvous may still linger.
+        os.environ['MASTER_PORT'] = str(port + number)
+        training.train_step = recording(train_step, results.setdefault(name, []))
+        with_float = WITH_FLOAT in arguments
+        script.model_provider = add_float_parameters(provider) if with_float else provider
+        sys.argv = [script.__file__, *(a for a in arguments if a != WITH_FLOAT)]
+        script.main()
+        torch.distributed.barrier()
+        training.destroy_global_state()
+        torch.distributed.destroy_process_group()
+    if int(os.environ['RANK']) == int(os.environ['WORLD_SIZE']) - 1:
+        pathlib.Path(out_path).write_text(json.dumps(results))
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,213 @@
+"""The command line: flags, their resolution, and a one-line refusal for everything wrong."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_mhc.arguments import residual_config_from_args
+from megatron_mhc.config import ResidualConfig
+
+MINIMAL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', '4']
+
+
+@pytest.fixture(scope='module')
+def parse():
+    """``parse(flags)`` through Megatron's own parser with the argument seam in place."""
+    from megatron.training import arguments
+
+    from megatron_mhc.patches import engine
+    from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
+    from megatron_mhc.patches.registry import RESIDUAL_PATCHES
+
+    engine.apply((ARGUMENTS_PATCH,))
+
+    def run(*flags):
+        parser = arguments.add_megatron_arguments(
+            argparse.ArgumentParser(prog='pretrain', allow_abbrev=False)
+        )
+        return parser.parse_args([*MINIMAL, *flags])
+
+    yield run
+    engine.revert((ARGUMENTS_PATCH, *RESIDUAL_PATCHES))
+
+
+def test_standard_is_the_default_and_patches_nothing(parse):
+    from megatron_mhc.patches import engine
+
+    args = parse()
+    assert args.residual_type == 'standard'
+    assert not residual_config_from_args(args).enabled
+    assert set(engine.applied()) & {'gpt-model', 'p2p', 'param-groups'} == set()
+
+
+def test_defaults_are_the_papers(parse):
+    args = parse('--residual-type', 'mhc')
+    assert (args.mhc_num_residual_streams, args.mhc_sinkhorn_iterations) == (4, 20)
+    assert (args.mhc_init_gating_factor, args.mhc_stream_merge) == (0.01, 'mean')
+    assert parse('--residual-type', 'hc').mhc_stream_merge == 'sum'
+
+
+def test_flags_reach_the_settings_and_survive_a_second_reading(parse):
+    args = parse(
+        *'--residual-type hc --mhc-num-residual-streams 2 --hc-variant static --hc-no-tanh'.split(),
+        *'--mhc-fixed-mappings pre res --mhc-mapping-weight-decay off --seed 3'.split(),
+    )
+    expected = ResidualConfig(
+        residual_type='hc',
+        num_residual_streams=2,
+        hc_variant='static',
+        hc_tanh=False,
+        fixed_mappings=('pre', 'res'),
+        mapping_weight_decay=False,
+        seed=3,
+    )
+    assert residual_config_from_args(args) == expected
+    # Megatron saves the namespace with a checkpoint: plain values only.
+    for name, value in vars(args).items():
+        if name.startswith(('residual', 'mhc_', 'hc_')):
+            assert isinstance(value, (str, int, float, bool, list, type(None))), name
+
+
+VPP = '--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1'
+REFUSED = {
+    '--residual-type residual': "argument --residual-type: invalid choice: 'residual'",
+    '--residual-type mhc --mhc-num-residual-streams 0': '--mhc-num-residual-streams 0: wanted',
+    '--residual-type mhc --mhc-num-residual-streams four': 'argument --mhc-num-residual-streams',
+    '--residual-type mhc --mhc-sinkhorn-iterations 0': '--mhc-sinkhorn-iterations 0: wanted',
+    '--residual-type mhc --mhc-init-gating-factor inf': '--mhc-init-gating-factor inf: wanted',
+    '--residual-type mhc --mhc-stream-merge max': 'argument --mhc-stream-merge: invalid choice',
+    '--mhc-num-residual-streams 4': '--mhc-num-residual-streams has no effect with --residual-type '
+    'standard',
+    '--hc-no-tanh': '--hc-no-tanh has no effect',
+    '--residual-type mhc --hc-variant static': '--hc-variant has no effect',
+    '--residual-type hc --mhc-sinkhorn-iterations 5': '--mhc-sinkhorn-iterations has no effect',
+    '--residual-type mhc --overlap-moe-expert-parallel-comm': '--overlap-moe-expert-parallel-comm '
+    'cannot be combined',
+    '--residual-type mhc --cuda-graph-impl local': '--cuda-graph-impl',
+    '--residual-type hc --transformer-impl inference_optimized': 'inference_optimized',
+    '--residual-type mhc --use-torch-fsdp2': '--use-torch-fsdp2',
+    '--residual-type mhc --yaml-cfg x.yaml': '--yaml-cfg cannot be combined',
+    '--residual-type mhc --hybrid-layer-pattern MM': '--hybrid-layer-pattern',
+    f'--residual-type mhc --no-overlap-p2p-communication {VPP}': '--no-overlap-p2p-communication',
+}
+
+
+@pytest.mark.parametrize('flags', REFUSED)
+def test_refusals_are_one_line_and_name_the_flag(parse, flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flags.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count('\n') == 1 and error.startswith('pretrain: error: ')
+    assert REFUSED[flags] in error
+
+
+def test_other_flags_keep_megatrons_own_errors(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse('--num-layers', 'many')
+    assert 'usage: pretrain' in capsys.readouterr().err
+
+
+def test_a_misspelt_flag_of_ours_is_refused_even_where_unknown_ones_pass(parse, capsys):
+    from megatron.training import arguments
+
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(prog='pretrain'))
+    parser.allow_abbrev = False
+    assert parser.parse_known_args([*MINIMAL, '--my-own-flag'])[1] == ['--my-own-flag']
+    with pytest.raises(SystemExit):
+        parser.parse_known_args([*MINIMAL, '--mhc-streams', '4'])
+    assert 'argument --mhc-streams: no such flag' in capsys.readouterr().err
+
+
+def write_checkpoint(folder, **saved):
+    (folder / 'iter_0000010').mkdir(parents=True)
+    (folder / 'latest_checkpointed_iteration.txt').write_text('10')
+    torch.save({'args': argparse.Namespace(**saved)}, folder / 'iter_0000010' / 'common.pt')
+    (folder / 'iter_0000010' / 'metadata.json').write_text(
+        '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",'
+        ' "common_backend_version": 1}'
+    )
+    return str(folder)
+
+
+def test_a_checkpoint_of_another_topology_is_refused(parse, tmp_path, capsys):
+    standard = write_checkpoint(tmp_path / 'standard', num_layers=2)
+    four = write_checkpoint(tmp_path / 'mhc', residual_type='mhc', mhc_num_residual_streams=4)
+    parse('--load', standard)
+    parse('--load', four, '--residual-type', 'mhc', '--mhc-sinkhorn-iterations', '30')
+    parse('--load', str(tmp_path / 'none'), '--residual-type', 'mhc')
+    for flags in (
+        ('--load', standard, '--residual-type', 'mhc'),
+        ('--load', four),
+        ('--load', four, '--residual-type', 'hc'),
+        ('--load', four, '--residual-type', 'mhc', '--mhc-num-residual-streams', '2'),
+        ('--pretrained-checkpoint', standard, '--residual-type', 'mhc'),
+    ):
+        with pytest.raises(SystemExit):
+            parse(*flags)
+        error = capsys.readouterr().err
+        assert error.count('\n') == 1 and 'the checkpoint was trained with' in error
+
+
+def run_python(code: str, **environment):
+    return subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_launcher_help_needs_no_megatron():
+    blocked = (
+        'import sys; sys.modules["megatron"] = sys.modules["triton"] = None\n'
+        'from megatron_mhc.run import main; main(["--help"])'
+    )
+    done = run_python(blocked)
+    assert done.returncode == 0, done.stderr
+    for text in ('--device', '--residual-type', '--mhc-num-residual-streams', 'default: 20'):
+        assert text in done.stdout
+
+
+def test_launcher_names_what_is_missing(tmp_path):
+    done = run_python('from megatron_mhc.run import main; main(["no_such_script.py"])')
+    assert done.returncode == 2 and 'SCRIPT no_such_script.py: no such file' in done.stderr
+    script = tmp_path / 'script.py'
+    script.write_text('')
+    code = f'from megatron_mhc.run import main; main(["--device", "cuda", {str(script)!r}])'
+    if not torch.cuda.is_available():
+        assert '--device cuda: torch sees no CUDA device' in run_python(code).stderr
+
+
+def test_adaptor_after_a_model_was_built_is_refused():
+    done = run_python(
+        'from megatron.core.models.gpt import GPTModel\n'
+        'model = GPTModel.__new__(GPTModel)\n'
+        'import megatron_mhc.adaptor'
+    )
+    assert done.returncode != 0
+    assert 'RuntimeError: a GPTModel exists already' in done.stderr
+
+
+def test_adaptor_after_arguments_were_parsed_is_refused():
+    done = run_python(
+        'from megatron.training import global_vars\n'
+        'global_vars._GLOBAL_ARGS = object()\n'
+        'import megatron_mhc.adaptor'
+    )
+    assert 'RuntimeError: Megatron has parsed its arguments' in done.stderr
+
+
+def test_an_unsupported_core_is_refused(monkeypatch):
+    from megatron_mhc import compat
+
+    for version, message in (
+        (None, 'not installed'),
+        ('0.16.1', '>=0.17,<0.20'),
+        ('0.20.0', '0.20'),
+    ):
+        monkeypatch.setattr(compat, 'core_version', lambda version=version: version)
+        with pytest.raises(RuntimeError, match=message):
+            compat.require_supported_core()
