@@ -28,7 +28,7 @@ def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Na
         return None
     written = tracker.read_text().strip()
     folder = 'release' if written == 'release' and step is None else f'iter_{step or written:0>7}'
-    if not (root / folder / 'common.pt').is_file():
+    if not (root / folder / 'metadata.json').is_file():
         return None  # the per-rank format: compared by Megatron's own argument check on load
     from megatron.core.dist_checkpointing import load_common_state_dict
 

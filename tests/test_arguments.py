@@ -203,11 +203,8 @@ def test_adaptor_after_arguments_were_parsed_is_refused():
 def test_an_unsupported_core_is_refused(monkeypatch):
     from megatron_mhc import compat
 
-    for version, message in (
-        (None, 'not installed'),
-        ('0.16.1', '>=0.17,<0.20'),
-        ('0.20.0', '0.20'),
-    ):
+    refused = {None: 'not installed', '0.16.1': '>=0.17,<0.20', '0.20.0': 'outside'}
+    for version, message in refused.items():
         monkeypatch.setattr(compat, 'core_version', lambda version=version: version)
         with pytest.raises(RuntimeError, match=message):
             compat.require_supported_core()

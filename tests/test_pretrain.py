@@ -1,0 +1,190 @@
+"""The real training loop through the launcher, with a script that knows nothing of streams.
+
+Numbers are compared in checkpoints, where every weight and optimizer state has all its bits; the
+log prints seven digits.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPT = ROOT / 'examples' / 'pretrain_gpt.py'
+MODEL = (
+    '--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '
+    '--max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 4 --mock-data '
+    '--tokenizer-type NullTokenizer --vocab-size 63 --lr 1e-2 --min-lr 1e-3 --train-iters 9 '
+    '--lr-decay-style cosine --weight-decay 0.1 --eval-iters 1 --eval-interval 100 '
+    '--log-interval 1 --split 98,1,1 --num-workers 0 --untie-embeddings-and-output-weights'
+).split()
+PP2 = ['--pipeline-model-parallel-size', '2']
+MHC = ['--residual-type', 'mhc', '--mhc-init', 'identity']
+FIXED_MASKS = ['--hidden-dropout', '0', '--attention-dropout', '0']  # each rank seeds its own
+LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
+
+
+def command(world: int, *flags: str, launcher: tuple[str, ...] = ('-m', 'megatron_mhc.run')):
+    start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
+    return [*start, str(world), *launcher, str(SCRIPT), *MODEL, *flags]
+
+
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+
+
+def train(world: int, *flags: str, **options) -> dict[int, tuple[float, float]]:
+    """Run to the end; iteration -> (loss, gradient norm)."""
+    done = subprocess.run(
+        command(world, *flags, **options),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {int(i): (float(loss), float(norm)) for i, loss, norm in LINE.findall(done.stdout)}
+
+
+def tensors(folder: pathlib.Path, iteration: int) -> dict[str, torch.Tensor]:
+    reader = FileSystemReader(folder / f'iter_{iteration:07d}')
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, 'size')
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_equal_checkpoints(a: pathlib.Path, b: pathlib.Path, iteration: int) -> None:
+    first, second = tensors(a, iteration), tensors(b, iteration)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+    """Nine iterations of mhc on two pipeline stages, saved every third."""
+    folder = tmp_path_factory.mktemp('unbroken')
+    curve = train(2, *PP2, *MHC, *FIXED_MASKS, '--save', str(folder), '--save-interval', '3')
+    return folder, curve
+
+
+def test_standard_is_bitwise_stock(tmp_path):
+    """Against a driver that installs the CPU device and none of the residual patches."""
+    stock = tmp_path / 'driver.py'
+    stock.write_text(
+        'import runpy, sys\n'
+        'from megatron_mhc import cpu_device\n'
+        'cpu_device.install()\n'
+        'from megatron_mhc.patches import engine\n'
+        'from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES\n'
+        'engine.apply(CPU_DEVICE_PATCHES)\n'
+        'sys.argv = sys.argv[1:]\n'
+        'sys.path.insert(0, "")\n'
+        'runpy.run_path(sys.argv[0], run_name="__main__")\n'
+    )
+    save = ('--save', str(tmp_path / 'stock'), '--save-interval', '9')
+    train(1, *save, launcher=(str(stock),))
+    train(1, '--save', str(tmp_path / 'ours'), '--save-interval', '9')
+    assert_equal_checkpoints(tmp_path / 'stock', tmp_path / 'ours', 9)
+
+
+def test_loss_falls(unbroken):
+    _, curve = unbroken
+    assert sorted(curve) == list(range(1, 10))
+    assert curve[9][0] < curve[1][0] - 0.1
+
+
+def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path):
+    """kill -9 after the first checkpoint, then the same command again."""
+    folder, _ = unbroken
+    flags = (*PP2, *MHC, *FIXED_MASKS, '--save', str(tmp_path), '--load', str(tmp_path), '--save-interval', '3')
+    with open(tmp_path / 'log', 'w') as log:
+        first = subprocess.Popen(
+            command(2, *flags), stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT
+        )
+    tracker = tmp_path / 'latest_checkpointed_iteration.txt'
+    deadline = time.monotonic() + 200
+    while not tracker.is_file() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    # The pipeline's workers have sessions of their own under torchrun.
+    subprocess.run(['pkill', '-9', '-f', str(tmp_path)], check=False)
+    assert tracker.is_file(), (tmp_path / 'log').read_text()[-3000:]
+    assert not (tmp_path / 'iter_0000009').exists(), 'the run ended before it could be killed'
+    train(2, *flags)
+    assert_equal_checkpoints(folder, tmp_path, 9)
+
+
+@pytest.mark.parametrize(
+    'layout',
+    [
+        ['--tensor-model-parallel-size', '2', '--sequence-parallel'],
+        [*PP2, '--num-layers-per-virtual-pipeline-stage', '1'],
+    ],
+    ids=['tp2-sp', 'pp2-vpp2'],
+)
+def test_checkpoint_resumes_in_another_layout(unbroken, tmp_path, layout):
+    folder, curve = unbroken
+    resumed = train(2, *layout, *MHC, *FIXED_MASKS, '--load', str(folder), '--ckpt-step', '6')
+    assert sorted(resumed) == [7, 8, 9]
+    for iteration, (loss, norm) in resumed.items():
+        assert norm == pytest.approx(curve[iteration][1], rel=2e-3), iteration
+        if iteration > 8:  # Megatron averages the first two logged losses of every run
+            assert loss == pytest.approx(curve[iteration][0], rel=1e-5), iteration
+
+
+def test_refusal_reaches_the_shell_before_any_work(unbroken, tmp_path):
+    folder, _ = unbroken
+    done = subprocess.run(
+        [sys.executable, '-m', 'megatron_mhc.run', str(SCRIPT), *MODEL, '--load', str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if 'error:' in line]
+    assert len(error) == 1 and 'the checkpoint was trained with residual connections' in error[0]
+    assert 'initializing torch distributed' not in done.stdout
+
+
+def test_the_adaptor_does_what_the_launcher_does(tmp_path):
+    """One import line at the top of the script, no launcher."""
+    script = tmp_path / 'pretrain_mine.py'
+    script.write_text('import megatron_mhc.adaptor\n' + SCRIPT.read_text())
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc-per-node',
+            '1',
+            str(script),
+            *MODEL,
+            '--residual-type',
+            'hc',
+            '--train-iters',
+            '2',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**ENVIRONMENT, 'MEGATRON_MHC_DEVICE': 'auto'},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(LINE.findall(done.stdout)) == 2
+    assert 'residual_type ................................... hc' in done.stdout
