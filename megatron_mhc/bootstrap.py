@@ -41,11 +41,14 @@ def prepare(device: str) -> None:
         cpu_device.install()
     from megatron_mhc.patches import engine
     from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
+    from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH, ships_prebuilt_helpers
 
     if cpu_device.is_installed():
         from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
 
         engine.apply(CPU_DEVICE_PATCHES)
+    if ships_prebuilt_helpers():
+        engine.apply((DATASET_HELPERS_PATCH,))
     engine.apply((ARGUMENTS_PATCH,))
 
 

@@ -23,10 +23,6 @@ def _allow_no_cuda(original: Callable) -> Callable:
     return functools.partial(original, allow_no_cuda=True)
 
 
-def _skip(original: Callable) -> Callable:
-    return lambda: None
-
-
 def _splits_to_numpy(original: Callable) -> Callable:
     def move(tensor, as_numpy=False, record_stream=False):
         # The original converts only what it moved, and all_to_all takes no tensor as split sizes.
@@ -109,13 +105,6 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         fingerprints={'0.17': 'd2c56f52', '0.18': '650a2e0f', '0.19': '625d0daa'},
     ),
     CPU_ARGUMENTS_PATCH,
-    Patch(
-        id='cpu-prebuilt-helpers',
-        target='megatron.core.datasets.utils:compile_helpers',
-        wrap=_skip,
-        reason='the wheel ships the data helpers built, without the Makefile that would build them',
-        fingerprints=dict.fromkeys(_ALL, 'e3b0c442'),
-    ),
     Patch(
         id='cpu-alltoall-splits',
         target='megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu',

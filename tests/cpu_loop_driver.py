@@ -6,6 +6,7 @@ full precision, written by the last rank because losses exist on the last pipeli
 ``--with-float-parameters`` among the arguments is ours, see ``add_float_parameters``.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -66,20 +67,22 @@ def main(cases_path, out_path):
     cpu_device.install()
     from megatron_mhc.patches import engine
     from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
+    from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
     from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
 
-    engine.apply(CPU_DEVICE_PATCHES + FLOAT_PARAMETER_PATCHES)
+    engine.apply((DATASET_HELPERS_PATCH, *CPU_DEVICE_PATCHES, *FLOAT_PARAMETER_PATCHES))
     import torch
     from megatron.training import training
 
     script = load_script(REPOSITORY / 'examples' / 'pretrain_gpt.py')
     train_step, provider = training.train_step, script.model_provider
-    port = int(os.environ['MASTER_PORT'])
+    store = torch.distributed.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
     results = {}
     for number, (name, arguments) in enumerate(json.loads(pathlib.Path(cases_path).read_text())):
         print(f'### {name}', flush=True)
-        # A port of its own: the previous rendezvous may still linger.
-        os.environ['MASTER_PORT'] = str(port + number)
+        # All cases meet in the parent's store, each under a prefix of its own.
+        meeting = torch.distributed.PrefixStore(str(number), store)
+        script.pretrain = functools.partial(training.pretrain, store=meeting)
         training.train_step = recording(train_step, results.setdefault(name, []))
         with_float = WITH_FLOAT in arguments
         script.model_provider = add_float_parameters(provider) if with_float else provider

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -89,7 +89,8 @@ def test_standard_is_bitwise_stock(tmp_path):
         'cpu_device.install()\n'
         'from megatron_mhc.patches import engine\n'
         'from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES\n'
-        'engine.apply(CPU_DEVICE_PATCHES)\n'
+        'from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH\n'
+        'engine.apply((DATASET_HELPERS_PATCH, *CPU_DEVICE_PATCHES))\n'
         'sys.argv = sys.argv[1:]\n'
         'sys.path.insert(0, "")\n'
         'runpy.run_path(sys.argv[0], run_name="__main__")\n'
@@ -109,7 +110,17 @@ def test_loss_falls(unbroken):
 def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path):
     """kill -9 after the first checkpoint, then the same command again."""
     folder, _ = unbroken
-    flags = (*PP2, *MHC, *FIXED_MASKS, '--save', str(tmp_path), '--load', str(tmp_path), '--save-interval', '3')
+    flags = (
+        *PP2,
+        *MHC,
+        *FIXED_MASKS,
+        '--save',
+        str(tmp_path),
+        '--load',
+        str(tmp_path),
+        '--save-interval',
+        '3',
+    )
     with open(tmp_path / 'log', 'w') as log:
         first = subprocess.Popen(
             command(2, *flags), stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT
@@ -118,10 +129,11 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path):
     deadline = time.monotonic() + 200
     while not tracker.is_file() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
+    # torchrun's workers, and the checkpoint writers they spawn, have sessions of their own.
+    launcher = psutil.Process(first.pid)
+    for process in (*launcher.children(recursive=True), launcher):
+        process.kill()
     first.wait()
-    # The pipeline's workers have sessions of their own under torchrun.
-    subprocess.run(['pkill', '-9', '-f', str(tmp_path)], check=False)
     assert tracker.is_file(), (tmp_path / 'log').read_text()[-3000:]
     assert not (tmp_path / 'iter_0000009').exists(), 'the run ended before it could be killed'
     train(2, *flags)

@@ -1,0 +1,89 @@
+"""Pipeline edges: stages that disagree are stopped, with the rank and the widths named."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mhc import ResidualConfig
+
+WORKER = pathlib.Path(__file__).parent / 'layouts' / 'edge_worker.py'
+
+
+def test_stages_that_disagree_are_stopped(tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    done = subprocess.run(
+        [*command, '--nproc-per-node', '2', str(WORKER), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
+    assert first['equal'] == second['equal'] == ''
+    assert 'rank 0 has [mhc, 4 streams of 32], its neighbour rank 1 has [mhc, 2' in first['streams']
+    assert (
+        'rank 1 has [mhc, 2 streams of 32], its neighbour rank 0 has [mhc, 4' in second['streams']
+    )
+    assert 'pipeline rank 1 announced no n-stream edge' in first['stock']
+
+
+@pytest.fixture
+def communicate():
+    """The widened ``_communicate`` around a function that returns the shape it was given."""
+    from megatron_mhc.patches.p2p import P2P_PATCH
+
+    config = SimpleNamespace(
+        hidden_size=8,
+        variable_seq_lengths=False,
+        residual_config=ResidualConfig(num_residual_streams=4),
+    )
+    wrapped = P2P_PATCH.wrap(lambda self, *, tensor_shape, **kwargs: tensor_shape)
+
+    def call(tensor_shape, **kwargs):
+        return wrapped(SimpleNamespace(config=config), tensor_shape=tensor_shape, **kwargs)
+
+    call.config = config
+    return call
+
+
+def test_messages_are_widened(communicate):
+    assert communicate((5, 2, 8)) == (5, 2, 32)
+    assert communicate(None, tensor_send_next=torch.zeros(5, 2, 32)) is None
+    communicate.config.residual_config = ResidualConfig('standard')
+    assert communicate((5, 2, 8)) == (5, 2, 8)
+    communicate.config.residual_config = ResidualConfig()
+    communicate.config.variable_seq_lengths = True
+    assert communicate((5, 2, 8)) == (5, 2, 8)
+
+
+@pytest.mark.parametrize('direction', ['tensor_send_next', 'tensor_send_prev'])
+def test_a_narrow_message_is_not_sent(communicate, direction):
+    with pytest.raises(RuntimeError, match=rf'{direction} has shape \[5, 2, 8\]'):
+        communicate((5, 2, 8), **{direction: torch.zeros(5, 2, 8)})
+
+
+def test_shapes_are_negotiated_behind_the_final_norm():
+    """With multi-token prediction alone on the last stage, some edges are one stream wide."""
+    from megatron_mhc.patches.p2p import negotiate_shapes_if_needed
+
+    def config(*last):
+        stages = [[[SimpleNamespace(name='decoder')]], [[SimpleNamespace(name=n) for n in last]]]
+        return SimpleNamespace(
+            mtp_num_layers=1,
+            variable_seq_lengths=False,
+            pipeline_model_parallel_layout=SimpleNamespace(layout=stages),
+        )
+
+    for last, expected in ((('mtp', 'loss'), True), (('decoder', 'mtp', 'loss'), False)):
+        settings = config(*last)
+        negotiate_shapes_if_needed(settings)
+        assert settings.variable_seq_lengths is expected
