@@ -40,8 +40,7 @@ ARGS_DEFAULTS = {'tokenizer_type': 'GPT2BPETokenizer'}
 def layer_spec(args, config, vp_stage=None):
     """The decoder's spec: ``--spec`` if given, else Transformer Engine's or the local one."""
     if args.spec is not None:
-        spec = import_module(args.spec)
-        return spec(config) if callable(spec) else spec
+        return import_module(args.spec)
     use_te = args.transformer_impl == 'transformer_engine'
     if args.num_experts:
         # Dense and expert layers may alternate, so the whole block is specified.

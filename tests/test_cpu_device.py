@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -57,9 +56,8 @@ def spawn(folder, world, cases):
     folder.mkdir()
     lines = [[name, (MODEL + arguments).split()] for name, arguments in cases.items()]
     (folder / 'cases.json').write_text(json.dumps(lines))
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
+    # The ranks join this store instead of opening a port, which a gloo socket may hold already.
+    store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     ranks = []
     for rank in range(world):
         env = {
@@ -69,7 +67,7 @@ def spawn(folder, world, cases):
             'WORLD_SIZE': str(world),
             'LOCAL_WORLD_SIZE': str(world),
             'MASTER_ADDR': '127.0.0.1',
-            'MASTER_PORT': str(port),
+            'MASTER_PORT': str(store.port),
             'PYTHONPATH': os.pathsep.join([*filter(None, sys.path), str(REPOSITORY)]),
         }
         command = [sys.executable, str(DRIVER), str(folder / 'cases.json'), str(folder / 'out')]

@@ -38,6 +38,8 @@ FULL = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompu
 CORE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn']}
 NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']}
 
+MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
+
 # model -> what distinguishes it
 MODELS = {
     'mhc': {'residual': MHC},
@@ -46,6 +48,7 @@ MODELS = {
     'tied': {'residual': MHC, 'tied': True},
     'moe': {'residual': MHC, 'config': MOE},
     'fixed': {'residual': FIXED},
+    'mtp': {'residual': MHC, 'config': {'mtp_num_layers': 1, 'apply_rope_fusion': False}},
 }
 # (case, model, world, changes, bitwise). The reference of a case is its model in one process on the
 # same microbatches.
@@ -68,7 +71,10 @@ CASES = [
     ('tp2-sp', 'hc', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('tp2-sp', 'head', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('ep2', 'moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
+    ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp4', 'mhc', 4, {'layout': {'pp': 4}}, True),
+    # The final norm lies before the last stage, so the last edge is one stream wide.
+    ('pp4-mtp-last', 'mtp', 4, {'layout': {'pp': 4}, 'config': MTP_LAST}, False),
     ('pp4', 'hc', 4, {'layout': {'pp': 4}}, True),
     ('pp2-tp2', 'mhc', 4, {'layout': {'pp': 2, 'tp': 2}}, False),
     ('pp2-tp2-sp', 'hc', 4, {'layout': {'pp': 2, 'tp': 2, 'sp': True}}, False),

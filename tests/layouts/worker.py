@@ -26,6 +26,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
 )
 from megatron.core.num_microbatches_calculator import (  # noqa: E402
     init_num_microbatches_calculator,
@@ -100,6 +101,12 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
                     ignore_virtual=False, vp_stage=stage
                 ),
                 share_embeddings_and_output_weights=case.get('tied', False),
+                position_embedding_type='rope' if config.mtp_num_layers else 'learned_absolute',
+                mtp_block_spec=get_gpt_mtp_block_spec(
+                    config, get_gpt_layer_local_spec(), use_transformer_engine=False, vp_stage=stage
+                )
+                if config.mtp_num_layers
+                else None,
                 vp_stage=stage,
             )
         )
