@@ -39,7 +39,9 @@ setup(
         'training': [
             'megatron-core[training]' + COMPAT['CORE_SPECIFIER'],
             'tensorboard',
+            # The quick start in tools/: plot, progress, and an orderly end of its processes.
             'matplotlib',
+            'psutil',
             'tqdm',
         ],
         'te': ['transformer-engine[pytorch]'],

@@ -22,10 +22,18 @@ if [ -n "${PYTHON:-}" ]; then
 fi
 
 pyenv_root=${PYENV_ROOT:-$(pyenv root 2>/dev/null || echo "$HOME/.pyenv")}
+
+# Every one of that name on PATH, one a line, then pyenv's.
+candidates() {
+    echo "$PATH" | tr ':' '\n' | sed "s,\$,/$1,"
+    printf '%s\n' "$pyenv_root"/versions/3.*/bin/"$1"
+}
+
 for name in python3.12 python3.13 python3.14 python3 python; do
-    for path in "$(command -v "$name")" "$pyenv_root"/versions/3.*/bin/"$name"; do
-        [ -x "$path" ] && usable "$path" && echo "$path" && exit 0
-    done
+    found=$(candidates "$name" | while read -r path; do
+        [ -x "$path" ] && usable "$path" && echo "$path" && break
+    done)
+    [ -n "$found" ] && echo "$found" && exit 0
 done
 
 echo "No Python >= 3.12 found: install one (apt install python3.12 python3.12-venv, or brew" \

@@ -1,0 +1,35 @@
+# `make train` is the quick start; `make help` lists everything.
+#
+#   PYTHON  a Python >= 3.12 to make the environment with (otherwise one is looked for)
+#   VENV    where the environment is (.venv)
+#   ARGS    options for the target, e.g. make train ARGS='--iters 50'
+
+VENV ?= .venv
+export PYTHON
+RUN := $(VENV)/bin/python
+
+.PHONY: help train compare test lint clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
+	@echo "  ARGS='...' passes options on, e.g. make train ARGS=--help"
+
+# The stamp is written last, so an interrupted installation is made again.
+$(VENV)/.installed: setup.py megatron_mhc/compat.py
+	@tools/make_env.sh $(VENV)
+
+train: $(VENV)/.installed ## train a small GPT with mHC on real text and plot its losses
+	@$(RUN) tools/quickstart.py train $(ARGS)
+
+compare: $(VENV)/.installed ## train standard, hc and mhc from one seed and plot them together
+	@$(RUN) tools/quickstart.py compare $(ARGS)
+
+test: $(VENV)/.installed ## run the tests
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed ## check style and imports
+	@$(RUN) -m ruff check . $(ARGS)
+
+clean: ## remove caches, builds and the runs of train and compare (not .venv)
+	rm -rf build dist *.egg-info runs .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -exec rm -rf {} +

@@ -1,0 +1,159 @@
+"""Train a small GPT with hyper-connections on real text, on whatever this machine has.
+
+``train`` trains one model; ``compare`` trains standard, hc and mhc residuals from one seed on the
+same data. Both go through Megatron's own training loop (examples/pretrain_gpt.py), resume from
+their last checkpoint, and end with a plot of the losses.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+import statistics
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import plot_losses
+import quickstart_flags
+import supervise
+from prepare_corpus import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='quickstart.py',
+        usage='%(prog)s {train,compare} [options] [-- MEGATRON_FLAGS]',
+        description=__doc__,
+        epilog='Flags after a bare -- go to Megatron: train -- --lr 1e-3 --num-layers 6',
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument('task', choices=['train', 'compare'])
+    parser.add_argument('--iters', type=int, help='iterations (default: train 300, compare 100)')
+    parser.add_argument(
+        '--residual-type',
+        choices=list(quickstart_flags.RESIDUAL),
+        default='mhc',
+        help='what train trains (default: mhc)',
+    )
+    parser.add_argument('--seed', type=int, default=1234)
+    parser.add_argument('--fresh', action='store_true', help='remove earlier runs of this task')
+    parser.add_argument('--output', type=Path, default=ROOT / 'runs', help='default: runs/')
+    parser.add_argument(
+        '--corpus-source', type=Path, help="folder of text (default: Python's standard library)"
+    )
+    parser.add_argument('--corpus-glob', default='**/*.py', help='files in it (default: **/*.py)')
+    # argparse cannot give what follows a bare -- to one list, so it is cut off here.
+    argv, megatron = split_at(sys.argv[1:] if argv is None else argv, '--')
+    options = parser.parse_args(argv)
+    options.megatron = megatron
+    options.iters = options.iters or {'train': 300, 'compare': 100}[options.task]
+    if options.iters < 1:
+        parser.error(f'--iters {options.iters}: at least one iteration is needed')
+    return options
+
+
+def split_at(items: list[str], mark: str) -> tuple[list[str], list[str]]:
+    at = items.index(mark) if mark in items else len(items)
+    return items[:at], items[at + 1 :]
+
+
+def gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def shown(path: Path) -> Path:
+    """``path`` relative to where the user is, if it lies there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def train(run: Path, residual: str, options: argparse.Namespace, gpus: int) -> None:
+    """Train one model in the folder ``run``, or go on with it; raises what ``supervise`` does."""
+    done = supervise.latest_checkpoint(run / 'checkpoints')
+    if done is not None and done >= options.iters:
+        print(f'{shown(run)}: already trained to iteration {done} (--iters for more, or --fresh)')
+        return
+    if done is not None:
+        print(f'{shown(run)}: resuming at iteration {done}')
+    processes, parallel = quickstart_flags.parallel(gpus)
+    script = [
+        *('-m', 'megatron_mhc.run', str(ROOT / 'examples' / 'pretrain_gpt.py')),
+        *quickstart_flags.RESIDUAL[residual],
+        *quickstart_flags.MODEL,
+        *quickstart_flags.OPTIMIZER,
+        *parallel,
+        *quickstart_flags.schedule(options.iters, options.seed),
+        *quickstart_flags.data(options.output / 'corpus'),
+        *quickstart_flags.outputs(run),
+        *options.megatron,
+    ]
+    launcher = ['--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node', str(processes)]
+    run.mkdir(parents=True, exist_ok=True)
+    (run / 'command.sh').write_text(shlex.join(['torchrun', *launcher, *script]) + '\n')
+    print(f'Training {residual} on {processes} {"GPU" if gpus else "CPU"} process(es).')
+    print(f'  command {shown(run / "command.sh")}, all output {shown(run / "train.log")}')
+    command = [sys.executable, '-m', 'torch.distributed.run', *launcher, *script]
+    env = quickstart_flags.environment(processes, gpus)
+    supervise.run(command, env, run / 'train.log', residual)
+
+
+def report(runs: dict[str, Path], options: argparse.Namespace, image: Path) -> None:
+    """Plot the losses of ``runs`` and print a table of them."""
+    losses = {name: plot_losses.read_losses(path / 'tensorboard') for name, path in runs.items()}
+    plot_losses.plot(losses, image, 'Byte-level GPT: training, and validation on held-out files')
+    (image.with_suffix('.json')).write_text(json.dumps(losses, indent=1))
+    print(f'\n{"residual":10} {"first validation":>22} {"last validation":>22} {"s/iteration":>12}')
+    for name, path in runs.items():
+        valid = losses[name][plot_losses.VALID]
+        ends = [f'{valid[i]:.3f} at iteration {i}' for i in (min(valid), max(valid))]
+        print(f'{name:10} {ends[0]:>22} {ends[1]:>22} {seconds_per_iteration(path):12.2f}')
+    print(f'(nats per byte on files not trained on; guessing all bytes alike: {math.log(256):.3f})')
+    if options.task == 'compare':
+        print('One seed and a run this short show that all three train, not which is best.')
+
+
+def seconds_per_iteration(run: Path) -> float:
+    """Median over the iteration lines of the log, in which Megatron reports milliseconds."""
+    log = (run / 'train.log').read_text(errors='replace')
+    return statistics.median(map(float, supervise.MILLISECONDS.findall(log))) / 1000
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    started = time.monotonic()
+    folder = options.output = options.output.resolve()
+    every = options.task == 'compare'
+    names = list(quickstart_flags.RESIDUAL) if every else [options.residual_type]
+    runs = {name: folder / options.task / name for name in names}
+    if options.fresh:
+        for run in runs.values():
+            shutil.rmtree(run, ignore_errors=True)
+    try:
+        source = options.corpus_source or Path(sysconfig.get_path('stdlib'))
+        prepare(folder / 'corpus', source, options.corpus_glob)
+        gpus = gpu_count()
+        for name, run in runs.items():
+            train(run, name, options, gpus)
+        image = folder / options.task / 'losses.png'
+        report(runs, options, image)
+    except KeyboardInterrupt:
+        sys.exit('Stopped. The same command goes on from the last checkpoint, if there is one.')
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f'quickstart: error: {error}')
+    print(f"""
+Done in {time.monotonic() - started:.0f} s. Where to look next:
+  {shown(image)}: the losses as a picture
+  {sys.executable} -m tensorboard.main --logdir {shown(folder / options.task)}
+  {shown(run / 'command.sh')}: the command, to copy and change
+  {shown(run / 'checkpoints')}: Megatron checkpoints; more --iters go on from there
+  tools/quickstart_flags.py: every flag of the model and its training""")
+
+
+if __name__ == '__main__':
+    main()
