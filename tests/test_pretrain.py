@@ -23,7 +23,7 @@ SCRIPT = ROOT / 'examples' / 'pretrain_gpt.py'
 MODEL = (
     '--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '
     '--max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 4 --mock-data '
-    '--tokenizer-type NullTokenizer --vocab-size 63 --lr 1e-2 --min-lr 1e-3 --train-iters 9 '
+    '--tokenizer-type NullTokenizer --vocab-size 255 --lr 1e-2 --min-lr 1e-3 --train-iters 9 '
     '--lr-decay-style cosine --weight-decay 0.1 --eval-iters 1 --eval-interval 100 '
     '--log-interval 1 --split 98,1,1 --num-workers 0 --untie-embeddings-and-output-weights'
 ).split()

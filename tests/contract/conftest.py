@@ -10,7 +10,7 @@ from megatron_mhc import ResidualConfig
 SEQUENCE, VOCABULARY = 16, 64
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def megatron(tmp_path_factory):
     """Megatron's parallel state for a world of one, with our patches in place."""
     from megatron.core import parallel_state, tensor_parallel
