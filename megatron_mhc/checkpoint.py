@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+import torch
+
 from megatron_mhc.arguments import residual_config_from_args, same_structure
 from megatron_mhc.config import ResidualConfig
 
@@ -16,7 +18,7 @@ TRACKER = 'latest_checkpointed_iteration.txt'
 
 
 def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Namespace | None:
-    """The arguments saved in a distributed checkpoint; None where there is nothing to read.
+    """The arguments saved with a checkpoint of any format; None where there is nothing to read.
 
     Args:
         directory: what ``--load`` names: a folder with a tracker file.
@@ -28,11 +30,16 @@ def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Na
         return None
     written = tracker.read_text().strip()
     folder = 'release' if written == 'release' and step is None else f'iter_{step or written:0>7}'
-    if not (root / folder / 'metadata.json').is_file():
-        return None  # the per-rank format: compared by Megatron's own argument check on load
-    from megatron.core.dist_checkpointing import load_common_state_dict
+    if (root / folder / 'metadata.json').is_file():
+        from megatron.core.dist_checkpointing import load_common_state_dict
 
-    return load_common_state_dict(str(root / folder)).get('args')
+        return load_common_state_dict(str(root / folder)).get('args')
+    # One file per rank: mapped, so that only the arguments are read. It is a pickle, as it is for
+    # Megatron, which loads it whole a moment later.
+    for file in sorted((root / folder).glob('mp_rank_00*/model_optim_rng.pt')):
+        state = torch.load(file, map_location='cpu', mmap=True, weights_only=False)
+        return state.get('args')
+    return None
 
 
 def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source: str) -> None:

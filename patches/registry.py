@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
-from megatron_mhc.patches.checkpoint_args import CHECKPOINT_ARGS_PATCH
 from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
 from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
 from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
@@ -14,7 +13,6 @@ RESIDUAL_PATCHES = (
     GPT_MODEL_PATCH,
     P2P_PATCH,
     PARAM_GROUPS_PATCH,
-    CHECKPOINT_ARGS_PATCH,
     *FLOAT_PARAMETER_PATCHES,
 )
 ALL_PATCHES = (DATASET_HELPERS_PATCH, ARGUMENTS_PATCH, *RESIDUAL_PATCHES)

@@ -1,10 +1,12 @@
 """Tests run anywhere: without CUDA, Megatron finds the emulated device."""
 
 import os
+import pathlib
 import secrets
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader, load
 
 from megatron_mhc import cpu_device
 
@@ -19,3 +21,20 @@ def random_seed() -> int:
     print(f'REPEAT_SEED={seed}')
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture(scope='session')
+def tensors():
+    """``tensors(path)``: all tensors of a distributed checkpoint, whole, without Megatron."""
+
+    def read(path: pathlib.Path) -> dict[str, torch.Tensor]:
+        reader = FileSystemReader(path)
+        state = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in reader.read_metadata().state_dict_metadata.items()
+            if hasattr(entry, 'size')
+        }
+        load(state, storage_reader=reader, no_dist=True)
+        return state
+
+    return read

@@ -141,7 +141,15 @@ def test_a_checkpoint_of_another_topology_is_refused(parse, tmp_path, capsys):
     parse('--load', standard)
     parse('--load', four, '--residual-type', 'mhc', '--mhc-sinkhorn-iterations', '30')
     parse('--load', str(tmp_path / 'none'), '--residual-type', 'mhc')
+    (tmp_path / 'per-rank' / 'iter_0000010' / 'mp_rank_00_000').mkdir(parents=True)
+    (tmp_path / 'per-rank' / 'latest_checkpointed_iteration.txt').write_text('10')
+    torch.save(
+        {'args': argparse.Namespace(residual_type='hc'), 'model': torch.zeros(8)},
+        tmp_path / 'per-rank' / 'iter_0000010' / 'mp_rank_00_000' / 'model_optim_rng.pt',
+    )
+    parse('--load', str(tmp_path / 'per-rank'), '--residual-type', 'hc')
     for flags in (
+        ('--load', str(tmp_path / 'per-rank')),
         ('--load', standard, '--residual-type', 'mhc'),
         ('--load', four),
         ('--load', four, '--residual-type', 'hc'),

@@ -15,7 +15,6 @@ import sys
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
 
 WORKER = pathlib.Path(__file__).parent / 'layouts' / 'worker.py'
 # fp32. A gating factor's gradient is one scalar in which thousands of terms cancel, so tensors are
@@ -108,18 +107,6 @@ def launch(world: int, cases: list[dict], folder: pathlib.Path) -> dict:
     return json.loads((folder / f'results-{world}.json').read_text())
 
 
-def tensors(path: pathlib.Path) -> dict[str, torch.Tensor]:
-    """All tensors of a distributed checkpoint, whole, without Megatron."""
-    reader = FileSystemReader(path)
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(entry, 'size')
-    }
-    load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
 def reference_name(model: str, changes: dict) -> str:
     return f'{model}-reference-{changes.get("microbatches", 4)}'
 
@@ -169,7 +156,7 @@ def runs(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     ('name', 'model', 'changes', 'bitwise'),
     [pytest.param(c[0], c[1], c[3], c[4], id=f'{c[0]}-{c[1]}') for c in CASES],
 )
-def test_layout_equals_one_process(runs, name, model, changes, bitwise):
+def test_layout_equals_one_process(runs, tensors, name, model, changes, bitwise):
     folder, losses = runs
     case, reference = f'{name}-{model}', reference_name(model, changes)
     got = sorted(loss for rank in losses[case]['losses'] for loss in rank)
@@ -196,7 +183,7 @@ def test_forward_only_equals_training_losses(runs, name):
 
 
 @pytest.mark.parametrize('model', ['mhc', 'hc'])
-def test_distributed_optimizer_steps_as_the_plain_one(runs, model):
+def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
     folder, _ = runs
     plain, sharded = tensors(folder / f'plain-step-{model}'), tensors(folder / f'dist-step-{model}')
     before = tensors(folder / f'{model}-weights')
@@ -206,7 +193,7 @@ def test_distributed_optimizer_steps_as_the_plain_one(runs, model):
         assert not torch.equal(value, before[key]), key
 
 
-def test_mapping_parameters_get_gradients(runs):
+def test_mapping_parameters_get_gradients(runs, tensors):
     """A layout test that compares zeros with zeros would prove nothing."""
     folder, _ = runs
     for model in ('mhc', 'hc', 'head', 'moe'):

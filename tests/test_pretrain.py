@@ -16,7 +16,6 @@ import time
 import psutil
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / 'examples' / 'pretrain_gpt.py'
@@ -54,22 +53,17 @@ def train(world: int, *flags: str, **options) -> dict[int, tuple[float, float]]:
     return {int(i): (float(loss), float(norm)) for i, loss, norm in LINE.findall(done.stdout)}
 
 
-def tensors(folder: pathlib.Path, iteration: int) -> dict[str, torch.Tensor]:
-    reader = FileSystemReader(folder / f'iter_{iteration:07d}')
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(entry, 'size')
-    }
-    load(state, storage_reader=reader, no_dist=True)
-    return state
+@pytest.fixture
+def assert_equal_checkpoints(tensors):
+    """``(a, b, iteration)``: every tensor of two checkpoint folders has the same bits."""
 
+    def check(a: pathlib.Path, b: pathlib.Path, iteration: int) -> None:
+        first, second = (tensors(folder / f'iter_{iteration:07d}') for folder in (a, b))
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert torch.equal(value, second[key]), key
 
-def assert_equal_checkpoints(a: pathlib.Path, b: pathlib.Path, iteration: int) -> None:
-    first, second = tensors(a, iteration), tensors(b, iteration)
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
+    return check
 
 
 @pytest.fixture(scope='module')
@@ -80,7 +74,7 @@ def unbroken(tmp_path_factory):
     return folder, curve
 
 
-def test_standard_is_bitwise_stock(tmp_path):
+def test_standard_is_bitwise_stock(tmp_path, assert_equal_checkpoints):
     """Against a driver that installs the CPU device and none of the residual patches."""
     stock = tmp_path / 'driver.py'
     stock.write_text(
@@ -107,7 +101,7 @@ def test_loss_falls(unbroken):
     assert curve[9][0] < curve[1][0] - 0.1
 
 
-def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path):
+def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, assert_equal_checkpoints):
     """kill -9 after the first checkpoint, then the same command again."""
     folder, _ = unbroken
     flags = (

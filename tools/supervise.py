@@ -113,7 +113,9 @@ def run(command: list[str], env: dict[str, str], log: Path, label: str) -> None:
     if ranks.stopped_at is not None:
         raise KeyboardInterrupt
     if status:
-        tail = ''.join(log.read_text().splitlines(keepends=True)[-40:])
+        # What torchrun adds about the failed ranks only hides what they said themselves.
+        said = log.read_text().split('Sending process')[0].rsplit('failed (exitcode', 1)[0]
+        tail = '\n'.join(said.splitlines()[-30:])
         raise RuntimeError(f'{tail}\ntraining failed (exit status {status}); all output: {log}')
 
 
