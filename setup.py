@@ -34,7 +34,7 @@ setup(
     python_requires='>=' + '.'.join(map(str, COMPAT['PYTHON_MIN'])),
     # torch carries no version: whatever a vendor container brings satisfies it, so pip never
     # replaces that build. Triton is an extra, because everything has a plain torch path.
-    install_requires=['packaging', 'torch'],
+    install_requires=['torch'],
     extras_require={
         'training': [
             'megatron-core[training]' + COMPAT['CORE_SPECIFIER'],

@@ -148,7 +148,7 @@ def resolve_arguments(args: argparse.Namespace) -> ResidualConfig:
 
 
 def same_structure(a: ResidualConfig, b: ResidualConfig) -> bool:
-    """Whether weights trained under ``a`` fit a model built under ``b``."""
+    """Whether weights trained under ``a`` compute the same function under ``b``."""
     return _structure(a) == _structure(b)
 
 
@@ -157,6 +157,6 @@ def _structure(residual: ResidualConfig) -> tuple:
         return (residual.residual_type,)
     fields = dataclasses.asdict(residual)
     names = ['residual_type', 'num_residual_streams', 'stream_merge', 'fixed_mappings']
-    if residual.residual_type == 'hc':
-        names.append('hc_variant')
+    own = {'hc': ['hc_variant', 'hc_tanh'], 'mhc': ['sinkhorn_iterations']}
+    names += own[residual.residual_type]
     return tuple(fields[name] for name in names)

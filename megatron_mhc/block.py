@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.utils import WrappedTensor, get_pg_rank
+from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
 
 from megatron_mhc.config import ResidualConfig
@@ -17,27 +16,22 @@ class HyperConnectionBlockMixin:
     """A block whose layers carry n streams; given to a built block by ``widen_block``."""
 
     def forward(self, hidden_states: Tensor | WrappedTensor, *args: object, **kwargs: object):
+        inference = kwargs.get('inference_context') or kwargs.get('inference_params')
+        if inference is not None and self.config.pipeline_model_parallel_size > 1:
+            raise NotImplementedError(
+                'inference with --pipeline-model-parallel-size > 1: its receive buffers are one '
+                'stream wide; run inference on one pipeline stage'
+            )
+        if kwargs.get('extract_layer_indices'):
+            raise NotImplementedError(
+                'extract_layer_indices: intermediate hidden states are n streams wide under '
+                'hyper-connections; use --residual-type standard to extract features'
+            )
         if self.pre_process:
             if isinstance(hidden_states, WrappedTensor):
                 hidden_states = hidden_states.unwrap()
             hidden_states = expand_streams(hidden_states, self.num_streams)
-        elif self.input_tensor is not None:
-            self._check_width(self.input_tensor)
-        if kwargs.get('extract_layer_indices'):
-            raise ValueError(
-                'extract_layer_indices: intermediate hidden states are n streams wide under '
-                'hyper-connections; use --residual-type standard to extract features'
-            )
         return super().forward(hidden_states, *args, **kwargs)
-
-    def _check_width(self, x: Tensor) -> None:
-        hidden_size = self.config.hidden_size
-        if x.shape[-1] != self.num_streams * hidden_size:
-            raise RuntimeError(
-                f'pipeline stage received hidden states of width {x.shape[-1]}, wanted '
-                f'{self.num_streams} streams * {hidden_size}: the previous stage runs with another '
-                '--residual-type or stream count; start every rank with the same command'
-            )
 
 
 @functools.cache
@@ -54,7 +48,7 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     that the norm keeps its parameter names.
     """
     block.__class__ = hyper_connection_block(type(block))
-    block.num_streams = 1 if lies_behind_final_norm(block) else residual.num_residual_streams
+    block.num_streams = residual.num_residual_streams
     if block.final_layernorm is not None:
         block.stream_merge = StreamMerge(
             block.config.hidden_size, residual, block.config.sequence_parallel
@@ -65,20 +59,6 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
             'the last pipeline stage has no final norm, before which the residual streams are '
             'merged: build the block with post_layer_norm=True or use --residual-type standard'
         )
-
-
-def lies_behind_final_norm(block: TransformerBlock) -> bool:
-    """Whether an earlier stage merged the streams already.
-
-    With multi-token prediction the final norm follows the last decoder layer, which may leave the
-    last stages to the prediction layers and the loss.
-    """
-    if not block.config.mtp_num_layers or block.pre_process or len(block.layers):
-        return False
-    before = get_transformer_layer_offset(
-        block.config, block.vp_stage, get_pg_rank(block.pg_collection.pp)
-    )
-    return before >= block.config.num_layers
 
 
 def _merge_first(block: TransformerBlock, norm: nn.Module, inputs: tuple) -> tuple:

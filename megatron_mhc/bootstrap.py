@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import socket
 import sys
 
 import torch
@@ -37,7 +39,10 @@ def prepare(device: str) -> None:
             '--device cuda: torch sees no CUDA device here; use --device cpu for a functional run '
             'on an emulated device'
         )
-    if device == 'cpu' or (device == 'auto' and not torch.cuda.is_available()):
+    if device == 'auto' and not torch.cuda.is_available():
+        _require_one_node()
+        device = 'cpu'
+    if device == 'cpu':
         cpu_device.install()
     from megatron_mhc.patches import engine
     from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
@@ -52,6 +57,16 @@ def prepare(device: str) -> None:
     engine.apply((ARGUMENTS_PATCH,))
 
 
+def _require_one_node() -> None:
+    """One node without its driver must not join a job on GPUs as an emulated device."""
+    local = os.environ.get('LOCAL_WORLD_SIZE')
+    if local is not None and int(os.environ.get('WORLD_SIZE', '1')) > int(local):
+        raise RuntimeError(
+            f'torch sees no CUDA device on {socket.gethostname()}, one of several nodes: repair '
+            'its driver, or ask for the emulated device on all of them with --device cpu'
+        )
+
+
 def _require_early() -> None:
     patches = sys.modules.get('megatron_mhc.patches.engine')
     if patches is not None and 'arguments' in patches.applied():
@@ -60,5 +75,9 @@ def _require_early() -> None:
     if global_vars is not None and global_vars._GLOBAL_ARGS is not None:
         raise RuntimeError(f'Megatron has parsed its arguments: this {TOO_LATE}')
     models = sys.modules.get('megatron.core.models.gpt.gpt_model')
-    if models is not None and any(isinstance(o, models.GPTModel) for o in gc.get_objects()):
+    if models is not None and any(
+        # Not isinstance: it would ask a proxy, which may be dead, for the class of its referent.
+        issubclass(type(o), models.GPTModel)
+        for o in gc.get_objects()
+    ):
         raise RuntimeError(f'a GPTModel exists already: this {TOO_LATE}')

@@ -15,6 +15,8 @@ from megatron_mhc.arguments import residual_config_from_args, same_structure
 from megatron_mhc.config import ResidualConfig
 
 TRACKER = 'latest_checkpointed_iteration.txt'
+# Megatron-LM's own hyper-connections, on its main and dev branches.
+FOREIGN = ('enable_mhc_connections', 'enable_hyper_connections')
 
 
 def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Namespace | None:
@@ -23,28 +25,50 @@ def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Na
     Args:
         directory: what ``--load`` names: a folder with a tracker file.
         step: ``--ckpt-step``, an iteration other than the tracker's.
-    """
-    root = pathlib.Path(directory)
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        return None
-    written = tracker.read_text().strip()
-    folder = 'release' if written == 'release' and step is None else f'iter_{step or written:0>7}'
-    if (root / folder / 'metadata.json').is_file():
-        from megatron.core.dist_checkpointing import load_common_state_dict
 
-        return load_common_state_dict(str(root / folder)).get('args')
-    # One file per rank: mapped, so that only the arguments are read. It is a pickle, as it is for
-    # Megatron, which loads it whole a moment later.
-    for file in sorted((root / folder).glob('mp_rank_00*/model_optim_rng.pt')):
-        state = torch.load(file, map_location='cpu', mmap=True, weights_only=False)
-        return state.get('args')
+    Raises:
+        ValueError: the checkpoint cannot be read.
+    """
+    folder = _folder(pathlib.Path(directory), step)
+    try:
+        if (folder / 'metadata.json').is_file():
+            from megatron.core.dist_checkpointing import load_common_state_dict
+
+            return load_common_state_dict(str(folder)).get('args')
+        # One file per rank: mapped, so that only the arguments are read. It is a pickle, as it is
+        # for Megatron, which loads it whole a moment later.
+        for file in sorted(folder.glob('mp_rank_00*/model_optim_rng.pt')):
+            state = torch.load(file, map_location='cpu', mmap=True, weights_only=False)
+            return state.get('args')
+    except Exception as error:  # readers of several formats, each with errors of its own
+        raise ValueError(
+            f'--load {directory}: {folder.name} cannot be read ({type(error).__name__}: '
+            f'{str(error).splitlines()[0] if str(error) else "no message"}); choose another '
+            'iteration with --ckpt-step'
+        ) from error
     return None
+
+
+def _folder(root: pathlib.Path, step: int | None) -> pathlib.Path:
+    """The iteration's folder, chosen as Megatron chooses it: a release stays one at any step."""
+    tracker = root / TRACKER
+    written = tracker.read_text().strip() if tracker.is_file() else ''
+    if written == 'release':
+        return root / written
+    return root / f'iter_{step or written:0>7}'
 
 
 def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source: str) -> None:
     """Raise ValueError unless weights saved with ``saved`` fit a model built with ``residual``."""
-    stored = residual_config_from_args(saved)
+    for name in FOREIGN:
+        if getattr(saved, name, False):
+            raise ValueError(
+                f"--load {source}: the checkpoint was trained with Megatron-LM's own {name}, whose "
+                'weights are laid out otherwise; leave out --load to train from scratch'
+            )
+    # Megatron-LM stores flags of the same names in checkpoints that do not use them.
+    ours = hasattr(saved, 'residual_type')
+    stored = residual_config_from_args(saved) if ours else ResidualConfig('standard')
     if not same_structure(stored, residual):
         raise ValueError(
             f'--load {source}: the checkpoint was trained with residual connections '
@@ -54,10 +78,22 @@ def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source
 
 
 def check_checkpoints_of(args: argparse.Namespace, residual: ResidualConfig) -> None:
-    """Check every checkpoint that ``args`` names."""
-    for name in ('load', 'pretrained_checkpoint'):
-        source = getattr(args, name, None)
-        step = getattr(args, 'ckpt_step', None) if name == 'load' else None
-        saved = checkpoint_arguments(source, step) if source else None
-        if saved is not None:
-            check_checkpoint(saved, residual, source)
+    """Check the checkpoint that Megatron will load: ``--load``, else ``--pretrained-checkpoint``.
+
+    Non-persistent checkpoints lie in a folder of their own, and the newer of the two is loaded.
+    """
+    if args.load:
+        apart = getattr(args, 'non_persistent_global_ckpt_dir', None)
+        beside = pathlib.Path(args.load) / 'non_persistent'
+        found = [
+            (source, saved)
+            for source, step in ((args.load, args.ckpt_step), (apart or str(beside), None))
+            if (saved := checkpoint_arguments(source, step)) is not None
+        ]
+    else:
+        found = []
+    if not found and getattr(args, 'pretrained_checkpoint', None):
+        saved = checkpoint_arguments(args.pretrained_checkpoint)
+        found = [(args.pretrained_checkpoint, saved)] if saved is not None else []
+    for source, saved in found:
+        check_checkpoint(saved, residual, source)

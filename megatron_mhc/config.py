@@ -11,6 +11,12 @@ STREAM_MERGES = ('mean', 'sum', 'learned')
 MAPPINGS = ('pre', 'post', 'res')
 HC_VARIANTS = ('dynamic', 'static')
 
+# Settings that the other residual type has to itself.
+_FOREIGN = {
+    'hc': ('sinkhorn_iterations', 'init'),
+    'mhc': ('hc_variant', 'hc_tanh'),
+}
+
 
 @dataclass(frozen=True)
 class ResidualConfig:
@@ -66,6 +72,12 @@ class ResidualConfig:
         _one_of('--mhc-stream-merge', self.stream_merge, STREAM_MERGES)
         for mapping in self.fixed_mappings:
             _one_of('--mhc-fixed-mappings', mapping, MAPPINGS)
+        for name in _FOREIGN.get(self.residual_type, ()):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} has no effect with residual_type='
+                    f'{self.residual_type!r}: leave it at its default'
+                )
         object.__setattr__(self, 'fixed_mappings', tuple(sorted(set(self.fixed_mappings))))
         _one_of('--hc-variant', self.hc_variant, HC_VARIANTS)
 

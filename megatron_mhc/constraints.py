@@ -76,16 +76,14 @@ CONSTRAINTS = (
         'drop the flag',
     ),
     Constraint(
-        '--cpu-offloading',
-        lambda get: bool(get('cpu_offloading')),
+        '--cpu-offloading-num-layers',
+        lambda get: bool(get('cpu_offloading') or get('cpu_offloading_num_layers')),
         'offloading whole layers is not tested with n streams',
         'use activation recomputation instead',
     ),
     Constraint(
         '--use-megatron-fsdp / --use-torch-fsdp2',
-        lambda get: bool(
-            get('use_megatron_fsdp') or get('use_custom_fsdp') or get('use_torch_fsdp2')
-        ),
+        lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
         'fully sharded parameters are not tested with fp32 mapping parameters',
         'use --use-distributed-optimizer',
     ),

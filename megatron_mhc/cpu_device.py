@@ -25,6 +25,8 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_mhc.refusal import is_first_rank
+
 # Values that a run needs before torch compiles anything or Megatron reads its arguments. dynamo is
 # off because inductor costs tens of seconds here and draws other random numbers; one connection is
 # what Megatron demands for tensor parallelism.
@@ -90,7 +92,7 @@ def install() -> None:
     _patch_tensors()
     _patch_data_loader()
     _installed = True
-    if os.environ.get('RANK', '0') == '0':
+    if is_first_rank():
         print(NOTICE, flush=True)
 
 

@@ -7,6 +7,7 @@ microbatches.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -19,6 +20,16 @@ from megatron_mhc.config import MAPPINGS, ResidualConfig
 Maps = tuple[Tensor, Tensor, Tensor]
 
 
+def require_width(x: Tensor, num_streams: int, hidden_size: int) -> None:
+    """Raise RuntimeError unless ``x`` is n streams wide."""
+    if x.shape[-1] != num_streams * hidden_size:
+        raise RuntimeError(
+            f'hidden states of width {x.shape[-1]} where {num_streams} streams * {hidden_size} are '
+            'wanted: the previous pipeline stage runs with another --residual-type or stream '
+            'count, or the block around these layers was not widened'
+        )
+
+
 class MappingProjection(nn.Module):
     """Holder of phi. Called (not read) for its weight, so that parameter-gather hooks fire."""
 
@@ -28,6 +39,14 @@ class MappingProjection(nn.Module):
 
     def forward(self) -> Tensor:
         return self.weight
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Xavier-uniform, drawn on the CPU so that every device starts from the same values."""
+        rows, columns = self.weight.shape
+        bound = math.sqrt(6 / (rows + columns))
+        phi = torch.empty(rows, columns, dtype=torch.float32, device='cpu')
+        self.weight.copy_(phi.uniform_(-bound, bound, generator=generator))
 
 
 class KeepFP32(nn.Module):
@@ -101,12 +120,7 @@ class HyperConnection(KeepFP32):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Streams ``[..., n*C]`` -> sublayer input ``[..., C]``, and what ``post`` needs."""
-        if x.shape[-1] != self.num_streams * self.hidden_size:
-            raise ValueError(
-                f'hidden states of width {x.shape[-1]} reached a layer with {self.num_streams} '
-                f'residual streams, which needs {self.num_streams} * {self.hidden_size}: the '
-                'previous pipeline stage runs with another --residual-type or stream count'
-            )
+        require_width(x, self.num_streams, self.hidden_size)
         h_pre, h_post, h_res = self._fix(x, self.maps(x) if self._has_parameters() else (None,) * 3)
         return ops.pre(x, h_pre), (h_post, h_res)
 

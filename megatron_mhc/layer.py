@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -46,6 +47,19 @@ def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
         return F.dropout(x, p=prob, training=True) if training and prob > 0 else x
 
     return apply
+
+
+def _without_residual(name: str, bias_dropout_add: object) -> object:
+    """What takes the place of a spec's bias-dropout-add; one we do not know is not dropped."""
+    known = getattr(bias_dropout_add, 'module', bias_dropout_add)
+    if known is IdentityFuncOp:
+        return bias_dropout_add
+    if known not in (get_bias_dropout_add, bias_dropout):
+        raise ValueError(
+            f'{name}={known} in a layer spec: only get_bias_dropout_add can be replaced by '
+            'hyper-connections, and what this one does would be lost; use --residual-type standard'
+        )
+    return bias_dropout
 
 
 def build_hyper_connection(
@@ -110,9 +124,8 @@ class HyperConnectionLayerMixin:
                 'use --residual-type standard for encoder-decoder models'
             )
         replaced = {
-            name: bias_dropout
+            name: _without_residual(name, getattr(submodules, name))
             for name in ('self_attn_bda', 'mlp_bda')
-            if getattr(submodules, name) is not IdentityFuncOp
         }
         with output_projections_rescaled(config, residual):
             super().__init__(config, dataclasses.replace(submodules, **replaced), *args, **kwargs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -34,10 +32,7 @@ class ManifoldHyperConnection(HyperConnection):
         """phi Xavier-uniform; biases by preset; alpha = ``init_gating_factor``."""
         for alpha in (self.alpha_pre, self.alpha_post, self.alpha_res):
             alpha.fill_(self.residual.init_gating_factor)
-        rows, columns = self.mapping_proj.weight.shape
-        bound = math.sqrt(6 / (rows + columns))
-        phi = torch.empty(rows, columns, dtype=torch.float32, device='cpu')
-        self.mapping_proj.weight.copy_(phi.uniform_(-bound, bound, generator=self.generator()))
+        self.mapping_proj.reset_parameters(self.generator())
         self.bias.copy_(torch.cat(self._bias_preset()))
 
     def _bias_preset(self) -> list[Tensor]:

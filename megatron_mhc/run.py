@@ -15,6 +15,7 @@ import sys
 
 from megatron_mhc.arguments import add_residual_arguments
 from megatron_mhc.bootstrap import DEVICES, prepare
+from megatron_mhc.refusal import refuse
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -47,15 +48,15 @@ def main(argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run'
     options = parser.parse_args(argv)
     script = pathlib.Path(options.script)
     if not script.is_file():
-        _refuse(
+        refuse(
             prog,
             f'SCRIPT {script}: no such file; name a pretrain script, e.g. examples/pretrain_gpt.py',
         )
-    _single_process_defaults()
     try:
+        _single_process_defaults()
         prepare(options.device)
     except (RuntimeError, ValueError) as error:
-        _refuse(prog, str(error))
+        refuse(prog, str(error))
     sys.argv = [str(script), *options.arguments]
     # As `python SCRIPT` has it: the script's own folder first.
     sys.path.insert(0, str(script.resolve().parent))
@@ -63,9 +64,20 @@ def main(argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run'
 
 
 def _single_process_defaults() -> None:
-    """Without torchrun, stand for its rendezvous variables for a world of one."""
+    """Without torchrun, stand for its rendezvous variables for a world of one.
+
+    Raises:
+        RuntimeError: another launcher started several tasks and said nothing of a rendezvous; each
+            would train by itself and write the same checkpoint.
+    """
     if 'WORLD_SIZE' in os.environ or 'MASTER_ADDR' in os.environ:
         return
+    for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'):
+        if int(os.environ.get(name, '1')) > 1:
+            raise RuntimeError(
+                f'{name}={os.environ[name]} but RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are '
+                'not set: every task would train alone; start torchrun on each node, or export them'
+            )
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
@@ -77,12 +89,6 @@ def _single_process_defaults() -> None:
         WORLD_SIZE='1',
         LOCAL_WORLD_SIZE='1',
     )
-
-
-def _refuse(prog: str, message: str) -> None:
-    if os.environ.get('RANK', '0') == '0':
-        print(f'{prog}: error: {message}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from megatron_mhc import ops
 from megatron_mhc.config import ResidualConfig
-from megatron_mhc.hyper_connection import KeepFP32, MappingProjection
+from megatron_mhc.hyper_connection import KeepFP32, MappingProjection, require_width
 from megatron_mhc.kernels.reference import scaled_projection_ref
 from megatron_mhc.kernels.reference.precision import at_least_fp32
 
@@ -46,22 +44,14 @@ class StreamMerge(KeepFP32):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """phi Xavier-uniform, b = 0, alpha = ``init_gating_factor``: about half the sum."""
-        rows, columns = self.mapping_proj.weight.shape
-        bound = math.sqrt(6 / (rows + columns))
-        # Sublayers are counted from 0, so the bare seed belongs to nobody else.
+        # Sublayers count upwards from seed << 20, so the number below it is nobody else's.
         generator = torch.Generator(device='cpu').manual_seed((self.residual.seed << 20) - 1)
-        phi = torch.empty(rows, columns, dtype=torch.float32, device='cpu')
-        self.mapping_proj.weight.copy_(phi.uniform_(-bound, bound, generator=generator))
+        self.mapping_proj.reset_parameters(generator)
         self.bias.zero_()
         self.alpha.fill_(self.residual.init_gating_factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.num_streams * self.hidden_size:
-            raise ValueError(
-                f'hidden states of width {x.shape[-1]} reached the merge of {self.num_streams} '
-                f'streams of {self.hidden_size}: the previous pipeline stage runs with another '
-                '--residual-type or stream count'
-            )
+        require_width(x, self.num_streams, self.hidden_size)
         if self.residual.stream_merge == 'learned':
             scale = self.alpha.expand(self.num_streams)
             logits = scaled_projection_ref(x, self.mapping_proj(), self.bias, scale, ops.NORM_EPS)

@@ -1,4 +1,4 @@
-"""Seam: Megatron's argument parser. The only patch that a ``standard`` run sees.
+"""Seam: Megatron's argument parser. The only residual patch that a ``standard`` run sees.
 
 It adds our flags, and hooks the parser so that everything wrong is said in one line as soon as the
 values are known: before a process group, a model or a dataset exists. The other patches are applied
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from collections.abc import Callable
 
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.patches.engine import Patch, apply
+from megatron_mhc.patches.parse_hook import after_parsing
+from megatron_mhc.refusal import refuse
 
 OWN_FLAGS = ('--residual-type', '--mhc-', '--hc-')
 
@@ -24,30 +25,21 @@ def _wrap(original: Callable) -> Callable:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
         parser = add_residual_arguments(original(parser, *args, **kwargs))
         parser.error = functools.partial(_error, parser, parser.error)
-        parser.parse_known_args = functools.partial(_parse, parser, parser.parse_known_args)
+        after_parsing(parser, accept)
         return parser
 
     return add_megatron_arguments
 
 
-def _parse(parser: argparse.ArgumentParser, parse_known_args: Callable, *args, **kwargs):
-    namespace, unknown = parse_known_args(*args, **kwargs)
-    # A misspelt flag of ours must not pass where the script tolerates unknown ones.
-    for token in unknown:
-        if token.startswith(OWN_FLAGS):
-            parser.error(f'argument {token}: no such flag; --help lists the residual connections')
-    try:
-        accept(namespace)
-    except (ValueError, RuntimeError) as error:
-        _exit(parser, str(error))
-    return namespace, unknown
-
-
-def accept(namespace: argparse.Namespace) -> None:
+def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     """Validate the parsed flags and apply the patches that they need."""
     # Imported here: the patches import megatron.core, which --help does not need.
     from megatron_mhc.patches.registry import RESIDUAL_PATCHES
 
+    # A misspelt flag of ours must not pass where the script tolerates unknown ones.
+    for token in unknown:
+        if token.startswith(OWN_FLAGS):
+            raise ValueError(f'argument {token}: no such flag; --help lists residual connections')
     residual = resolve_arguments(namespace)
     check_constraints(namespace, residual)
     check_checkpoints_of(namespace, residual)
@@ -58,13 +50,8 @@ def accept(namespace: argparse.Namespace) -> None:
 def _error(parser: argparse.ArgumentParser, original: Callable, message: str) -> None:
     """Megatron's usage text is hundreds of lines long; for our flags the one line is enough."""
     if message.startswith(tuple(f'argument {flag}' for flag in OWN_FLAGS)):
-        _exit(parser, message)
+        refuse(parser.prog, message)
     original(message)
-
-
-def _exit(parser: argparse.ArgumentParser, message: str) -> None:
-    first = os.environ.get('RANK', '0') == '0'
-    parser.exit(2, f'{parser.prog}: error: {message}\n' if first else None)
 
 
 ARGUMENTS_PATCH = Patch(

@@ -7,11 +7,10 @@ soon as the values are known, what the user asked for explicitly and the CPU can
 from __future__ import annotations
 
 import argparse
-import functools
-import os
 from collections.abc import Callable
 
 from megatron_mhc.patches.engine import Patch
+from megatron_mhc.patches.parse_hook import after_parsing
 
 # ``megatron_mhc.cpu_device.NOTICE`` names these to the user.
 DEFAULTS = {
@@ -72,7 +71,7 @@ LIMITS = {
 }
 
 
-def check_limits(namespace: argparse.Namespace) -> None:
+def check_limits(namespace: argparse.Namespace, unknown: list[str]) -> None:
     """Raise ValueError, naming flag, reason and remedy, for what the CPU device cannot run."""
     for name, (flag, accepted, reason, remedy) in LIMITS.items():
         value = getattr(namespace, name, accepted[0])
@@ -84,20 +83,10 @@ def _wrap(original: Callable) -> Callable:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
         parser.set_defaults(**DEFAULTS)
-        parser.parse_known_args = functools.partial(_parse, parser, parser.parse_known_args)
+        after_parsing(parser, check_limits)
         return parser
 
     return add_megatron_arguments
-
-
-def _parse(parser: argparse.ArgumentParser, parse_known_args: Callable, *args, **kwargs):
-    namespace, unknown = parse_known_args(*args, **kwargs)
-    try:
-        check_limits(namespace)
-    except ValueError as error:
-        first = os.environ.get('RANK', '0') == '0'
-        parser.exit(2, f'{parser.prog}: error: {error}\n' if first else None)
-    return namespace, unknown
 
 
 CPU_ARGUMENTS_PATCH = Patch(

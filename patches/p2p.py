@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
 from megatron_mhc.patches.engine import Patch
 
 
@@ -43,14 +45,22 @@ def negotiate_shapes_if_needed(config: Any) -> None:
     """Let the stages exchange shapes where some edges lie behind the final norm and are C wide.
 
     That happens with multi-token prediction when the last stage has no decoder layer. Every rank
-    reads it from the same layout.
+    reads it from the same config.
     """
-    layout = getattr(config, 'pipeline_model_parallel_layout', None)
-    if not config.mtp_num_layers or layout is None or shapes_are_negotiated(config):
+    stages, virtual = (
+        config.pipeline_model_parallel_size,
+        config.virtual_pipeline_model_parallel_size,
+    )
+    if not config.mtp_num_layers or stages < 2 or shapes_are_negotiated(config):
         return
-    last_stage = layout.layout[-1][-1]
-    if not any(layer.name == 'decoder' for layer in last_stage):
-        config.variable_seq_lengths = True
+    layout = getattr(config, 'pipeline_model_parallel_layout', None)
+    if layout is not None:
+        # Not through get_num_layers_to_build, which answers for the calling rank's stage here.
+        layers = sum(layer.name == 'decoder' for layer in layout.layout[-1][-1])
+    else:
+        last_chunk = virtual - 1 if virtual else None
+        layers = get_num_layers_to_build(config, vp_stage=last_chunk, pp_rank=stages - 1)
+    config.variable_seq_lengths = layers == 0
 
 
 P2P_PATCH = Patch(

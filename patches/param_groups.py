@@ -9,19 +9,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 
-from megatron.core.optimizer import ParamKey
+from megatron.core.optimizer import ParamKey, get_standard_config_overrides
 from torch import nn
 
 from megatron_mhc.block import HyperConnectionBlockMixin
+from megatron_mhc.compat import core_minor, core_version
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.gpt_model import residual_of
 
 PHI = ('*hyper_connection.mapping_proj.weight', '*stream_merge.mapping_proj.weight')
+VECTORS = (
+    '*hyper_connection.bias',
+    '*hyper_connection.alpha*',
+    '*stream_merge.bias',
+    '*stream_merge.alpha*',
+)
 
 
 def _wrap(original: Callable) -> Callable:
     signature = inspect.signature(original)
+    none_means_standard = core_minor(core_version()) == '0.17'
 
     def _get_param_groups(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
@@ -29,10 +37,15 @@ def _wrap(original: Callable) -> Callable:
         residual = residual_of(chunks[0].config)
         if residual.enabled:
             require_widened(chunks, residual)
-            if not residual.mapping_weight_decay:
-                overrides = dict(bound.arguments.get('config_overrides') or {})
-                overrides.update({ParamKey(name=name): {'wd_mult': 0.0} for name in PHI})
-                bound.arguments['config_overrides'] = overrides
+            overrides = bound.arguments['config_overrides']
+            if overrides is None and none_means_standard:
+                overrides = get_standard_config_overrides(bound.arguments['config'])
+            # Megatron's own rule spares 1-D parameters, but a caller may leave it out.
+            spared = VECTORS if residual.mapping_weight_decay else (*VECTORS, *PHI)
+            bound.arguments['config_overrides'] = {
+                **(overrides or {}),
+                **{ParamKey(name=name): {'wd_mult': 0.0} for name in spared},
+            }
         return original(*bound.args, **bound.kwargs)
 
     return _get_param_groups

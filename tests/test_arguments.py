@@ -138,8 +138,18 @@ def write_checkpoint(folder, **saved):
 def test_a_checkpoint_of_another_topology_is_refused(parse, tmp_path, capsys):
     standard = write_checkpoint(tmp_path / 'standard', num_layers=2)
     four = write_checkpoint(tmp_path / 'mhc', residual_type='mhc', mhc_num_residual_streams=4)
+    theirs = write_checkpoint(
+        tmp_path / 'theirs', enable_mhc_connections=True, mhc_num_residual_streams=4
+    )
+    off = write_checkpoint(
+        tmp_path / 'off', enable_mhc_connections=False, mhc_num_residual_streams=4
+    )
+    untracked = write_checkpoint(tmp_path / 'untracked', residual_type='hc')
+    (tmp_path / 'untracked' / 'latest_checkpointed_iteration.txt').unlink()
     parse('--load', standard)
-    parse('--load', four, '--residual-type', 'mhc', '--mhc-sinkhorn-iterations', '30')
+    parse('--load', off)
+    parse('--load', untracked)
+    parse('--load', four, '--residual-type', 'mhc', '--mhc-init-gating-factor', '0.1')
     parse('--load', str(tmp_path / 'none'), '--residual-type', 'mhc')
     (tmp_path / 'per-rank' / 'iter_0000010' / 'mp_rank_00_000').mkdir(parents=True)
     (tmp_path / 'per-rank' / 'latest_checkpointed_iteration.txt').write_text('10')
@@ -154,6 +164,11 @@ def test_a_checkpoint_of_another_topology_is_refused(parse, tmp_path, capsys):
         ('--load', four),
         ('--load', four, '--residual-type', 'hc'),
         ('--load', four, '--residual-type', 'mhc', '--mhc-num-residual-streams', '2'),
+        ('--load', four, '--residual-type', 'mhc', '--mhc-sinkhorn-iterations', '30'),
+        ('--load', four, '--ckpt-step', '10'),
+        ('--load', untracked, '--ckpt-step', '10'),
+        ('--load', theirs),
+        ('--load', theirs, '--residual-type', 'mhc'),
         ('--pretrained-checkpoint', standard, '--residual-type', 'mhc'),
     ):
         with pytest.raises(SystemExit):
@@ -216,3 +231,48 @@ def test_an_unsupported_core_is_refused(monkeypatch):
         monkeypatch.setattr(compat, 'core_version', lambda version=version: version)
         with pytest.raises(RuntimeError, match=message):
             compat.require_supported_core()
+
+
+@pytest.mark.parametrize('variable', ['SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'])
+def test_tasks_without_a_rendezvous_are_refused(variable, monkeypatch, tmp_path, capsys):
+    """Each task would otherwise train alone and write the same checkpoint."""
+    from megatron_mhc.run import main
+
+    for name in ('WORLD_SIZE', 'MASTER_ADDR', 'RANK'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, '2')
+    (tmp_path / 'script.py').write_text('')
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / 'script.py')])
+    assert f'{variable}=2 but RANK, WORLD_SIZE' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the refusal is about nodes without CUDA')
+def test_one_node_without_cuda_does_not_join_the_others(monkeypatch):
+    from megatron_mhc import bootstrap
+
+    monkeypatch.setattr(bootstrap, '_require_early', lambda: None)
+    monkeypatch.setenv('WORLD_SIZE', '16')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    with pytest.raises(RuntimeError, match='torch sees no CUDA device on .*--device cpu'):
+        bootstrap.prepare('auto')
+
+
+def test_quick_start_flags_for_gpus_need_no_optional_package(parse):
+    """Megatron's config refuses fusions of packages that are not there."""
+    import importlib.util
+    import pathlib
+
+    from megatron.training.arguments import core_transformer_config_from_args, validate_args
+
+    path = pathlib.Path(__file__).parent.parent / 'tools' / 'quickstart_flags.py'
+    spec = importlib.util.spec_from_file_location('quickstart_flags', path)
+    flags = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flags)
+    processes, parallel = flags.parallel(1)
+    args = parse(*flags.MODEL, *flags.OPTIMIZER, *parallel, '--train-iters', '2')
+    args.rank, args.world_size, args.padded_vocab_size = 0, processes, 256
+    validate_args(args)
+    config = core_transformer_config_from_args(args)
+    assert not (config.apply_rope_fusion or config.masked_softmax_fusion)
+    assert config.bf16 and not config.gradient_accumulation_fusion

@@ -73,17 +73,27 @@ def test_a_narrow_message_is_not_sent(communicate, direction):
 
 def test_shapes_are_negotiated_behind_the_final_norm():
     """With multi-token prediction alone on the last stage, some edges are one stream wide."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     from megatron_mhc.patches.p2p import negotiate_shapes_if_needed
 
-    def config(*last):
-        stages = [[[SimpleNamespace(name='decoder')]], [[SimpleNamespace(name=n) for n in last]]]
-        return SimpleNamespace(
-            mtp_num_layers=1,
-            variable_seq_lengths=False,
-            pipeline_model_parallel_layout=SimpleNamespace(layout=stages),
+    def config(layout, mtp_num_layers):
+        return TransformerConfig(
+            num_layers=4,
+            hidden_size=8,
+            num_attention_heads=2,
+            mtp_num_layers=mtp_num_layers,
+            pipeline_model_parallel_size=2,
+            pipeline_dtype=torch.float32,
+            pipeline_model_parallel_layout=layout,
         )
 
-    for last, expected in ((('mtp', 'loss'), True), (('decoder', 'mtp', 'loss'), False)):
-        settings = config(*last)
+    for layout, mtp, negotiated in (
+        ('Etttt|mL', 1, True),
+        ('Ettt|tmL', 1, False),
+        (None, 1, False),
+        (None, None, False),
+    ):
+        settings = config(layout, mtp)
         negotiate_shapes_if_needed(settings)
-        assert settings.variable_seq_lengths is expected
+        assert settings.variable_seq_lengths is negotiated, layout

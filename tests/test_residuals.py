@@ -218,7 +218,9 @@ def test_composite_gain_stays_bounded(random_seed):
         ({'init': 'zeros'}, '--mhc-init zeros'),
         ({'stream_merge': 'max'}, '--mhc-stream-merge max'),
         ({'fixed_mappings': ('past',)}, '--mhc-fixed-mappings past'),
-        ({'hc_variant': 'both'}, '--hc-variant both'),
+        ({'residual_type': 'hc', 'hc_variant': 'both'}, '--hc-variant both'),
+        ({'residual_type': 'mhc', 'hc_variant': 'static'}, "hc_variant='static' has no effect"),
+        ({'residual_type': 'hc', 'init': 'identity'}, "init='identity' has no effect"),
     ],
 )
 def test_settings_out_of_range_name_their_flag(settings, message):

@@ -75,8 +75,11 @@ def parallel(gpus: int) -> tuple[int, list[str]]:
         return 2, ['--pipeline-model-parallel-size', '2']
     # A power of two divides the four microbatches of a step among the data-parallel ranks.
     processes = 1 << (min(gpus, 8).bit_length() - 1)
-    # Apex, which would fuse the accumulation and the norm, may not be there.
-    flags = ['--bf16', '--no-gradient-accumulation-fusion', '--no-persist-layer-norm']
+    # Transformer Engine and Apex, which would fuse these, may not be there.
+    flags = [
+        *('--bf16', '--no-gradient-accumulation-fusion', '--no-persist-layer-norm'),
+        *('--no-rope-fusion', '--no-masked-softmax-fusion'),
+    ]
     return processes, ['--pipeline-model-parallel-size', str(min(2, processes)), *flags]
 
 

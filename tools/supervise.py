@@ -1,5 +1,6 @@
 """Run torchrun with a progress bar, a log file, and an orderly stop on Ctrl-C and SIGTERM."""
 
+import collections
 import ctypes
 import re
 import shutil
@@ -98,6 +99,7 @@ def run(command: list[str], env: dict[str, str], log: Path, label: str) -> None:
     """
     ranks = Ranks(command, env)
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    last, launcher_speaks = collections.deque(maxlen=30), False
     previous = {number: signal.signal(number, ranks.stop) for number in signals}
     try:
         with log.open('a') as file, tqdm(desc=label, unit='it', disable=None) as bar:
@@ -105,6 +107,10 @@ def run(command: list[str], env: dict[str, str], log: Path, label: str) -> None:
                 file.write(line)
                 file.flush()
                 show(line, bar)
+                # What torchrun adds about failed ranks only hides what they said themselves.
+                launcher_speaks = launcher_speaks or 'torch/distributed/elastic' in line
+                if not launcher_speaks:
+                    last.append(line)
         status = ranks.wait()
     finally:
         ranks.kill()
@@ -113,10 +119,9 @@ def run(command: list[str], env: dict[str, str], log: Path, label: str) -> None:
     if ranks.stopped_at is not None:
         raise KeyboardInterrupt
     if status:
-        # What torchrun adds about the failed ranks only hides what they said themselves.
-        said = log.read_text().split('Sending process')[0].rsplit('failed (exitcode', 1)[0]
-        tail = '\n'.join(said.splitlines()[-30:])
-        raise RuntimeError(f'{tail}\ntraining failed (exit status {status}); all output: {log}')
+        raise RuntimeError(
+            f'{"".join(last)}\ntraining failed (exit status {status}); all output: {log}'
+        )
 
 
 def show(line: str, bar: tqdm) -> None:

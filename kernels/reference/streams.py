@@ -1,6 +1,12 @@
-"""Reading a sublayer's input from the streams and writing its output back (mHC, Eq 3)."""
+"""Reading a sublayer's input from the streams and writing its output back (mHC, Eq 3).
+
+Sums over streams are written as multiply-adds, not as a matmul: on a GPU that may be told to use
+TF32 for every matmul, and the maps would then be rounded to 10 bits when they are applied.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +24,8 @@ def pre_ref(x: Tensor, h_pre: Tensor) -> Tensor:
         ``[..., C]`` in the dtype of x.
     """
     with without_autocast(x.device):
-        streams = at_least_fp32(x).unflatten(-1, (h_pre.shape[-1], -1))
-        return torch.matmul(h_pre.to(streams.dtype).unsqueeze(-2), streams).squeeze(-2).to(x.dtype)
+        streams = at_least_fp32(x).chunk(h_pre.shape[-1], dim=-1)
+        return _mix(h_pre.to(streams[0].dtype), streams).to(x.dtype)
 
 
 def post_res_ref(
@@ -35,10 +41,24 @@ def post_res_ref(
         ``[..., n*C]`` in the dtype of x.
     """
     with without_autocast(x.device):
-        streams = at_least_fp32(x).unflatten(-1, (h_post.shape[-1], -1))
-        y = y.to(streams.dtype)
+        streams = at_least_fp32(x).chunk(h_post.shape[-1], dim=-1)
+        dtype = streams[0].dtype
+        y = y.to(dtype)
         if bias is not None:
-            y = y + bias.to(streams.dtype)
-        mixed = torch.matmul(h_res.to(streams.dtype), streams)
-        written = h_post.to(streams.dtype).unsqueeze(-1) * y.unsqueeze(-2)
-        return (mixed + written).flatten(-2).to(x.dtype)
+            y = y + bias.to(dtype)
+        h_post, h_res = h_post.to(dtype), h_res.to(dtype)
+        # x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * y
+        new = [
+            torch.addcmul(_mix(row, streams), gate, y)
+            for row, gate in zip(h_res.unbind(-2), h_post.split(1, dim=-1), strict=True)
+        ]
+        return torch.cat(new, dim=-1).to(x.dtype)
+
+
+def _mix(weights: Tensor, streams: Sequence[Tensor]) -> Tensor:
+    """sum_j weights[..., j] * streams[j], in the order of the streams."""
+    first, *others = weights.split(1, dim=-1)
+    total = first * streams[0]
+    for weight, stream in zip(others, streams[1:], strict=True):
+        total = torch.addcmul(total, weight, stream)
+    return total

@@ -10,20 +10,22 @@ import torch
 from megatron_mhc import ResidualConfig, with_residual
 
 
-def groups_of(model):
+def groups_of(model, standard_rule=True):
     """Parameter name -> weight decay multiplier, through Megatron's own grouping."""
     from megatron.core import optimizer
     from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
 
     config = OptimizerConfig(lr=1e-3, min_lr=1e-4, weight_decay=0.1)
-    groups = optimizer._get_param_groups([model], config, get_standard_config_overrides(config))
+    overrides = get_standard_config_overrides(config) if standard_rule else None
+    groups = optimizer._get_param_groups([model], config, overrides)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)]: group['wd_mult'] for group in groups for p in group['params']}
 
 
 @pytest.mark.parametrize('residual_type', ['mhc', 'hc'])
 @pytest.mark.parametrize('decay', [True, False])
-def test_only_phi_may_be_decayed(build, residual_type, decay):
+@pytest.mark.parametrize('standard_rule', [True, False])
+def test_only_phi_may_be_decayed(build, residual_type, decay, standard_rule):
     model = build(
         {
             'residual_type': residual_type,
@@ -31,7 +33,7 @@ def test_only_phi_may_be_decayed(build, residual_type, decay):
             'stream_merge': 'learned',
         }
     )
-    decays = groups_of(model)
+    decays = groups_of(model, standard_rule)
     own = {n: wd for n, wd in decays.items() if 'hyper_connection' in n or 'stream_merge' in n}
     assert own and set(decays) == {name for name, _ in model.named_parameters()}
     for name, multiplier in own.items():
@@ -48,7 +50,7 @@ def test_a_model_that_was_not_widened_is_refused(build):
 
 
 def test_model_build_checks_the_config(build):
-    with pytest.raises(ValueError, match='--cpu-offloading cannot be combined'):
+    with pytest.raises(ValueError, match='--cpu-offloading-num-layers cannot be combined'):
         build({'residual_type': 'mhc'}, cpu_offloading_num_layers=1, cpu_offloading=True)
 
 
@@ -70,7 +72,7 @@ def test_a_stage_input_of_the_wrong_width_is_refused(build):
     model = build({'residual_type': 'mhc'})
     model.decoder.pre_process = False
     model.decoder.set_input_tensor(torch.zeros(16, 1, 32))
-    with pytest.raises(RuntimeError, match='received hidden states of width 32, wanted 4 streams'):
+    with pytest.raises(RuntimeError, match=r'width 32 where 4 streams \* 32 are wanted'):
         model.decoder(None, None)
 
 
@@ -85,6 +87,29 @@ def test_a_settings_object_on_the_config_needs_no_command_line(build, step):
     loss, gradients = step(model)
     assert loss.isfinite().all()
     assert gradients['decoder.stream_merge.mapping_proj.weight'].abs().max() > 0
+
+
+def test_a_bias_dropout_add_of_ones_own_is_refused(build):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    def scaled_add(training, fused):
+        return lambda x_with_bias, residual, prob: residual + 0.1 * x_with_bias[0]
+
+    def spec(config):
+        layer = get_gpt_layer_local_spec()
+        return dataclasses.replace(
+            layer, submodules=dataclasses.replace(layer.submodules, mlp_bda=scaled_add)
+        )
+
+    with pytest.raises(ValueError, match='mlp_bda=.*scaled_add.*would be lost'):
+        build({'residual_type': 'mhc'}, spec=spec)
+
+
+def test_pipeline_parallel_inference_is_refused(build):
+    model = build({'residual_type': 'mhc'})
+    model.decoder.config.pipeline_model_parallel_size = 2
+    with pytest.raises(NotImplementedError, match='receive buffers are one stream wide'):
+        model.decoder(torch.zeros(4, 1, 32), None, inference_context=object())
 
 
 def test_an_already_widened_spec_is_accepted(build, step):
