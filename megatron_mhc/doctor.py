@@ -102,7 +102,7 @@ def main(as_json: bool = False) -> int:
         return 1
     print('\npatches (none is applied before a run asks for it)')
     for row in found['patches']:
-        print(f'  {row["id"]:24} {row["state"]:10} {row["use"]:10} {row["target"]}')
+        print(f'  {row["id"]:28} {row["state"]:10} {row["use"]:10} {row["target"]}')
         if row in broken:
             print(f'    {row["detail"]}; install a tested megatron-core')
     return int(bool(broken))
