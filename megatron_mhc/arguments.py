@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from megatron_mhc.config import (
     HC_VARIANTS,
@@ -104,6 +105,14 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help='leave out the tanh of the dynamic part (default: tanh; hc only)',
     )
     return parser
+
+
+def parsed_arguments() -> argparse.Namespace | None:
+    """Megatron's global arguments; None before they are parsed, or where only core is in use.
+
+    The training package is not imported for it: a caller of ``megatron.core`` has no use for it.
+    """
+    return getattr(sys.modules.get('megatron.training.global_vars'), '_GLOBAL_ARGS', None)
 
 
 def residual_config_from_args(args: argparse.Namespace) -> ResidualConfig:

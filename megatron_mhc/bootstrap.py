@@ -10,6 +10,7 @@ import sys
 import torch
 
 from megatron_mhc import cpu_device
+from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.compat import require_supported_core
 
 DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')
@@ -71,8 +72,7 @@ def _require_early() -> None:
     patches = sys.modules.get('megatron_mhc.patches.engine')
     if patches is not None and 'arguments' in patches.applied():
         return
-    global_vars = sys.modules.get('megatron.training.global_vars')
-    if global_vars is not None and global_vars._GLOBAL_ARGS is not None:
+    if parsed_arguments() is not None:
         raise RuntimeError(f'Megatron has parsed its arguments: this {TOO_LATE}')
     models = sys.modules.get('megatron.core.models.gpt.gpt_model')
     if models is not None and any(

@@ -37,16 +37,17 @@ def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Na
             return load_common_state_dict(str(folder)).get('args')
         # One file per rank: mapped, so that only the arguments are read. It is a pickle, as it is
         # for Megatron, which loads it whole a moment later.
-        for file in sorted(folder.glob('mp_rank_00*/model_optim_rng.pt')):
-            state = torch.load(file, map_location='cpu', mmap=True, weights_only=False)
-            return state.get('args')
+        file = min(folder.glob('mp_rank_00*/model_optim_rng.pt'), default=None)
+        if file is None:
+            return None
+        state = torch.load(file, map_location='cpu', mmap=True, weights_only=False)
+        return state.get('args')
     except Exception as error:  # readers of several formats, each with errors of its own
         raise ValueError(
             f'--load {directory}: {folder.name} cannot be read ({type(error).__name__}: '
             f'{str(error).splitlines()[0] if str(error) else "no message"}); choose another '
             'iteration with --ckpt-step'
         ) from error
-    return None
 
 
 def _folder(root: pathlib.Path, step: int | None) -> pathlib.Path:

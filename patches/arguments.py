@@ -14,7 +14,7 @@ from collections.abc import Callable
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
-from megatron_mhc.patches.engine import Patch, apply
+from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.refusal import refuse
 
@@ -59,5 +59,5 @@ ARGUMENTS_PATCH = Patch(
     target='megatron.training.arguments:add_megatron_arguments',
     wrap=_wrap,
     reason='parse_args looks this name up when it is called, so scripts keep their own providers',
-    fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), '6904cd4c'),
+    fingerprints=on_every_release('6904cd4c'),
 )

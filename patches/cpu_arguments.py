@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from megatron_mhc.patches.engine import Patch
+from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 
 # ``megatron_mhc.cpu_device.NOTICE`` names these to the user.
@@ -94,5 +94,5 @@ CPU_ARGUMENTS_PATCH = Patch(
     target='megatron.training.arguments:add_megatron_arguments',
     wrap=_wrap,
     reason='stock defaults name NCCL, Transformer Engine and fused CUDA kernels',
-    fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), '6904cd4c'),
+    fingerprints=on_every_release('6904cd4c'),
 )

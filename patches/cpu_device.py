@@ -14,9 +14,7 @@ import torch
 
 from megatron_mhc.patches.cpu_arguments import CPU_ARGUMENTS_PATCH
 from megatron_mhc.patches.cpu_optimizer import CPU_OPTIMIZER_PATCHES
-from megatron_mhc.patches.engine import Patch
-
-_ALL = ('0.17', '0.18', '0.19')
+from megatron_mhc.patches.engine import Patch, on_every_release
 
 
 def _allow_no_cuda(original: Callable) -> Callable:
@@ -110,42 +108,42 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         target='megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu',
         wrap=_splits_to_numpy,
         reason='a tensor that is on the CPU already is not converted to numpy',
-        fingerprints=dict.fromkeys(_ALL, '9b679809'),
+        fingerprints=on_every_release('9b679809'),
     ),
     Patch(
         id='cpu-norm-sequence-parallel',
         target='megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__',
         wrap=_norm_with_sequence_parallel,
         reason="the local layer spec's only norm without Apex asserts no sequence parallelism",
-        fingerprints=dict.fromkeys(_ALL, '83653cf2'),
+        fingerprints=on_every_release('83653cf2'),
     ),
     Patch(
         id='cpu-latent-attention',
         target='megatron.core.transformer.dot_product_attention:DotProductAttention.__init__',
         wrap=_any_head_size,
         reason="multi-latent attention passes arguments that only Transformer Engine's takes",
-        fingerprints=dict.fromkeys(_ALL, '80e0eb05'),
+        fingerprints=on_every_release('80e0eb05'),
     ),
     Patch(
         id='cpu-checkpoint-fp8',
         target='megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__',
         wrap=_without_fp8,
         reason='selective recompute calls Transformer Engine although fp8 is off',
-        fingerprints=dict.fromkeys(_ALL, 'd87a79d1'),
+        fingerprints=on_every_release('d87a79d1'),
     ),
     Patch(
         id='cpu-checkpoint-storage',
         target='megatron.core.tensor_parallel.random:_get_share_storage',
         wrap=_share_by_copy,
         reason='selective recompute compiles a C++ extension when it first runs',
-        fingerprints=dict.fromkeys(_ALL, 'e3b0c442'),
+        fingerprints=on_every_release('e3b0c442'),
     ),
     Patch(
         id='cpu-wait-coalesced',
         target='megatron.core.distributed.param_and_grad_buffer:_coalescing_manager',
         wrap=_wait_at_once,
         reason='gloo corrupts the heap when coalesced collectives stay in flight',
-        fingerprints=dict.fromkeys(_ALL, '8cbcc252'),
+        fingerprints=on_every_release('8cbcc252'),
     ),
     Patch(
         id='cpu-keep-outputs',

@@ -13,9 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_mhc.patches.engine import Patch
-
-_ALL = ('0.17', '0.18', '0.19')
+from megatron_mhc.patches.engine import Patch, on_every_release
 
 
 def _is_torch_adam(optimizer) -> bool:
@@ -72,20 +70,20 @@ CPU_OPTIMIZER_PATCHES: tuple[Patch, ...] = (
         target=f'{_OPTIMIZER}.state_dict',
         wrap=_state_dict,
         reason='a resumed run asks for the step of an Adam that has not stepped yet',
-        fingerprints=dict.fromkeys(_ALL, '64b28ff1'),
+        fingerprints=on_every_release('64b28ff1'),
     ),
     Patch(
         id='cpu-optimizer-load',
         target=f'{_OPTIMIZER}.load_state_dict',
         wrap=_load_state_dict,
         reason='loading leaves one step tensor shared by all parameters',
-        fingerprints=dict.fromkeys(_ALL, '73b5d4a9'),
+        fingerprints=on_every_release('73b5d4a9'),
     ),
     Patch(
         id='cpu-optimizer-set',
         target=f'{_OPTIMIZER}._set_main_param_and_optimizer_states',
         wrap=_set_states,
         reason='the per-parameter step is taken for a sharded tensor',
-        fingerprints=dict.fromkeys(_ALL, 'cf243566'),
+        fingerprints=on_every_release('cf243566'),
     ),
 )

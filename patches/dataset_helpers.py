@@ -10,7 +10,7 @@ import importlib.util
 import pathlib
 from collections.abc import Callable
 
-from megatron_mhc.patches.engine import Patch
+from megatron_mhc.patches.engine import Patch, on_every_release
 
 
 def ships_prebuilt_helpers() -> bool:
@@ -30,5 +30,5 @@ DATASET_HELPERS_PATCH = Patch(
     target='megatron.core.datasets.utils:compile_helpers',
     wrap=_skip,
     reason='the wheel ships the data helpers built, without the Makefile that would build them',
-    fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), 'e3b0c442'),
+    fingerprints=on_every_release('e3b0c442'),
 )

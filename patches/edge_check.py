@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import sys
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.config import ResidualConfig
 
 _BUILDS = itertools.count()
@@ -69,6 +69,5 @@ def _key(build: int, rank: int) -> str:
 
 
 def _default_timeout() -> datetime.timedelta:
-    args = getattr(sys.modules.get('megatron.training.global_vars'), '_GLOBAL_ARGS', None)
-    minutes = getattr(args, 'distributed_timeout_minutes', None) or 10
+    minutes = getattr(parsed_arguments(), 'distributed_timeout_minutes', None) or 10
     return datetime.timedelta(minutes=minutes)

@@ -15,9 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_mhc.patches.engine import Patch
-
-_ALL = ('0.17', '0.18', '0.19')
+from megatron_mhc.patches.engine import Patch, on_every_release
 
 
 def _in_optimizer_order(original: Callable) -> Callable:
@@ -69,20 +67,20 @@ FLOAT_PARAMETER_PATCHES: tuple[Patch, ...] = (
         'DistributedOptimizer._build_optimizer_group_ranges',
         wrap=_in_optimizer_order,
         reason='fp32 parameters move to the front of their group after they have been numbered',
-        fingerprints=dict.fromkeys(_ALL, 'fdc62ca9'),
+        fingerprints=on_every_release('fdc62ca9'),
     ),
     Patch(
         id='float-parameters-save',
         target=f'{_HALF}.sharded_state_dict',
         wrap=_with_every_parameter,
         reason='only 16-bit parameters are numbered',
-        fingerprints=dict.fromkeys(_ALL, 'aaf75333'),
+        fingerprints=on_every_release('aaf75333'),
     ),
     Patch(
         id='float-parameters-load',
         target=f'{_HALF}.load_state_dict',
         wrap=_with_every_parameter,
         reason='main parameters are copied back by position',
-        fingerprints=dict.fromkeys(_ALL, '73b5d4a9'),
+        fingerprints=on_every_release('73b5d4a9'),
     ),
 )

@@ -7,16 +7,15 @@ wrapped, so that it does not matter which module imported the class when.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_mhc.arguments import residual_config_from_args
+from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
 from megatron_mhc.block import widen_block
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.patches.edge_check import agree_on_edges
-from megatron_mhc.patches.engine import Patch
+from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import negotiate_shapes_if_needed
 from megatron_mhc.spec import with_residual
 
@@ -26,8 +25,7 @@ def residual_of(config: Any) -> ResidualConfig:
     residual = getattr(config, 'residual_config', None)
     if residual is not None:
         return residual
-    # Not imported: a caller of megatron.core alone has no use for the training package.
-    args = getattr(sys.modules.get('megatron.training.global_vars'), '_GLOBAL_ARGS', None)
+    args = parsed_arguments()
     return ResidualConfig('standard') if args is None else residual_config_from_args(args)
 
 
@@ -59,5 +57,5 @@ GPT_MODEL_PATCH = Patch(
     target='megatron.core.models.gpt.gpt_model:GPTModel.__init__',
     wrap=_wrap,
     reason='every layer spec of every script and release passes through it',
-    fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), '97819a84'),
+    fingerprints=on_every_release('97819a84'),
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-from megatron_mhc.patches.engine import Patch
+from megatron_mhc.patches.engine import Patch, on_every_release
 
 
 def _wrap(original: Callable) -> Callable:
@@ -68,5 +68,5 @@ P2P_PATCH = Patch(
     target='megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate',
     wrap=_wrap,
     reason='one method serves both schedules; the interleaved one computes its shape inline',
-    fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), 'e01cfa8f'),
+    fingerprints=on_every_release('e01cfa8f'),
 )

@@ -15,7 +15,7 @@ from torch import nn
 from megatron_mhc.block import HyperConnectionBlockMixin
 from megatron_mhc.compat import core_minor, core_version
 from megatron_mhc.config import ResidualConfig
-from megatron_mhc.patches.engine import Patch
+from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.gpt_model import residual_of
 
 PHI = ('*hyper_connection.mapping_proj.weight', '*stream_merge.mapping_proj.weight')
@@ -70,5 +70,5 @@ PARAM_GROUPS_PATCH = Patch(
     target='megatron.core.optimizer:_get_param_groups',
     wrap=_wrap,
     reason='weight decay of phi is chosen by name; also the first point where all chunks are built',
-    fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), '40033d09'),
+    fingerprints=on_every_release('40033d09'),
 )

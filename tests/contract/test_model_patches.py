@@ -10,6 +10,20 @@ import torch
 from megatron_mhc import ResidualConfig, with_residual
 
 
+def local_spec_with(**submodules):
+    """A layer spec in which some submodules are others; ``build`` takes it as ``spec``."""
+
+    def spec(config):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        layer = get_gpt_layer_local_spec()
+        return dataclasses.replace(
+            layer, submodules=dataclasses.replace(layer.submodules, **submodules)
+        )
+
+    return spec
+
+
 def groups_of(model, standard_rule=True):
     """Parameter name -> weight decay multiplier, through Megatron's own grouping."""
     from megatron.core import optimizer
@@ -55,17 +69,10 @@ def test_model_build_checks_the_config(build):
 
 
 def test_cross_attention_is_refused(build):
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    def spec(config):
-        layer = get_gpt_layer_local_spec()
-        attention = layer.submodules.self_attention
-        return dataclasses.replace(
-            layer, submodules=dataclasses.replace(layer.submodules, cross_attention=attention)
-        )
+    from megatron.core.transformer.attention import CrossAttention
 
     with pytest.raises(ValueError, match='this layer has cross attention'):
-        build({'residual_type': 'mhc'}, spec=spec)
+        build({'residual_type': 'mhc'}, spec=local_spec_with(cross_attention=CrossAttention))
 
 
 def test_a_stage_input_of_the_wrong_width_is_refused(build):
@@ -90,19 +97,11 @@ def test_a_settings_object_on_the_config_needs_no_command_line(build, step):
 
 
 def test_a_bias_dropout_add_of_ones_own_is_refused(build):
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
     def scaled_add(training, fused):
         return lambda x_with_bias, residual, prob: residual + 0.1 * x_with_bias[0]
 
-    def spec(config):
-        layer = get_gpt_layer_local_spec()
-        return dataclasses.replace(
-            layer, submodules=dataclasses.replace(layer.submodules, mlp_bda=scaled_add)
-        )
-
     with pytest.raises(ValueError, match='mlp_bda=.*scaled_add.*would be lost'):
-        build({'residual_type': 'mhc'}, spec=spec)
+        build({'residual_type': 'mhc'}, spec=local_spec_with(mlp_bda=scaled_add))
 
 
 def test_pipeline_parallel_inference_is_refused(build):
