@@ -1,38 +1,89 @@
 """The stable op contract: Sinkhorn-Knopp, the mapping, F_pre and F_post,res.
 
-Every op is differentiable in each tensor argument. Shapes follow the legend of
+Every op is differentiable in each floating-point argument. Shapes follow the legend of
 ``megatron_mhc.kernels.reference``: ``...`` tokens (Megatron: ``[s, b]``), n streams, C hidden size,
 streams flattened to n*C with the stream index outer. Wrong input is a ValueError that names the
 argument, what it was and what was wanted.
+
+``backend`` is ``auto`` (Triton kernels where they run, logged once an op, else the torch
+reference), ``triton`` (an error where they cannot run) or ``torch``. A sublayer calls ``read`` and
+``write``, or ``write_read`` between two sublayers: the same mathematics as ``mapping``, ``pre`` and
+``post_res``, but the kernels then write the gradient of the streams once.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
 from megatron_mhc.kernels import reference
+from megatron_mhc.kernels.backend import BACKENDS, use_triton
+from megatron_mhc.kernels.reference.dropout import dropout_seed
+from megatron_mhc.op_inputs import (
+    PRECISIONS,
+    require_float,
+    require_mapping,
+    require_not_empty,
+    require_positive,
+    require_post_res,
+    require_same_device,
+    require_streams,
+    shape_of,
+)
 
-BACKENDS = ('auto', 'torch')
+__all__ = [
+    'BACKENDS',
+    'NORM_EPS',
+    'PRECISIONS',
+    'Carried',
+    'mapping',
+    'post_res',
+    'pre',
+    'read',
+    'sinkhorn',
+    'write',
+    'write_read',
+]
+
 NORM_EPS = 1e-20
 """Added to the mean square of the streams (mHC, Table 5: RMSNorm eps)."""
 
 
-def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
+class Carried(NamedTuple):
+    """What ``write`` needs of the ``read`` before it. Give it to one ``write`` and nothing else.
+
+    Where ``fused``, the gradient that flows back through ``x`` is not that of the streams.
+    """
+
+    x: Tensor
+    h_post: Tensor
+    h_res: Tensor
+    fused: bool
+
+
+def sinkhorn(logits: Tensor, iterations: int = 20, *, backend: str = 'auto') -> Tensor:
     """Project logits to doubly stochastic matrices, columns first, rows last (mHC, Eq 9).
 
     Args:
         logits: ``[..., n, n]``, read in fp32 (fp64 stays fp64).
         iterations: column-then-row passes, at least 1.
+        backend: ``auto``, ``triton`` or ``torch``.
 
     Returns:
         ``[..., n, n]``; row sums are 1 to rounding.
     """
-    _require_float('logits', logits)
+    require_float('logits', logits)
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
-        raise ValueError(f'logits: got shape {_shape(logits)}, wanted [..., n, n]')
-    _require_positive('iterations', iterations)
-    return reference.sinkhorn_ref(logits, iterations)
+        raise ValueError(f'logits: got shape {shape_of(logits)}, wanted [..., n, n]')
+    require_not_empty('logits', logits)
+    require_positive('iterations', iterations)
+    n = logits.shape[-1]
+    if not use_triton(backend, 'sinkhorn', logits.device, logits.dtype, n):
+        return reference.sinkhorn_ref(logits, iterations)
+    from megatron_mhc.kernels.autograd.ops import Sinkhorn
+
+    return Sinkhorn.apply(_rows(logits.float(), n, n), iterations).view(logits.shape)
 
 
 def mapping(
@@ -45,6 +96,7 @@ def mapping(
     sinkhorn_iterations: int = 20,
     norm_eps: float = NORM_EPS,
     backend: str = 'auto',
+    precision: str = 'auto',
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maps of one sublayer: H_pre = sigma, H_post = 2 sigma, H_res = Sinkhorn (mHC, Eq 14-19).
 
@@ -56,62 +108,67 @@ def mapping(
         num_streams: n, at least 1.
         sinkhorn_iterations: passes of Eq 9 (paper: 20).
         norm_eps: added under the root of the mean square.
-        backend: ``auto`` or ``torch``.
+        backend: ``auto``, ``triton`` or ``torch``.
+        precision: one of ``PRECISIONS``.
 
     Returns:
         ``h_pre [..., n]``, ``h_post [..., n]``, ``h_res [..., n, n]`` in fp32 (fp64 for fp64 x).
     """
     n = num_streams
-    _require_positive('num_streams', n)
-    _require_positive('sinkhorn_iterations', sinkhorn_iterations)
-    for name, tensor in (('x', x), ('weight', weight), ('bias', bias), ('alpha', alpha)):
-        _require_float(name, tensor)
-    if x.dim() < 1 or x.shape[-1] % n or not x.shape[-1]:
-        raise ValueError(f'x: got shape {_shape(x)}, wanted [..., n*C] with n = {n} streams')
-    maps = n * n + 2 * n
-    for name, tensor, wanted in (
-        ('weight', weight, (maps, x.shape[-1])),
-        ('bias', bias, (maps,)),
-        ('alpha', alpha, (3,)),
-    ):
-        _require_shape(name, tensor, wanted)
-    _require_same_device(x, weight=weight, bias=bias, alpha=alpha)
-    if norm_eps < 0:
-        raise ValueError(f'norm_eps: got {norm_eps}, wanted >= 0 (it is added to a mean square)')
-    if backend not in BACKENDS:
-        raise ValueError(f'backend: got {backend!r}, wanted one of {BACKENDS}')
-    return reference.mapping_ref(
-        x,
-        weight,
-        bias,
-        alpha,
-        num_streams=n,
-        sinkhorn_iterations=sinkhorn_iterations,
-        norm_eps=norm_eps,
+    require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)
+    if not use_triton(backend, 'mapping', x.device, x.dtype, n):
+        return reference.mapping_ref(
+            *(x, weight, bias, alpha),
+            num_streams=n,
+            sinkhorn_iterations=sinkhorn_iterations,
+            norm_eps=norm_eps,
+        )
+    from megatron_mhc.kernels.autograd.ops import Mapping, MappingSettings
+
+    settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
+    h_pre, h_post, h_res = Mapping.apply(
+        _rows(x, x.shape[-1]), *_parameters(weight, bias, alpha), settings
     )
+    tokens = x.shape[:-1]
+    return h_pre.view(*tokens, n), h_post.view(*tokens, n), h_res.view(*tokens, n, n)
 
 
-def pre(x: Tensor, h_pre: Tensor) -> Tensor:
+def pre(x: Tensor, h_pre: Tensor, *, backend: str = 'auto') -> Tensor:
     """F_pre, the sublayer input: ``sum_j h_pre[j] * x[j]`` (mHC, Eq 3).
 
     Args:
         x: ``[..., n*C]`` streams.
         h_pre: ``[..., n]``.
+        backend: ``auto``, ``triton`` or ``torch``.
 
     Returns:
         ``[..., C]`` in the dtype of x.
     """
-    _require_float('x', x)
-    _require_float('h_pre', h_pre)
-    _require_streams(x, 'h_pre', h_pre, h_pre.shape[-1:])
-    _require_same_device(x, h_pre=h_pre)
-    return reference.pre_ref(x, h_pre)
+    require_float('x', x)
+    require_float('h_pre', h_pre)
+    require_streams(x, 'h_pre', h_pre, h_pre.shape[-1:])
+    require_same_device(x, h_pre=h_pre)
+    n = h_pre.shape[-1]
+    if not use_triton(backend, 'pre', x.device, x.dtype, n):
+        return reference.pre_ref(x, h_pre)
+    from megatron_mhc.kernels.autograd.ops import Pre
+
+    u = Pre.apply(_rows(x, x.shape[-1]), _rows(h_pre.float(), n))
+    return u.view(*x.shape[:-1], -1)
 
 
 def post_res(
-    x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = 'auto',
 ) -> Tensor:
-    """F_post,res: ``x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * (y + bias)`` (mHC, Eq 3).
+    """F_post,res: ``x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * dropout(y + bias)`` (mHC, Eq 3).
 
     Args:
         x: ``[..., n*C]`` streams.
@@ -119,50 +176,170 @@ def post_res(
         h_post: ``[..., n]``.
         h_res: ``[..., n, n]``, row index = new stream.
         bias: ``[C]`` added to y, or None.
+        dropout: probability of dropping an element of y + bias; those kept are divided by 1 - p.
+        seed: ``[1]`` int64 that determines the mask, the same on every backend. None draws one from
+            the device's ambient generator.
+        backend: ``auto``, ``triton`` or ``torch``.
 
     Returns:
         ``[..., n*C]`` in the dtype of x.
     """
-    for name, tensor in (('x', x), ('y', y), ('h_post', h_post), ('h_res', h_res)):
-        _require_float(name, tensor)
+    require_post_res(x, y, h_post, h_res, bias, dropout, seed)
     n = h_post.shape[-1]
-    _require_streams(x, 'h_post', h_post, (n,))
-    _require_streams(x, 'h_res', h_res, (n, n))
-    _require_shape('y', y, (*x.shape[:-1], x.shape[-1] // n))
-    if bias is not None:
-        _require_shape('bias', bias, y.shape[-1:])
-    _require_same_device(x, y=y, h_post=h_post, h_res=h_res, bias=bias)
-    return reference.post_res_ref(x, y, h_post, h_res, bias)
+    if dropout > 0 and seed is None:
+        seed = dropout_seed(x.device)
+    if not use_triton(backend, 'post_res', x.device, x.dtype, n):
+        return reference.post_res_ref(x, y, h_post, h_res, bias, dropout, seed)
+    from megatron_mhc.kernels.autograd.ops import PostRes
+
+    x_new = PostRes.apply(*_write_arguments(x, y, h_post, h_res), bias, dropout, seed)
+    return x_new.view(x.shape)
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
+def read(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_streams: int,
+    sinkhorn_iterations: int = 20,
+    norm_eps: float = NORM_EPS,
+    backend: str = 'auto',
+    precision: str = 'auto',
+) -> tuple[Tensor, Carried]:
+    """``mapping`` and ``pre`` of one sublayer; arguments as for ``mapping``.
+
+    Returns:
+        The sublayer input ``[..., C]``, and what the ``write`` of the same sublayer needs.
+    """
+    n = num_streams
+    require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)
+    if not use_triton(backend, 'read', x.device, x.dtype, n):
+        h_pre, h_post, h_res = reference.mapping_ref(
+            *(x, weight, bias, alpha),
+            num_streams=n,
+            sinkhorn_iterations=sinkhorn_iterations,
+            norm_eps=norm_eps,
+        )
+        return reference.pre_ref(x, h_pre), Carried(x, h_post, h_res, fused=False)
+    from megatron_mhc.kernels.autograd.ops import MappingSettings
+    from megatron_mhc.kernels.autograd.seam import Read
+
+    settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
+    outputs = Read.apply(_rows(x, x.shape[-1]), *_parameters(weight, bias, alpha), settings)
+    return _read_outputs(x, n, *outputs)
 
 
-def _require_float(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f'{name}: got {got}, wanted a floating-point tensor')
+def write(
+    y: Tensor,
+    carried: Carried,
+    bias: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = 'auto',
+) -> Tensor:
+    """``post_res`` of the streams and maps that ``read`` left; other arguments as there.
+
+    A ``carried`` of the kernels is written by them; ``backend`` matters for others only.
+
+    Returns:
+        ``[..., n*C]`` in the dtype of the streams.
+    """
+    x, h_post, h_res, fused = carried
+    if not fused:
+        return post_res(*(x, y, h_post, h_res, bias), dropout=dropout, seed=seed, backend=backend)
+    require_post_res(x, y, h_post, h_res, bias, dropout, seed)
+    if dropout > 0 and seed is None:
+        seed = dropout_seed(x.device)
+    from megatron_mhc.kernels.autograd.seam import Write
+
+    return Write.apply(*_write_arguments(*_streams_first(y, carried)), bias, dropout, seed).view(
+        x.shape
+    )
 
 
-def _require_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'{name}: got {value!r}, wanted an integer >= 1')
+def write_read(
+    y: Tensor,
+    carried: Carried,
+    weight: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_streams: int,
+    sinkhorn_iterations: int = 20,
+    norm_eps: float = NORM_EPS,
+    y_bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = 'auto',
+    precision: str = 'auto',
+) -> tuple[Tensor, Tensor, Carried]:
+    """The seam: ``write`` of one sublayer and ``read`` of the next, one pass over the streams.
+
+    Args:
+        y, carried, y_bias, dropout, seed: as for ``write`` of the first sublayer.
+        weight, bias, alpha and the others: as for ``read`` of the second.
+
+    Returns:
+        The streams between the two, bit for bit those of ``write``; the second sublayer's input;
+        and what its ``write`` needs.
+    """
+    x = carried.x
+    if not carried.fused:
+        x_new = write(y, carried, y_bias, dropout=dropout, seed=seed, backend=backend)
+        u, carried = read(
+            *(x_new, weight, bias, alpha),
+            num_streams=num_streams,
+            sinkhorn_iterations=sinkhorn_iterations,
+            norm_eps=norm_eps,
+            backend=backend,
+            precision=precision,
+        )
+        return x_new, u, carried
+    n = num_streams
+    require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)
+    require_post_res(x, y, carried.h_post, carried.h_res, y_bias, dropout, seed)
+    if dropout > 0 and seed is None:
+        seed = dropout_seed(x.device)
+    from megatron_mhc.kernels.autograd.ops import MappingSettings
+    from megatron_mhc.kernels.autograd.seam import WriteRead
+
+    settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
+    x_new, *outputs = WriteRead.apply(
+        *(*_write_arguments(*_streams_first(y, carried)), y_bias, dropout, seed),
+        *(*_parameters(weight, bias, alpha), settings),
+    )
+    return x_new.view(x.shape), *_read_outputs(x, n, *outputs)
 
 
-def _require_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != tuple(wanted):
-        raise ValueError(f'{name}: got shape {_shape(tensor)}, wanted {list(wanted)}')
+def _rows(tensor: Tensor, *tail: int) -> Tensor:
+    """The leading dimensions flattened to T, as the kernels take it."""
+    return tensor.reshape(-1, *tail).contiguous()
 
 
-def _require_streams(x: Tensor, name: str, maps: Tensor, tail: tuple[int, ...]) -> None:
-    n = tail[0] if tail else 0
-    if not n or x.dim() < 1 or not x.shape[-1] or x.shape[-1] % n:
-        raise ValueError(f'x: got shape {_shape(x)}, wanted [..., n*C] with n = {n} from {name}')
-    _require_shape(name, maps, (*x.shape[:-1], *tail))
+def _parameters(*parameters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(parameter.float().contiguous() for parameter in parameters)
 
 
-def _require_same_device(x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f'{name}: got device {tensor.device}, wanted {x.device} like x')
+def _streams_first(y: Tensor, carried: Carried) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return carried.x, y, carried.h_post, carried.h_res
+
+
+def _write_arguments(x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> tuple[Tensor, ...]:
+    n = h_post.shape[-1]
+    return (
+        _rows(x, x.shape[-1]),
+        _rows(y, y.shape[-1]),
+        _rows(h_post.float(), n),
+        _rows(h_res.float(), n, n),
+    )
+
+
+def _read_outputs(
+    x: Tensor, n: int, u: Tensor, h_post: Tensor, h_res: Tensor, carried: Tensor
+) -> tuple[Tensor, Carried]:
+    tokens = x.shape[:-1]
+    maps = h_post.view(*tokens, n), h_res.view(*tokens, n, n)
+    return u.view(*tokens, -1), Carried(carried.view(x.shape), *maps, fused=True)

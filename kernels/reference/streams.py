@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_mhc.kernels.reference.dropout import dropout_scale_ref
 from megatron_mhc.kernels.reference.precision import at_least_fp32, without_autocast
 
 
@@ -29,13 +30,20 @@ def pre_ref(x: Tensor, h_pre: Tensor) -> Tensor:
 
 
 def post_res_ref(
-    x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """F_post,res: x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * (y + bias).
+    """F_post,res: x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * dropout(y + bias).
 
     Args:
         x: ``[..., n*C]`` streams; y: ``[..., C]`` sublayer output; bias: ``[C]`` or None;
         h_post: ``[..., n]``; h_res: ``[..., n, n]``, both applied in fp32.
+        dropout: probability of dropping an element of y + bias; seed: ``[1]`` int64, its mask.
 
     Returns:
         ``[..., n*C]`` in the dtype of x.
@@ -46,6 +54,10 @@ def post_res_ref(
         y = y.to(dtype)
         if bias is not None:
             y = y + bias.to(dtype)
+        if dropout > 0:
+            channels = y.shape[-1]
+            scale = dropout_scale_ref(y.numel() // channels, channels, dropout, seed)
+            y = y * scale.to(dtype).view(y.shape)
         h_post, h_res = h_post.to(dtype), h_res.to(dtype)
         # x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * y
         new = [

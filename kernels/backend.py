@@ -1,0 +1,89 @@
+"""Which implementation of an op runs: the Triton kernels or the torch reference, and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+
+import torch
+
+BACKENDS = ('auto', 'triton', 'torch')
+KERNEL_STREAMS = (1, 2, 4, 8)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 0)
+
+logger = logging.getLogger('megatron_mhc.kernels')
+
+
+def use_triton(backend: str, op: str, device: torch.device, dtype: torch.dtype, n: int) -> bool:
+    """Decide for one call; each new reason is logged once.
+
+    Args:
+        backend: ``auto`` takes the kernels wherever they run; ``triton`` demands them; ``torch`` is
+            the reference.
+        op: name for the log; n: number of streams.
+
+    Raises:
+        ValueError: an unknown backend, or ``triton`` where the kernels cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f'backend: got {backend!r}, wanted one of {BACKENDS}')
+    if backend == 'torch':
+        return False
+    obstacle = kernel_obstacle(device, dtype, n)
+    if backend == 'triton':
+        if obstacle:
+            raise ValueError(
+                f"backend: got 'triton' for {op}, but {obstacle}; use 'auto' or 'torch'"
+            )
+        return True
+    if device.type == 'cpu':
+        # Interpreted kernels are for tests: slower than torch by orders of magnitude.
+        obstacle = 'the streams are on the CPU'
+    _log_once(op, device.type, obstacle)
+    return obstacle is None
+
+
+def kernel_obstacle(device: torch.device, dtype: torch.dtype, n: int) -> str | None:
+    """Why the Triton kernels cannot run here, in half a sentence; None where they can."""
+    if n not in KERNEL_STREAMS:
+        return f'the kernels are written for n in {KERNEL_STREAMS} streams, not {n}'
+    if dtype not in KERNEL_DTYPES:
+        return f'the kernels take bf16, fp16 and fp32 streams, not {dtype}'
+    return _platform_obstacle(device)
+
+
+@functools.cache
+def _platform_obstacle(device: torch.device) -> str | None:
+    if importlib.util.find_spec('triton') is None:
+        return 'Triton is not installed (pip install triton)'
+    version = importlib.metadata.version('triton')
+    if tuple(int(part) for part in version.split('.')[:2]) < OLDEST_TRITON:
+        wanted = '.'.join(map(str, OLDEST_TRITON))
+        return f'Triton {version} is older than {wanted} (pip install -U triton)'
+    from megatron_mhc.kernels.triton.launch import interpreted
+
+    if interpreted():
+        return None if device.type == 'cpu' else 'TRITON_INTERPRET=1 is set (unset it)'
+    if device.type == 'cpu':
+        return 'the streams are on the CPU (TRITON_INTERPRET=1 interprets the kernels, slowly)'
+    if device.type != 'cuda' or torch.version.hip:
+        return f'the kernels are tested on NVIDIA GPUs only, not on {device.type}'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f'{name} is sm_{capability[0]}{capability[1]}, older than sm_80'
+    return None
+
+
+@functools.cache
+def _log_once(op: str, device: str, obstacle: str | None) -> None:
+    if obstacle is None:
+        logger.info('%s: Triton kernels', op)
+    else:
+        # On a GPU the reference is a loss that its user wants to know of.
+        level = logging.INFO if device == 'cpu' else logging.WARNING
+        logger.log(level, '%s: torch reference, because %s', op, obstacle)

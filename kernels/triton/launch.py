@@ -1,0 +1,100 @@
+"""The one place where a Triton kernel is started.
+
+Under ``record_launches`` nothing runs: the launches are kept instead. On meta tensors this tells
+what a call would start, with the shipped tile sizes, without a GPU and without memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+_RECORD: ContextVar[list[Launch] | None] = ContextVar('megatron_mhc_launches', default=None)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The block that one program works on, and the warps that share it."""
+
+    tokens: int
+    channels: int = 0
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything that determines its code and its memory traffic.
+
+    ``arguments`` are the run-time values in the order of the kernel's parameters (tensors, numbers,
+    or None for an absent tensor), ``constants`` its ``tl.constexpr`` parameters.
+    """
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: tuple
+    constants: dict[str, object]
+    options: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [value for value in self.arguments if isinstance(value, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collect launches in the yielded list instead of running them."""
+    token = _RECORD.set([])
+    try:
+        yield _RECORD.get()
+    finally:
+        _RECORD.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels as Python on the CPU (``TRITON_INTERPRET=1`` at its import)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def launch(
+    kernel: object, grid: tuple[int, ...], *arguments: object, tile: Tile, **constants: object
+) -> None:
+    """Run ``kernel`` on the device of its tensors; nothing is read back."""
+    options = {
+        'num_warps': tile.num_warps,
+        'num_stages': tile.num_stages,
+        # Said, because Triton's default changes: stored streams must not depend on it.
+        'enable_fp_fusion': True,
+    }
+    record = _RECORD.get()
+    if record is not None:
+        record.append(Launch(kernel, grid, arguments, constants, options))
+        return
+    device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
+    # Triton launches on the current device, which need not be the tensors'.
+    guard = torch.cuda.device(device) if device.type == 'cuda' else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*arguments, **constants, **options)
+
+
+def fitted(tile: Tile, channels: int) -> Tile:
+    """``tile``, no wider than ``channels`` need."""
+    return replace(tile, channels=max(16, min(tile.channels, power_of_two(channels))))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not less than ``value``."""
+    return 1 << (value - 1).bit_length()

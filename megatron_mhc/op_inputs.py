@@ -1,0 +1,121 @@
+"""What the ops accept, checked before anything runs.
+
+Each check raises a ValueError that names the argument, what it was and what was wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
+"""How the kernels multiply phi: ``auto`` is ``bf16x2`` (high and low part) for bf16 streams and
+``tf32x3`` for others; the torch reference is fp32 throughout."""
+
+
+def require_mapping(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    n: int,
+    sinkhorn_iterations: int,
+    norm_eps: float,
+    precision: str,
+) -> None:
+    require_positive('num_streams', n)
+    require_positive('sinkhorn_iterations', sinkhorn_iterations)
+    for name, tensor in (('x', x), ('weight', weight), ('bias', bias), ('alpha', alpha)):
+        require_float(name, tensor)
+    if x.dim() < 1 or x.shape[-1] % n or not x.shape[-1]:
+        raise ValueError(f'x: got shape {shape_of(x)}, wanted [..., n*C] with n = {n} streams')
+    require_rows(x)
+    maps = n * n + 2 * n
+    for name, tensor, wanted in (
+        ('weight', weight, (maps, x.shape[-1])),
+        ('bias', bias, (maps,)),
+        ('alpha', alpha, (3,)),
+    ):
+        require_shape(name, tensor, wanted)
+    require_same_device(x, weight=weight, bias=bias, alpha=alpha)
+    if norm_eps < 0:
+        raise ValueError(f'norm_eps: got {norm_eps}, wanted >= 0 (it is added to a mean square)')
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision: got {precision!r}, wanted one of {PRECISIONS}')
+    if precision == 'bf16x2' and x.dtype != torch.bfloat16:
+        raise ValueError(
+            f"precision: got 'bf16x2' for {x.dtype} streams, wanted 'auto' (it needs bf16 streams)"
+        )
+
+
+def require_post_res(
+    x: Tensor,
+    y: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> None:
+    for name, tensor in (('x', x), ('y', y), ('h_post', h_post), ('h_res', h_res)):
+        require_float(name, tensor)
+    n = h_post.shape[-1]
+    require_streams(x, 'h_post', h_post, (n,))
+    require_streams(x, 'h_res', h_res, (n, n))
+    require_shape('y', y, (*x.shape[:-1], x.shape[-1] // n))
+    if bias is not None:
+        require_float('bias', bias)
+        require_shape('bias', bias, y.shape[-1:])
+    if not 0 <= dropout < 1:
+        raise ValueError(f'dropout: got {dropout}, wanted a probability in [0, 1)')
+    if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
+        raise ValueError(f'seed: got {seed.dtype} {shape_of(seed)}, wanted int64 [1]')
+    require_same_device(x, y=y, h_post=h_post, h_res=h_res, bias=bias, seed=seed)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def require_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f'{name}: got {got}, wanted a floating-point tensor')
+
+
+def require_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'{name}: got {value!r}, wanted an integer >= 1')
+
+
+def require_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(wanted):
+        raise ValueError(f'{name}: got shape {shape_of(tensor)}, wanted {list(wanted)}')
+
+
+def require_streams(x: Tensor, name: str, maps: Tensor, tail: tuple[int, ...]) -> None:
+    n = tail[0] if tail else 0
+    if not n or x.dim() < 1 or not x.shape[-1] or x.shape[-1] % n:
+        raise ValueError(f'x: got shape {shape_of(x)}, wanted [..., n*C] with n = {n} from {name}')
+    require_rows(x)
+    require_shape(name, maps, (*x.shape[:-1], *tail))
+
+
+def require_rows(x: Tensor) -> None:
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        raise ValueError(
+            f'x: got strides {list(x.stride())}, wanted a contiguous last axis of n*C values '
+            '(x.contiguous())'
+        )
+    require_not_empty('x', x)
+
+
+def require_not_empty(name: str, tensor: Tensor) -> None:
+    if not tensor.numel():
+        raise ValueError(f'{name}: got shape {shape_of(tensor)}, wanted at least one token')
+
+
+def require_same_device(x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f'{name}: got device {tensor.device}, wanted {x.device} like x')
