@@ -13,7 +13,9 @@ import sys
 from megatron_mhc.config import (
     HC_VARIANTS,
     INIT_PRESETS,
+    KERNEL_BACKENDS,
     MAPPINGS,
+    PROJECTION_PRECISIONS,
     RESIDUAL_TYPES,
     STREAM_MERGES,
     ResidualConfig,
@@ -30,7 +32,12 @@ FIELDS = {
     'mhc_mapping_weight_decay': ('mapping_weight_decay', ('hc', 'mhc')),
     'hc_variant': ('hc_variant', ('hc',)),
     'hc_tanh': ('hc_tanh', ('hc',)),
+    'mhc_kernel_backend': ('kernel_backend', ('hc', 'mhc')),
+    'mhc_projection_precision': ('projection_precision', ('mhc',)),
+    'mhc_seam_fusion': ('seam_fusion', ('mhc',)),
 }
+# Arguments whose flag switches them off.
+NEGATED = {'hc_tanh': '--hc-no-tanh', 'mhc_seam_fusion': '--mhc-no-seam-fusion'}
 
 
 def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -104,6 +111,27 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         dest='hc_tanh',
         help='leave out the tanh of the dynamic part (default: tanh; hc only)',
     )
+    group.add_argument(
+        '--mhc-kernel-backend',
+        choices=KERNEL_BACKENDS,
+        help='auto: fused Triton kernels where they run (NVIDIA GPU from sm_80, 1, 2, 4 or 8 '
+        'streams), else torch, and one line that says which and why; triton: an error where they '
+        'do not run; torch: the reference (default: auto)',
+    )
+    group.add_argument(
+        '--mhc-projection-precision',
+        choices=PROJECTION_PRECISIONS,
+        help='how the kernels multiply phi: bf16x2 = high and low part in bf16, for bf16 streams; '
+        'the others are both factors in fp32 (default: auto: bf16x2, tf32x3 for other streams)',
+    )
+    group.add_argument(
+        '--mhc-no-seam-fusion',
+        action='store_const',
+        const=False,
+        dest='mhc_seam_fusion',
+        help='kernels: write the streams of one sublayer and read them for the next in two passes, '
+        'with the same result (default: in one; mhc only)',
+    )
     return parser
 
 
@@ -128,7 +156,7 @@ def residual_config_from_args(args: argparse.Namespace) -> ResidualConfig:
         if value is None:
             continue
         if residual_type not in types:
-            flag = '--hc-no-tanh' if name == 'hc_tanh' else '--' + name.replace('_', '-')
+            flag = NEGATED.get(name, '--' + name.replace('_', '-'))
             raise ValueError(
                 f'{flag} has no effect with --residual-type {residual_type}: it belongs to '
                 f'{" and ".join(types)}; drop it or set --residual-type {types[-1]}'

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
 
 from megatron_mhc.config import ResidualConfig
+from megatron_mhc.layer import HyperConnectionLayerMixin
 from megatron_mhc.stream_merge import StreamMerge, expand_streams
 
 
@@ -49,6 +51,9 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     """
     block.__class__ = hyper_connection_block(type(block))
     block.num_streams = residual.num_residual_streams
+    for layer, following in itertools.pairwise(block.layers):
+        if isinstance(layer, HyperConnectionLayerMixin):
+            layer.precedes(following)
     if block.final_layernorm is not None:
         block.stream_merge = StreamMerge(
             block.config.hidden_size, residual, block.config.sequence_parallel

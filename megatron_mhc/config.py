@@ -10,10 +10,13 @@ INIT_PRESETS = ('uniform', 'identity')
 STREAM_MERGES = ('mean', 'sum', 'learned')
 MAPPINGS = ('pre', 'post', 'res')
 HC_VARIANTS = ('dynamic', 'static')
+# The names of megatron_mhc.ops, which needs torch; settings do not.
+KERNEL_BACKENDS = ('auto', 'triton', 'torch')
+PROJECTION_PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
 
 # Settings that the other residual type has to itself.
 _FOREIGN = {
-    'hc': ('sinkhorn_iterations', 'init'),
+    'hc': ('sinkhorn_iterations', 'init', 'projection_precision', 'seam_fusion'),
     'mhc': ('hc_variant', 'hc_tanh'),
 }
 
@@ -38,6 +41,10 @@ class ResidualConfig:
         hc_tanh: tanh on the dynamic part of hc.
         mapping_weight_decay: apply weight decay to the projection phi. Biases and gating factors
             are never decayed.
+        kernel_backend: ``auto`` (Triton kernels where they run), ``triton`` (an error where they do
+            not) or ``torch``.
+        projection_precision: how the kernels multiply phi; ``auto`` follows the streams. mhc only.
+        seam_fusion: where the kernels run, F_post,res and the next mapping in one pass. mhc only.
         seed: seeds the mapping's own generator; the other weights keep their random stream.
 
     Raises:
@@ -54,6 +61,9 @@ class ResidualConfig:
     hc_variant: str = 'dynamic'
     hc_tanh: bool = True
     mapping_weight_decay: bool = True
+    kernel_backend: str = 'auto'
+    projection_precision: str = 'auto'
+    seam_fusion: bool = True
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -80,6 +90,8 @@ class ResidualConfig:
                 )
         object.__setattr__(self, 'fixed_mappings', tuple(sorted(set(self.fixed_mappings))))
         _one_of('--hc-variant', self.hc_variant, HC_VARIANTS)
+        _one_of('--mhc-kernel-backend', self.kernel_backend, KERNEL_BACKENDS)
+        _one_of('--mhc-projection-precision', self.projection_precision, PROJECTION_PRECISIONS)
 
     @property
     def enabled(self) -> bool:

@@ -2,7 +2,8 @@
 
 Its forward computes the three maps once and applies F_pre; ``post`` applies F_post,res with those
 maps. Nothing is kept on the module between the two calls, so that schedules may interleave
-microbatches.
+microbatches. A forward may also be given the sublayer before that has yet to be written
+(``Pending``): where the kernels run, both then take one pass over the streams.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,15 @@ from megatron_mhc import ops
 from megatron_mhc.config import MAPPINGS, ResidualConfig
 
 Maps = tuple[Tensor, Tensor, Tensor]
+
+
+class Pending(NamedTuple):
+    """A sublayer's output before F_post,res: y ``[..., C]``, its read, its bias and dropout."""
+
+    y: Tensor
+    carried: ops.Carried
+    bias: Tensor | None = None
+    dropout: float = 0.0
 
 
 def require_width(x: Tensor, num_streams: int, hidden_size: int) -> None:
@@ -118,17 +129,43 @@ class HyperConnection(KeepFP32):
         """The stream this sublayer favours where an initialisation favours one."""
         return self.sublayer % self.num_streams
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Streams ``[..., n*C]`` -> sublayer input ``[..., C]``, and what ``post`` needs."""
-        require_width(x, self.num_streams, self.hidden_size)
-        h_pre, h_post, h_res = self._fix(x, self.maps(x) if self._has_parameters() else (None,) * 3)
-        return ops.pre(x, h_pre), (h_post, h_res)
+    def forward(self, x: Tensor | Pending) -> tuple[Tensor, Tensor, ops.Carried]:
+        """Read the streams for this sublayer.
 
-    @staticmethod
-    def post(x: Tensor, y: Tensor, maps: tuple[Tensor, Tensor]) -> Tensor:
-        """Streams and sublayer output ``[..., C]`` -> the next streams ``[..., n*C]``."""
-        h_post, h_res = maps
-        return ops.post_res(x, y, h_post, h_res)
+        Args:
+            x: streams ``[..., n*C]``, or the sublayer before, which is then written first.
+
+        Returns:
+            The streams ``[..., n*C]``, the sublayer input ``[..., C]`` and what ``post`` needs.
+        """
+        if isinstance(x, Pending):
+            return self.write_read(x)
+        require_width(x, self.num_streams, self.hidden_size)
+        return x, *self.read(x)
+
+    def read(self, x: Tensor) -> tuple[Tensor, ops.Carried]:
+        h_pre, h_post, h_res = self._fix(x, self.maps(x) if self._has_parameters() else (None,) * 3)
+        u = ops.pre(x, h_pre, backend=self.residual.kernel_backend)
+        return u, ops.Carried(x, h_post, h_res, fused=False)
+
+    def write_read(self, pending: Pending) -> tuple[Tensor, Tensor, ops.Carried]:
+        x = self.post(*pending)
+        return x, *self.read(x)
+
+    def joins(self, carried: ops.Carried) -> bool:
+        """Whether a ``Pending`` with these streams is better than their ``post``."""
+        return False
+
+    def post(
+        self,
+        y: Tensor,
+        carried: ops.Carried,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Sublayer output ``[..., C]`` and what the forward left -> the next streams."""
+        backend = self.residual.kernel_backend
+        return ops.write(y, carried, bias, dropout=dropout, backend=backend)
 
     def _has_parameters(self) -> bool:
         return next(self.parameters(), None) is not None

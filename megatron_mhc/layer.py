@@ -1,8 +1,9 @@
 """n-stream residuals around the two sublayers of *any* Megatron transformer layer.
 
 The mixin goes in front of the layer class that a spec names. The stock methods see the C-wide
-sublayer input as their hidden states, and bias-dropout-add is replaced by bias-dropout, so what
-they return is the bare sublayer output; the mixin then applies F_post,res. Norms, attention, MLP,
+sublayer input as their hidden states, and bias-dropout-add is replaced by a function that only
+notes bias and dropout, so what they return is the bare sublayer output; the mixin then applies
+F_post,res with both. Norms, attention, MLP,
 MoE, recomputation and quantisation inside those methods run unchanged.
 """
 
@@ -13,8 +14,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,27 +25,44 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
 )
 from megatron.core.utils import make_viewless_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_mhc import ops
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.hc import UnconstrainedHyperConnection
-from megatron_mhc.hyper_connection import HyperConnection
+from megatron_mhc.hyper_connection import HyperConnection, Pending
 from megatron_mhc.mhc import ManifoldHyperConnection
+
+# Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
+_TAIL: ContextVar[dict | None] = ContextVar('megatron_mhc_tail', default=None)
+
+
+@contextlib.contextmanager
+def _collected_tail() -> Iterator[dict]:
+    """What ``bias_dropout`` was given inside the context, as arguments of F_post,res."""
+    tail: dict = {}
+    token = _TAIL.set(tail)
+    try:
+        yield tail
+    finally:
+        _TAIL.reset(token)
 
 
 def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """Drop-in for ``get_bias_dropout_add`` that leaves the residual out.
+    """Drop-in for ``get_bias_dropout_add``: the residual is left out, the rest is put off.
 
-    ``fused`` is ignored: without bias and dropout, the usual case, there is nothing to fuse.
+    ``fused`` is ignored; bias and dropout are part of F_post,res.
     """
     del fused
 
     def apply(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
         del residual
         x, bias = x_with_bias
-        if bias is not None:
-            x = x + bias
-        return F.dropout(x, p=prob, training=True) if training and prob > 0 else x
+        if bias is not None and bias.dim() > 1:
+            # One bias a token, which some mixtures of experts have: no longer a parameter.
+            x, bias = x + bias, None
+        _TAIL.get().update(bias=bias, dropout=prob if training else 0.0)
+        return x
 
     return apply
 
@@ -141,21 +159,59 @@ class HyperConnectionLayerMixin:
             else build_hyper_connection(config, residual, first + 1)
         )
 
+        self.following: tuple[HyperConnection, ...] = ()
+
     def _forward_attention(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple:
         connection = self.self_attention_hyper_connection
         if connection is None:
             return super()._forward_attention(hidden_states, *args, **kwargs)
-        x, maps = connection(hidden_states)
-        y, context = super()._forward_attention(x, *args, **kwargs)
-        return _viewless(connection.post(hidden_states, y, maps)), context
+        u, carried = _read(connection, hidden_states)
+        with _collected_tail() as tail:
+            y, context = super()._forward_attention(u, *args, **kwargs)
+        pending = Pending(y, carried, **tail)
+        return _write(pending, connection, self.mlp_hyper_connection), context
 
     def _forward_mlp(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         connection = self.mlp_hyper_connection
         if connection is None:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
-        x, maps = connection(hidden_states)
-        y = super()._forward_mlp(x, *args, **kwargs)
-        return _viewless(connection.post(hidden_states, y, maps))
+        u, carried = _read(connection, hidden_states)
+        with _collected_tail() as tail:
+            y = super()._forward_mlp(u, *args, **kwargs)
+        return _write(Pending(y, carried, **tail), connection, *self.following)
+
+    def precedes(self, layer: nn.Module) -> None:
+        """Let the MLP's F_post,res join the mapping of the next layer's attention."""
+        connection = getattr(layer, 'self_attention_hyper_connection', None)
+        # A recomputed layer starts from its input alone: what was read ahead would be lost.
+        if connection is not None and self.config.recompute_granularity != 'full':
+            # In a tuple, or it would be registered as a child of this layer too.
+            self.following = (connection,)
+
+
+def _read(connection: HyperConnection, hidden_states: Tensor) -> tuple[Tensor, ops.Carried]:
+    """Sublayer input, from the read that came with the streams if there is one."""
+    ahead = hidden_states.__dict__.pop('mhc_read_ahead', None)
+    if ahead is not None and ahead[0] is connection:
+        return ahead[1:]
+    _, u, carried = connection(hidden_states)
+    return u, carried
+
+
+def _write(
+    pending: Pending, connection: HyperConnection, following: HyperConnection | None = None
+) -> Tensor:
+    """The next streams. Where the kernels run, the next sublayer reads them in the same pass.
+
+    What it read travels as an attribute of the streams, so that any code between the two sublayers
+    that replaces the tensor gets the plain path.
+    """
+    if following is None or not following.joins(pending.carried):
+        return _viewless(connection.post(*pending))
+    x, u, carried = following(pending)
+    x = _viewless(x)
+    x.mhc_read_ahead = (following, u, carried)
+    return x
 
 
 def _viewless(x: Tensor) -> Tensor:

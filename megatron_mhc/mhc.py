@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mhc import ops
-from megatron_mhc.hyper_connection import HyperConnection, MappingProjection, Maps
+from megatron_mhc.hyper_connection import HyperConnection, MappingProjection, Maps, Pending
 
 # Biases of the identity preset, home stream against the others. H_res = Sinkhorn(6I) has 0.993 on
 # its diagonal; sigma(+-3) reads 0.95 of the home stream and 0.05 of each other one. H_post =
@@ -45,11 +45,35 @@ class ManifoldHyperConnection(HyperConnection):
         return [IDENTITY_PRE * home, IDENTITY_POST * home, res.flatten()]
 
     def maps(self, x: Tensor) -> Maps:
-        return ops.mapping(
-            x,
-            self.mapping_proj(),
-            self.bias,
-            torch.cat([self.alpha_pre, self.alpha_post, self.alpha_res]),
-            num_streams=self.num_streams,
-            sinkhorn_iterations=self.residual.sinkhorn_iterations,
+        return ops.mapping(x, *self._parameters_of_mapping(), **self._settings())
+
+    def read(self, x: Tensor) -> tuple[Tensor, ops.Carried]:
+        if self.residual.fixed_mappings:
+            return super().read(x)
+        return ops.read(x, *self._parameters_of_mapping(), **self._settings())
+
+    def joins(self, carried: ops.Carried) -> bool:
+        fuses = self.residual.seam_fusion and not self.residual.fixed_mappings
+        return carried.fused and fuses
+
+    def write_read(self, pending: Pending) -> tuple[Tensor, Tensor, ops.Carried]:
+        if not self.joins(pending.carried):
+            return super().write_read(pending)
+        return ops.write_read(
+            *(pending.y, pending.carried, *self._parameters_of_mapping()),
+            y_bias=pending.bias,
+            dropout=pending.dropout,
+            **self._settings(),
         )
+
+    def _parameters_of_mapping(self) -> tuple[Tensor, Tensor, Tensor]:
+        alpha = torch.cat([self.alpha_pre, self.alpha_post, self.alpha_res])
+        return self.mapping_proj(), self.bias, alpha
+
+    def _settings(self) -> dict[str, object]:
+        return {
+            'num_streams': self.num_streams,
+            'sinkhorn_iterations': self.residual.sinkhorn_iterations,
+            'backend': self.residual.kernel_backend,
+            'precision': self.residual.projection_precision,
+        }

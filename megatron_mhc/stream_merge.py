@@ -55,7 +55,7 @@ class StreamMerge(KeepFP32):
         if self.residual.stream_merge == 'learned':
             scale = self.alpha.expand(self.num_streams)
             logits = scaled_projection_ref(x, self.mapping_proj(), self.bias, scale, ops.NORM_EPS)
-            return ops.pre(x, torch.sigmoid(logits))
+            return ops.pre(x, torch.sigmoid(logits), backend=self.residual.kernel_backend)
         streams = at_least_fp32(x).unflatten(-1, (self.num_streams, self.hidden_size))
         total = streams.sum(dim=-2)
         if self.residual.stream_merge == 'mean':

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
+from megatron_mhc.kernel_choice import announce_kernels
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.refusal import refuse
@@ -43,6 +44,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     residual = resolve_arguments(namespace)
     check_constraints(namespace, residual)
     check_checkpoints_of(namespace, residual)
+    announce_kernels(namespace, residual)
     if residual.enabled:
         apply(RESIDUAL_PATCHES)
 

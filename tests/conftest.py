@@ -1,4 +1,4 @@
-"""Tests run anywhere: without CUDA, Megatron finds the emulated device."""
+"""Tests run anywhere: without CUDA, Megatron finds the emulated device, kernels the interpreter."""
 
 import os
 import pathlib
@@ -11,6 +11,8 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from megatron_mhc import cpu_device
 
 if not torch.cuda.is_available():
+    # Triton reads this when it is imported; the kernels are then interpreted on CPU tensors.
+    os.environ.setdefault('TRITON_INTERPRET', '1')
     cpu_device.install()
 
 

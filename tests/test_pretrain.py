@@ -40,14 +40,14 @@ def command(world: int, *flags: str, launcher: tuple[str, ...] = ('-m', 'megatro
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
 
 
-def train(world: int, *flags: str, **options) -> dict[int, tuple[float, float]]:
+def train(world: int, *flags: str, **environment: str) -> dict[int, tuple[float, float]]:
     """Run to the end; iteration -> (loss, gradient norm)."""
     done = subprocess.run(
-        command(world, *flags, **options),
+        command(world, *flags),
         capture_output=True,
         text=True,
         timeout=300,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {int(i): (float(loss), float(norm)) for i, loss, norm in LINE.findall(done.stdout)}
@@ -194,3 +194,23 @@ def test_the_adaptor_does_what_the_launcher_does(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(LINE.findall(done.stdout)) == 2
     assert 'residual_type ................................... hc' in done.stdout
+
+
+def test_interpreted_kernels_train_as_torch_does(tmp_path, tensors):
+    """Every kernel in Megatron's loop: pipeline edges, biases and dropout included."""
+    flags = [*PP2, *MHC, '--num-layers', '2', '--global-batch-size', '2', '--eval-iters', '0']
+    # Adam would turn a rounding error of a tiny gradient into a whole step.
+    flags += ['--optimizer', 'sgd', '--lr', '0.5', '--min-lr', '0.5', '--train-iters', '2']
+    flags += ['--hidden-dropout', '0.1', '--save-interval', '2', '--mhc-kernel-backend']
+    runs = {
+        backend: train(2, *flags, backend, '--save', str(tmp_path / backend), TRITON_INTERPRET='1')
+        for backend in ('torch', 'triton')
+    }
+    assert runs['torch'].keys() == runs['triton'].keys() == {1, 2}
+    for iteration, (loss, norm) in runs['torch'].items():
+        assert runs['triton'][iteration] == pytest.approx((loss, norm), rel=2e-6, abs=2e-3)
+    first, second = (tensors(tmp_path / backend / 'iter_0000002') for backend in runs)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-6, msg=key)

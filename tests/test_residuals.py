@@ -32,10 +32,10 @@ def test_hc_starts_as_a_pre_norm_residual(n, variant, random_seed):
     module = hc(sublayer=5, num_residual_streams=n, hc_variant=variant)
     x = torch.randn(3, 2, HIDDEN)
     streams = expand_streams(x, n)
-    read, maps = module(streams)
+    _, read, carried = module(streams)
     assert torch.equal(read, x)
     y = torch.randn_like(x)
-    assert torch.equal(module.post(streams, y, maps), expand_streams(x + y, n))
+    assert torch.equal(module.post(y, carried), expand_streams(x + y, n))
 
 
 def test_hc_parameter_count_is_the_papers():
@@ -70,9 +70,9 @@ def test_dynamic_hc_follows_the_paper(normalization, tanh, random_seed):
     layer = torch.randn(HIDDEN, HIDDEN, dtype=torch.float64)
     expected_read = a_m @ h
     expected = torch.outer(beta, layer @ expected_read) + a_r.T @ h
-    read, maps = module(h.flatten())
+    _, read, carried = module(h.flatten())
     torch.testing.assert_close(read, expected_read)
-    torch.testing.assert_close(module.post(h.flatten(), layer @ read, maps), expected.flatten())
+    torch.testing.assert_close(module.post(layer @ read, carried), expected.flatten())
 
 
 def test_mhc_uniform_start():
@@ -114,9 +114,9 @@ def residual_gradient(init: str) -> float:
     layers = [torch.randn(64, 64) / 8 for _ in modules]
     streams = expand_streams(torch.randn(32, 64), 4)
     for module, layer in zip(modules, layers, strict=True):
-        read, maps = module(streams)
+        _, read, carried = module(streams)
         read = torch.nn.functional.rms_norm(read, (64,))
-        streams = module.post(streams, torch.tanh(read @ layer), maps)
+        streams = module.post(torch.tanh(read @ layer), carried)
     merged = StreamMerge(64, ResidualConfig())(streams)
     (torch.nn.functional.rms_norm(merged, (64,)) * torch.randn(32, 64)).sum().backward()
     return torch.stack([module.bias.grad[8:].norm() for module in modules]).norm().item()
@@ -140,9 +140,10 @@ def test_parameters_stay_in_fp32_bit_for_bit(make, dtype):
             assert parameter.dtype == torch.float32, name
             assert torch.equal(parameter, before[name]), name
     streams = torch.randn(3, 4 * HIDDEN).to(dtype)
-    read, (h_post, h_res) = module(streams)
+    _, read, carried = module(streams)
+    h_post, h_res = carried.h_post, carried.h_res
     assert read.dtype == dtype and h_post.dtype == h_res.dtype == torch.float32
-    assert module.post(streams, read, (h_post, h_res)).dtype == dtype
+    assert module.post(read, carried).dtype == dtype
 
 
 def test_only_phi_is_a_matrix():
@@ -165,12 +166,13 @@ def test_fixed_mappings_take_their_ablation_values(make, fixed, random_seed):
         for parameter in module.parameters():
             parameter.copy_(torch.randn_like(parameter))
     streams = torch.randn(5, 4 * HIDDEN, requires_grad=True)
-    read, (h_post, h_res) = module(streams)
+    _, read, carried = module(streams)
+    h_post, h_res = carried.h_post, carried.h_res
     if 'pre' in fixed:
         torch.testing.assert_close(read, streams.unflatten(-1, (4, HIDDEN)).mean(-2))
     assert ('post' in fixed) == torch.equal(h_post, torch.ones(5, 4))
     assert ('res' in fixed) == torch.equal(h_res, torch.eye(4).expand(5, 4, 4))
-    module.post(streams, read, (h_post, h_res)).square().sum().backward()
+    module.post(read, carried).square().sum().backward()
     # Overlapped gradient reduction waits for every parameter, so none may be left without one.
     assert all(parameter.grad is not None for parameter in module.parameters())
 
@@ -194,9 +196,10 @@ def test_n_equal_one_is_the_plain_residual_of_mhc(random_seed):
     """The manifold of 1 x 1 matrices is {1} (mHC, section 4.1)."""
     module = mhc(num_residual_streams=1)
     x, y = torch.randn(4, HIDDEN), torch.randn(4, HIDDEN)
-    _, (h_post, h_res) = module(x)
+    _, _, carried = module(x)
+    h_post, h_res = carried.h_post, carried.h_res
     assert torch.equal(h_res, torch.ones(4, 1, 1))
-    torch.testing.assert_close(module.post(x, y, (h_post, h_res)), x + h_post * y)
+    torch.testing.assert_close(module.post(y, carried), x + h_post * y)
 
 
 def test_composite_gain_stays_bounded(random_seed):

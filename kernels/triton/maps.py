@@ -12,7 +12,7 @@ from megatron_mhc.kernels.triton.launch import Tile, cdiv, launch, power_of_two
 from megatron_mhc.kernels.triton.sinkhorn import matrix_offsets, sinkhorn, sinkhorn_gradient
 
 FORWARD = {1: Tile(128), 2: Tile(128), 4: Tile(64, num_warps=2), 8: Tile(16)}
-BACKWARD = {1: Tile(128), 2: Tile(128), 4: Tile(32), 8: Tile(16, num_warps=8)}
+BACKWARD = {1: Tile(128), 2: Tile(128), 4: Tile(32), 8: Tile(8, num_warps=8)}
 
 
 def map_columns(n: int) -> int:
@@ -45,13 +45,15 @@ def maps_forward_kernel(
     squares = tl.zeros([BT], tl.float32)
     pre, post = tl.zeros([BT, N], tl.float32), tl.zeros([BT, N], tl.float32)
     res = tl.zeros([BT, N, N], tl.float32)
+    # Not T.to(int64): for T = 1 the compiler sees a plain number.
+    slice_size = tl.full([], MP, tl.int64) * T
     for _ in range(splits):
         squares += tl.load(squares_ptr + t, mask=rows, other=0.0)
         pre += tl.load(partial_ptr + at_pre, mask=tails, other=0.0)
         post += tl.load(partial_ptr + at_post, mask=tails, other=0.0)
         res += tl.load(partial_ptr + at_res, mask=square, other=0.0)
         squares_ptr += T
-        partial_ptr += T.to(tl.int64) * MP
+        partial_ptr += slice_size
     # Eq 15: 1/r, r = ||v|| / sqrt(nC)
     inv = 1.0 / tl.sqrt(squares / width + norm_eps)
     tl.store(inv_ptr + t, inv, mask=rows)

@@ -21,7 +21,7 @@ from megatron_mhc.kernels.triton.device import (
 from megatron_mhc.kernels.triton.launch import Tile, cdiv, fitted, launch
 
 FORWARD = {1: Tile(4, 256), 2: Tile(4, 256), 4: Tile(4, 256), 8: Tile(2, 256, num_warps=2)}
-BACKWARD = {1: Tile(4, 256), 2: Tile(4, 256), 4: Tile(4, 256), 8: Tile(1, 512, num_warps=2)}
+BACKWARD = {1: Tile(4, 256), 2: Tile(4, 256), 4: Tile(4, 256), 8: Tile(1, 512)}
 
 
 @triton.jit

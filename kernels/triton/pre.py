@@ -8,7 +8,7 @@ from megatron_mhc.kernels.triton.device import fold, load_maps, load_streams, mi
 from megatron_mhc.kernels.triton.launch import Tile, cdiv, fitted, launch
 
 FORWARD = {1: Tile(4, 256), 2: Tile(4, 256), 4: Tile(4, 256), 8: Tile(2, 256, num_warps=2)}
-BACKWARD = {1: Tile(4, 256), 2: Tile(4, 256), 4: Tile(4, 256), 8: Tile(2, 256, num_warps=2)}
+BACKWARD = {1: Tile(4, 256), 2: Tile(4, 256), 4: Tile(4, 256), 8: Tile(1, 512, num_warps=2)}
 
 
 @triton.jit

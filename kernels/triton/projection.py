@@ -9,8 +9,6 @@ channels may be split over programs; each writes its own partial sums, which ``m
 adds in order.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -28,12 +26,19 @@ from megatron_mhc.kernels.triton.launch import Tile, cdiv, fitted, interpreted, 
 from megatron_mhc.kernels.triton.maps import map_columns
 from megatron_mhc.kernels.triton.post_res import post_res
 
-# One table with and without MIX: the same tiles add in the same order.
+# One tile with and without MIX, so that both add in the same order. Streams of more than 8 bits of
+# mantissa go through three-term TF32, which takes twice the registers and shared memory.
 TILE = {
     1: Tile(32, 64),
     2: Tile(32, 64),
     4: Tile(64, 32, num_warps=8, num_stages=3),
     8: Tile(32, 16, num_warps=8),
+}
+WIDE_TILE = {
+    1: Tile(32, 32),
+    2: Tile(32, 32),
+    4: Tile(64, 16, num_warps=8),
+    8: Tile(16, 16, num_warps=8, num_stages=1),
 }
 PACK = Tile(0, 32, num_warps=8)
 # Enough programs to fill the largest GPU, and the same number on every GPU: partial sums, and with
@@ -196,11 +201,8 @@ def _project(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     tokens, width = x.shape
     channels, columns = width // n, map_columns(n)
-    tile = fitted(TILE[n], channels)
-    if x.element_size() > 2:
-        # Twice the bytes a stage, and the smallest GPU has 163 KiB of shared memory.
-        tile = replace(tile, num_stages=2)
     precision = resolved_precision(precision, x.dtype)
+    tile = fitted((TILE if precision == 'bf16x2' else WIDE_TILE)[n], channels)
     high, low = pack_weight(weight, n, precision)
     programs = cdiv(tokens, tile.tokens)
     blocks = cdiv(channels, tile.channels)

@@ -35,7 +35,6 @@ KINDS = {
     'dense': {},
     'tied': {'tied': True},
     'swiglu': SWIGLU,
-    'dropout': {'hidden_dropout': 0.3, 'attention_dropout': 0.0},
     'moe': MOE,
     'fp32-residual': {'fp32_residual_connection': True},
 }
@@ -101,6 +100,34 @@ def test_constant_maps_are_the_standard_model(build, step, kind, residual_type):
     widened = build({'residual_type': residual_type, **CONSTANT}, spec=spec, **settings)
     base_weights_equal(widened, standard)
     assert_same_step(step(widened), step(standard))
+
+
+def position_mask_bda(training, fused):
+    """Stock bias-dropout-add, but with the mask that F_post,res draws by position."""
+    from megatron_mhc.kernels.reference.dropout import dropout_scale_ref, dropout_seed
+
+    def apply(x_with_bias, residual, prob):
+        x, bias = x_with_bias
+        x = x if bias is None else x + bias
+        if training:
+            tokens, channels = x.shape[0] * x.shape[1], x.shape[2]
+            x = x * dropout_scale_ref(tokens, channels, prob, dropout_seed(x.device)).view(x.shape)
+        return residual + x
+
+    return apply
+
+
+@pytest.mark.parametrize('residual_type', ['mhc', 'hc'])
+def test_constant_maps_with_dropout(build, step, residual_type):
+    dropout = {'hidden_dropout': 0.3, 'attention_dropout': 0.0}
+    widened = build({'residual_type': residual_type, **CONSTANT}, **dropout)
+    plain = step(build(**{**dropout, 'hidden_dropout': 0.0}))
+    standard = build(**dropout)
+    for layer in standard.decoder.layers:
+        layer.self_attn_bda = layer.mlp_bda = position_mask_bda
+    got = step(widened)
+    assert_same_step(got, step(standard))
+    assert not torch.equal(got[0], plain[0])
 
 
 @pytest.mark.parametrize('spec', [split_spec], ids=['split-layers'])
@@ -291,8 +318,8 @@ def test_a_split_sequence_gives_the_same_maps_and_gradients(build):
         module.zero_grad()
         outputs = []
         for part in parts:
-            read, maps = module(part)
-            outputs.append(module.post(part, read, maps))
+            _, read, carried = module(part)
+            outputs.append(module.post(read, carried))
             outputs[-1].square().sum().backward()
         return torch.cat(outputs), [p.grad.clone() for p in module.parameters()]
 

@@ -1,0 +1,126 @@
+"""The Triton kernels inside GPT models: equal to the torch path, and seams where they belong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mhc.hyper_connection import HyperConnection, Pending
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
+)
+MOE = {
+    'num_moe_experts': 4,
+    'moe_router_topk': 2,
+    'moe_token_dispatcher_type': 'alltoall',
+    'moe_router_load_balancing_type': 'none',
+    'add_bias_linear': False,
+}
+SELECTIVE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn', 'mlp']}
+# name -> (residual settings, model settings, seams in three layers)
+CASES = {
+    'mhc': ({'init': 'identity'}, {}, 5),
+    'two-streams': ({'num_residual_streams': 2}, {}, 5),
+    'no-seam-fusion': ({'seam_fusion': False}, {}, 0),
+    'learned-merge': ({'stream_merge': 'learned'}, {}, 5),
+    'fixed-mappings': ({'fixed_mappings': ('post',)}, {}, 0),
+    'hc': ({'residual_type': 'hc'}, {}, 0),
+    'dropout': ({}, {'hidden_dropout': 0.3}, 5),
+    'moe': ({}, MOE, 5),
+    'fp32-residual': ({}, {'fp32_residual_connection': True}, 5),
+    # Seams between the sublayers of one layer only, in forward and again in recomputation.
+    'full-recompute': (
+        {},
+        {
+            'recompute_granularity': 'full',
+            'recompute_method': 'uniform',
+            'recompute_num_layers': 1,
+            'hidden_dropout': 0.3,
+        },
+        6,
+    ),
+    'selective-recompute': (
+        {},
+        {**SELECTIVE, 'add_bias_linear': False},
+        5,
+    ),
+}
+
+
+def block_spec(config):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+
+
+@pytest.fixture
+def seams(monkeypatch):
+    """Counts the reads that came with a sublayer still to be written."""
+    calls = []
+    original = HyperConnection.forward
+
+    def forward(self, x):
+        calls.append(isinstance(x, Pending))
+        return original(self, x)
+
+    monkeypatch.setattr(HyperConnection, 'forward', forward)
+    return calls
+
+
+def assert_close_steps(got, expected):
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert got[1].keys() == expected[1].keys()
+    whole = torch.cat([g.flatten() for g in expected[1].values()]).norm()
+    for name, gradient in expected[1].items():
+        assert (got[1][name] - gradient).norm() < 2e-6 * whole, name
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_kernels_equal_torch(build, step, seams, case):
+    residual, settings, expected_seams = CASES[case]
+    spec = block_spec if settings is MOE else None
+    results = {}
+    for backend in ('torch', 'triton'):
+        seams.clear()
+        model = build({**residual, 'kernel_backend': backend}, spec=spec, **settings)
+        results[backend] = step(model)
+        assert sum(seams) == (expected_seams if backend == 'triton' else 0)
+    assert_close_steps(results['triton'], results['torch'])
+
+
+def test_seam_fusion_changes_no_bit(build, step):
+    fused, unfused = (
+        step(build({'kernel_backend': 'triton', 'init': 'identity', 'seam_fusion': fusion}))
+        for fusion in (True, False)
+    )
+    assert torch.equal(fused[0], unfused[0])
+    for name, gradient in unfused[1].items():
+        assert torch.equal(fused[1][name], gradient), name
+
+
+def test_a_replaced_tensor_between_layers_takes_the_plain_path(build, step):
+    """What was read ahead travels on the tensor itself, so it cannot be applied to another one."""
+    model = build({'kernel_backend': 'triton', 'init': 'identity'})
+    expected = step(model)
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda m, a, out: (out[0] * 1.0, *out[1:]))
+    got = step(model)
+    assert torch.equal(got[0], expected[0])
+    assert_close_steps(got, expected)
+
+
+def test_streams_used_twice_get_both_gradients(build, step):
+    """A hook that reads the streams at a seam adds its own loss; none of it may be lost."""
+    extra = {}
+    for backend in ('torch', 'triton'):
+        model = build({'kernel_backend': backend, 'init': 'identity'})
+        seen = []
+        for layer in model.decoder.layers:
+            layer.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out[0]))
+        tokens = torch.arange(16).unsqueeze(0)
+        loss = model(tokens, tokens, None, labels=tokens).mean()
+        loss = loss + sum(x.square().mean() for x in seen)
+        loss.backward()
+        extra[backend] = loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+    assert_close_steps(extra['triton'], extra['torch'])
