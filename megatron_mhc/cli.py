@@ -1,11 +1,20 @@
-"""The ``megatron-mhc`` command: ``run`` and ``doctor``."""
+"""The ``megatron-mhc`` command: ``run``, ``doctor`` and ``kernels``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import NoReturn
 
 from megatron_mhc import __version__
+from megatron_mhc.refusal import refuse
+
+
+class _OneLine(argparse.ArgumentParser):
+    """Answers wrong input without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(self.prog, message)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,6 +33,16 @@ def main(argv: list[str] | None = None) -> None:
         'doctor', help='print versions, device, optional packages and the state of every patch'
     )
     doctor.add_argument('--json', action='store_true', help='print one JSON object')
+    kernels = commands.add_parser('kernels', help='about the Triton kernels')
+    topics = kernels.add_subparsers(dest='topic', required=True, parser_class=_OneLine)
+    if argv[:1] == ['kernels']:
+        from megatron_mhc import kernels_accuracy, kernels_report
+
+        modules = {'report': kernels_report, 'accuracy': kernels_accuracy}
+        for module in modules.values():
+            module.add_parser(topics)
+        options = parser.parse_args(argv)
+        sys.exit(modules[options.topic].main(options))
     options = parser.parse_args(argv)
     from megatron_mhc.doctor import main as doctor_main
 

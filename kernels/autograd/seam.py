@@ -105,7 +105,9 @@ class WriteRead(Function):
     def backward(
         ctx: Any, dx_new: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        written, read = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        # Asked for once: each access would unpack, and maybe recompute, everything again.
+        saved = ctx.saved_tensors
+        written, read = saved[:5], saved[5:]
         g, *mapping_grads = _read_backward(read, ctx.settings, *grads)
         if dx_new is not None:
             g = g + dx_new
