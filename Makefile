@@ -8,7 +8,7 @@ VENV ?= .venv
 export PYTHON
 RUN := $(VENV)/bin/python
 
-.PHONY: help train compare test lint clean
+.PHONY: help train compare test bench lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -26,6 +26,9 @@ compare: $(VENV)/.installed ## train standard, hc and mhc from one seed and plot
 
 test: $(VENV)/.installed ## run the tests
 	@$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/.installed ## time the mHC ops on a GPU, beside torch and every installed peer
+	@$(RUN) tools/bench/bench.py $(ARGS)
 
 lint: $(VENV)/.installed ## check style and imports
 	@$(RUN) -m ruff check . $(ARGS)
