@@ -13,6 +13,7 @@ import torch
 
 import megatron_mhc
 from megatron_mhc.compat import CORE_SPECIFIER, TESTED, core_version, require_supported_core
+from megatron_mhc.kernels.backend import kernel_obstacle
 
 OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
 
@@ -32,6 +33,7 @@ def report() -> dict:
         'megatron-core': core_version() or 'not installed',
         'supported': f'{CORE_SPECIFIER}, tested: {tested}',
         'device': _device(),
+        'kernels': _kernels(),
         'optional': {name: _optional(name, module) for name, module in OPTIONAL.items()},
         'problem': problem,
         'patches': [] if problem else _patches(),
@@ -48,6 +50,15 @@ def _device() -> str:
         return 'no CUDA; the launcher emulates a CUDA device on the CPU'
     major, minor = torch.cuda.get_device_capability()
     return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})'
+
+
+def _kernels() -> str:
+    """Whether ``--mhc-kernel-backend auto`` takes the Triton kernels here, for bf16 streams."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    obstacle = kernel_obstacle(device, torch.bfloat16, 4)
+    if device.type == 'cpu':
+        return f'torch reference: {obstacle or "the kernels are interpreted on demand only"}'
+    return f'torch reference: {obstacle}' if obstacle else 'Triton'
 
 
 def _optional(name: str, module: str) -> str:
@@ -93,7 +104,7 @@ def main(as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(found, indent=2))
         return int(bool(found['problem'] or broken))
-    for name in ('megatron-mhc', 'python', 'torch', 'megatron-core', 'supported', 'device'):
+    for name in ('megatron-mhc', 'python', 'torch', 'megatron-core', 'supported', 'device', 'kernels'):
         print(f'{name:20} {found[name]}')
     for name, value in found['optional'].items():
         print(f'{name:20} {value}')

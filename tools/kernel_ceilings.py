@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 CEILINGS = Path(__file__).resolve().parents[1] / 'kernels' / 'ceilings.json'
-# Words of the report -> constants of the kernel. Bias and dropout share the ceiling of their kernel.
+# Words of the report -> constants. Bias and dropout share the ceiling of their kernel.
 CONSTANTS = {'mix': 'MIX', 'g': 'HAS_G', 'u': 'HAS_U', 'dx': 'WRITE_DX'}
 
 

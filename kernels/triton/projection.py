@@ -114,9 +114,9 @@ def projection_kernel(
         phi_at = k[:, None] * MP + m[None, :]
         phi_mask = None if EVEN else (k < C * N)[:, None]
         v = tl.reshape(join(x, 0, 1, N), [BT, BC * N])
-        phi = tl.load(high_ptr + phi_at, mask=phi_mask)
+        phi = tl.load(high_ptr + phi_at, mask=phi_mask, other=None if EVEN else 0.0)
         if PRECISION == 'bf16x2':
-            low = tl.load(low_ptr + phi_at, mask=phi_mask)
+            low = tl.load(low_ptr + phi_at, mask=phi_mask, other=None if EVEN else 0.0)
             if UPCAST:
                 acc = tl.dot(v.to(tl.float32), phi.to(tl.float32), acc, input_precision='ieee')
                 acc = tl.dot(v.to(tl.float32), low.to(tl.float32), acc, input_precision='ieee')
