@@ -104,8 +104,9 @@ def main(as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(found, indent=2))
         return int(bool(found['problem'] or broken))
-    for name in ('megatron-mhc', 'python', 'torch', 'megatron-core', 'supported', 'device', 'kernels'):
-        print(f'{name:20} {found[name]}')
+    for name, value in found.items():
+        if isinstance(value, str) and name != 'problem':
+            print(f'{name:20} {value}')
     for name, value in found['optional'].items():
         print(f'{name:20} {value}')
     if found['problem']:

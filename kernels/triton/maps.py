@@ -101,7 +101,7 @@ def maps_backward_kernel(
     d_pre = tl.load(dpre_ptr + at, mask=tails, other=0.0) * h_pre * (1.0 - h_pre)
     d_post = tl.load(dpost_ptr + at, mask=tails, other=0.0) * 2.0 * s_post * (1.0 - s_post)
     d_res = tl.load(dres_ptr + matrix_offsets(t, N * N, N), mask=square, other=0.0)
-    d_res = tl.where(square, sinkhorn_gradient(d_res, logits, ITERATIONS), 0.0)
+    d_res = sinkhorn_gradient(d_res, logits, ITERATIONS)
     # db, and dalpha from the normed projection; summed over programs by the launcher
     dbias_ptr += pid * M
     tl.store(dbias_ptr + i, tl.sum(d_pre, 0))

@@ -1,0 +1,142 @@
+"""What the kernels may not do: read back, add in any order, wrap an offset, or keep much."""
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from truth import parameters, streams
+
+pytest.importorskip('triton')
+
+from megatron_mhc import ops  # noqa: E402
+from megatron_mhc.kernels import shipped  # noqa: E402
+from megatron_mhc.kernels.triton import projection, read_backward  # noqa: E402
+from megatron_mhc.kernels.triton.launch import record_launches  # noqa: E402
+
+KERNELS = Path(__file__).resolve().parents[2] / 'kernels'
+SOURCES = sorted([*(KERNELS / 'triton').glob('*.py'), *(KERNELS / 'autograd').glob('*.py')])
+READ_BACK = {'item', 'tolist', 'cpu', 'numpy', 'nonzero', 'synchronize', 'is_nonzero'}
+
+
+def kernel_names() -> set[str]:
+    return {
+        name for path in SOURCES for name in re.findall(r'def (\w+_kernel)\(', path.read_text())
+    }
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.name)
+def test_no_atomics_and_nothing_read_back(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, 'id', '')
+        assert 'atomic' not in name and name not in READ_BACK, f'{path.name}:{node.lineno}'
+
+
+@pytest.mark.parametrize('n', [1, 2, 4, 8])
+def test_a_step_runs_without_a_value(n):
+    """On meta tensors, which have none: no grid and no branch depends on one."""
+    launches = shipped.shipped_launches(n, 48, 100, torch.bfloat16)
+    assert {launch.name for launch in launches} == kernel_names()
+    assert all(tensor.is_meta for launch in launches for tensor in launch.tensors)
+
+
+@pytest.mark.parametrize('n', [1, 2, 4, 8])
+@pytest.mark.parametrize('shape', [(3, 1), (67, 35), (3, 261), (40, 64)], ids=str)
+def test_every_access_is_inside_its_tensor(n, shape, interpreter):
+    """Of the first, a middle and the last programs; outputs are written to their ends."""
+    from addresses import touched
+
+    tokens, channels = shape
+    for launch in shipped.shipped_launches(n, channels, tokens, torch.bfloat16):
+        grid = (*launch.grid, 1)[:2]
+        programs = itertools.product(*({0, size // 2, size - 1} for size in grid))
+        seen = touched(launch, programs)
+        for name in seen.keys() & {'out_ptr', 'dx_ptr', 'dy_ptr', 'u_ptr'}:
+            tensors = [t for t in launch.tensors if t.numel() == seen[name][1] + 1]
+            assert tensors and seen[name][0] == 0, f'{launch.name}: {name}'
+
+
+# Kernels that walk over the channels have many tokens, the others a few tokens of many channels.
+TALL, WIDE = (2**27 + 3, 24), (19, 2**26)
+
+
+@pytest.mark.parametrize('n', [2, 4, 8])
+@pytest.mark.parametrize('kernels', ['streams', 'maps', 'read_backward'])
+def test_offsets_beyond_32_bits(n, kernels, interpreter, monkeypatch):
+    """T * n * C, and with many tokens T times the size of the maps, exceed 2^31 elements."""
+    from addresses import touched
+
+    # One block of tokens a program, so that the last program need not walk far.
+    for module, name in ((read_backward, 'MOST_SEGMENTS'), (read_backward, 'PROGRAMS')):
+        monkeypatch.setattr(module, name, 2**40)
+    tokens, channels = TALL
+    launches = shipped.shipped_launches(n, channels, tokens, torch.bfloat16)
+    seen = set()
+    for launch in launches:
+        of_maps = launch.name.startswith(('maps', 'sinkhorn'))
+        kind = 'maps' if of_maps else 'streams'
+        kind = 'read_backward' if launch.name.startswith('read_backward') else kind
+        if kind != kernels or launch.name == 'pack_kernel':
+            continue
+        last = tuple(size - 1 for size in (*launch.grid, 1)[:2])
+        found = touched(launch, [last])
+        seen.add(launch.name)
+        largest = max(high for _, high in found.values())
+        if not of_maps or n > 2:
+            assert largest > 2**31, f'{launch.name}: {largest}'
+    assert seen
+
+
+def test_offsets_of_wide_streams(interpreter):
+    """Few tokens of so many channels that the last of them lies beyond 2^31 elements."""
+    from addresses import touched
+
+    tokens, channels = WIDE
+    for launch in shipped.shipped_launches(4, channels, tokens, torch.bfloat16):
+        if launch.name in ('read_backward_kernel', 'pre_forward_kernel', 'post_res_forward_kernel'):
+            last = tuple(size - 1 for size in (*launch.grid, 1)[:2])
+            assert max(high for _, high in touched(launch, [last]).values()) > 2**31
+
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_kept_for_backward(n, dtype, device, random_seed):
+    """A read, a seam and a write keep, beside parameters, per token:
+
+    x and x_new (2 n C values), y of both sublayers (2 C values), and in fp32 of each sublayer the
+    projection (n^2 + 2n), 1/r (1), H_res (n^2) and H_post (n).
+    """
+    tokens, channels = 9, 20
+    leaves = {name: p.requires_grad_() for name, p in parameters(n, channels, device).items()}
+    bias = torch.randn(channels, device=device, requires_grad=True)
+    x = streams(n, tokens, channels, device, dtype).requires_grad_()
+    y1, y2 = (torch.randn(tokens, channels).to(device, dtype).requires_grad_() for _ in range(2))
+    seed = torch.tensor([7], device=device)
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    options = {'num_streams': n, 'backend': 'triton'}
+    mask = {'dropout': 0.1, 'seed': seed}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, carried = ops.read(x, **leaves, **options)
+        x_new, _, carried = ops.write_read(y1, carried, **leaves, **options, y_bias=bias, **mask)
+        ops.write(y2, carried, bias, **mask)
+    known = [*leaves.values(), bias, seed]
+    kept = sum(storages.values()) - sum(t.untyped_storage().nbytes() for t in known)
+    maps = 2 * ((n * n + 2 * n) + 1 + n * n + n)
+    assert kept == tokens * (2 * (n + 1) * channels * dtype.itemsize + maps * 4)
+
+
+def test_recording_starts_nothing(device, random_seed):
+    x = streams(4, 5, 6, device, torch.float32)
+    with record_launches() as launches:
+        ops.pre(x, torch.rand(5, 4, device=device), backend='triton')
+    assert [launch.name for launch in launches] == ['pre_forward_kernel']
+    assert projection.resolved_precision('auto', torch.bfloat16) == 'bf16x2'
+    assert projection.resolved_precision('auto', torch.float32) == 'tf32x3'
