@@ -45,7 +45,7 @@ setup(
             'tqdm',
         ],
         'te': ['transformer-engine[pytorch]'],
-        'kernels': ['triton'],
+        'kernels': ['triton>=3.6'],
         'test': ['build', 'hypothesis', 'pytest', 'pytest-timeout', 'ruff', 'setuptools>=68'],
     },
     entry_points={'console_scripts': ['megatron-mhc = megatron_mhc.cli:main']},

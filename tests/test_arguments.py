@@ -86,6 +86,12 @@ REFUSED = {
     '--hc-no-tanh': '--hc-no-tanh has no effect',
     '--residual-type mhc --hc-variant static': '--hc-variant has no effect',
     '--residual-type hc --mhc-sinkhorn-iterations 5': '--mhc-sinkhorn-iterations has no effect',
+    '--residual-type mhc --mhc-kernel-backend cuda': 'argument --mhc-kernel-backend: invalid',
+    '--residual-type mhc --mhc-num-residual-streams 3 --mhc-kernel-backend triton': ''
+    '--mhc-kernel-backend triton: the kernels are written for n in (1, 2, 4, 8) streams, not 3',
+    '--residual-type mhc --mhc-projection-precision bf16x2': 'bf16x2: it needs bf16 streams',
+    '--residual-type hc --mhc-projection-precision tf32': '--mhc-projection-precision has no',
+    '--residual-type hc --mhc-no-seam-fusion': '--mhc-no-seam-fusion has no effect',
     '--residual-type mhc --overlap-moe-expert-parallel-comm': '--overlap-moe-expert-parallel-comm '
     'cannot be combined',
     '--residual-type mhc --cuda-graph-impl local': '--cuda-graph-impl',
@@ -105,6 +111,28 @@ def test_refusals_are_one_line_and_name_the_flag(parse, flags, capsys):
     assert stopped.value.code == 2
     assert error.count('\n') == 1 and error.startswith('pretrain: error: ')
     assert REFUSED[flags] in error
+
+
+def test_kernels_are_announced_once_with_the_reason(parse, capsys):
+    from megatron_mhc import kernel_choice
+
+    kernel_choice._print_once.cache_clear()
+    parse('--residual-type', 'mhc', '--bf16')
+    parse('--residual-type', 'mhc', '--bf16')
+    parse('--residual-type', 'hc', '--mhc-kernel-backend', 'torch')
+    parse('--residual-type', 'standard')
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'reference' in line]
+    if torch.cuda.is_available():
+        lines.insert(0, '')
+    else:
+        assert lines[0] == (
+            '[megatron-mhc] read, write, write_read (bfloat16, n = 4): torch reference, because '
+            'the streams are on the CPU'
+        )
+    assert lines[1:] == [
+        '[megatron-mhc] pre, post_res (float32, n = 4): torch reference, as --mhc-kernel-backend '
+        'torch asks'
+    ]
 
 
 def test_other_flags_keep_megatrons_own_errors(parse, capsys):

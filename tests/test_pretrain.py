@@ -40,14 +40,16 @@ def command(world: int, *flags: str, launcher: tuple[str, ...] = ('-m', 'megatro
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
 
 
-def train(world: int, *flags: str, **environment: str) -> dict[int, tuple[float, float]]:
+def train(
+    world: int, *flags: str, environment: dict[str, str] | None = None, **options
+) -> dict[int, tuple[float, float]]:
     """Run to the end; iteration -> (loss, gradient norm)."""
     done = subprocess.run(
-        command(world, *flags),
+        command(world, *flags, **options),
         capture_output=True,
         text=True,
         timeout=300,
-        env=ENVIRONMENT | environment,
+        env=ENVIRONMENT | (environment or {}),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {int(i): (float(loss), float(norm)) for i, loss, norm in LINE.findall(done.stdout)}
@@ -202,8 +204,9 @@ def test_interpreted_kernels_train_as_torch_does(tmp_path, tensors):
     # Adam would turn a rounding error of a tiny gradient into a whole step.
     flags += ['--optimizer', 'sgd', '--lr', '0.5', '--min-lr', '0.5', '--train-iters', '2']
     flags += ['--hidden-dropout', '0.1', '--save-interval', '2', '--mhc-kernel-backend']
+    interpret = {'TRITON_INTERPRET': '1'}
     runs = {
-        backend: train(2, *flags, backend, '--save', str(tmp_path / backend), TRITON_INTERPRET='1')
+        backend: train(2, *flags, backend, '--save', str(tmp_path / backend), environment=interpret)
         for backend in ('torch', 'triton')
     }
     assert runs['torch'].keys() == runs['triton'].keys() == {1, 2}
