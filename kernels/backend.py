@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import importlib.util
 import logging
+import re
 
 import torch
 
@@ -14,6 +13,8 @@ KERNEL_STREAMS = (1, 2, 4, 8)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
+# Bytes of shared memory that read_backward takes for 8 streams of fp32 or fp16.
+WIDE_EIGHT_STREAMS = 148 * 1024
 
 logger = logging.getLogger('megatron_mhc.kernels')
 
@@ -53,17 +54,27 @@ def kernel_obstacle(device: torch.device, dtype: torch.dtype, n: int) -> str | N
         return f'the kernels are written for n in {KERNEL_STREAMS} streams, not {n}'
     if dtype not in KERNEL_DTYPES:
         return f'the kernels take bf16, fp16 and fp32 streams, not {dtype}'
-    return _platform_obstacle(device)
+    obstacle = _platform_obstacle(device)
+    if obstacle is None and n == 8 and dtype != torch.bfloat16 and device.type == 'cuda':
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if room < WIDE_EIGHT_STREAMS:
+            return f'8 streams of {dtype} take more shared memory than this GPU has; bf16 fits'
+    return obstacle
 
 
 @functools.cache
 def _platform_obstacle(device: torch.device) -> str | None:
-    if importlib.util.find_spec('triton') is None:
+    # Asked of the module: its distribution has other names in some builds of torch.
+    try:
+        import triton
+    except ModuleNotFoundError:
         return 'Triton is not installed (pip install triton)'
-    version = importlib.metadata.version('triton')
-    if tuple(int(part) for part in version.split('.')[:2]) < OLDEST_TRITON:
+    except Exception as error:  # half an installation raises anything
+        return f'Triton does not import: {type(error).__name__}: {str(error).splitlines()[:1]}'
+    found = re.match(r'(\d+)\.(\d+)', triton.__version__)
+    if found is None or tuple(map(int, found.groups())) < OLDEST_TRITON:
         wanted = '.'.join(map(str, OLDEST_TRITON))
-        return f'Triton {version} is older than {wanted} (pip install -U triton)'
+        return f'Triton {triton.__version__} is older than {wanted} (pip install -U triton)'
     from megatron_mhc.kernels.triton.launch import interpreted
 
     if interpreted():

@@ -128,7 +128,7 @@ def specialization(value: object) -> tuple[str, bool]:
     if value is None:
         return 'constexpr', False
     if isinstance(value, torch.Tensor):
-        # Allocators align to more than this, and rows of views are refused before a launch.
+        # Allocators align to more than this; a view that starts elsewhere compiles to other code.
         return POINTERS[value.dtype], True
     if isinstance(value, bool):
         return 'u1', False

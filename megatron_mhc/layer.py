@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,7 +62,13 @@ def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
         if bias is not None and bias.dim() > 1:
             # One bias a token, which some mixtures of experts have: no longer a parameter.
             x, bias = x + bias, None
-        _TAIL.get().update(bias=bias, dropout=prob if training else 0.0)
+        tail = _TAIL.get()
+        if tail is None:
+            raise RuntimeError(
+                'bias and dropout of a hyper-connection layer outside its sublayers: they belong '
+                'to F_post,res; call _forward_attention and _forward_mlp of the layer instead'
+            )
+        tail.update(bias=bias, dropout=prob if training else 0.0)
         return x
 
     return apply
@@ -192,8 +199,9 @@ class HyperConnectionLayerMixin:
 def _read(connection: HyperConnection, hidden_states: Tensor) -> tuple[Tensor, ops.Carried]:
     """Sublayer input, from the read that came with the streams if there is one."""
     ahead = hidden_states.__dict__.pop('mhc_read_ahead', None)
-    if ahead is not None and ahead[0] is connection:
-        return ahead[1:]
+    observed = hidden_states._backward_hooks or hidden_states.retains_grad
+    if ahead is not None and ahead[:2] == (connection, _state(hidden_states)) and not observed:
+        return ahead[2:]
     _, u, carried = connection(hidden_states)
     return u, carried
 
@@ -204,14 +212,22 @@ def _write(
     """The next streams. Where the kernels run, the next sublayer reads them in the same pass.
 
     What it read travels as an attribute of the streams, so that any code between the two sublayers
-    that replaces the tensor gets the plain path.
+    that replaces, changes or observes the tensor gets the plain path.
     """
     if following is None or not following.joins(pending.carried):
         return _viewless(connection.post(*pending))
     x, u, carried = following(pending)
     x = _viewless(x)
-    x.mhc_read_ahead = (following, u, carried)
+    x.mhc_read_ahead = (following, _state(x), u, carried)
     return x
+
+
+def _state(x: Tensor) -> tuple:
+    """What a read ahead depends on: the values of ``x``, and the graph that it was made in.
+
+    A checkpoint returns tensors that were made without a graph and gives them another one.
+    """
+    return x._version, x.grad_fn, x.requires_grad, torch.is_grad_enabled()
 
 
 def _viewless(x: Tensor) -> Tensor:

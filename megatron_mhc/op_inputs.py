@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mhc.kernels.backend import BACKENDS
+
 PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
 """How the kernels multiply phi: ``auto`` is ``bf16x2`` (high and low part) for bf16 streams and
 ``tf32x3`` for others; the torch reference is fp32 throughout."""
@@ -56,6 +58,7 @@ def require_post_res(
     bias: Tensor | None,
     dropout: float,
     seed: Tensor | None,
+    bias_name: str = 'bias',
 ) -> None:
     for name, tensor in (('x', x), ('y', y), ('h_post', h_post), ('h_res', h_res)):
         require_float(name, tensor)
@@ -64,17 +67,22 @@ def require_post_res(
     require_streams(x, 'h_res', h_res, (n, n))
     require_shape('y', y, (*x.shape[:-1], x.shape[-1] // n))
     if bias is not None:
-        require_float('bias', bias)
-        require_shape('bias', bias, y.shape[-1:])
+        require_float(bias_name, bias)
+        require_shape(bias_name, bias, y.shape[-1:])
     if not 0 <= dropout < 1:
         raise ValueError(f'dropout: got {dropout}, wanted a probability in [0, 1)')
     if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
         raise ValueError(f'seed: got {seed.dtype} {shape_of(seed)}, wanted int64 [1]')
-    require_same_device(x, y=y, h_post=h_post, h_res=h_res, bias=bias, seed=seed)
+    require_same_device(x, y=y, h_post=h_post, h_res=h_res, seed=seed, **{bias_name: bias})
 
 
 def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
+
+
+def require_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f'backend: got {backend!r}, wanted one of {BACKENDS}')
 
 
 def require_float(name: str, tensor: Tensor) -> None:

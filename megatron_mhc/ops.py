@@ -22,6 +22,7 @@ from megatron_mhc.kernels.backend import BACKENDS, use_triton
 from megatron_mhc.kernels.reference.dropout import dropout_seed
 from megatron_mhc.op_inputs import (
     PRECISIONS,
+    require_backend,
     require_float,
     require_mapping,
     require_not_empty,
@@ -247,6 +248,7 @@ def write(
     Returns:
         ``[..., n*C]`` in the dtype of the streams.
     """
+    require_backend(backend)
     x, h_post, h_res, fused = carried
     if not fused:
         return post_res(*(x, y, h_post, h_res, bias), dropout=dropout, seed=seed, backend=backend)
@@ -287,7 +289,12 @@ def write_read(
         and what its ``write`` needs.
     """
     x = carried.x
-    if not carried.fused:
+    require_backend(backend)
+    if carried.h_post.shape[-1] != num_streams:
+        raise ValueError(
+            f'num_streams: got {num_streams}, wanted {carried.h_post.shape[-1]} as in carried'
+        )
+    if not carried.fused or backend == 'torch':
         x_new = write(y, carried, y_bias, dropout=dropout, seed=seed, backend=backend)
         u, carried = read(
             *(x_new, weight, bias, alpha),
@@ -300,7 +307,9 @@ def write_read(
         return x_new, u, carried
     n = num_streams
     require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)
-    require_post_res(x, y, carried.h_post, carried.h_res, y_bias, dropout, seed)
+    require_post_res(
+        *(x, y, carried.h_post, carried.h_res, y_bias, dropout, seed), bias_name='y_bias'
+    )
     if dropout > 0 and seed is None:
         seed = dropout_seed(x.device)
     from megatron_mhc.kernels.autograd.ops import MappingSettings

@@ -59,4 +59,5 @@ def dropout_scale_ref(tokens: int, channels: int, p: float, seed: Tensor) -> Ten
         key = [(k + step) & _WORD for k, step in zip(key, _KEY_STEPS, strict=True)]
     random = torch.stack(words, dim=-1).view(tokens, groups * 4)[:, :channels]
     threshold, scale = dropout_constants(p)
-    return torch.where((random >> 8) >= threshold, scale, 0.0)
+    # Not where(..., scale, 0.0): that would round the scale to torch's default dtype.
+    return ((random >> 8) >= threshold).float() * scale

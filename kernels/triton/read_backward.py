@@ -23,6 +23,13 @@ TILE = {
     4: Tile(16, 64, num_warps=8, num_stages=3),
     8: Tile(16, 16, num_warps=8),
 }
+# Operands in fp32 take twice the room; these fit the 99 KiB of the smallest GPUs, but for n = 8.
+WIDE_TILE = {
+    1: Tile(16, 64),
+    2: Tile(16, 64, num_warps=8),
+    4: Tile(16, 64, num_warps=8, num_stages=1),
+    8: Tile(16, 16, num_warps=8, num_stages=1),
+}
 MOST_SEGMENTS = 16
 
 
@@ -41,7 +48,7 @@ def product(
     a_high, a_low, b_high, b_low, acc,
     PRECISION: tl.constexpr, EXACT_B: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + a b of split operands; the product of the two low parts is below fp32's last bit."""
+    """acc + a b of split operands; the product of the low parts, 2^-16 of it, is left out."""
     if PRECISION != 'bf16x2':
         acc = tl.dot(a_high, b_high, acc, input_precision=PRECISION)
     elif UPCAST:
@@ -138,12 +145,12 @@ def read_backward(
     tokens, width = x.shape
     n = next(n for n in TILE if n * n + 2 * n == weight.shape[0])
     channels = width // n
-    tile = fitted(TILE[n], channels)
-    slabs, blocks = cdiv(channels, tile.channels), cdiv(tokens, tile.tokens)
     precision = resolved_precision(precision, x.dtype)
+    tile = fitted((TILE if precision == 'bf16x2' else WIDE_TILE)[n], channels)
     if n == 8 and precision == 'bf16x2':
         # 80 columns a stream: both parts of phi and its gradient do not fit the registers.
-        precision = 'tf32'
+        precision, tile = 'tf32', fitted(TILE[n], channels)
+    slabs, blocks = cdiv(channels, tile.channels), cdiv(tokens, tile.tokens)
     span = cdiv(blocks, max(1, min(cdiv(PROGRAMS, slabs), MOST_SEGMENTS, blocks)))
     segments = cdiv(blocks, span)
     dx, dweight = torch.empty_like(x), weight.new_empty(segments, *weight.shape)

@@ -168,3 +168,17 @@ def test_auto_with_three_streams_is_torch(said, device):
 def test_asking_for_torch_says_nothing(said):
     ops.pre(torch.randn(5, 8), torch.rand(5, 2), backend='torch')
     assert not said.records
+
+
+def test_carried_of_another_number_of_streams_is_refused(device):
+    x, y = torch.randn(6, 32, device=device), torch.randn(6, 16, device=device)
+    two = [torch.randn(8, 32, device=device), torch.zeros(8, device=device)]
+    four = [torch.randn(24, 32, device=device), torch.zeros(24, device=device)]
+    alpha = torch.ones(3, device=device)
+    _, carried = ops.read(x, *two, alpha, num_streams=2, backend='triton')
+    with pytest.raises(ValueError, match='num_streams: got 4, wanted 2'):
+        ops.write_read(y, carried, *four, alpha, num_streams=4, backend='triton')
+    with pytest.raises(ValueError, match="backend: got 'cuda'"):
+        ops.write(y, carried, backend='cuda')
+    with pytest.raises(ValueError, match='y_bias: got shape'):
+        ops.write_read(y, carried, *two, alpha, num_streams=2, y_bias=torch.zeros(3, device=device))
