@@ -1,0 +1,205 @@
+"""Passes that make a plan of computations executable: messages, rebuilding, data parallelism.
+
+Every pass takes a plan and returns a plan. ``lower`` applies those that a step needs, in order. A
+pass that places operations refuses a plan that has such operations already.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Op, Plan, fuse
+
+# What a computation takes from the neighbouring stage, and gives to the next.
+PAYLOAD = {Kind.F: 'F', Kind.B: 'B', Kind.I: 'B'}
+
+
+def lower(
+    plan: Plan, *, recompute: bool = False, reduce: bool = True, param_sync: bool = False
+) -> Plan:
+    """The plan with everything that the executor does.
+
+    Args:
+        plan: computations only.
+        recompute: rebuild what each forward dropped, before its backward.
+        reduce: start a stage's gradient reduction as soon as it has all its gradients.
+        param_sync: start a stage's parameter gather before its first forward pass.
+
+    Raises:
+        ValueError: the plan has some of these operations already.
+    """
+    plan = place_communication(plan)
+    if recompute:
+        plan = place_recompute(plan)
+    if reduce:
+        plan = place_reductions(plan)
+    return place_param_sync(plan) if param_sync else plan
+
+
+def place_communication(plan: Plan) -> Plan:
+    """Send as soon as a tensor is there, post its receive one computation ahead of the consumer.
+
+    A tensor whose consumer is a stage of the same rank crosses no link and gets no operation.
+
+    Raises:
+        ValueError: the plan has messages already.
+    """
+    _without(plan, COMMUNICATION, 'messages')
+    ranks = []
+    for ops in plan.ranks:
+        receives = [_messages(plan, Kind.RECV, op) for op in ops] + [[]]
+        lowered = list(receives[0])
+        for position, op in enumerate(ops):
+            lowered += receives[position + 1]
+            lowered += _messages(plan, Kind.WAIT, op)
+            lowered.append(op)
+            lowered += _messages(plan, Kind.SEND, op)
+        ranks.append(lowered)
+    return _with(plan, ranks)
+
+
+def _messages(plan: Plan, kind: Kind, op: Op) -> list[Op]:
+    """The messages of a kind that ``op`` needs; none for what stays on its rank."""
+    found = []
+    for leaf in op.leaves:
+        if leaf.kind in PAYLOAD:
+            message = Op(kind, *leaf.key, PAYLOAD[leaf.kind])
+            here = plan.rank_of(leaf.stage, leaf.direction)
+            if plan.peer(message) not in (None, here):
+                found.append(message)
+    return found
+
+
+def place_recompute(plan: Plan) -> Plan:
+    """Put R before the wait for the gradient of its backward, so that it runs meanwhile.
+
+    What it rebuilds is then alive for one operation only. In a fused slot it goes before the waits
+    of both parts.
+
+    Raises:
+        ValueError: the plan rebuilds already.
+    """
+    _without(plan, {Kind.R}, 'operations that rebuild')
+    ranks = []
+    for ops in plan.ranks:
+        lowered: list[Op] = []
+        for op in ops:
+            waits = _before_waits(lowered)
+            lowered[waits:waits] = [
+                Op(Kind.R, *leaf.key) for leaf in op.leaves if leaf.kind in (Kind.B, Kind.I)
+            ]
+            lowered.append(op)
+        ranks.append(lowered)
+    return _with(plan, ranks)
+
+
+def place_reductions(plan: Plan) -> Plan:
+    """Start the data-parallel reduction of a stage after the last of its weight gradients.
+
+    Raises:
+        ValueError: the plan reduces already.
+    """
+    _without(plan, {Kind.REDUCE}, 'reductions')
+    ranks = []
+    for ops in plan.ranks:
+        last = {
+            (leaf.stage, leaf.direction): position
+            for position, op in enumerate(ops)
+            for leaf in op.leaves
+            if leaf.kind in (Kind.B, Kind.W)
+        }
+        after: dict[int, list[Op]] = defaultdict(list)
+        for (stage, direction), position in last.items():
+            # The sends of the operation go first: another rank waits for them.
+            while position + 1 < len(ops) and ops[position + 1].kind is Kind.SEND:
+                position += 1
+            after[position].append(Op(Kind.REDUCE, stage, direction=direction))
+        ranks.append([new for n, op in enumerate(ops) for new in (op, *after.get(n, ()))])
+    return _with(plan, ranks)
+
+
+def place_param_sync(plan: Plan) -> Plan:
+    """Start the parameter gather of a stage before the wait for its first activation.
+
+    Raises:
+        ValueError: the plan gathers already.
+    """
+    _without(plan, {Kind.PARAM_SYNC}, 'parameter gathers')
+    ranks = []
+    for ops in plan.ranks:
+        started: set[tuple[int, int]] = set()
+        lowered: list[Op] = []
+        for op in ops:
+            for leaf in op.leaves:
+                chunk = leaf.stage, leaf.direction
+                if leaf.kind is Kind.F and chunk not in started:
+                    started.add(chunk)
+                    gather = Op(Kind.PARAM_SYNC, leaf.stage, direction=leaf.direction)
+                    lowered.insert(_before_waits(lowered), gather)
+            lowered.append(op)
+        ranks.append(lowered)
+    return _with(plan, ranks)
+
+
+def split_backward(plan: Plan) -> Plan:
+    """Every B as I, then W: what a stage sends back leaves before its weight gradients are there.
+
+    The W of a fused slot comes after the slot, so that dualpipev gets the slots of dualpipev-w.
+
+    Raises:
+        ValueError: the plan has messages: a send would stay behind its W.
+    """
+    _without(plan, COMMUNICATION, 'messages')
+    ranks = []
+    for ops in plan.ranks:
+        split: list[Op] = []
+        for op in ops:
+            *forward, backward = op.leaves
+            if backward.kind is Kind.B:
+                first = Op(Kind.I, *backward.key)
+                split += [fuse(*forward, first) if forward else first, Op(Kind.W, *backward.key)]
+            else:
+                split.append(op)
+        ranks.append(split)
+    return _with(plan, ranks)
+
+
+def merge_backward(plan: Plan) -> Plan:
+    """Every I that its W follows at once, also in a fused slot, as one B; undoes the split.
+
+    For stages that cannot split their backward. A W that comes later stays where it is.
+
+    Raises:
+        ValueError: the plan has messages, which stand between an I and its W.
+    """
+    _without(plan, COMMUNICATION, 'messages')
+    ranks = []
+    for ops in plan.ranks:
+        merged: list[Op] = []
+        for op in ops:
+            *forward, first = merged[-1].leaves if merged else (op,)
+            if op.kind is Kind.W and first == Op(Kind.I, *op.key):
+                whole = Op(Kind.B, *op.key)
+                merged[-1] = fuse(*forward, whole) if forward else whole
+            else:
+                merged.append(op)
+        ranks.append(merged)
+    return _with(plan, ranks)
+
+
+def _before_waits(ops: list[Op]) -> int:
+    """Where the waits at the end of ``ops`` begin."""
+    position = len(ops)
+    while position and ops[position - 1].kind is Kind.WAIT:
+        position -= 1
+    return position
+
+
+def _with(plan: Plan, ranks: Iterable[list[Op]]) -> Plan:
+    return plan.with_ranks(tuple(map(tuple, ranks)))
+
+
+def _without(plan: Plan, kinds: set[Kind] | frozenset[Kind], what: str) -> None:
+    if any(op.kind in kinds for _, _, op in plan.leaves()):
+        raise ValueError(f'plan {plan.schedule} has {what} already: lower a plan of computations')

@@ -1,0 +1,142 @@
+"""Pictures of a step: every operation is in them, in its place."""
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from megatron_mhc.schedules.catalog import make_plan
+from megatron_mhc.schedules.lowering import lower
+from megatron_mhc.schedules.plan import Kind
+from megatron_mhc.schedules.render_rows import label, rows, tick_step
+from megatron_mhc.schedules.render_svg import render_svg
+from megatron_mhc.schedules.render_text import render_text
+from megatron_mhc.schedules.render_trace import render_trace
+from megatron_mhc.schedules.simulator import simulate
+from megatron_mhc.schedules.times import Times
+
+SVG = '{http://www.w3.org/2000/svg}'
+
+
+@pytest.fixture(scope='module')
+def timeline():
+    return simulate(make_plan('dualpipev', 2, 4), Times(hop=0.25))
+
+
+def test_text_of_a_small_step():
+    text = render_text(simulate(make_plan('1f1b', 2, 2)), width=0)
+    assert text.splitlines()[1:4] == [
+        'rank 0 F0 F1 ......B0--- ...B1---',
+        'rank 1 ...F0 B0--- F1 B1--- ......',
+        '       0           4           8',
+    ]
+
+
+def test_text_shows_the_second_chunk_small(timeline):
+    text = render_text(timeline, width=0)
+    assert 'F0' in text and 'f0' in text and "small letters: the rank's second chunk" in text
+    assert '+b' in text and '+B' in text
+    four = render_text(simulate(make_plan('interleaved', 2, 4, chunks=4)), width=0)
+    assert '7F0' in four and 'stage in front' in four
+
+
+@pytest.mark.parametrize('width', [40, 80, 200])
+def test_text_fits_the_width_and_keeps_both_ends(width):
+    timeline = simulate(make_plan('dualpipev', 8, 32))
+    lines = render_text(timeline, width).splitlines()
+    drawn = [line for line in lines if line.startswith('rank')]
+    # The last column is the space after the last operation.
+    assert len(drawn) == 8 and max(map(len, drawn)) == width - 1
+    assert drawn[0].startswith('rank 0 F0- F1-') and drawn[0].endswith('I31 W31')
+    assert len(lines[-2]) <= width
+    assert all(' ~~ ' in line for line in drawn) and 'left out' in lines[-1]
+
+
+def test_text_of_all_lanes_shows_hops(timeline):
+    lines = render_text(timeline, 0, ('compute', 'comm')).splitlines()
+    assert any(line.startswith('rank 0 comm') and 'F' in line for line in lines)
+
+
+def test_a_short_recompute_does_not_stretch_the_text():
+    plan = make_plan('1f1b', 2, 2)
+    own = lower(plan, recompute=True, reduce=False)
+    text = render_text(simulate(own, Times(recompute=0.01)), 0)
+    assert text.splitlines()[2] == 'rank 1 ...F0 B0--- F1 B1--- ......'
+
+
+def test_rows_do_not_overlap():
+    plan = make_plan('dualpipe', 4, 16)
+    timeline = simulate(plan, Times(hop=5))
+    found = rows(timeline)
+    assert sum(len(row.entries) for row in found) == len(timeline.entries)
+    assert any(row.name == 'comm 2' for row in found)
+    for row in found:
+        pairs = zip(row.entries, row.entries[1:], strict=False)
+        assert all(a.end <= b.start + 1e-9 for a, b in pairs)
+
+
+def test_svg_has_a_box_for_each_operation(timeline):
+    root = ET.fromstring(render_svg(timeline))
+    titles = [t.text for t in root.iter(f'{SVG}title')]
+    assert len(titles) == len(timeline.entries)
+    entry = next(e for e in timeline.entries if e.op.kind is Kind.FUSE)
+    assert f'{entry.op}  {entry.start:.6g} to {entry.end:.6g}' in titles
+    texts = {t.text for t in root.iter(f'{SVG}text')}
+    assert {'rank 0', 'rank 1', 'F0', 'f0', 'F forward', 'SEND hop', '0'} <= texts
+    assert 'R recompute' not in texts
+    right = max(
+        float(r.get('x', 0)) + float(r.get('width'))
+        for r in root.iter(f'{SVG}rect')
+        if '%' not in r.get('width')
+    )
+    assert right <= float(root.get('width'))
+
+
+def test_trace_is_a_process_a_rank_and_a_thread_a_lane(timeline):
+    trace = json.loads(render_trace(timeline))
+    events = [e for e in trace['traceEvents'] if e['ph'] == 'X']
+    assert len(events) == len(timeline.entries)
+    names = {
+        (e['name'], e['pid'], e['tid']): e['args']['name']
+        for e in trace['traceEvents']
+        if e['name'] in ('process_name', 'thread_name')
+    }
+    assert names['process_name', 1, 0] == 'rank 1'
+    assert names['thread_name', 1, 0] == 'compute' and names['thread_name', 1, 1] == 'comm'
+    last = max(events, key=lambda e: e['ts'] + e['dur'])
+    assert last['ts'] + last['dur'] == pytest.approx(1000 * timeline.makespan)
+    assert {e['pid'] for e in events} == {0, 1}
+    send = next(e for e in events if e['name'] == '0SEND_F0')
+    assert send['args'] == {'stage': 0, 'direction': 0, 'microbatch': 0, 'to rank': 1}
+    assert trace['otherData'] == {'schedule': 'dualpipev', 'pp': 2, 'microbatches': 4}
+
+
+def test_png_is_a_picture(timeline):
+    pytest.importorskip('matplotlib')
+    from megatron_mhc.schedule_png import render_png
+
+    png = render_png(timeline)
+    assert png[:8] == b'\x89PNG\r\n\x1a\n' and len(png) > 5_000
+
+
+def test_png_without_matplotlib_says_what_to_do(timeline, monkeypatch):
+    from megatron_mhc.schedule_png import render_png
+
+    monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
+    with pytest.raises(RuntimeError, match='pip install matplotlib, or take --format svg'):
+        render_png(timeline)
+
+
+def test_text_never_shows_half_a_number():
+    timeline = simulate(make_plan('dualpipev', 8, 32))
+    whole = {label(timeline.plan, e.op) for e in timeline.entries}
+    for width in range(60, 90):
+        for line in render_text(timeline, width).splitlines()[1:9]:
+            words = {word.strip('.-') for word in line.split()[2:] if word != '~~'}
+            assert words - {''} <= whole
+
+
+@pytest.mark.parametrize('makespan, step', [(1, 0.1), (9, 1), (12, 1), (103, 10), (0.5, 0.05)])
+def test_ticks_are_round(makespan, step):
+    assert tick_step(makespan) == pytest.approx(step)
