@@ -1,10 +1,11 @@
 """Hyper-connections (HC) and manifold-constrained hyper-connections (mHC) for Megatron-Core.
 
-Importing this package needs neither a GPU nor Triton nor Megatron; what touches Megatron is loaded
-when it is first used.
+Importing this package needs neither a GPU nor Triton nor Megatron; what needs torch or Megatron is
+loaded when it is first used.
 """
 
-from megatron_mhc import ops
+import importlib
+
 from megatron_mhc.config import ResidualConfig
 
 __version__ = '0.1.0'
@@ -12,6 +13,8 @@ __all__ = ['ResidualConfig', '__version__', 'ops', 'with_residual']
 
 
 def __getattr__(name: str):
+    if name == 'ops':
+        return importlib.import_module('megatron_mhc.ops')
     if name == 'with_residual':
         from megatron_mhc.spec import with_residual
 

@@ -1,4 +1,4 @@
-"""The ``megatron-mhc`` command: ``run``, ``doctor`` and ``kernels``."""
+"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels`` and ``schedule``."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def main(argv: list[str] | None = None) -> None:
         return run(argv[1:], prog='megatron-mhc run')
     parser = argparse.ArgumentParser(prog='megatron-mhc', description=__doc__)
     parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
-    commands = parser.add_subparsers(dest='command', required=True)
+    commands = parser.add_subparsers(dest='command', required=True, parser_class=_OneLine)
     commands.add_parser('run', help='run a pretrain script with --residual-type available')
     doctor = commands.add_parser(
         'doctor', help='print versions, device, optional packages and the state of every patch'
     )
     doctor.add_argument('--json', action='store_true', help='print one JSON object')
     kernels = commands.add_parser('kernels', help='about the Triton kernels')
-    topics = kernels.add_subparsers(dest='topic', required=True, parser_class=_OneLine)
+    topics = kernels.add_subparsers(dest='topic', required=True)
     if argv[:1] == ['kernels']:
         from megatron_mhc import kernels_accuracy, kernels_report
 
@@ -43,6 +43,17 @@ def main(argv: list[str] | None = None) -> None:
             module.add_parser(topics)
         options = parser.parse_args(argv)
         sys.exit(modules[options.topic].main(options))
+    schedule = commands.add_parser('schedule', help='about pipeline schedules')
+    topics = schedule.add_subparsers(dest='topic', required=True)
+    if argv[:1] == ['schedule']:
+        from megatron_mhc import schedule_cli as module
+
+        module.add_parsers(topics)
+        if not set(argv[1:2]) & set(module.TOPICS):
+            from megatron_mhc import schedule_trace as module
+
+            module.add_parser(topics)
+        sys.exit(module.main(parser.parse_args(argv)))
     options = parser.parse_args(argv)
     from megatron_mhc.doctor import main as doctor_main
 
