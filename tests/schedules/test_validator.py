@@ -150,6 +150,13 @@ def test_a_slot_that_needs_itself_through_another_rank():
     assert problems(plan('0F0 (0F1;0B0)FUSE 0B1', '1F0 1B0 1F1 1B1')) == []
 
 
+def test_a_slot_of_two_model_copies():
+    """Microbatch 0 of one copy is not microbatch 0 of the other."""
+    copies = ((0, 1), (1, 0))
+    ranks = "1F0' (0F0;1B0')FUSE 0B0", "0F0' 1F0 0B0' 1B0"
+    assert problems(lower(plan(*ranks, placement=copies))) == []
+
+
 def test_a_turn_on_one_rank_needs_the_right_order_too():
     turn = lower(plan('0F0 3F0 3B0 0B0', '1F0 2F0 2B0 1B0', placement=V, microbatches=1))
     assert problems(turn) == []

@@ -1,0 +1,119 @@
+"""Any ``torch.nn.Module`` as a stage of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mhc.schedules.executor_split import WeightGradients, backward_input
+
+
+class ModuleStage:
+    """Runs a module for one microbatch after the other; gradients are added to ``.grad``.
+
+    Args:
+        module: takes and returns one tensor.
+        data: on the first stage, the input of a microbatch.
+        loss: on the last stage, ``(output, microbatch) -> scalar``; what it returns is kept in
+            ``losses``, detached.
+        evaluating: run forward passes only.
+        recomputing: keep only the input of a forward pass; an R of the plan runs it again.
+        reducing: what REDUCE does, given the module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        data: Callable[[int], Tensor] | None = None,
+        loss: Callable[[Tensor, int], Tensor] | None = None,
+        evaluating: bool = False,
+        recomputing: bool = False,
+        reducing: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self.module, self.data, self.loss = module, data, loss
+        self.evaluating, self.recomputing, self.reducing = evaluating, recomputing, reducing
+        self.losses: dict[int, Tensor] = {}
+        # By microbatch: the input and, unless it is yet to be recomputed, the output.
+        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._random: dict[int, list[Tensor]] = {}
+        self._weights: dict[int, WeightGradients] = {}
+
+    def forward(self, microbatch: int, x: Tensor | None) -> Tensor | None:
+        """Output for the next stage; None on the last."""
+        if x is None:
+            x = self.data(microbatch)
+        elif not self.evaluating:
+            x.requires_grad_()
+        drops = self.evaluating or self.recomputing
+        if self.recomputing:
+            self._random[microbatch] = _random_state()
+        with torch.set_grad_enabled(not drops):
+            output = self._run(microbatch, x)
+        if not self.evaluating:
+            self._kept[microbatch] = x, None if drops else output
+        if self.loss is not None:
+            self.losses[microbatch] = output.detach()
+            return None
+        return output.detach()
+
+    def recompute(self, microbatch: int) -> None:
+        """Run the forward again, with a graph and the same random numbers."""
+        x, _ = self._kept[microbatch]
+        now = _random_state()
+        _set_random_state(self._random.pop(microbatch))
+        self._kept[microbatch] = x, self._run(microbatch, x)
+        _set_random_state(now)
+
+    def backward(self, microbatch: int, grad: Tensor | None) -> Tensor | None:
+        """Gradient of the input, None on the first stage; the weights' are added."""
+        x, output = self._take(microbatch)
+        torch.autograd.backward(output, grad)
+        gradient, x.grad = x.grad, None
+        return gradient
+
+    def backward_input(self, microbatch: int, grad: Tensor | None) -> Tensor | None:
+        """Gradient of the input, None on the first stage, where all is left for the weights."""
+        x, output = self._take(microbatch)
+        gradient, self._weights[microbatch] = backward_input(output, grad, x)
+        return gradient
+
+    def backward_weight(self, microbatch: int) -> None:
+        """Add the gradients of the weights that ``backward_input`` left."""
+        if microbatch not in self._weights:
+            raise RuntimeError(f'no weight gradients of microbatch {microbatch} are pending')
+        self._weights.pop(microbatch).weight()
+
+    def reduce(self) -> None:
+        """All gradients are there."""
+        if self.reducing is not None:
+            self.reducing(self.module)
+
+    def param_sync(self) -> None:
+        """The parameters are whole: nothing to gather."""
+
+    def _run(self, microbatch: int, x: Tensor) -> Tensor:
+        output = self.module(x)
+        return output if self.loss is None else self.loss(output, microbatch)
+
+    def _take(self, microbatch: int) -> tuple[Tensor, Tensor]:
+        x, output = self._kept.pop(microbatch, (None, None))
+        if output is None:
+            raise RuntimeError(
+                f'microbatch {microbatch} has no forward to go back through: it has not run, was '
+                'not recomputed, or its backward has run before'
+            )
+        return x, output
+
+
+def _random_state() -> list[Tensor]:
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_available() else state
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) == 2:
+        torch.cuda.set_rng_state(state[1])
