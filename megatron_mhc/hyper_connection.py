@@ -23,12 +23,16 @@ Maps = tuple[Tensor, Tensor, Tensor]
 
 
 class Pending(NamedTuple):
-    """A sublayer's output before F_post,res: y ``[..., C]``, its read, its bias and dropout."""
+    """A sublayer's output before F_post,res: y ``[..., C]``, its read, its bias and dropout.
+
+    ``seed`` determines the dropout mask; None draws one.
+    """
 
     y: Tensor
     carried: ops.Carried
     bias: Tensor | None = None
     dropout: float = 0.0
+    seed: Tensor | None = None
 
 
 def require_width(x: Tensor, num_streams: int, hidden_size: int) -> None:
@@ -162,10 +166,11 @@ class HyperConnection(KeepFP32):
         carried: ops.Carried,
         bias: Tensor | None = None,
         dropout: float = 0.0,
+        seed: Tensor | None = None,
     ) -> Tensor:
         """Sublayer output ``[..., C]`` and what the forward left -> the next streams."""
         backend = self.residual.kernel_backend
-        return ops.write(y, carried, bias, dropout=dropout, backend=backend)
+        return ops.write(y, carried, bias, dropout=dropout, seed=seed, backend=backend)
 
     def _has_parameters(self) -> bool:
         return next(self.parameters(), None) is not None

@@ -33,6 +33,7 @@ from megatron_mhc.config import ResidualConfig
 from megatron_mhc.hc import UnconstrainedHyperConnection
 from megatron_mhc.hyper_connection import HyperConnection, Pending
 from megatron_mhc.mhc import ManifoldHyperConnection
+from megatron_mhc.stage_recompute import StageRecompute, Written, current_group
 
 # Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
 _TAIL: ContextVar[dict | None] = ContextVar('megatron_mhc_tail', default=None)
@@ -167,25 +168,47 @@ class HyperConnectionLayerMixin:
         )
 
         self.following: tuple[HyperConnection, ...] = ()
+        # A ``PostStream``: where the MLP's F_post,res runs if not on the current stream.
+        self.post_stream = None
 
     def _forward_attention(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple:
         connection = self.self_attention_hyper_connection
         if connection is None:
             return super()._forward_attention(hidden_states, *args, **kwargs)
-        u, carried = _read(connection, hidden_states)
+        group = self._group()
+        u, carried = _read(connection, hidden_states, group)
         with _collected_tail() as tail:
             y, context = super()._forward_attention(u, *args, **kwargs)
         pending = Pending(y, carried, **tail)
-        return _write(pending, connection, self.mlp_hyper_connection), context
+        return _write(pending, group, connection, self.mlp_hyper_connection), context
 
     def _forward_mlp(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         connection = self.mlp_hyper_connection
         if connection is None:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
-        u, carried = _read(connection, hidden_states)
+        group = self._group()
+        u, carried = _read(connection, hidden_states, group)
         with _collected_tail() as tail:
             y = super()._forward_mlp(u, *args, **kwargs)
-        return _write(Pending(y, carried, **tail), connection, *self.following)
+        if self.post_stream is None or not self.training:
+            # The name that `megatron-mhc schedule trace` looks for.
+            with torch.profiler.record_function('mhc/F_post_res'):
+                return _write(Pending(y, carried, **tail), group, connection, *self.following)
+        bias, dropout = tail['bias'], tail['dropout']
+        return self.post_stream.run(
+            lambda y, bias, carried: _write(Pending(y, carried, bias, dropout), group, connection),
+            *(y, bias, carried),
+            hands_over=not self.is_moe_layer,
+        )
+
+    def _group(self) -> StageRecompute | None:
+        group = current_group()
+        if group is not None and self.config.recompute_granularity == 'full':
+            raise ValueError(
+                '--recompute-granularity full with --mhc-recompute-layer-num: the layers are '
+                'recomputed as a whole already; drop one of the two'
+            )
+        return group if torch.is_grad_enabled() else None
 
     def precedes(self, layer: nn.Module) -> None:
         """Let the MLP's F_post,res join the mapping of the next layer's attention."""
@@ -196,29 +219,43 @@ class HyperConnectionLayerMixin:
             self.following = (connection,)
 
 
-def _read(connection: HyperConnection, hidden_states: Tensor) -> tuple[Tensor, ops.Carried]:
+def _read(
+    connection: HyperConnection, hidden_states: Tensor, group: StageRecompute | None
+) -> tuple[Tensor, ops.Carried]:
     """Sublayer input, from the read that came with the streams if there is one."""
     ahead = hidden_states.__dict__.pop('mhc_read_ahead', None)
     observed = hidden_states._backward_hooks or hidden_states.retains_grad
     if ahead is not None and ahead[:2] == (connection, _state(hidden_states)) and not observed:
         return ahead[2:]
-    _, u, carried = connection(hidden_states)
+    _, u, carried = (
+        connection(hidden_states) if group is None else group.read(connection, hidden_states)
+    )
     return u, carried
 
 
 def _write(
-    pending: Pending, connection: HyperConnection, following: HyperConnection | None = None
+    pending: Pending,
+    group: StageRecompute | None,
+    connection: HyperConnection,
+    following: HyperConnection | None = None,
 ) -> Tensor:
     """The next streams. Where the kernels run, the next sublayer reads them in the same pass.
 
     What it read travels as an attribute of the streams, so that any code between the two sublayers
     that replaces, changes or observes the tensor gets the plain path.
     """
-    if following is None or not following.joins(pending.carried):
-        return _viewless(connection.post(*pending))
-    x, u, carried = following(pending)
-    x = _viewless(x)
-    x.mhc_read_ahead = (following, _state(x), u, carried)
+    if following is not None and not following.joins(pending.carried):
+        following = None
+
+    def written(pending: Pending) -> Written:
+        if following is None:
+            return _viewless(connection.post(*pending)), None, None
+        x, u, carried = following(pending)
+        return _viewless(x), u, carried
+
+    x, u, carried = written(pending) if group is None else group.write(written, pending)
+    if following is not None:
+        x.mhc_read_ahead = (following, _state(x), u, carried)
     return x
 
 

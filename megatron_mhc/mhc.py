@@ -63,6 +63,7 @@ class ManifoldHyperConnection(HyperConnection):
             *(pending.y, pending.carried, *self._parameters_of_mapping()),
             y_bias=pending.bias,
             dropout=pending.dropout,
+            seed=pending.seed,
             **self._settings(),
         )
 

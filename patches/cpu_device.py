@@ -86,6 +86,18 @@ def _wait_at_once(original: Callable) -> Callable:
     return manager
 
 
+def _one_type_a_group(original: Callable) -> Callable:
+    def partition_buckets(buffers, *args, **kwargs):
+        kinds = list(dict.fromkeys(buffer.param_dtype for buffer in buffers))
+        return [
+            group
+            for kind in kinds
+            for group in original([b for b in buffers if b.param_dtype == kind], *args, **kwargs)
+        ]
+
+    return partition_buckets
+
+
 def _keep_outputs(original: Callable) -> Callable:
     def post_init(self):
         original(self)
@@ -144,6 +156,13 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         wrap=_wait_at_once,
         reason='gloo corrupts the heap when coalesced collectives stay in flight',
         fingerprints=on_every_release('8cbcc252'),
+    ),
+    Patch(
+        id='cpu-bucket-types',
+        target='megatron.core.distributed.distributed_data_parallel:partition_buckets',
+        wrap=_one_type_a_group,
+        reason='gloo overwrites parameters when it gathers fp32 and 16-bit buckets in one call',
+        fingerprints=on_every_release('d4d4a205'),
     ),
     Patch(
         id='cpu-keep-outputs',

@@ -14,8 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.config import ResidualConfig
+from megatron_mhc.pipeline_edges import default_timeout
 
 _BUILDS = itertools.count()
 
@@ -44,7 +44,7 @@ def agree_on_edges(
     )
     rank = dist.get_rank()
     store.set(_key(build, rank), edge)
-    timeout = timeout or _default_timeout()
+    timeout = timeout or default_timeout()
     for neighbour in {
         parallel_state.get_pipeline_model_parallel_prev_rank(),
         parallel_state.get_pipeline_model_parallel_next_rank(),
@@ -66,8 +66,3 @@ def agree_on_edges(
 
 def _key(build: int, rank: int) -> str:
     return f'megatron_mhc/edge/{build}/{rank}'
-
-
-def _default_timeout() -> datetime.timedelta:
-    minutes = getattr(parsed_arguments(), 'distributed_timeout_minutes', None) or 10
-    return datetime.timedelta(minutes=minutes)

@@ -13,6 +13,7 @@ from typing import Any
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_mhc.patches.engine import Patch, on_every_release
+from megatron_mhc.pipeline_edges import shapes_are_negotiated
 
 
 def _wrap(original: Callable) -> Callable:
@@ -34,11 +35,6 @@ def _wrap(original: Callable) -> Callable:
         return original(self, tensor_shape=tensor_shape, **kwargs)
 
     return _communicate
-
-
-def shapes_are_negotiated(config: Any) -> bool:
-    """Whether the communicator exchanges shapes before each message and needs no width from us."""
-    return bool(config.variable_seq_lengths or getattr(config, 'mtp_standalone', False))
 
 
 def negotiate_shapes_if_needed(config: Any) -> None:

@@ -1,0 +1,436 @@
+"""Stage recompute: same bits, F once, and nothing that the mHC kernels produce stays alive."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_mhc.hyper_connection import HyperConnection
+from megatron_mhc.post_stream import settle, use_post_stream
+from megatron_mhc.stage_recompute import StageRecompute
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
+)
+SEQUENCE, BATCH, HIDDEN, STREAMS = 4, 2, 32, 4
+TOKENS = SEQUENCE * BATCH
+MOE = {
+    'num_moe_experts': 4,
+    'moe_router_topk': 2,
+    'moe_token_dispatcher_type': 'alltoall',
+    'moe_router_load_balancing_type': 'aux_loss',
+    'moe_aux_loss_coeff': 0.01,
+    'add_bias_linear': False,
+}
+
+
+def selective(*modules):
+    return {
+        'recompute_granularity': 'selective',
+        'recompute_modules': list(modules),
+        'add_bias_linear': False,
+    }
+
+
+# name -> (residual settings, model settings, backends)
+BOTH = ('torch', 'triton')
+CASES = {
+    'mhc': ({'init': 'identity'}, {}, BOTH),
+    'hc': ({'residual_type': 'hc'}, {}, ('torch',)),
+    'two-streams': ({'num_residual_streams': 2}, {}, ('triton',)),
+    'no-seam-fusion': ({'seam_fusion': False}, {}, ('triton',)),
+    'fixed-mappings': ({'fixed_mappings': ('post',)}, {}, ('torch',)),
+    'learned-merge': ({'stream_merge': 'learned'}, {}, ('torch',)),
+    'dropout': ({}, {'hidden_dropout': 0.3}, BOTH),
+    'moe': ({}, MOE, BOTH),
+    'fp32-residual': ({}, {'fp32_residual_connection': True}, ('torch',)),
+    'bf16': ({}, {'params_dtype': torch.bfloat16, 'bf16': True}, BOTH),
+    'core_attn': ({}, selective('core_attn'), ('torch',)),
+    'mlp': ({}, selective('mlp'), ('torch',)),
+    'layernorm': ({}, selective('layernorm'), BOTH),
+}
+
+
+def moe_spec(config):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+
+
+def split_spec(config):
+    """Attention and MLP in layers of their own."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    whole = get_gpt_layer_local_spec()
+
+    def without(*names):
+        gone = {name: IdentityFuncOp if name.endswith('bda') else IdentityOp for name in names}
+        submodules = dataclasses.replace(whole.submodules, **gone)
+        return ModuleSpec(module=whole.module, submodules=submodules)
+
+    attention = without('pre_mlp_layernorm', 'mlp', 'mlp_bda')
+    mlp = without('input_layernorm', 'self_attention', 'self_attn_bda')
+    return TransformerBlockSubmodules(
+        layer_specs=[attention, mlp, mlp], layer_norm=whole.submodules.input_layernorm
+    )
+
+
+def forward(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 64, (BATCH, SEQUENCE + 1), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    torch.manual_seed(9)  # dropout
+    return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous()).float().mean()
+
+
+def taken(module):
+    """All gradients, which the module no longer has."""
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return gradients
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def plain_step(model, seed=1):
+    loss = forward(model, seed)
+    loss.backward()
+    return {'loss': loss.detach(), **taken(model)}
+
+
+@pytest.fixture
+def share_storage(monkeypatch):
+    """Megatron compiles this, for ``layernorm`` recomputation, when it is first needed."""
+    from megatron.core.tensor_parallel import random
+
+    def share(output, recomputed):
+        output.untyped_storage().resize_(recomputed.untyped_storage().nbytes())
+        output.data.copy_(recomputed)
+
+    monkeypatch.setattr(random, '_get_share_storage', lambda: share)
+
+
+@pytest.fixture
+def stage(build):
+    """``stage(**settings)`` -> a run of the layers in a middle stage, and the layers."""
+
+    def make(residual=None, post='compute', **settings):
+        model = build(residual or {'init': 'identity', 'kernel_backend': 'torch'}, **settings)
+
+        def run(x):
+            for layer in model.decoder.layers:
+                x, _ = layer(x, None)
+            return x
+
+        if post == 'high':
+            use_post_stream(model)
+        return run, model.decoder.layers
+
+    return make
+
+
+def streams(seed=3, n=STREAMS):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(SEQUENCE, BATCH, n * HIDDEN, generator=generator)
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    'case, backend', [(case, backend) for case in CASES for backend in CASES[case][2]]
+)
+def test_no_bit_changes(build, share_storage, case, backend):
+    residual, settings, _ = CASES[case]
+    spec = moe_spec if settings is MOE else None
+    model = build({**residual, 'kernel_backend': backend}, spec=spec, num_layers=2, **settings)
+    model.to(settings.get('params_dtype', torch.float32))
+    expected = plain_step(model)
+    with StageRecompute() as group:
+        loss = forward(model)
+    group.rebuild()
+    loss.backward()
+    assert_equal({'loss': loss.detach(), **taken(model)}, expected)
+
+
+def test_no_bit_changes_where_attention_and_mlp_are_layers_of_their_own(build):
+    model = build({'kernel_backend': 'torch'}, spec=split_spec)
+    expected = plain_step(model)
+    with StageRecompute():
+        loss = forward(model)
+    loss.backward()
+    assert_equal({'loss': loss.detach(), **taken(model)}, expected)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    calls = []
+    original = HyperConnection.forward
+
+    def counted(self, x):
+        calls.append(self)
+        return original(self, x)
+
+    monkeypatch.setattr(HyperConnection, 'forward', counted)
+    return calls
+
+
+@pytest.mark.parametrize('by_plan', [True, False], ids=['rebuilt-by-the-plan', 'by-the-backward'])
+def test_sublayers_run_once_and_kernels_twice(build, reads, by_plan):
+    model = build({'kernel_backend': 'torch'})
+    sublayers = []
+    for layer in model.decoder.layers:
+        for module in (layer.self_attention, layer.mlp):
+            module.register_forward_hook(lambda module, *_: sublayers.append(module))
+    with StageRecompute() as group:
+        loss = forward(model)
+    assert len(reads) == 6
+    if by_plan:
+        group.rebuild()
+        assert len(reads) == 12
+        group.rebuild()
+    loss.backward()
+    assert len(reads) == 12 and len(sublayers) == 6
+
+
+class Storages(TorchDispatchMode):
+    """Every storage that is made inside, with whether a kernel of ours made it."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.ours = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if torch.is_tensor(t)}
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is not None and storage._cdata not in given:
+                self.made[storage._cdata] = StorageWeakRef(storage), self.ours > 0
+        return result
+
+    def alive(self, ours):
+        """Bytes of those that still exist."""
+        gc.collect()
+        total = 0
+        for reference, mine in self.made.values():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if mine == ours and storage is not None:
+                total += storage.nbytes()
+        return total
+
+
+@pytest.fixture
+def storages(monkeypatch):
+    """Marks what is allocated inside a hyper-connection as ours."""
+    tracked = []
+
+    def inside(original):
+        def marked(*args, **kwargs):
+            for mode in tracked:
+                mode.ours += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                for mode in tracked:
+                    mode.ours -= 1
+
+        return marked
+
+    for name in ('forward', 'post'):
+        monkeypatch.setattr(HyperConnection, name, inside(getattr(HyperConnection, name)))
+
+    @contextlib.contextmanager
+    def track():
+        mode = Storages()
+        tracked.append(mode)
+        with mode:
+            yield mode
+        tracked.remove(mode)
+
+    return track
+
+
+@pytest.mark.parametrize('post', ['compute', 'high'])
+@pytest.mark.parametrize('backend', BOTH)
+def test_only_first_streams_and_sublayer_outputs_are_kept(stage, storages, backend, post):
+    """mHC, section 4.3.2: n*C a token for the block and C a token and sublayer."""
+    residual = {'init': 'identity', 'kernel_backend': backend}
+    run, layers = stage(residual, post, num_layers=2, add_bias_linear=False)
+    sublayers, fp32 = 2 * len(layers), 4
+    run(streams())  # caches the attention mask
+    with storages() as plain:
+        output = run(streams())
+    of_sublayers = plain.alive(ours=False)
+    assert plain.alive(ours=True) >= sublayers * TOKENS * (STREAMS + 1) * HIDDEN * fp32
+    del output
+
+    group = StageRecompute()
+    with storages() as tracked:
+        with group:
+            output = run(streams())
+    assert tracked.alive(ours=True) == output.nbytes
+    assert tracked.alive(ours=False) == of_sublayers
+    kept = sum(tensor.nbytes for tensor in group.kept)
+    assert kept == TOKENS * (STREAMS + sublayers) * HIDDEN * fp32
+
+    with storages() as rebuilt:
+        group.rebuild()
+    assert rebuilt.alive(ours=True) > 0 and not group.kept
+    output.sum().backward()
+    del output
+    assert rebuilt.alive(ours=True) == 0
+
+
+@pytest.mark.parametrize('post', ['compute', 'high'])
+def test_a_graph_that_is_given_up_frees_its_group(stage, post):
+    """At once: a reference cycle would hold the memory until it is collected."""
+    run, _ = stage(post=post)
+    group = StageRecompute()
+    with group:
+        output = run(streams())
+    freed = weakref.ref(group)
+    gc.disable()
+    try:
+        settle(output)
+        del group, output
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_the_output_of_a_stage_may_be_freed(stage):
+    """Megatron replaces the data of what was sent, and starts the backward without it."""
+    from megatron.core.pipeline_parallel import schedules
+
+    run, layers = stage()
+    expected_x = streams()
+    run(expected_x).backward(torch.ones_like(expected_x))
+    expected = {'x': expected_x.grad, **taken(layers)}
+    x = streams()
+    with StageRecompute():
+        output = run(x)
+    grad = torch.ones_like(output)
+    schedules.deallocate_output_tensor(output, True)
+    assert output.numel() == 1
+    schedules.custom_backward(output, grad)
+    assert_equal({'x': x.grad, **taken(layers)}, expected)
+
+
+@pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1)])
+def test_many_groups_are_alive_and_rebuilt_in_any_order(build, order):
+    models = [build({'kernel_backend': 'torch'}, hidden_dropout=0.2) for _ in range(2)]
+    chunks = [models[0], models[1], models[0]]
+    expected = [plain_step(chunk, seed) for seed, chunk in enumerate(chunks)]
+    groups, losses = [StageRecompute() for _ in chunks], []
+    for seed, (group, chunk) in enumerate(zip(groups, chunks, strict=True)):
+        with group:
+            losses.append(forward(chunk, seed))
+    for index in order:
+        groups[index].rebuild()
+    for index in reversed(order):
+        losses[index].backward()
+        step = {'loss': losses[index].detach(), **taken(chunks[index])}
+        assert_equal(step, expected[index])
+
+
+def test_ddp_gets_its_gradients(build):
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    model = build({'kernel_backend': 'torch'})
+    expected = plain_step(model)
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=True)
+    wrapped = DistributedDataParallel(model.config, settings, model)
+    wrapped.zero_grad_buffer()
+    with StageRecompute():
+        loss = forward(wrapped)
+    loss.backward()
+    wrapped.finish_grad_sync()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.main_grad, expected[name]), name
+
+
+def test_without_gradients_there_is_nothing_to_do(build, reads):
+    model = build({'kernel_backend': 'torch'})
+    with torch.no_grad(), StageRecompute() as group:
+        loss = forward(model)
+    assert not loss.requires_grad and not group.kept
+    group.rebuild()
+    assert len(reads) == 6
+
+
+def test_full_recomputation_is_refused(build):
+    model = build(
+        recompute_granularity='full',
+        recompute_method='uniform',
+        recompute_num_layers=1,
+        residual={'kernel_backend': 'torch'},
+    )
+    with pytest.raises(ValueError, match='--recompute-granularity full'), StageRecompute():
+        forward(model)
+
+
+@pytest.mark.parametrize('backend', BOTH)
+def test_streams_that_others_touch_between_layers(build, backend):
+    """A hook replaces, changes or uses the streams; what it made cannot be rebuilt, so is kept."""
+    model = build({'init': 'identity', 'kernel_backend': backend})
+    first, second, _ = model.decoder.layers
+    used = []
+
+    def replace(module, inputs, output):
+        return output[0] * 1.5, *output[1:]
+
+    def change_and_use(module, inputs, output):
+        with torch.no_grad():
+            output[0].mul_(0.5)
+        used.append(output[0].square().mean())
+
+    first.register_forward_hook(replace)
+    second.register_forward_hook(change_and_use)
+
+    def step():
+        used.clear()
+        loss = forward(model) + used[0]
+        loss.backward()
+        return {'loss': loss.detach(), **taken(model)}
+
+    expected = step()
+    with StageRecompute():
+        got = step()
+    assert_equal(got, expected)
+
+
+def test_a_backward_that_skips_the_stage_output_rebuilds_too(stage):
+    """A loss on streams inside the stage alone."""
+    run, layers = stage()
+    inner = []
+    layers[1].register_forward_hook(lambda module, inputs, output: inner.append(output[0]))
+    run(streams())
+    inner.pop().square().sum().backward()
+    expected = taken(layers)
+    with StageRecompute():
+        run(streams())
+    inner.pop().square().sum().backward()
+    assert_equal(taken(layers), expected)
+
+
+def test_other_kernels_than_in_the_forward_are_noticed(stage):
+    run, layers = stage()
+    with StageRecompute() as group:
+        run(streams())
+    layers[1].mlp_hyper_connection.requires_grad_(False)
+    with pytest.raises(RuntimeError, match='did not save the same tensors'):
+        group.rebuild()
