@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import socket
 import sys
@@ -12,6 +13,7 @@ import torch
 from megatron_mhc import cpu_device
 from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.compat import require_supported_core
+from megatron_mhc.pipeline_config import V_SCHEDULES
 
 DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')
 TOO_LATE = (
@@ -55,7 +57,20 @@ def prepare(device: str) -> None:
         engine.apply(CPU_DEVICE_PATCHES)
     if ships_prebuilt_helpers():
         engine.apply((DATASET_HELPERS_PATCH,))
+    if asks_for_a_v(sys.argv):
+        from megatron_mhc.patches.inverted_v import BATCH_PATCHES
+
+        # Scripts import what this wraps by name, before they parse their arguments.
+        engine.apply(BATCH_PATCHES)
     engine.apply((ARGUMENTS_PATCH,))
+
+
+def asks_for_a_v(argv: list[str]) -> bool:
+    """Whether a command line has ``--pipeline-schedule`` with a schedule on the inverted V."""
+    flag = '--pipeline-schedule'
+    values = [value for name, value in itertools.pairwise(argv) if name == flag]
+    values += [token.partition('=')[2] for token in argv if token.startswith(f'{flag}=')]
+    return any(value in V_SCHEDULES for value in values)
 
 
 def _require_one_node() -> None:

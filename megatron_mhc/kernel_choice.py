@@ -7,14 +7,13 @@ anything is built.
 from __future__ import annotations
 
 import argparse
-import functools
 
 import torch
 
 from megatron_mhc import cpu_device
 from megatron_mhc.config import MAPPINGS, ResidualConfig
 from megatron_mhc.kernels.backend import kernel_obstacle
-from megatron_mhc.refusal import is_first_rank
+from megatron_mhc.refusal import announce
 
 
 def announce_kernels(args: argparse.Namespace, residual: ResidualConfig) -> None:
@@ -47,14 +46,7 @@ def announce_kernels(args: argparse.Namespace, residual: ResidualConfig) -> None
     else:
         choice = 'Triton kernels' if on_gpu else 'Triton kernels, interpreted: slow'
     names, streams = ', '.join(ops_of(residual)), str(dtype).removeprefix('torch.')
-    _print_once(f'[megatron-mhc] {names} ({streams}, n = {n}): {choice}')
-
-
-@functools.cache
-def _print_once(line: str) -> None:
-    """Megatron parses the command line more than once."""
-    if is_first_rank():
-        print(line, flush=True)
+    announce(f'{names} ({streams}, n = {n}): {choice}')
 
 
 def ops_of(residual: ResidualConfig) -> tuple[str, ...]:

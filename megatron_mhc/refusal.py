@@ -1,7 +1,8 @@
-"""How wrong input is answered: one line from the first rank, exit status 2, on every rank."""
+"""What the first rank says for all: notices, and the one line that ends a run on wrong input."""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import NoReturn
@@ -17,3 +18,10 @@ def refuse(program: str, message: str) -> NoReturn:
     if is_first_rank():
         print(f'{program}: error: {message}', file=sys.stderr)
     sys.exit(2)
+
+
+@functools.cache
+def announce(line: str) -> None:
+    """Print a notice on the first rank, once: Megatron parses the command line more than once."""
+    if is_first_rank():
+        print(f'[megatron-mhc] {line}', flush=True)

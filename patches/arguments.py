@@ -17,14 +17,23 @@ from megatron_mhc.constraints import check_constraints
 from megatron_mhc.kernel_choice import announce_kernels
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
+from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.refusal import refuse
 
-OWN_FLAGS = ('--residual-type', '--mhc-', '--hc-')
+OWN_FLAGS = (
+    '--residual-type',
+    '--mhc-',
+    '--hc-',
+    '--pipeline-schedule',
+    '--pipeline-w-placement',
+    '--pipeline-verify-steps',
+)
 
 
 def _wrap(original: Callable) -> Callable:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
         parser = add_residual_arguments(original(parser, *args, **kwargs))
+        parser = add_pipeline_arguments(parser)
         parser.error = functools.partial(_error, parser, parser.error)
         after_parsing(parser, accept)
         return parser
@@ -35,7 +44,11 @@ def _wrap(original: Callable) -> Callable:
 def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     """Validate the parsed flags and apply the patches that they need."""
     # Imported here: the patches import megatron.core, which --help does not need.
-    from megatron_mhc.patches.registry import RESIDUAL_PATCHES
+    from megatron_mhc.patches.registry import (
+        GPT_MODEL_PATCH,
+        RESIDUAL_PATCHES,
+        SCHEDULE_PATCHES,
+    )
 
     # A misspelt flag of ours must not pass where the script tolerates unknown ones.
     for token in unknown:
@@ -45,8 +58,16 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     check_constraints(namespace, residual)
     check_checkpoints_of(namespace, residual)
     announce_kernels(namespace, residual)
+    pipeline = resolve_pipeline(namespace)
     if residual.enabled:
         apply(RESIDUAL_PATCHES)
+    if pipeline is not None:
+        apply(SCHEDULE_PATCHES)
+    if namespace.mhc_post_stream == 'high':
+        from megatron_mhc.post_stream import check_post_stream
+
+        check_post_stream(namespace)
+        apply((GPT_MODEL_PATCH,))
 
 
 def _error(parser: argparse.ArgumentParser, original: Callable, message: str) -> None:

@@ -10,14 +10,22 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core import parallel_state
+from megatron.core.utils import is_te_min_version
+
 from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
 from megatron_mhc.block import widen_block
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.constraints import check_constraints
+from megatron_mhc.inverted_v_layout import stage_of
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import negotiate_shapes_if_needed
+from megatron_mhc.pipeline_arguments import check_pipeline_constraints, pipeline_config_from_args
+from megatron_mhc.pipeline_config import PipelineConfig
+from megatron_mhc.post_stream import use_post_stream
 from megatron_mhc.spec import with_residual
+from megatron_mhc.tied_embedding import tie
 
 
 def residual_of(config: Any) -> ResidualConfig:
@@ -27,6 +35,38 @@ def residual_of(config: Any) -> ResidualConfig:
         return residual
     args = parsed_arguments()
     return ResidualConfig('standard') if args is None else residual_config_from_args(args)
+
+
+def pipeline_of(config: Any) -> PipelineConfig | None:
+    """``config.pipeline_config`` where a caller set it, else what the command line asked for."""
+    pipeline = getattr(config, 'pipeline_config', None)
+    if pipeline is None and (args := parsed_arguments()) is not None:
+        pipeline = pipeline_config_from_args(args)
+    return pipeline
+
+
+def post_stream_of(config: Any) -> str:
+    """``config.mhc_post_stream`` where a caller set it, else ``--mhc-post-stream``."""
+    own = getattr(config, 'mhc_post_stream', None)
+    config.mhc_post_stream = (
+        own or getattr(parsed_arguments(), 'mhc_post_stream', None) or 'compute'
+    )
+    return config.mhc_post_stream
+
+
+def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None) -> bool:
+    """Make a model's config fit its schedule; returns whether this chunk is the first stage."""
+    check_pipeline_constraints(config, pipeline)
+    if vp_stage is None:
+        raise ValueError(
+            f'--pipeline-schedule {pipeline.schedule}: GPTModel was built without vp_stage, so '
+            'which of its two chunks this is cannot be told; the model provider must pass it on'
+        )
+    config.pipeline_config = pipeline
+    # Set here because the check in the config demands Megatron's own overlap with it.
+    config.delay_wgrad_compute = is_te_min_version('2.3.0')
+    ranks = config.pipeline_model_parallel_size
+    return stage_of(parallel_state.get_pipeline_model_parallel_rank(), vp_stage, ranks) == 0
 
 
 def _wrap(original: Callable) -> Callable:
@@ -44,10 +84,19 @@ def _wrap(original: Callable) -> Callable:
             # The communicator and the optimizer read it from the config they share with the model.
             config.residual_config = residual
             negotiate_shapes_if_needed(config)
+        pipeline = pipeline_of(config)
+        if pipeline is not None:
+            # Builders that asked for the first stage by another name than the patched ones.
+            vp_stage = bound.arguments.get('vp_stage')
+            bound.arguments['pre_process'] = prepare_pipeline(config, pipeline, vp_stage)
         original(*bound.args, **bound.kwargs)
         if residual.enabled:
             widen_block(self.decoder, residual)
             agree_on_edges(config, residual)
+        if pipeline is not None:
+            tie(self)
+        if post_stream_of(config) == 'high':
+            use_post_stream(self)
 
     return __init__
 

@@ -1,8 +1,10 @@
 """Tests run anywhere: without CUDA, Megatron finds the emulated device, kernels the interpreter."""
 
+import argparse
 import os
 import pathlib
 import secrets
+import sys
 
 import pytest
 import torch
@@ -10,10 +12,37 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from megatron_mhc import cpu_device
 
+# What the layout tests share stands beside their worker; pytest imports tests by path.
+sys.path.append(str(pathlib.Path(__file__).parent / 'layouts'))
+
 if not torch.cuda.is_available():
     # Triton reads this when it is imported; the kernels are then interpreted on CPU tensors.
     os.environ.setdefault('TRITON_INTERPRET', '1')
     cpu_device.install()
+
+
+MINIMAL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', '4']
+
+
+@pytest.fixture(scope='module')
+def parse():
+    """``parse(flags)`` through Megatron's own parser with the argument seam in place."""
+    from megatron.training import arguments
+
+    from megatron_mhc.patches import engine
+    from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
+    from megatron_mhc.patches.registry import ALL_PATCHES
+
+    engine.apply((ARGUMENTS_PATCH,))
+
+    def run(*flags):
+        parser = arguments.add_megatron_arguments(
+            argparse.ArgumentParser(prog='pretrain', allow_abbrev=False)
+        )
+        return parser.parse_args([*MINIMAL, *flags])
+
+    yield run
+    engine.revert(ALL_PATCHES)
 
 
 @pytest.fixture

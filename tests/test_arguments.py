@@ -15,27 +15,6 @@ from megatron_mhc.config import ResidualConfig
 MINIMAL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', '4']
 
 
-@pytest.fixture(scope='module')
-def parse():
-    """``parse(flags)`` through Megatron's own parser with the argument seam in place."""
-    from megatron.training import arguments
-
-    from megatron_mhc.patches import engine
-    from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
-    from megatron_mhc.patches.registry import RESIDUAL_PATCHES
-
-    engine.apply((ARGUMENTS_PATCH,))
-
-    def run(*flags):
-        parser = arguments.add_megatron_arguments(
-            argparse.ArgumentParser(prog='pretrain', allow_abbrev=False)
-        )
-        return parser.parse_args([*MINIMAL, *flags])
-
-    yield run
-    engine.revert((ARGUMENTS_PATCH, *RESIDUAL_PATCHES))
-
-
 def test_standard_is_the_default_and_patches_nothing(parse):
     from megatron_mhc.patches import engine
 
@@ -114,9 +93,9 @@ def test_refusals_are_one_line_and_name_the_flag(parse, flags, capsys):
 
 
 def test_kernels_are_announced_once_with_the_reason(parse, capsys):
-    from megatron_mhc import kernel_choice
+    from megatron_mhc import refusal
 
-    kernel_choice._print_once.cache_clear()
+    refusal.announce.cache_clear()
     parse('--residual-type', 'mhc', '--bf16')
     parse('--residual-type', 'mhc', '--bf16')
     parse('--residual-type', 'hc', '--mhc-kernel-backend', 'torch')

@@ -7,32 +7,16 @@ they must agree bit for bit; tensor, sequence and expert parallelism split sums.
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
-
-WORKER = pathlib.Path(__file__).parent / 'layouts' / 'worker.py'
-# fp32. A gating factor's gradient is one scalar in which thousands of terms cancel, so tensors are
-# held to 1e-6 of the whole gradient, and each to its own norm only by what a wrong sum would show.
-SPLIT_SUM_TOLERANCE = 1e-6
-OWN_NORM_TOLERANCE = 1e-3
+from layout_cases import MOE, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 HC = {'residual_type': 'hc'}
 HEAD = {'residual_type': 'mhc', 'num_residual_streams': 3, 'stream_merge': 'learned'}
 FIXED = {'residual_type': 'mhc', 'fixed_mappings': ['pre', 'post', 'res']}
-MOE = {
-    'num_moe_experts': 4,
-    'moe_router_topk': 2,
-    'moe_token_dispatcher_type': 'alltoall',
-    'moe_router_load_balancing_type': 'none',
-    'add_bias_linear': False,
-}
 FULL = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 2}
 CORE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn']}
 NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']}
@@ -80,31 +64,6 @@ CASES = [
     ('pp2-ep2', 'moe', 4, {'layout': {'pp': 2, 'ep': 2}}, False),
     ('pp2-vpp2-dp2', 'mhc', 4, {'layout': {'pp': 2, 'vpp': 2}}, False),
 ]
-
-
-def launch(world: int, cases: list[dict], folder: pathlib.Path) -> dict:
-    description = folder / f'cases-{world}.json'
-    description.write_text(json.dumps(cases))
-    command = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        '--nproc-per-node',
-        str(world),
-        str(WORKER),
-        str(description),
-        str(folder),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((folder / f'results-{world}.json').read_text())
 
 
 def reference_name(model: str, changes: dict) -> str:

@@ -8,6 +8,7 @@ import re
 
 from megatron_mhc.arguments import add_residual_arguments
 from megatron_mhc.compat import CORE_BELOW, CORE_MIN, CORE_SPECIFIER, PYTHON_MIN, TESTED
+from megatron_mhc.pipeline_arguments import add_pipeline_arguments
 
 README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
 
@@ -23,6 +24,7 @@ def test_compatibility_table():
 
 def test_flag_table():
     parser = add_residual_arguments(argparse.ArgumentParser(add_help=False))
+    parser = add_pipeline_arguments(parser)
     flags = {option for action in parser._actions for option in action.option_strings}
     documented = set(re.findall(r'^\| `(--[a-z-]+)`', README, re.MULTILINE))
     assert documented == flags

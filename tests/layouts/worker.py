@@ -42,7 +42,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
-from megatron_mhc.patches.registry import RESIDUAL_PATCHES  # noqa: E402
+from megatron_mhc.patches.registry import RESIDUAL_PATCHES, SCHEDULE_PATCHES  # noqa: E402
+from megatron_mhc.pipeline_config import PipelineConfig  # noqa: E402
 
 SEQUENCE, VOCABULARY = 32, 64
 
@@ -59,7 +60,7 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     config = TransformerConfig(
-        num_layers=4,
+        num_layers=case.get('layers', 4),
         hidden_size=32,
         ffn_hidden_size=64,
         num_attention_heads=4,
@@ -82,6 +83,9 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     )
     if case.get('residual'):
         config.residual_config = ResidualConfig(**case['residual'])
+    if case.get('schedule'):
+        config.pipeline_config = PipelineConfig(**case['schedule'])
+    config.mhc_post_stream = case.get('post_stream', 'compute')
     moe = config.num_moe_experts is not None
     chunks = []
     for vp_stage in range(layout['vpp'] or 1):
@@ -162,6 +166,18 @@ def forward_step(iterator, model):
 
 
 def run(case: dict, folder: pathlib.Path) -> dict:
+    """One case; a case with a schedule runs on the inverted V."""
+    if not case.get('schedule'):
+        return step(case, folder)
+    engine.apply(SCHEDULE_PATCHES)
+    try:
+        return step(case, folder)
+    finally:
+        engine.revert(SCHEDULE_PATCHES)
+        engine.apply(RESIDUAL_PATCHES)
+
+
+def step(case: dict, folder: pathlib.Path) -> dict:
     config, chunks = build(case)
     if case.get('reference'):
         randomise(chunks)

@@ -1,0 +1,140 @@
+"""What a schedule on the inverted V cannot be combined with, or has not been tested with."""
+
+from __future__ import annotations
+
+from megatron_mhc.constraints import Constraint
+
+V_CONSTRAINTS = (
+    Constraint(
+        '--pipeline-model-parallel-size 1',
+        lambda get: (get('pipeline_model_parallel_size') or 1) < 2,
+        'there is no pipeline to schedule',
+        'use at least 2 pipeline ranks',
+    ),
+    Constraint(
+        '--cuda-graph-impl / --enable-cuda-graph',
+        lambda get: (
+            get('cuda_graph_impl') not in (None, 'none')
+            or bool(get('enable_cuda_graph') or get('external_cuda_graph'))
+        ),
+        'graphs are captured in the order of the stock schedules',
+        'use --cuda-graph-impl none',
+    ),
+    Constraint(
+        '--use-megatron-fsdp / --use-torch-fsdp2',
+        lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
+        'parameters are gathered and freed by hooks that expect a whole backward',
+        'use --use-distributed-optimizer',
+    ),
+    Constraint(
+        '--recompute-granularity full',
+        lambda get: get('recompute_granularity') == 'full',
+        'its backward runs forward passes again, which cannot be split or interleaved',
+        'use --recompute-granularity selective',
+    ),
+    Constraint(
+        '--fp8-recipe delayed',
+        lambda get: bool(get('fp8')) and get('fp8_recipe') in (None, 'delayed'),
+        'amax histories depend on the order of microbatches',
+        'use --fp8-recipe tensorwise, blockwise or mxfp8',
+    ),
+    Constraint(
+        '--overlap-param-gather',
+        lambda get: bool(get('overlap_param_gather')),
+        'it is not tested with two chunks that start at different times',
+        'drop the flag; --overlap-grad-reduce works',
+    ),
+    Constraint(
+        '--overlap-moe-expert-parallel-comm',
+        lambda get: bool(get('overlap_moe_expert_parallel_comm')),
+        'fused slots overlap the all-to-all of one microbatch with the compute of another already',
+        'drop the flag',
+    ),
+    Constraint(
+        '--moe-shared-expert-overlap / --overlap-dispatch-backward-with-experts-wgrad',
+        lambda get: bool(
+            get('moe_shared_expert_overlap') or get('overlap_dispatch_backward_with_experts_wgrad')
+        ),
+        'they order the same all-to-all by streams of their own',
+        'drop the flag',
+    ),
+    Constraint(
+        '--delay-wgrad-compute',
+        lambda get: bool(get('delay_wgrad_compute')),
+        'the plan says when weight gradients are computed',
+        'drop the flag',
+    ),
+    Constraint(
+        '--defer-embedding-wgrad-compute',
+        lambda get: bool(get('defer_embedding_wgrad_compute')),
+        'the plan says when weight gradients are computed',
+        'drop the flag',
+    ),
+    Constraint(
+        '--decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers',
+        lambda get: (
+            get('decoder_first_pipeline_num_layers') is not None
+            or get('decoder_last_pipeline_num_layers') is not None
+        ),
+        'the end rank holds the first and the last stage',
+        'name the layers of every stage with --pipeline-model-parallel-layout',
+    ),
+    Constraint(
+        '--num-layers-per-virtual-pipeline-stage',
+        lambda get: get('num_layers_per_virtual_pipeline_stage') is not None,
+        'a V has two chunks a rank',
+        'drop the flag, or name the layers with --pipeline-model-parallel-layout',
+    ),
+    Constraint(
+        '--num-virtual-stages-per-pipeline-rank',
+        lambda get: get('num_virtual_stages_per_pipeline_rank') not in (None, 2),
+        'a V has two chunks a rank',
+        'drop the flag',
+    ),
+    Constraint(
+        '--fine-grained-activation-offloading / --cpu-offloading-num-layers',
+        lambda get: bool(
+            get('fine_grained_activation_offloading')
+            or get('cpu_offloading')
+            or get('cpu_offloading_num_layers')
+        ),
+        'offloaded activations are fetched in the order of the stock schedules',
+        'use selective recomputation',
+    ),
+    Constraint(
+        '--ckpt-format torch',
+        lambda get: get('ckpt_format') == 'torch',
+        'it numbers chunks, not layers, so another schedule would load the wrong ones',
+        'use --ckpt-format torch_dist',
+    ),
+    Constraint(
+        '--hybrid-context-parallel',
+        lambda get: bool(get('hybrid_context_parallel')),
+        'its groups change from one microbatch to the next',
+        'drop the flag',
+    ),
+    Constraint(
+        '--hybrid-layer-pattern',
+        lambda get: bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern')),
+        'a hybrid model divides its layers by another rule',
+        'use a GPT layer spec',
+    ),
+    Constraint(
+        '--export-kd-teacher-load',
+        lambda get: bool(get('export_kd_teacher_load')),
+        'distillation adjusts the shapes of pipeline messages by itself',
+        'drop the flag',
+    ),
+    Constraint(
+        '--yaml-cfg',
+        lambda get: get('yaml_cfg') is not None,
+        'a YAML configuration discards every command-line value, the layout among them',
+        'pass the settings as flags',
+    ),
+    Constraint(
+        '--num-microbatches-with-partial-activation-checkpoints',
+        lambda get: get('num_microbatches_with_partial_activation_checkpoints') is not None,
+        'its window follows the warm-up of the stock schedules',
+        'drop the flag',
+    ),
+)

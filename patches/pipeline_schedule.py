@@ -1,0 +1,69 @@
+"""Seams of a schedule run from a plan: its entry, and the split of the backward."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+
+from megatron.core.utils import get_model_config
+
+from megatron_mhc.deferred_wgrad import split_linear
+from megatron_mhc.patches.engine import Patch, on_every_release
+from megatron_mhc.pipeline_step import run_pipeline_step
+
+
+def _run_plan(original: Callable) -> Callable:
+    def forward_backward_pipelining_with_interleaving(*, model, **kwargs):
+        pipeline = getattr(get_model_config(model[0]), 'pipeline_config', None)
+        if pipeline is None:
+            return original(model=model, **kwargs)
+        return run_pipeline_step(pipeline, model=model, **kwargs)
+
+    return forward_backward_pipelining_with_interleaving
+
+
+def _split_weight_gradient(original: Callable) -> Callable:
+    return functools.partial(split_linear, original)
+
+
+def _with_delayed_hooks(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    def __init__(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        config, settings = bound.arguments['config'], bound.arguments['ddp_config']
+        if getattr(config, 'pipeline_config', None) is not None and config.delay_wgrad_compute:
+            bound.arguments['ddp_config'] = dataclasses.replace(settings, delay_wgrad_compute=True)
+        original(*bound.args, **bound.kwargs)
+
+    return __init__
+
+
+PIPELINE_SCHEDULE_PATCHES = (
+    Patch(
+        id='schedule',
+        target='megatron.core.pipeline_parallel.schedules:'
+        'forward_backward_pipelining_with_interleaving',
+        wrap=_run_plan,
+        reason='the only entry of a pipeline with two chunks a rank, looked up when it is called',
+        fingerprints=on_every_release('a99d6a32'),
+    ),
+    Patch(
+        id='split-linear',
+        target='megatron.core.tensor_parallel.layers:'
+        'linear_with_grad_accumulation_and_async_allreduce',
+        wrap=_split_weight_gradient,
+        reason='every tensor-parallel linear layer calls it, so weight gradients can be put off',
+        fingerprints={'0.17': '29402846', '0.18': '29402846', '0.19': 'cc871899'},
+    ),
+    Patch(
+        id='delayed-hooks',
+        target='megatron.core.distributed.distributed_data_parallel:'
+        'DistributedDataParallel.__init__',
+        wrap=_with_delayed_hooks,
+        reason='gradients that Transformer Engine puts off must reach main_grad when they come',
+        fingerprints={'0.17': '2390ab95', '0.18': '20b3aba4', '0.19': '20b3aba4'},
+    ),
+)

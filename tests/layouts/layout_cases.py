@@ -1,0 +1,49 @@
+"""What the layout tests share: how cases are run, and what they are held to."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+WORKER = pathlib.Path(__file__).parent / 'worker.py'
+# fp32. A gating factor's gradient is one scalar in which thousands of terms cancel, so tensors are
+# held to 1e-6 of the whole gradient, and each to its own norm only by what a wrong sum would show.
+SPLIT_SUM_TOLERANCE = 1e-6
+OWN_NORM_TOLERANCE = 1e-3
+
+MOE = {
+    'num_moe_experts': 4,
+    'moe_router_topk': 2,
+    'moe_token_dispatcher_type': 'alltoall',
+    'moe_router_load_balancing_type': 'none',
+    'add_bias_linear': False,
+}
+
+
+def launch(world: int, cases: list[dict], folder: pathlib.Path) -> dict:
+    """Run ``cases`` in one world of ranks; name -> what ``worker.py`` returned."""
+    description = folder / f'cases-{world}.json'
+    description.write_text(json.dumps(cases))
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc-per-node',
+        str(world),
+        str(WORKER),
+        str(description),
+        str(folder),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / f'results-{world}.json').read_text())

@@ -1,0 +1,139 @@
+"""Flags of the pipeline schedules: what follows from them, and what is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_mhc import refusal
+from megatron_mhc.bootstrap import asks_for_a_v
+from megatron_mhc.inverted_v_layout import balanced, even_layout, holder_of, stage_of
+from megatron_mhc.pipeline_arguments import pipeline_config_from_args
+
+PP4 = '--num-layers 16 --pipeline-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 8'
+V = f'{PP4} --pipeline-schedule dualpipev'
+DIST = '--use-distributed-optimizer --overlap-grad-reduce'
+MHC = '--residual-type mhc'
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '4')
+
+
+def test_a_stock_schedule_changes_nothing(parse):
+    from megatron_mhc.patches import engine
+
+    args = parse(*PP4.split(), '--pipeline-schedule', '1f1b')
+    assert pipeline_config_from_args(args) is None
+    assert args.pipeline_model_parallel_layout is None
+    assert not {'schedule', 'gpt-model', 'v-layout'} & set(engine.applied())
+
+
+def test_a_v_gets_a_layout_in_stage_order(parse, capsys):
+    refusal.announce.cache_clear()
+    args = parse(*V.split(), *f'{MHC} --mhc-recompute-layer-num stage'.split())
+    assert args.pipeline_model_parallel_layout == 'Ett|tt|tt|tt|tt|tt|tt|ttL'
+    assert pipeline_config_from_args(args).recompute == 'stage'
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if 'schedule dualpipev' in line
+    ]
+    assert '4 ranks, 8 microbatches' in line and '4.5 live activations' in line
+    # Two chunks are what a V has.
+    again = parse(*V.split(), '--num-virtual-stages-per-pipeline-rank', '2')
+    assert again.num_virtual_stages_per_pipeline_rank is None
+    own = parse(*V.split(), '--pipeline-model-parallel-layout', 'Ettt|t|tt|tt|tt|tt|tt|ttL')
+    assert own.pipeline_model_parallel_layout == 'Ettt|t|tt|tt|tt|tt|tt|ttL'
+
+
+def test_ends_of_the_model_count_as_layers(parse):
+    flags = V.replace('--num-layers 16', '--num-layers 14').split()
+    ends = ('--account-for-embedding-in-pipeline-split', '--account-for-loss-in-pipeline-split')
+    args = parse(*flags, *ends)
+    assert args.pipeline_model_parallel_layout == 'Et|tt|tt|tt|tt|tt|tt|tL'
+    assert not args.account_for_loss_in_pipeline_split
+
+
+def test_weight_gradients_after_the_slot_is_dualpipev_w(parse):
+    args = parse(*V.split(), '--pipeline-w-placement', 'after')
+    assert pipeline_config_from_args(args).schedule == 'dualpipev-w'
+
+
+REFUSED = {
+    f'{V} --global-batch-size 7': 'dualpipev needs at least 2 x pp = 8 microbatches, got 7: use',
+    f'{V} --rampup-batch-size 4 4 100': 'at least 2 x pp = 8 microbatches, got 4',
+    f'{V} --num-layers 18': "-layout 'Ett|tt|tt|ttt|ttt|tt|tt|ttL'",
+    f'{V} --num-layers 6': 'use at most 3 pipeline ranks',
+    f'{V} --pipeline-model-parallel-size 1': '--pipeline-model-parallel-size 1 cannot be combined',
+    f'{V} {DIST} --overlap-param-gather': '--overlap-grad-reduce works',
+    f'{V} --recompute-granularity full': 'use --recompute-granularity selective',
+    f'{V} --fp8-format hybrid': '--fp8-recipe delayed cannot be combined',
+    f'{V} --ckpt-format torch': 'use --ckpt-format torch_dist',
+    f'{V} --num-virtual-stages-per-pipeline-rank 4': 'a V has two chunks a rank',
+    f'{V} --decoder-first-pipeline-num-layers 2': '--pipeline-model-parallel-layout',
+    f'{V} --use-megatron-fsdp': 'use --use-distributed-optimizer',
+    f'{V} --mhc-recompute-layer-num stage': 'no effect with --residual-type standard',
+    f'{V} {MHC} --mhc-recompute-stream high': 'without --mhc-recompute-layer-num stage',
+    f'{V} --pipeline-verify-steps -1': '--pipeline-verify-steps -1',
+    f'{PP4} --pipeline-schedule zb-v --pipeline-w-placement slot': 'no effect with',
+    f'{PP4} --pipeline-schedule dualpipev-w --pipeline-w-placement slot': 'contradicts',
+    f'{PP4} --pipeline-verify-steps 1': '--pipeline-verify-steps has no effect with',
+    f'{PP4} --pipeline-schedule interleaved': 'add --num-virtual-stages-per-pipeline-rank 2',
+    f'{PP4} --pipeline-schedule 1f1b --num-virtual-stages-per-pipeline-rank 2': 'use --pipeline-',
+    f'{PP4} --pipeline-schedule dualpipe': 'argument --pipeline-schedule: invalid choice',
+}
+
+
+@pytest.mark.parametrize('flags', REFUSED)
+def test_refusals_are_one_line_with_the_alternative(parse, flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flags.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count('\n') == 1 and error.startswith('pretrain: error: ')
+    assert REFUSED[flags] in error
+
+
+def test_hardware_queues_are_advised_on(parse, monkeypatch, capsys):
+    for connections, advised in (('1', True), ('32', False)):
+        refusal.announce.cache_clear()
+        monkeypatch.setenv('CUDA_DEVICE_MAX_CONNECTIONS', connections)
+        parse('--mhc-post-stream', 'high')
+        assert ('CUDA_DEVICE_MAX_CONNECTIONS=1' in capsys.readouterr().out) == advised
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3, 8])
+def test_inverted_v(ranks):
+    stages = [stage_of(rank, chunk, ranks) for rank in range(ranks) for chunk in (0, 1)]
+    assert sorted(stages) == list(range(2 * ranks))
+    assert all(
+        holder_of(stage_of(r, c, ranks), ranks) == (r, c) for r in range(ranks) for c in (0, 1)
+    )
+    assert holder_of(0, ranks) == (ranks - 1, 0) and holder_of(2 * ranks - 1, ranks) == (
+        ranks - 1,
+        1,
+    )
+
+
+def test_the_end_rank_is_the_lightest():
+    for layers in range(16, 33):
+        counts = balanced(layers, 8)
+        assert sum(counts) == layers and max(counts) - min(counts) <= 1
+        held = [counts[stage_of(rank, 0, 8)] + counts[stage_of(rank, 1, 8)] for rank in range(8)]
+        assert held[-1] == min(held)
+
+
+def test_prediction_layers_stand_before_the_loss():
+    assert even_layout(4, 2, 'E', 'mL') == 'Et|t|t|tmL'
+
+
+@pytest.mark.parametrize(
+    ('line', 'wanted'),
+    [
+        ('x.py --pipeline-schedule dualpipev', True),
+        ('x.py --pipeline-schedule=zb-v --bf16', True),
+        ('x.py --pipeline-schedule 1f1b', False),
+        ('x.py --bf16', False),
+    ],
+)
+def test_a_v_is_seen_on_the_command_line(line, wanted):
+    assert asks_for_a_v(line.split()) == wanted

@@ -1,0 +1,183 @@
+"""GPT models under schedules run from plans: losses and gradients of no pipeline, bit for bit.
+
+The work is done by ``layouts/worker.py``, one launch per world size: importing Megatron costs
+seconds per process.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layout_cases import MOE, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+
+MHC = {'residual_type': 'mhc', 'init': 'identity'}
+SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
+MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
+MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
+
+# model -> what distinguishes it
+MODELS = {
+    'standard': {},
+    'mhc': {'residual': MHC},
+    'hc': {'residual': {'residual_type': 'hc'}},
+    'deep': {'layers': 8},
+    'deep-mhc': {'residual': MHC, 'layers': 8},
+    'odd': {'residual': MHC, 'layers': 6},
+    'tied': {'residual': MHC, 'tied': True},
+    'mtp': {'residual': MHC, 'config': MTP},
+    'moe': {'residual': MHC, 'config': MOE},
+}
+EVEN_4 = 'Et|t|t|tL'
+EVEN_8 = 'Et|t|t|t|t|t|t|tL'
+
+
+V2, V4 = {'pp': 2, 'vpp': 2}, {'pp': 4, 'vpp': 2}
+ODD = 'Et|tt|tt|tL'
+MTP_LAST = 'Et|t|tt|mL'
+OVERLAP = {'overlap': True}
+TP, SP, EP = {'tp': 2}, {'tp': 2, 'sp': True}, {'ep': 2}
+HIGH, REBUILT = {'post_stream': 'high'}, {'recompute': 'stage', 'recompute_stream': 'high'}
+DIST, PLAIN, EVAL = {'step': 'dist'}, {'step': 'plain'}, {'forward_only': True}
+
+# What a case is compared with: the same model without pipeline parallelism, as a rule in one
+# process. (name, model, world, microbatches over all replicas, changes)
+ALONE = [
+    *((f'{model}-4', model, 1, 4, {}) for model in ('standard', 'mhc', 'hc', 'tied', 'mtp')),
+    *((f'{model}-8', model, 1, 8, {}) for model in ('standard', 'mhc', 'deep', 'deep-mhc')),
+    *((f'{model}-12', model, 1, 12, {}) for model in ('deep', 'deep-mhc')),
+    ('mhc-3', 'mhc', 1, 3, {}),
+    ('deep-2', 'deep', 1, 2, {}),
+    ('odd-5', 'odd', 1, 5, {}),
+    ('moe-4', 'moe', 1, 4, {}),
+    ('mhc-dp2', 'mhc', 2, 8, {}),
+    ('standard-dp2', 'standard', 2, 8, {}),
+    ('mhc-tp2-sp', 'mhc', 2, 4, {'layout': SP}),
+    ('standard-tp2', 'standard', 2, 4, {'layout': TP}),
+    ('moe-ep2', 'moe', 2, 8, {'layout': EP}),
+    ('mhc-step', 'mhc', 2, 8, PLAIN),
+]
+
+
+def on_v(name: str, reference: str, world: int, schedule: str, layout: str = '', **changes):
+    """A case: name, reference, world, changes; ``layout`` has the layers of each stage."""
+    pp = 4 if world == 4 and 'deep' in reference else 2
+    parallel = {**(V4 if pp == 4 else V2), **changes.pop('parallel', {})}
+    settings = {'schedule': schedule, **changes.pop('settings', {})}
+    layout = layout or (EVEN_8 if pp == 4 else EVEN_4)
+    config = {'pipeline_model_parallel_layout': layout}
+    case = {'layout': parallel, 'schedule': settings, 'config': config, **changes}
+    return f'{schedule}-{name}', reference, world, case
+
+
+MATRIX = [
+    *(on_v(f'2-{m}-{r}', f'{r}-{m}', 2, s) for s in SCHEDULES for m in (4, 8) for r in MIXED),
+    *(on_v(f'4-{m}-{r}', f'{r}-{m}', 4, s) for s in SCHEDULES for m in (8, 12) for r in DEEP),
+]
+BITWISE = [
+    *MATRIX,
+    # Fewer microbatches than twice the ranks, and than ranks.
+    on_v('few', 'mhc-3', 2, 'zb-v'),
+    on_v('few', 'deep-2', 4, 'zb-v'),
+    on_v('uneven', 'odd-5', 2, 'dualpipev-w', ODD),
+    on_v('hc', 'hc-4', 2, 'dualpipev'),
+    on_v('verified', 'mhc-4', 2, 'dualpipev', settings={'verify_steps': 1}),
+    on_v('moe', 'moe-4', 2, 'dualpipev'),
+    on_v('dp2', 'mhc-dp2', 4, 'dualpipev'),
+    on_v('dp2-overlap', 'mhc-dp2', 4, 'dualpipev-w', **OVERLAP),
+    on_v('dp2-overlap', 'standard-dp2', 4, 'zb-v', **OVERLAP),
+    on_v('tp2', 'standard-tp2', 4, 'dualpipev', parallel=TP),
+    on_v('tp2-sp', 'mhc-tp2-sp', 4, 'dualpipev-w', parallel=SP),
+    on_v('ep2', 'moe-ep2', 4, 'dualpipev', parallel=EP),
+    on_v('ep2', 'moe-ep2', 4, 'dualpipev-w', parallel=EP),
+    # F_post,res on its own stream, and what the mHC kernels made rebuilt by the plan.
+    *(on_v('high', f'{r}-4', 2, 'dualpipev', **HIGH) for r in ('standard', 'hc', 'moe')),
+    on_v('high', 'mhc-8', 2, 'zb-v', **HIGH),
+    on_v('rebuilt', 'mhc-8', 2, 'dualpipev-w', settings=REBUILT),
+    on_v('rebuilt', 'hc-4', 2, 'zb-v', settings=REBUILT),
+    on_v('rebuilt-high', 'deep-mhc-8', 4, 'dualpipev-w', settings=REBUILT, **HIGH),
+    on_v('rebuilt-high', 'moe-ep2', 4, 'dualpipev', parallel=EP, settings=REBUILT, **HIGH),
+    # The weights after an optimizer step.
+    on_v('step', 'mhc-step', 4, 'dualpipev', **DIST),
+    on_v('step-overlap', 'mhc-step', 4, 'zb-v', **DIST, **OVERLAP),
+]
+# Two copies of a weight have their gradients summed at the end, one copy as they come.
+CLOSE = [
+    on_v('tied', 'tied-4', 2, 'dualpipev-w'),
+    on_v('mtp', 'mtp-4', 2, 'dualpipev', 'Et|t|t|tmL'),
+    # The final norm lies before the last stage, so the last edge is one stream wide.
+    on_v('mtp-last', 'mtp-4', 2, 'zb-v', MTP_LAST),
+]
+EVALUATIONS = [
+    on_v('eval', 'mhc-4', 2, 'dualpipev', **EVAL),
+    on_v('eval', 'deep-12', 4, 'zb-v', **EVAL),
+]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('schedules')
+    by_world: dict[int, list[dict]] = {1: [], 2: [], 4: []}
+    known = {}
+    for name, model, world, microbatches, changes in ALONE:
+        # The first run of each model makes its weights.
+        first = model not in {m for m, _ in known.values()}
+        base = {'weights': f'{model}-weights', **MODELS[model], 'microbatches': microbatches}
+        known[name] = model, base
+        by_world[world].append({**base, **changes, 'name': name, 'reference': first})
+    for name, reference, world, changes in BITWISE + CLOSE + EVALUATIONS:
+        base = known[reference][1]
+        config = {**base.get('config', {}), **changes['config']}
+        by_world[world].append({**base, **changes, 'config': config, 'name': f'{name}-{reference}'})
+    results = {}
+    for world, cases in by_world.items():
+        results.update(launch(world, cases, folder))
+    return folder, results
+
+
+def losses(results: dict, case: str) -> list[float]:
+    return sorted(loss for rank in results[case]['losses'] for loss in rank)
+
+
+def ids(cases: list) -> list:
+    return [
+        pytest.param(name, reference, id=f'{name}-{reference}') for name, reference, *_ in cases
+    ]
+
+
+@pytest.mark.parametrize(('name', 'reference'), ids(BITWISE))
+def test_bitwise_as_without_a_pipeline(runs, tensors, name, reference):
+    folder, results = runs
+    case = f'{name}-{reference}'
+    assert losses(results, case) == losses(results, reference) != []
+    got, wanted = tensors(folder / case), tensors(folder / reference)
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(got[key], value), key
+
+
+@pytest.mark.parametrize(('name', 'reference'), ids(CLOSE))
+def test_as_without_a_pipeline_but_for_the_order_of_sums(runs, tensors, name, reference):
+    folder, results = runs
+    case = f'{name}-{reference}'
+    assert losses(results, case) == losses(results, reference)
+    got, wanted = tensors(folder / case), tensors(folder / reference)
+    assert got.keys() == wanted.keys()
+    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    for key, value in wanted.items():
+        error = (got[key] - value).norm()
+        assert error <= SPLIT_SUM_TOLERANCE * whole, (key, error / whole)
+        assert error <= OWN_NORM_TOLERANCE * value.norm(), key
+
+
+@pytest.mark.parametrize(('name', 'reference'), ids(EVALUATIONS))
+def test_evaluation_has_the_losses_of_training(runs, name, reference):
+    _, results = runs
+    flat = [loss for rank in results[f'{name}-{reference}']['losses'] for loss in rank]
+    assert flat == results[reference]['losses'][0]
+
+
+def test_a_step_changes_the_weights(runs, tensors):
+    """Comparing untouched weights would prove nothing."""
+    folder, _ = runs
+    before, after = tensors(folder / 'mhc-weights'), tensors(folder / 'mhc-step')
+    assert all(not torch.equal(after[key], value) for key, value in before.items())
