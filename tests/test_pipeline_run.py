@@ -86,17 +86,9 @@ def test_replicas_with_a_distributed_optimizer(stock):
             assert float(mine) == pytest.approx(float(theirs), rel=2e-3)
 
 
-REFUSED = {
-    '--pipeline-schedule dualpipev --global-batch-size 3': 'dualpipev needs at least 2 x pp = 4',
-    '--pipeline-schedule dualpipev --num-layers 6': "--pipeline-model-parallel-layout 'E",
-    '--pipeline-schedule zb-v --recompute-granularity full --recompute-method uniform': 'selective',
-    '--pipeline-schedule dualpipe': 'argument --pipeline-schedule: invalid choice',
-}
-
-
-@pytest.mark.parametrize('flags', REFUSED)
-def test_refusals_come_before_a_model_is_built(flags):
-    done = run(1, flags)
+def test_a_refusal_comes_before_anything_is_built():
+    done = run(1, '--pipeline-schedule dualpipev --global-batch-size 3')
     assert done.returncode != 0
     (line,) = {line for line in done.stderr.splitlines() if 'error: ' in line and '[' not in line}
-    assert REFUSED[flags] in line and 'building GPT' not in done.stdout
+    assert 'dualpipev needs at least 2 x pp = 4 microbatches' in line
+    assert 'building GPT' not in done.stdout
