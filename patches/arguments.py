@@ -20,6 +20,8 @@ from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.refusal import refuse
 
+# What adds our argument groups, in the order in which --help shows them.
+GROUPS = (add_residual_arguments, add_pipeline_arguments)
 OWN_FLAGS = (
     '--residual-type',
     '--mhc-',
@@ -32,8 +34,9 @@ OWN_FLAGS = (
 
 def _wrap(original: Callable) -> Callable:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
-        parser = add_residual_arguments(original(parser, *args, **kwargs))
-        parser = add_pipeline_arguments(parser)
+        parser = original(parser, *args, **kwargs)
+        for add_group in GROUPS:
+            parser = add_group(parser)
         parser.error = functools.partial(_error, parser, parser.error)
         after_parsing(parser, accept)
         return parser

@@ -17,12 +17,11 @@ def megatron(tmp_path_factory):
 
     from megatron_mhc import cpu_device
     from megatron_mhc.patches import engine
+    from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
     from megatron_mhc.patches.registry import RESIDUAL_PATCHES
 
-    if cpu_device.is_installed():
-        from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
-
-        engine.apply(CPU_DEVICE_PATCHES)
+    device_patches = CPU_DEVICE_PATCHES if cpu_device.is_installed() else ()
+    engine.apply(device_patches)
     rendezvous = tmp_path_factory.mktemp('rendezvous') / 'store'
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{rendezvous}', rank=0, world_size=1
@@ -31,7 +30,7 @@ def megatron(tmp_path_factory):
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     engine.apply(RESIDUAL_PATCHES)
     yield
-    engine.revert(RESIDUAL_PATCHES)
+    engine.revert(device_patches + RESIDUAL_PATCHES)
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
