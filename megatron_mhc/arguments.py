@@ -16,6 +16,7 @@ from megatron_mhc.config import (
     KERNEL_BACKENDS,
     MAPPINGS,
     PROJECTION_PRECISIONS,
+    RECOMPUTE_STREAMS,
     RESIDUAL_TYPES,
     STREAM_MERGES,
     ResidualConfig,
@@ -35,6 +36,8 @@ FIELDS = {
     'mhc_kernel_backend': ('kernel_backend', ('hc', 'mhc')),
     'mhc_projection_precision': ('projection_precision', ('mhc',)),
     'mhc_seam_fusion': ('seam_fusion', ('mhc',)),
+    'mhc_recompute_layer_num': ('recompute_layer_num', ('hc', 'mhc')),
+    'mhc_recompute_stream': ('recompute_stream', ('hc', 'mhc')),
 }
 # Arguments whose flag switches them off.
 NEGATED = {'hc_tanh': '--hc-no-tanh', 'mhc_seam_fusion': '--mhc-no-seam-fusion'}
@@ -131,6 +134,21 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         dest='mhc_seam_fusion',
         help='kernels: write the streams of one sublayer and read them for the next in two passes, '
         'with the same result (default: in one; mhc only)',
+    )
+    group.add_argument(
+        '--mhc-recompute-layer-num',
+        type=lambda value: int(value) if value.lstrip('-').isdigit() else value,
+        metavar='{none,stage,auto,N}',
+        help='drop what the mHC kernels produce and rebuild it in the backward, without running '
+        'attention or MLP again, in blocks of N sublayers (attention and MLP each count one, as L '
+        'in the paper); auto = the N of least memory for the sublayers of each stage, stage = one '
+        'block a stage or virtual chunk (default: none; mHC section 4.3.2)',
+    )
+    group.add_argument(
+        '--mhc-recompute-stream',
+        choices=RECOMPUTE_STREAMS,
+        help='stream on which a schedule run from a plan rebuilds the block that the backward '
+        'begins with (default: compute)',
     )
     return parser
 

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
 
+from megatron_mhc.block_choice import choose_block_size
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.layer import HyperConnectionLayerMixin
 from megatron_mhc.stream_merge import StreamMerge, expand_streams
@@ -51,6 +52,9 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     """
     block.__class__ = hyper_connection_block(type(block))
     block.num_streams = residual.num_residual_streams
+    size = choose_block_size(block, residual)
+    for layer in block.layers:
+        layer.recompute_block_size = size
     for layer, following in itertools.pairwise(block.layers):
         if isinstance(layer, HyperConnectionLayerMixin):
             layer.precedes(following)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor, nn
 
+from megatron_mhc.block_recompute import RecomputedBlock, opened_blocks
 from megatron_mhc.deferred_wgrad import WeightGradients, delayed_modules
 from megatron_mhc.post_stream import left_in_flight, taken
 from megatron_mhc.schedules.executor_streams import Launched, high_priority_stream
-from megatron_mhc.stage_recompute import StageRecompute
 
 
 class ChunkStage:
@@ -24,8 +23,7 @@ class ChunkStage:
         forward_step: ``(microbatch, input) -> (output, number of tokens)``.
         is_last: whether it computes the loss.
         evaluating: run forward passes only.
-        recompute: the stream on which what the mHC kernels produced is rebuilt, ``compute`` or
-            ``high``; None: nothing is dropped.
+        recompute_stream: where ``recompute`` rebuilds, ``compute`` or ``high``.
         reduces: start the data-parallel reduction when the plan says so.
     """
 
@@ -37,17 +35,17 @@ class ChunkStage:
         *,
         is_last: bool,
         evaluating: bool,
-        recompute: str | None,
+        recompute_stream: str | None,
         reduces: bool,
     ) -> None:
         self.chunk, self.config = chunk, config
         self.is_last, self.evaluating = is_last, evaluating
-        self.recompute_stream = None if evaluating else recompute
+        self.recompute_stream = recompute_stream
         self.reduces = reduces
         self._forward_step = forward_step
         self._delayed = delayed_modules(chunk)
         self._kept: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self._dropped: dict[int, StageRecompute] = {}
+        self._blocks: dict[int, list[RecomputedBlock]] = {}
         self._weights: dict[int, WeightGradients] = {}
         self.tokens: Tensor | int = 0
 
@@ -55,30 +53,32 @@ class ChunkStage:
         """Output for the next stage, cut from the graph; None on the last stage."""
         if x is not None and not self.evaluating:
             x.requires_grad_()
-        group = StageRecompute() if self.recompute_stream else contextlib.nullcontext()
-        with group, left_in_flight():
+        with opened_blocks() as blocks, left_in_flight():
             output, tokens = self._forward_step(microbatch, x)
         self.tokens += tokens
         sent = None if self.is_last else taken(output)
         if self.evaluating:
             return sent
         self._kept[microbatch] = x, output
-        if self.recompute_stream:
-            self._dropped[microbatch] = group
+        self._blocks[microbatch] = blocks
         if not self.is_last:
             # The graph needs the output's node only; its values go with what was sent.
             schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
         return sent
 
     def recompute(self, microbatch: int) -> None:
-        """Rebuild what the forward of ``microbatch`` dropped."""
+        """Rebuild the block that the backward of ``microbatch`` begins with.
+
+        It rebuilds the others as it gets to them, so that one block is alive at a time.
+        """
         stream = high_priority_stream() if self.recompute_stream == 'high' else None
-        self._dropped[microbatch].rebuild(stream)
+        for block in self._blocks[microbatch][-1:]:
+            block.rebuild(stream)
 
     def backward(self, microbatch: int, grad: Tensor | None) -> Tensor | None:
         """Gradient of the input; the weights' are accumulated."""
         x, output = self._kept.pop(microbatch)
-        self._dropped.pop(microbatch, None)
+        self._blocks.pop(microbatch)
         gradient = schedules.backward_step(x, output, grad, self.config)
         WeightGradients(self._delayed).run()
         return gradient
@@ -86,7 +86,7 @@ class ChunkStage:
     def backward_input(self, microbatch: int, grad: Tensor | None) -> Tensor | None:
         """Gradient of the input; the weights' are left for ``backward_weight``."""
         x, output = self._kept.pop(microbatch)
-        self._dropped.pop(microbatch, None)
+        self._blocks.pop(microbatch)
         weights = self._weights[microbatch] = WeightGradients(self._delayed)
         with weights.collect():
             return schedules.backward_step(x, output, grad, self.config)

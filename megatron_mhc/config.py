@@ -12,6 +12,8 @@ MAPPINGS = ('pre', 'post', 'res')
 HC_VARIANTS = ('dynamic', 'static')
 # The names of megatron_mhc.ops, which needs torch; settings do not.
 KERNEL_BACKENDS = ('auto', 'triton', 'torch')
+RECOMPUTE_BLOCKS = ('none', 'stage', 'auto')
+RECOMPUTE_STREAMS = ('compute', 'high')
 PROJECTION_PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
 
 # Settings that the other residual type has to itself.
@@ -45,6 +47,12 @@ class ResidualConfig:
             not) or ``torch``.
         projection_precision: how the kernels multiply phi; ``auto`` follows the streams. mhc only.
         seam_fusion: where the kernels run, F_post,res and the next mapping in one pass. mhc only.
+        recompute_layer_num: drop what the mHC kernels produce and rebuild it in the backward, in
+            blocks of that many sublayers, attention and MLP each counted (mHC, section 4.3.2).
+            ``auto``: the size of least memory for each stage (Eq 20). ``stage``: one block a stage
+            or virtual chunk. ``none``: keep everything.
+        recompute_stream: where it is rebuilt ahead of the backward, under a schedule that does so:
+            ``compute``, or ``high``, a stream of high priority. None: ``compute``.
         seed: seeds the mapping's own generator; the other weights keep their random stream.
 
     Raises:
@@ -64,6 +72,8 @@ class ResidualConfig:
     kernel_backend: str = 'auto'
     projection_precision: str = 'auto'
     seam_fusion: bool = True
+    recompute_layer_num: int | str = 'none'
+    recompute_stream: str | None = None
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -92,6 +102,24 @@ class ResidualConfig:
         _one_of('--hc-variant', self.hc_variant, HC_VARIANTS)
         _one_of('--mhc-kernel-backend', self.kernel_backend, KERNEL_BACKENDS)
         _one_of('--mhc-projection-precision', self.projection_precision, PROJECTION_PRECISIONS)
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        blocks, stream = self.recompute_layer_num, self.recompute_stream
+        number = isinstance(blocks, int) and not isinstance(blocks, bool)
+        if blocks not in RECOMPUTE_BLOCKS and not (number and blocks >= 1):
+            raise ValueError(
+                f'--mhc-recompute-layer-num {blocks}: wanted {", ".join(RECOMPUTE_BLOCKS)} or a '
+                'number of sublayers >= 1 (attention and MLP each count one); use auto'
+            )
+        if blocks != 'none':
+            object.__setattr__(self, 'recompute_stream', stream or 'compute')
+        elif stream is not None:
+            raise ValueError(
+                f'--mhc-recompute-stream {stream} has no effect without --mhc-recompute-layer-num: '
+                'nothing is rebuilt; drop it or add --mhc-recompute-layer-num auto'
+            )
+        _one_of('--mhc-recompute-stream', self.recompute_stream, (None, *RECOMPUTE_STREAMS))
 
     @property
     def enabled(self) -> bool:
@@ -105,9 +133,10 @@ class ResidualConfig:
         return ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(self).items())
 
 
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(flag: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f'{flag} {value}: unknown value; choose one of {", ".join(allowed)}')
+        choices = ', '.join(filter(None, allowed))
+        raise ValueError(f'{flag} {value}: unknown value; choose one of {choices}')
 
 
 def _at_least_one(flag: str, value: int, unit: str) -> None:

@@ -29,11 +29,11 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from megatron_mhc import ops
+from megatron_mhc.block_recompute import RecomputedBlock, Written, block_of
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.hc import UnconstrainedHyperConnection
 from megatron_mhc.hyper_connection import HyperConnection, Pending
 from megatron_mhc.mhc import ManifoldHyperConnection
-from megatron_mhc.stage_recompute import StageRecompute, Written, current_group
 
 # Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
 _TAIL: ContextVar[dict | None] = ContextVar('megatron_mhc_tail', default=None)
@@ -167,6 +167,8 @@ class HyperConnectionLayerMixin:
             else build_hyper_connection(config, residual, first + 1)
         )
 
+        # Sublayers in a block; 0: nothing is recomputed. ``widen_block`` sets it.
+        self.recompute_block_size = 0
         self.following: tuple[HyperConnection, ...] = ()
         # A ``PostStream``: where the MLP's F_post,res runs if not on the current stream.
         self.post_stream = None
@@ -175,40 +177,31 @@ class HyperConnectionLayerMixin:
         connection = self.self_attention_hyper_connection
         if connection is None:
             return super()._forward_attention(hidden_states, *args, **kwargs)
-        group = self._group()
-        u, carried = _read(connection, hidden_states, group)
+        block = block_of(hidden_states, self.recompute_block_size)
+        u, carried = _read(connection, hidden_states, block)
         with _collected_tail() as tail:
             y, context = super()._forward_attention(u, *args, **kwargs)
         pending = Pending(y, carried, **tail)
-        return _write(pending, group, connection, self.mlp_hyper_connection), context
+        return _write(pending, block, connection, self.mlp_hyper_connection), context
 
     def _forward_mlp(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         connection = self.mlp_hyper_connection
         if connection is None:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
-        group = self._group()
-        u, carried = _read(connection, hidden_states, group)
+        block = block_of(hidden_states, self.recompute_block_size)
+        u, carried = _read(connection, hidden_states, block)
         with _collected_tail() as tail:
             y = super()._forward_mlp(u, *args, **kwargs)
         if self.post_stream is None or not self.training:
             # The name that `megatron-mhc schedule trace` looks for.
             with torch.profiler.record_function('mhc/F_post_res'):
-                return _write(Pending(y, carried, **tail), group, connection, *self.following)
+                return _write(Pending(y, carried, **tail), block, connection, *self.following)
         bias, dropout = tail['bias'], tail['dropout']
         return self.post_stream.run(
-            lambda y, bias, carried: _write(Pending(y, carried, bias, dropout), group, connection),
+            lambda y, bias, carried: _write(Pending(y, carried, bias, dropout), block, connection),
             *(y, bias, carried),
             hands_over=not self.is_moe_layer,
         )
-
-    def _group(self) -> StageRecompute | None:
-        group = current_group()
-        if group is not None and self.config.recompute_granularity == 'full':
-            raise ValueError(
-                '--recompute-granularity full with --mhc-recompute-layer-num: the layers are '
-                'recomputed as a whole already; drop one of the two'
-            )
-        return group if torch.is_grad_enabled() else None
 
     def precedes(self, layer: nn.Module) -> None:
         """Let the MLP's F_post,res join the mapping of the next layer's attention."""
@@ -220,7 +213,7 @@ class HyperConnectionLayerMixin:
 
 
 def _read(
-    connection: HyperConnection, hidden_states: Tensor, group: StageRecompute | None
+    connection: HyperConnection, hidden_states: Tensor, block: RecomputedBlock | None
 ) -> tuple[Tensor, ops.Carried]:
     """Sublayer input, from the read that came with the streams if there is one."""
     ahead = hidden_states.__dict__.pop('mhc_read_ahead', None)
@@ -228,14 +221,14 @@ def _read(
     if ahead is not None and ahead[:2] == (connection, _state(hidden_states)) and not observed:
         return ahead[2:]
     _, u, carried = (
-        connection(hidden_states) if group is None else group.read(connection, hidden_states)
+        connection(hidden_states) if block is None else block.read(connection, hidden_states)
     )
     return u, carried
 
 
 def _write(
     pending: Pending,
-    group: StageRecompute | None,
+    block: RecomputedBlock | None,
     connection: HyperConnection,
     following: HyperConnection | None = None,
 ) -> Tensor:
@@ -246,6 +239,9 @@ def _write(
     """
     if following is not None and not following.joins(pending.carried):
         following = None
+    if block is not None and block.ends:
+        # The next block rebuilds its first read from the streams that it keeps.
+        following = None
 
     def written(pending: Pending) -> Written:
         if following is None:
@@ -253,7 +249,7 @@ def _write(
         x, u, carried = following(pending)
         return _viewless(x), u, carried
 
-    x, u, carried = written(pending) if group is None else group.write(written, pending)
+    x, u, carried = written(pending) if block is None else block.write(written, pending)
     if following is not None:
         x.mhc_read_ahead = (following, _state(x), u, carried)
     return x

@@ -8,7 +8,6 @@ import os
 from megatron_mhc.inverted_v_layout import even_layout
 from megatron_mhc.pipeline_config import (
     PIPELINE_SCHEDULES,
-    RECOMPUTE_BLOCKS,
     STOCK_SCHEDULES,
     STREAMS,
     V_SCHEDULES,
@@ -25,8 +24,6 @@ ENOUGH_CONNECTIONS = 8
 PLAN_FLAGS = (
     'pipeline_w_placement',
     'pipeline_verify_steps',
-    'mhc_recompute_layer_num',
-    'mhc_recompute_stream',
 )
 
 
@@ -65,17 +62,6 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         'priority, so that neither it nor the stage communication waits for other compute '
         '(default: compute; mHC section 4.3.3; for every residual type)',
     )
-    group.add_argument(
-        '--mhc-recompute-layer-num',
-        choices=RECOMPUTE_BLOCKS,
-        help='stage = drop what the mHC kernels of a pipeline stage produce and rebuild it from '
-        "the stage's input before its backward (default: none; mHC section 4.3.2)",
-    )
-    group.add_argument(
-        '--mhc-recompute-stream',
-        choices=STREAMS,
-        help='stream on which it is rebuilt (default: compute)',
-    )
     return parser
 
 
@@ -107,23 +93,17 @@ def pipeline_config_from_args(args: argparse.Namespace) -> PipelineConfig | None
         )
     if placement == 'after':
         schedule = 'dualpipev-w'
-    recompute = getattr(args, 'mhc_recompute_layer_num', None) or 'none'
-    stream = getattr(args, 'mhc_recompute_stream', None)
-    if recompute != 'none' and getattr(args, 'residual_type', 'standard') == 'standard':
+    return PipelineConfig(schedule, getattr(args, 'pipeline_verify_steps', None) or 0)
+
+
+def check_recompute_stream(stream: str | None, pipeline: PipelineConfig | None) -> None:
+    """Raise ValueError for a stream of high priority that nothing would overlap with."""
+    if stream == 'high' and pipeline is None:
         raise ValueError(
-            f'--mhc-recompute-layer-num {recompute} has no effect with --residual-type standard, '
-            'which has no mHC kernels; drop it or set --residual-type mhc'
+            '--mhc-recompute-stream high has no effect with the stock schedules, whose backward '
+            'waits for what it rebuilds; drop it, or choose --pipeline-schedule '
+            f'{", ".join(V_SCHEDULES)}, which rebuild ahead of it'
         )
-    if stream is not None and recompute == 'none':
-        raise ValueError(
-            '--mhc-recompute-stream has no effect without --mhc-recompute-layer-num stage'
-        )
-    return PipelineConfig(
-        schedule,
-        recompute,
-        stream or 'compute',
-        getattr(args, 'pipeline_verify_steps', None) or 0,
-    )
 
 
 def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
@@ -136,6 +116,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
         ValueError: a pair that cannot be combined; the message has the alternative.
     """
     pipeline = pipeline_config_from_args(args)
+    check_recompute_stream(getattr(args, 'mhc_recompute_stream', None), pipeline)
     if pipeline is not None or getattr(args, 'mhc_post_stream', None) == 'high':
         _advise_on_connections()
     chunked = (
@@ -159,8 +140,9 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     check_pipeline_constraints(args, pipeline)
     _lay_out(args)
     ranks = args.pipeline_model_parallel_size
+    recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
     for microbatches in _microbatch_counts(args):
-        plan = pipeline.plan(ranks, microbatches)
+        plan = pipeline.plan(ranks, microbatches, recompute=recompute)
     announce(
         f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
         f'layers {args.pipeline_model_parallel_layout} in stage order, at most '

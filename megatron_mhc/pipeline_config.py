@@ -15,7 +15,6 @@ V_SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 PIPELINE_SCHEDULES = (*STOCK_SCHEDULES, *V_SCHEDULES)
 STREAMS = ('compute', 'high')
 W_PLACEMENTS = ('slot', 'after')
-RECOMPUTE_BLOCKS = ('none', 'stage')
 
 
 @dataclass(frozen=True)
@@ -25,38 +24,35 @@ class PipelineConfig:
     Args:
         schedule: ``zb-v`` (arXiv 2405.15362), ``dualpipev``, or ``dualpipev-w``, whose fused slots
             leave the weight gradients until after the slot, so that both hops start earlier.
-        recompute: ``stage`` drops what the mHC kernels of a stage produce and rebuilds it from the
-            stage's input, as an operation of its own that waits for no message.
-        recompute_stream: where it is rebuilt: ``compute``, or ``high``, a stream of high priority.
         verify_steps: run that many first steps a second time with full synchronisation and compare
             losses and gradients bit for bit.
     """
 
     schedule: str
-    recompute: str = 'none'
-    recompute_stream: str = 'compute'
     verify_steps: int = 0
 
     def __post_init__(self) -> None:
-        for flag, value, choices in (
-            ('--pipeline-schedule', self.schedule, V_SCHEDULES),
-            ('--mhc-recompute-layer-num', self.recompute, RECOMPUTE_BLOCKS),
-            ('--mhc-recompute-stream', self.recompute_stream, STREAMS),
-        ):
-            if value not in choices:
-                raise ValueError(f'{flag} {value}: choose one of {", ".join(choices)}')
+        if self.schedule not in V_SCHEDULES:
+            raise ValueError(
+                f'--pipeline-schedule {self.schedule}: choose one of {", ".join(V_SCHEDULES)}'
+            )
         if self.verify_steps < 0:
             raise ValueError(
                 f'--pipeline-verify-steps {self.verify_steps}: a number of steps, 0 for none'
             )
 
-    def plan(self, ranks: int, microbatches: int, evaluating: bool = False) -> Plan:
+    def plan(
+        self, ranks: int, microbatches: int, evaluating: bool = False, recompute: bool = False
+    ) -> Plan:
         """The validated plan of one step on ``ranks`` pipeline ranks, as the executor runs it.
+
+        ``recompute`` gives an operation of its own, which waits for no message, to rebuilding the
+        block of sublayers that a backward begins with.
 
         Raises:
             ValueError: the schedule does not exist for these numbers.
         """
-        return _plan(self.schedule, self.recompute != 'none', ranks, microbatches, evaluating)
+        return _plan(self.schedule, recompute, ranks, microbatches, evaluating)
 
 
 @functools.lru_cache(maxsize=64)

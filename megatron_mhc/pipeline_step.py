@@ -67,7 +67,8 @@ def run_pipeline_step(
     if p2p_communicator is not None:
         group, context_size = p2p_communicator.pp_group, pg_collection.cp.size()
     rank, ranks = group.rank(), group.size()
-    plan = pipeline.plan(ranks, num_microbatches, forward_only)
+    recompute_stream = getattr(getattr(config, 'residual_config', None), 'recompute_stream', None)
+    plan = pipeline.plan(ranks, num_microbatches, forward_only, recompute_stream is not None)
     transport = transport_for(config, plan, group, seq_length // context_size, micro_batch_size)
     # Only where something is launched on a side stream is there a reason to take turns.
     takes_turns = config.num_moe_experts or config.mhc_post_stream == 'high'
@@ -105,7 +106,7 @@ def run_pipeline_step(
                 forward_step,
                 is_last=is_last,
                 evaluating=forward_only,
-                recompute=pipeline.recompute_stream if pipeline.recompute != 'none' else None,
+                recompute_stream=recompute_stream,
                 reduces=early,
             )
         run_plan(plan, rank, stages, transport, fused=fused, synchronous=synchronous)

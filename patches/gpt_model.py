@@ -21,7 +21,11 @@ from megatron_mhc.inverted_v_layout import stage_of
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import negotiate_shapes_if_needed
-from megatron_mhc.pipeline_arguments import check_pipeline_constraints, pipeline_config_from_args
+from megatron_mhc.pipeline_arguments import (
+    check_pipeline_constraints,
+    check_recompute_stream,
+    pipeline_config_from_args,
+)
 from megatron_mhc.pipeline_config import PipelineConfig
 from megatron_mhc.post_stream import use_post_stream
 from megatron_mhc.spec import with_residual
@@ -85,6 +89,7 @@ def _wrap(original: Callable) -> Callable:
             config.residual_config = residual
             negotiate_shapes_if_needed(config)
         pipeline = pipeline_of(config)
+        check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:
             # Builders that asked for the first stage by another name than the patched ones.
             vp_stage = bound.arguments.get('vp_stage')

@@ -12,10 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_mhc import post_stream, stage_recompute
+from megatron_mhc import block_recompute, post_stream
+from megatron_mhc.block_recompute import opened_blocks
 from megatron_mhc.post_stream import left_in_flight, taken, use_post_stream
 from megatron_mhc.schedules import executor_lanes, executor_streams
-from megatron_mhc.stage_recompute import StageRecompute
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; a GPU needs its own checks'
@@ -149,7 +149,7 @@ class Device(TorchDispatchMode):
 def device(monkeypatch):
     mode = Device()
     monkeypatch.setattr(post_stream, 'side_stream', mode.stream)
-    monkeypatch.setattr(stage_recompute, '_current_stream', lambda: torch.cuda.current_stream())
+    monkeypatch.setattr(block_recompute, '_current_stream', lambda: torch.cuda.current_stream())
     monkeypatch.setattr(torch.Tensor, 'record_stream', lambda t, s: mode.record_stream(t, s))
     resize = torch.UntypedStorage.resize_
 
@@ -202,8 +202,9 @@ def test_a_missing_wait_is_noticed(model, device, monkeypatch, case, missing):
     assert device.untold if missing == 'record' else device.races
 
 
+@pytest.mark.parametrize('size', [2, 3, 6])
 @pytest.mark.parametrize('broken', [False, True])
-def test_a_rebuild_on_another_stream_is_waited_for(model, device, monkeypatch, broken):
+def test_a_rebuild_on_another_stream_is_waited_for(model, device, monkeypatch, broken, size):
     """The streams' results are read by sublayers' and by mHC's own backward."""
     moved = model('mhc')
     use_post_stream(moved)
@@ -213,10 +214,12 @@ def test_a_rebuild_on_another_stream_is_waited_for(model, device, monkeypatch, b
         monkeypatch.setattr(post_stream, 'settle', lambda x: None)
 
     def dropped(model):
-        with StageRecompute() as group:
+        for layer in model.decoder.layers:
+            layer.recompute_block_size = size
+        with opened_blocks() as blocks:
             loss = forward(model)
         device.races.clear()
-        group.rebuild(device.stream('high', -1))
+        blocks[-1].rebuild(device.stream('high', -1))
         return loss
 
     with device:

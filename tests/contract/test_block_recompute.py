@@ -1,4 +1,4 @@
-"""Stage recompute: same bits, F once, and nothing that the mHC kernels produce stays alive."""
+"""Block recompute: same bits, F once, and nothing that the mHC kernels produce stays alive."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import weakref
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from megatron_mhc.block_recompute import opened_blocks
 from megatron_mhc.hyper_connection import HyperConnection
+from megatron_mhc.layer import HyperConnectionLayerMixin
 from megatron_mhc.post_stream import settle, use_post_stream
-from megatron_mhc.stage_recompute import StageRecompute
+from megatron_mhc.storage_meter import StorageMeter
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
 )
 SEQUENCE, BATCH, HIDDEN, STREAMS = 4, 2, 32, 4
 TOKENS = SEQUENCE * BATCH
+ALL = 99  # sublayers
 MOE = {
     'num_moe_experts': 4,
     'moe_router_topk': 2,
@@ -125,6 +125,18 @@ def share_storage(monkeypatch):
     monkeypatch.setattr(random, '_get_share_storage', lambda: share)
 
 
+@contextlib.contextmanager
+def in_blocks(layers, size=ALL):
+    """The blocks that the forward inside opens, of ``size`` sublayers of these layers."""
+    layers = [m for m in layers.modules() if isinstance(m, HyperConnectionLayerMixin)]
+    for layer in layers:
+        layer.recompute_block_size = size
+    with opened_blocks() as blocks:
+        yield blocks
+    for layer in layers:
+        layer.recompute_block_size = 0
+
+
 @pytest.fixture
 def stage(build):
     """``stage(**settings)`` -> a run of the layers in a middle stage, and the layers."""
@@ -159,9 +171,9 @@ def test_no_bit_changes(build, share_storage, case, backend):
     model = build({**residual, 'kernel_backend': backend}, spec=spec, num_layers=2, **settings)
     model.to(settings.get('params_dtype', torch.float32))
     expected = plain_step(model)
-    with StageRecompute() as group:
+    with in_blocks(model) as blocks:
         loss = forward(model)
-    group.rebuild()
+    blocks[-1].rebuild()
     loss.backward()
     assert_equal({'loss': loss.detach(), **taken(model)}, expected)
 
@@ -169,7 +181,7 @@ def test_no_bit_changes(build, share_storage, case, backend):
 def test_no_bit_changes_where_attention_and_mlp_are_layers_of_their_own(build):
     model = build({'kernel_backend': 'torch'}, spec=split_spec)
     expected = plain_step(model)
-    with StageRecompute():
+    with in_blocks(model):
         loss = forward(model)
     loss.backward()
     assert_equal({'loss': loss.detach(), **taken(model)}, expected)
@@ -195,119 +207,74 @@ def test_sublayers_run_once_and_kernels_twice(build, reads, by_plan):
     for layer in model.decoder.layers:
         for module in (layer.self_attention, layer.mlp):
             module.register_forward_hook(lambda module, *_: sublayers.append(module))
-    with StageRecompute() as group:
+    with in_blocks(model) as blocks:
         loss = forward(model)
     assert len(reads) == 6
     if by_plan:
-        group.rebuild()
+        (block,) = blocks
+        block.rebuild()
         assert len(reads) == 12
-        group.rebuild()
+        block.rebuild()
     loss.backward()
     assert len(reads) == 12 and len(sublayers) == 6
 
 
-class Storages(TorchDispatchMode):
-    """Every storage that is made inside, with whether a kernel of ours made it."""
-
-    def __init__(self):
-        super().__init__()
-        self.made, self.ours = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if torch.is_tensor(t)}
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
-            if storage is not None and storage._cdata not in given:
-                self.made[storage._cdata] = StorageWeakRef(storage), self.ours > 0
-        return result
-
-    def alive(self, ours):
-        """Bytes of those that still exist."""
-        gc.collect()
-        total = 0
-        for reference, mine in self.made.values():
-            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-            if mine == ours and storage is not None:
-                total += storage.nbytes()
-        return total
-
-
-@pytest.fixture
-def storages(monkeypatch):
-    """Marks what is allocated inside a hyper-connection as ours."""
-    tracked = []
-
-    def inside(original):
-        def marked(*args, **kwargs):
-            for mode in tracked:
-                mode.ours += 1
-            try:
-                return original(*args, **kwargs)
-            finally:
-                for mode in tracked:
-                    mode.ours -= 1
-
-        return marked
-
-    for name in ('forward', 'post'):
-        monkeypatch.setattr(HyperConnection, name, inside(getattr(HyperConnection, name)))
-
-    @contextlib.contextmanager
-    def track():
-        mode = Storages()
-        tracked.append(mode)
-        with mode:
-            yield mode
-        tracked.remove(mode)
-
-    return track
+@contextlib.contextmanager
+def metered(layers):
+    """A meter of what is made inside; what hyper-connections make is owned."""
+    meter, patched = StorageMeter(), pytest.MonkeyPatch()
+    for module in layers.modules():
+        if isinstance(module, HyperConnection):
+            for name in ('forward', 'post'):
+                patched.setattr(module, name, meter.owned(getattr(module, name)))
+    with patched.context(), meter:
+        yield meter
+    patched.undo()
 
 
 @pytest.mark.parametrize('post', ['compute', 'high'])
 @pytest.mark.parametrize('backend', BOTH)
-def test_only_first_streams_and_sublayer_outputs_are_kept(stage, storages, backend, post):
+def test_only_first_streams_and_sublayer_outputs_are_kept(stage, backend, post):
     """mHC, section 4.3.2: n*C a token for the block and C a token and sublayer."""
     residual = {'init': 'identity', 'kernel_backend': backend}
     run, layers = stage(residual, post, num_layers=2, add_bias_linear=False)
     sublayers, fp32 = 2 * len(layers), 4
     run(streams())  # caches the attention mask
-    with storages() as plain:
+    with metered(layers) as plain:
         output = run(streams())
-    of_sublayers = plain.alive(ours=False)
-    assert plain.alive(ours=True) >= sublayers * TOKENS * (STREAMS + 1) * HIDDEN * fp32
+    total, ours = plain.alive()
+    of_sublayers = total - ours
+    assert ours >= sublayers * TOKENS * (STREAMS + 1) * HIDDEN * fp32
     del output
 
-    group = StageRecompute()
-    with storages() as tracked:
-        with group:
-            output = run(streams())
-    assert tracked.alive(ours=True) == output.nbytes
-    assert tracked.alive(ours=False) == of_sublayers
-    kept = sum(tensor.nbytes for tensor in group.kept)
+    with metered(layers) as meter, in_blocks(layers) as blocks:
+        output = run(streams())
+    assert meter.alive() == (of_sublayers + output.nbytes, output.nbytes)
+    (block,) = blocks
+    kept = sum(tensor.nbytes for tensor in block.kept)
     assert kept == TOKENS * (STREAMS + sublayers) * HIDDEN * fp32
 
-    with storages() as rebuilt:
-        group.rebuild()
-    assert rebuilt.alive(ours=True) > 0 and not group.kept
+    with metered(layers) as rebuilt:
+        block.rebuild()
+    assert rebuilt.alive().owned > 0 and not block.kept
     output.sum().backward()
     del output
-    assert rebuilt.alive(ours=True) == 0
+    assert rebuilt.alive().owned == 0
 
 
+@pytest.mark.parametrize('size', [4, 6])
 @pytest.mark.parametrize('post', ['compute', 'high'])
-def test_a_graph_that_is_given_up_frees_its_group(stage, post):
+def test_a_graph_that_is_given_up_frees_its_blocks(stage, post, size):
     """At once: a reference cycle would hold the memory until it is collected."""
-    run, _ = stage(post=post)
-    group = StageRecompute()
-    with group:
+    run, layers = stage(post=post)
+    with in_blocks(layers, size) as blocks:
         output = run(streams())
-    freed = weakref.ref(group)
+    freed = [weakref.ref(block) for block in blocks]
     gc.disable()
     try:
         settle(output)
-        del group, output
-        assert freed() is None
+        del blocks, output
+        assert [block() for block in freed] == [None] * -(-6 // size)
     finally:
         gc.enable()
 
@@ -321,7 +288,7 @@ def test_the_output_of_a_stage_may_be_freed(stage):
     run(expected_x).backward(torch.ones_like(expected_x))
     expected = {'x': expected_x.grad, **taken(layers)}
     x = streams()
-    with StageRecompute():
+    with in_blocks(layers):
         output = run(x)
     grad = torch.ones_like(output)
     schedules.deallocate_output_tensor(output, True)
@@ -331,16 +298,17 @@ def test_the_output_of_a_stage_may_be_freed(stage):
 
 
 @pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1)])
-def test_many_groups_are_alive_and_rebuilt_in_any_order(build, order):
+def test_many_microbatches_are_alive_and_rebuilt_in_any_order(build, order):
     models = [build({'kernel_backend': 'torch'}, hidden_dropout=0.2) for _ in range(2)]
     chunks = [models[0], models[1], models[0]]
     expected = [plain_step(chunk, seed) for seed, chunk in enumerate(chunks)]
-    groups, losses = [StageRecompute() for _ in chunks], []
-    for seed, (group, chunk) in enumerate(zip(groups, chunks, strict=True)):
-        with group:
+    rebuilds, losses = [], []
+    for seed, chunk in enumerate(chunks):
+        with in_blocks(chunk, 4) as blocks:
             losses.append(forward(chunk, seed))
+        rebuilds.append(blocks[-1].rebuild)
     for index in order:
-        groups[index].rebuild()
+        rebuilds[index]()
     for index in reversed(order):
         losses[index].backward()
         step = {'loss': losses[index].detach(), **taken(chunks[index])}
@@ -355,7 +323,7 @@ def test_ddp_gets_its_gradients(build):
     settings = DistributedDataParallelConfig(overlap_grad_reduce=True)
     wrapped = DistributedDataParallel(model.config, settings, model)
     wrapped.zero_grad_buffer()
-    with StageRecompute():
+    with in_blocks(model):
         loss = forward(wrapped)
     loss.backward()
     wrapped.finish_grad_sync()
@@ -365,22 +333,10 @@ def test_ddp_gets_its_gradients(build):
 
 def test_without_gradients_there_is_nothing_to_do(build, reads):
     model = build({'kernel_backend': 'torch'})
-    with torch.no_grad(), StageRecompute() as group:
+    with torch.no_grad(), in_blocks(model) as blocks:
         loss = forward(model)
-    assert not loss.requires_grad and not group.kept
-    group.rebuild()
+    assert not loss.requires_grad and not blocks
     assert len(reads) == 6
-
-
-def test_full_recomputation_is_refused(build):
-    model = build(
-        recompute_granularity='full',
-        recompute_method='uniform',
-        recompute_num_layers=1,
-        residual={'kernel_backend': 'torch'},
-    )
-    with pytest.raises(ValueError, match='--recompute-granularity full'), StageRecompute():
-        forward(model)
 
 
 @pytest.mark.parametrize('backend', BOTH)
@@ -408,7 +364,7 @@ def test_streams_that_others_touch_between_layers(build, backend):
         return {'loss': loss.detach(), **taken(model)}
 
     expected = step()
-    with StageRecompute():
+    with in_blocks(model):
         got = step()
     assert_equal(got, expected)
 
@@ -421,7 +377,7 @@ def test_a_backward_that_skips_the_stage_output_rebuilds_too(stage):
     run(streams())
     inner.pop().square().sum().backward()
     expected = taken(layers)
-    with StageRecompute():
+    with in_blocks(layers):
         run(streams())
     inner.pop().square().sum().backward()
     assert_equal(taken(layers), expected)
@@ -429,8 +385,9 @@ def test_a_backward_that_skips_the_stage_output_rebuilds_too(stage):
 
 def test_other_kernels_than_in_the_forward_are_noticed(stage):
     run, layers = stage()
-    with StageRecompute() as group:
-        run(streams())
+    with in_blocks(layers) as blocks:
+        output = run(streams())
     layers[1].mlp_hyper_connection.requires_grad_(False)
     with pytest.raises(RuntimeError, match='did not save the same tensors'):
-        group.rebuild()
+        blocks[0].rebuild()
+    del output

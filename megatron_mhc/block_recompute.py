@@ -1,19 +1,22 @@
-"""Drop what the mHC kernels produce in a forward and rebuild it for the backward.
+"""Drop what the mHC kernels produce in a forward and rebuild it for the backward, in blocks.
 
-mHC, section 4.3.2: of a block of layers only its first streams and every sublayer's output are
+mHC, section 4.3.2: of a block of sublayers only its first streams and every sublayer's output are
 kept; streams, maps and sublayer inputs come back by running the kernels again, never the sublayers.
-A group is one such block: here the layers of one chunk, for one microbatch.
+The backward needs the last block first; the others are rebuilt one at a time, when it gets there.
 
 The graph stays as it is; only the tensors saved in it are taken out, so that gradients are those
 without recomputation, bit for bit. A sublayer saves its input in its own graph: that one keeps its
 place and loses its storage.
+
+Which block a sublayer belongs to travels with the streams, as an attribute. What comes from
+elsewhere (another stage, a checkpoint, a hook that replaced or changed it) begins a new block.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +31,32 @@ from megatron_mhc.schedules.executor_streams import Launched, launch
 # Streams, and what was read from them: sublayer input and what its write needs.
 Written = tuple[Tensor, Tensor | None, ops.Carried | None]
 
-_CURRENT: ContextVar[StageRecompute | None] = ContextVar('megatron_mhc_recompute', default=None)
+_OPENED: ContextVar[list[RecomputedBlock] | None] = ContextVar('megatron_mhc_blocks', default=None)
 
 
-def current_group() -> StageRecompute | None:
-    """The group that the forward running here belongs to."""
-    return _CURRENT.get()
+@contextlib.contextmanager
+def opened_blocks() -> Iterator[list[RecomputedBlock]]:
+    """The blocks that the forward inside opens, first to last, as they come."""
+    blocks: list[RecomputedBlock] = []
+    token = _OPENED.set(blocks)
+    try:
+        yield blocks
+    finally:
+        _OPENED.reset(token)
+
+
+def block_of(x: Tensor, size: int) -> RecomputedBlock | None:
+    """The block of the sublayer that reads ``x``; None where nothing is recomputed.
+
+    Args:
+        x: streams. Those that a sublayer left bring its block along, once.
+        size: sublayers in a block, 0 for no recomputation.
+    """
+    block, version = x.__dict__.pop('mhc_block', (None, None))
+    if size == 0 or not torch.is_grad_enabled():
+        return None
+    # Nothing rebuilds streams that were changed since.
+    return RecomputedBlock(size) if version != x._version else block
 
 
 class _Slot:
@@ -70,47 +93,40 @@ class _Step(NamedTuple):
     input: _Input | None
 
 
-class StageRecompute:
-    """A group: ``with StageRecompute() as group:`` around a forward, ``group.rebuild()`` later.
+class RecomputedBlock:
+    """Up to ``size`` sublayers of one forward. Independent of other blocks and microbatches.
 
-    The backward rebuilds what nobody has. Groups are independent of each other, so that many
-    microbatches may be in flight. Without gradients a group does nothing.
+    Every sublayer calls ``read``, unless the write before read ahead for it, and ``write``.
+    ``rebuild`` may be called ahead of the backward; else the backward does so when it arrives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self._left = size
         self._steps: list[_Step] = []
         self._slots: list[_Slot] = []
         self._kept: list[Tensor] = []
         self._kept_storages: set[int] = set()
-        # Inputs of the sublayer that runs, and the streams that the last one left.
+        # Of the sublayer that runs.
         self._inputs: list[_Input] = []
-        self._streams: tuple[Tensor, int] | None = None
         self._rebuilt: Launched | None = None
-
-    def __enter__(self) -> StageRecompute:
-        self._token: Token = _CURRENT.set(self)
         self._home = _current_stream()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _CURRENT.reset(self._token)
-        del self._token
-        self._inputs.clear()
-        self._streams = None
+        opened = _OPENED.get()
+        if opened is not None:
+            opened.append(self)
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
         """What the forward keeps: first streams, sublayer outputs, dropout seeds."""
         return tuple(self._kept)
 
+    @property
+    def ends(self) -> bool:
+        """Whether the sublayer that runs is the last one."""
+        return self._left == 1
+
     def read(self, connection: HyperConnection, x: Tensor) -> Written:
-        """``connection(x)``, to be dropped."""
-        follows = self._streams is not None and (
-            self._streams[0] is x and self._streams[1] == x._version
-        )
-        self._streams = None
-        # The first streams, or others than the last sublayer left: nothing rebuilds those.
-        start = None if follows else self._keep(x)
+        """``connection(x)``, to be dropped. ``x`` is kept unless the block itself made it."""
+        start = None if self._steps else self._keep(x)
 
         def run(x: Tensor | None, carried: ops.Carried | None) -> Written:
             return connection(x if start is None else start)
@@ -139,8 +155,11 @@ class StageRecompute:
         self._inputs.clear()
         with self._saving():
             result = write(pending)
-        self._streams = result[0], result[0]._version
         self._record(run, result[1])
+        self._left -= 1
+        if self._left:
+            # The streams hold the block, never the other way round: a cycle would hold memory.
+            result[0].mhc_block = self, result[0]._version
         return result
 
     def rebuild(self, stream: torch.cuda.Stream | None = None) -> None:
