@@ -1,4 +1,4 @@
-"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels`` and ``schedule``."""
+"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels``, ``schedule``, ``recompute``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,12 @@ def main(argv: list[str] | None = None) -> None:
 
             module.add_parser(topics)
         sys.exit(module.main(parser.parse_args(argv)))
+    from megatron_mhc import recompute_memory
+
+    recompute_memory.add_parser(commands)
     options = parser.parse_args(argv)
+    if options.command == 'recompute':
+        sys.exit(recompute_memory.main(options))
     from megatron_mhc.doctor import main as doctor_main
 
     sys.exit(doctor_main(options.json))

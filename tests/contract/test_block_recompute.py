@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import weakref
 
 import pytest
 import torch
 
-from megatron_mhc.block_recompute import opened_blocks
+from megatron_mhc.block_cost import block_size
+from megatron_mhc.block_recompute import RecomputedBlock, opened_blocks
 from megatron_mhc.hyper_connection import HyperConnection
 from megatron_mhc.layer import HyperConnectionLayerMixin
 from megatron_mhc.post_stream import settle, use_post_stream
@@ -40,6 +42,8 @@ def selective(*modules):
     }
 
 
+# Values of --mhc-recompute-layer-num, for L = 4 sublayers.
+SIZES = {'torch': (1, 2, 3, 'auto', 'stage', 4 + 5), 'triton': (3, 'auto')}
 # name -> (residual settings, model settings, backends)
 BOTH = ('torch', 'triton')
 CASES = {
@@ -168,14 +172,21 @@ def streams(seed=3, n=STREAMS):
 def test_no_bit_changes(build, share_storage, case, backend):
     residual, settings, _ = CASES[case]
     spec = moe_spec if settings is MOE else None
-    model = build({**residual, 'kernel_backend': backend}, spec=spec, num_layers=2, **settings)
-    model.to(settings.get('params_dtype', torch.float32))
-    expected = plain_step(model)
-    with in_blocks(model) as blocks:
-        loss = forward(model)
-    blocks[-1].rebuild()
-    loss.backward()
-    assert_equal({'loss': loss.detach(), **taken(model)}, expected)
+
+    def made(size):
+        own = {**residual, 'kernel_backend': backend, 'recompute_layer_num': size}
+        model = build(own, spec=spec, num_layers=2, **settings)
+        return model.to(settings.get('params_dtype', torch.float32))
+
+    expected = plain_step(made('none'))
+    for size in SIZES[backend]:
+        model = made(size)
+        with opened_blocks() as blocks:
+            loss = forward(model)
+        sublayers = block_size(size, residual.get('num_residual_streams', 4), 4)
+        assert len(blocks) == math.ceil(4 / sublayers)
+        loss.backward()
+        assert_equal({'loss': loss.detach(), **taken(model)}, expected)
 
 
 def test_no_bit_changes_where_attention_and_mlp_are_layers_of_their_own(build):
@@ -391,3 +402,73 @@ def test_other_kernels_than_in_the_forward_are_noticed(stage):
     with pytest.raises(RuntimeError, match='did not save the same tensors'):
         blocks[0].rebuild()
     del output
+
+
+def test_a_plan_rebuilds_the_last_block_only(build, reads):
+    """The one that the backward begins with; the others follow lazily."""
+    model = build({'kernel_backend': 'torch'})
+    expected = plain_step(model)
+    with in_blocks(model, 4) as blocks:
+        loss = forward(model)
+    reads.clear()
+    blocks[-1].rebuild()
+    assert len(reads) == 2
+    loss.backward()
+    assert len(reads) == 6
+    assert_equal({'loss': loss.detach(), **taken(model)}, expected)
+
+
+def test_a_block_is_freed_before_the_next_is_rebuilt(stage, monkeypatch):
+    run, layers = stage()
+    with in_blocks(layers, 2) as blocks:
+        output = run(streams())
+    order, made = [], []
+    rebuild = RecomputedBlock.rebuild
+
+    def noted(block, stream=None):
+        if not block._steps:
+            return
+        order.append(blocks.index(block))
+        slots = list(block._slots)
+        left_over = [tensor for tensor in made if tensor() is not None]
+        assert not left_over, f'of {len(made)} tensors of the blocks before'
+        rebuild(block, stream)
+        made.extend(weakref.ref(slot.tensor) for slot in slots)
+
+    monkeypatch.setattr(RecomputedBlock, 'rebuild', noted)
+    output.sum().backward()
+    assert order == [2, 1, 0] and made
+
+
+def full(method, layers):
+    return {
+        'recompute_granularity': 'full',
+        'recompute_method': method,
+        'recompute_num_layers': layers,
+    }
+
+
+# recompute method, layers of a checkpoint, size of the blocks -> blocks opened: forward, backward.
+# Three layers; a checkpoint's own forward keeps nothing, so opens none.
+FULL = {
+    ('uniform', 2, 3): (0, 3),
+    ('uniform', 3, 'auto'): (0, 3),
+    ('uniform', 1, 'stage'): (0, 3),
+    ('block', 1, 2): (2, 1),
+    ('block', 1, 'auto'): (2, 1),
+}
+
+
+@pytest.mark.parametrize('backend', BOTH)
+@pytest.mark.parametrize('case', FULL)
+def test_blocks_inside_full_recomputation(build, backend, case):
+    method, layers, size = case
+    expected = plain_step(build({'kernel_backend': backend}, **full(method, layers)))
+    residual = {'kernel_backend': backend, 'recompute_layer_num': size}
+    model = build(residual, **full(method, layers))
+    with opened_blocks() as forwards:
+        loss = forward(model)
+    with opened_blocks() as backwards:
+        loss.backward()
+    assert (len(forwards), len(backwards)) == FULL[case]
+    assert_equal({'loss': loss.detach(), **taken(model)}, expected)

@@ -1,0 +1,94 @@
+"""Bytes of block recompute, counted one by one, against the paper's formula."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+
+import pytest
+import torch
+
+from megatron_mhc import ResidualConfig, recompute_memory
+from megatron_mhc.block_cost import best_block, block_cost, kept_cost
+from megatron_mhc.storage_meter import StorageMeter
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason='these models are on the CPU; the command runs on a GPU too'
+)
+N, HIDDEN, TOKENS = 4, 1024, 4
+VALUE = 4 * HIDDEN * TOKENS  # bytes of C values a token
+
+
+def measured(sublayers, size, full=0, backend='torch', hidden=HIDDEN, tokens=TOKENS):
+    """Of layers with little in their sublayers."""
+    residual = ResidualConfig(kernel_backend=backend, recompute_layer_num=size)
+    block = recompute_memory.build(
+        sublayers // 2, residual, hidden, full, ffn_hidden_size=32, kv_channels=8
+    )
+    return recompute_memory.measure(block, tokens, N * hidden)
+
+
+@pytest.mark.parametrize('sublayers', [24, 36, 60])
+def test_memory_is_the_formula(megatron, sublayers):
+    """Kept: to the byte. Peak: from 5C below the formula, which counts the norm of a sublayer's
+    input (it belongs to the sublayer and stays), to 2n + 1 above: F_post,res as it runs again."""
+    for size in ('auto', 12):
+        row = measured(sublayers, size)
+        number = best_block(N, sublayers) if size == 'auto' else size
+        assert row.kept_by_mhc == kept_cost(N, sublayers, number) * VALUE
+        above = row.peak_of_mhc / VALUE - block_cost(N, sublayers, number)
+        assert -5 <= above <= 2 * N + 1
+
+
+def test_kernels_keep_what_the_formula_says(megatron):
+    """Interpreted, hence few sublayers. phi is split in a buffer that few tokens make look large."""
+    plain, blocks = (
+        measured(6, size, backend='triton', hidden=128) for size in ('none', 3)
+    )
+    value = 4 * 128 * TOKENS
+    assert blocks.kept_by_mhc == kept_cost(N, 6, 3) * value
+    # Streams and sublayer input; 45 numbers of the maps.
+    assert plain.kept_by_mhc == pytest.approx(6 * (N + 1 + 45 / 128) * value, rel=0.05)
+    assert blocks.kept < plain.kept
+
+
+def test_auto_needs_less_than_any_other_block(megatron):
+    """Streams alone decide between the sizes; attention and MLP keep the same."""
+    peaks = {size: measured(24, size).peak_of_mhc for size in ('auto', 1, 12, 'stage')}
+    assert min(peaks, key=peaks.get) == 'auto'
+
+
+def test_blocks_lower_the_peak_of_full_recomputation(megatron):
+    without, within = (measured(24, size, full=6, hidden=64, tokens=64) for size in ('none', 'auto'))
+    assert within.kept == without.kept
+    assert within.peak < 0.9 * without.peak
+
+
+def test_meter_counts_every_byte():
+    meter = StorageMeter()
+
+    def both(x):
+        return (x * 2).exp()
+
+    x = torch.randn(1000, requires_grad=True)
+    with meter:
+        y = meter.owned(both)(x)
+        z = both(y)
+        before = meter.alive()
+        z.untyped_storage().resize_(0)
+        assert meter.alive().total == before.total - 4000
+        z.untyped_storage().resize_(4000)
+        assert meter.alive() == before
+        # An alias is no new storage.
+        alias = y.view(10, 100).detach()
+        assert meter.alive() == before
+    del y, z, alias
+    gc.collect()
+    assert meter.alive() == (0, 0) and meter.peak().total == 12000
+
+
+def test_command_refuses_odd_numbers_of_sublayers(capsys):
+    options = argparse.Namespace(sublayers=[3], kernel_backend='torch')
+    with pytest.raises(SystemExit):
+        recompute_memory.main(options)
+    assert 'use even numbers' in capsys.readouterr().err
