@@ -23,15 +23,17 @@ def choose_block_size(block: TransformerBlock, residual: ResidualConfig) -> int:
     stages = {sublayers}
     if sublayers == 2 * len(block.layers):
         stages |= {2 * layers for layers in _layers_of_stages(block.config) if layers}
-    whole = {sublayers: _alive_at_once(block.config, sublayers) for sublayers in stages}
-    sizes = {sublayers: block_size(blocks, n, alive) for sublayers, alive in whole.items()}
-    choices = '; '.join(
-        f'L = {sublayers}: L_r = {sizes[sublayers]}, {kept_cost(n, alive, sizes[sublayers])}C kept '
-        f'and {block_cost(n, alive, sizes[sublayers])}C at most, without {whole_cost(n, alive)}C'
-        for sublayers, alive in sorted(whole.items(), reverse=True)
-        if sublayers
-    )
-    announce(f'--mhc-recompute-layer-num {blocks} (formula, values a token and stage): {choices}')
+    sizes, choices = {}, []
+    for stage in sorted(stages, reverse=True):
+        alive = _alive_at_once(block.config, stage)
+        size = sizes[stage] = block_size(blocks, n, alive)
+        if not stage:
+            continue
+        choices.append(
+            f'L_r = {size} for {alive} sublayers of a stage (kept {kept_cost(n, alive, size)}C, at '
+            f'most {block_cost(n, alive, size)}C, without {whole_cost(n, alive)}C values a token)'
+        )
+    announce(f'--mhc-recompute-layer-num {blocks}, by formula: {"; ".join(choices)}')
     return sizes[sublayers]
 
 

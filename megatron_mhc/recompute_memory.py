@@ -21,7 +21,17 @@ from megatron_mhc.config import ResidualConfig
 from megatron_mhc.refusal import refuse
 
 PROGRAM = 'megatron-mhc recompute'
-COLUMNS = ('L', 'blocks', 'L_r', 'kept: mHC', 'formula', 'peak: mHC', 'formula', 'all: kept', 'peak')
+COLUMNS = (
+    'L',
+    'blocks',
+    'L_r',
+    'kept: mHC',
+    'formula',
+    'peak: mHC',
+    'formula',
+    'all: kept',
+    'peak',
+)
 
 
 class Row(NamedTuple):
@@ -58,7 +68,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         default=0,
         metavar='K',
-        help='under --recompute-granularity full --recompute-method uniform --recompute-num-layers K',
+        help='under full recomputation, --recompute-method uniform --recompute-num-layers K',
     )
 
 
@@ -94,7 +104,8 @@ def main(options: argparse.Namespace) -> int:
             formula = ('-', '-') if options.full else costs(n, sublayers, size)
             cells = (sublayers, residual.recompute_layer_num, size or '-', values[1], formula[0])
             cells += (values[3], formula[1], values[0], values[2])
-            print(' | '.join(f'{cell!s:>{len(name)}}' for cell, name in zip(cells, COLUMNS)))
+            pairs = zip(cells, COLUMNS, strict=True)
+            print(' | '.join(f'{cell!s:>{len(name)}}' for cell, name in pairs))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Exact bytes of the tensors that are made in a piece of code, on any device: nothing is sampled."""
+"""Exact bytes of the tensors that a piece of code makes, on any device: nothing is sampled."""
 
 from __future__ import annotations
 

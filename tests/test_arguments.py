@@ -52,6 +52,14 @@ def test_flags_reach_the_settings_and_survive_a_second_reading(parse):
             assert isinstance(value, (str, int, float, bool, list, type(None))), name
 
 
+@pytest.mark.parametrize(('given', 'value'), [('auto', 'auto'), ('stage', 'stage'), ('7', 7)])
+def test_recompute_blocks_are_asked_for(parse, given, value):
+    args = parse('--residual-type', 'mhc', '--mhc-recompute-layer-num', given)
+    residual = residual_config_from_args(args)
+    assert (residual.recompute_layer_num, residual.recompute_stream) == (value, 'compute')
+    assert args.mhc_recompute_layer_num == value
+
+
 VPP = '--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1'
 REFUSED = {
     '--residual-type residual': "argument --residual-type: invalid choice: 'residual'",
@@ -71,6 +79,15 @@ REFUSED = {
     '--residual-type mhc --mhc-projection-precision bf16x2': 'bf16x2: it needs bf16 streams',
     '--residual-type hc --mhc-projection-precision tf32': '--mhc-projection-precision has no',
     '--residual-type hc --mhc-no-seam-fusion': '--mhc-no-seam-fusion has no effect',
+    '--mhc-recompute-layer-num 4': '--mhc-recompute-layer-num has no effect with --residual-type',
+    '--residual-type mhc --mhc-recompute-layer-num 0': '--mhc-recompute-layer-num 0: wanted none, ',
+    '--residual-type mhc --mhc-recompute-layer-num -2': '--mhc-recompute-layer-num -2: wanted ',
+    '--residual-type hc --mhc-recompute-layer-num all': '--mhc-recompute-layer-num all: wanted ',
+    '--residual-type mhc --mhc-recompute-stream compute': 'without --mhc-recompute-layer-num',
+    '--residual-type mhc --mhc-recompute-layer-num auto --mhc-recompute-stream high': 'high has no '
+    'effect with the stock schedules',
+    '--residual-type mhc --mhc-recompute-layer-num 4 --fine-grained-activation-offloading': ''
+    '--fine-grained-activation-offloading cannot be combined with --mhc-recompute-layer-num 4',
     '--residual-type mhc --overlap-moe-expert-parallel-comm': '--overlap-moe-expert-parallel-comm '
     'cannot be combined',
     '--residual-type mhc --cuda-graph-impl local': '--cuda-graph-impl',

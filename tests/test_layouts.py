@@ -19,7 +19,9 @@ HEAD = {'residual_type': 'mhc', 'num_residual_streams': 3, 'stream_merge': 'lear
 FIXED = {'residual_type': 'mhc', 'fixed_mappings': ['pre', 'post', 'res']}
 FULL = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 2}
 CORE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn']}
+BLOCKS = {name: {**MHC, 'recompute_layer_num': name} for name in (1, 3, 'auto')}
 NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']}
+PP2_FULL, VPP2 = {'layout': {'pp': 2}, 'config': FULL}, {'pp': 2, 'vpp': 2}
 
 MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 
@@ -38,14 +40,19 @@ MODELS = {
 CASES = [
     ('full', 'mhc', 1, {'config': FULL}, True),
     ('core', 'mhc', 1, {'config': CORE}, True),
+    ('core-blocks', 'mhc', 1, {'config': CORE, 'residual': BLOCKS['auto']}, True),
     ('norm', 'hc', 1, {'config': NORM}, True),
     ('pp2', 'mhc', 2, {'layout': {'pp': 2}}, True),
     ('pp2', 'hc', 2, {'layout': {'pp': 2}}, True),
     ('pp2', 'head', 2, {'layout': {'pp': 2}}, True),
     ('pp2', 'tied', 2, {'layout': {'pp': 2}}, False),
-    ('pp2-full', 'mhc', 2, {'layout': {'pp': 2}, 'config': FULL}, True),
+    ('pp2-full', 'mhc', 2, PP2_FULL, True),
     ('pp2-vpp2', 'mhc', 2, {'layout': {'pp': 2, 'vpp': 2}}, True),
     ('pp2-vpp2', 'hc', 2, {'layout': {'pp': 2, 'vpp': 2}}, True),
+    # Blocks of sublayers under the stock schedules; the first is 3 of the 4 in a stage.
+    ('pp2-blocks-3', 'mhc', 2, {'layout': {'pp': 2}, 'residual': BLOCKS[3]}, True),
+    ('pp2-vpp2-blocks-1', 'mhc', 2, {'layout': VPP2, 'residual': BLOCKS[1]}, True),
+    ('pp2-full-blocks', 'mhc', 2, {**PP2_FULL, 'residual': BLOCKS[3]}, True),
     ('dp2', 'mhc', 2, {'microbatches': 2}, True),
     ('dp2', 'hc', 2, {'microbatches': 2}, True),
     ('dp2-overlap', 'fixed', 2, {'microbatches': 2, 'overlap': True}, True),

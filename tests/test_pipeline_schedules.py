@@ -36,7 +36,13 @@ ODD = 'Et|tt|tt|tL'
 MTP_LAST = 'Et|t|tt|mL'
 OVERLAP = {'overlap': True}
 TP, SP, EP = {'tp': 2}, {'tp': 2, 'sp': True}, {'ep': 2}
-HIGH, REBUILT = {'post_stream': 'high'}, {'recompute': 'stage', 'recompute_stream': 'high'}
+HIGH = {'post_stream': 'high'}
+
+
+def rebuilt(blocks, **residual):
+    return {'residual': {**residual, 'recompute_layer_num': blocks, 'recompute_stream': 'high'}}
+
+
 DIST, PLAIN, EVAL = {'step': 'dist'}, {'step': 'plain'}, {'forward_only': True}
 
 # What a case is compared with: the same model without pipeline parallelism, as a rule in one
@@ -92,10 +98,14 @@ BITWISE = [
     # F_post,res on its own stream, and what the mHC kernels made rebuilt by the plan.
     *(on_v('high', f'{r}-4', 2, 'dualpipev', **HIGH) for r in ('standard', 'hc', 'moe')),
     on_v('high', 'mhc-8', 2, 'zb-v', **HIGH),
-    on_v('rebuilt', 'mhc-8', 2, 'dualpipev-w', settings=REBUILT),
-    on_v('rebuilt', 'hc-4', 2, 'zb-v', settings=REBUILT),
-    on_v('rebuilt-high', 'deep-mhc-8', 4, 'dualpipev-w', settings=REBUILT, **HIGH),
-    on_v('rebuilt-high', 'moe-ep2', 4, 'dualpipev', parallel=EP, settings=REBUILT, **HIGH),
+    on_v('rebuilt', 'mhc-8', 2, 'dualpipev-w', **rebuilt('stage', **MHC)),
+    on_v('rebuilt', 'hc-4', 2, 'zb-v', **rebuilt('stage', residual_type='hc')),
+    on_v('rebuilt-high', 'deep-mhc-8', 4, 'dualpipev-w', **rebuilt('stage', **MHC), **HIGH),
+    on_v('rebuilt-high', 'moe-ep2', 4, 'dualpipev', parallel=EP, **rebuilt('stage', **MHC), **HIGH),
+    # In blocks of one sublayer, of which the plan rebuilds the last, and of three in four.
+    on_v('blocks-1', 'mhc-4', 2, 'dualpipev-w', **rebuilt(1, **MHC), **HIGH),
+    on_v('blocks-3', 'odd-5', 2, 'dualpipev-w', ODD, **rebuilt(3, **MHC)),
+    on_v('blocks-auto', 'mhc-4', 2, 'zb-v', **rebuilt('auto', **MHC)),
     # The weights after an optimizer step.
     on_v('step', 'mhc-step', 4, 'dualpipev', **DIST),
     on_v('step-overlap', 'mhc-step', 4, 'zb-v', **DIST, **OVERLAP),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
+
 import pytest
 import torch
 
 from megatron_mhc import ResidualConfig
 
+# pytest imports tests by path.
+sys.path.append(str(pathlib.Path(__file__).parent))
 SEQUENCE, VOCABULARY = 16, 64
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import math
 import weakref
 
 import pytest
 import torch
+from block_specs import moe_spec, split_spec
 
 from megatron_mhc.block_cost import block_size
 from megatron_mhc.block_recompute import RecomputedBlock, opened_blocks
@@ -61,33 +61,6 @@ CASES = {
     'mlp': ({}, selective('mlp'), ('torch',)),
     'layernorm': ({}, selective('layernorm'), BOTH),
 }
-
-
-def moe_spec(config):
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-
-
-def split_spec(config):
-    """Attention and MLP in layers of their own."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-
-    whole = get_gpt_layer_local_spec()
-
-    def without(*names):
-        gone = {name: IdentityFuncOp if name.endswith('bda') else IdentityOp for name in names}
-        submodules = dataclasses.replace(whole.submodules, **gone)
-        return ModuleSpec(module=whole.module, submodules=submodules)
-
-    attention = without('pre_mlp_layernorm', 'mlp', 'mlp_bda')
-    mlp = without('input_layernorm', 'self_attention', 'self_attn_bda')
-    return TransformerBlockSubmodules(
-        layer_specs=[attention, mlp, mlp], layer_norm=whole.submodules.input_layernorm
-    )
 
 
 def forward(model, seed=1):
@@ -212,20 +185,23 @@ def reads(monkeypatch):
 
 
 @pytest.mark.parametrize('by_plan', [True, False], ids=['rebuilt-by-the-plan', 'by-the-backward'])
-def test_sublayers_run_once_and_kernels_twice(build, reads, by_plan):
-    model = build({'kernel_backend': 'torch'})
+@pytest.mark.parametrize('size', [1, 4, ALL])
+def test_sublayers_run_once_and_kernels_twice(build, reads, size, by_plan):
+    model = build({'kernel_backend': 'torch', 'recompute_layer_num': size})
     sublayers = []
     for layer in model.decoder.layers:
         for module in (layer.self_attention, layer.mlp):
             module.register_forward_hook(lambda module, *_: sublayers.append(module))
-    with in_blocks(model) as blocks:
+    with opened_blocks() as blocks:
         loss = forward(model)
     assert len(reads) == 6
     if by_plan:
-        (block,) = blocks
-        block.rebuild()
-        assert len(reads) == 12
-        block.rebuild()
+        # Only the one that the backward begins with: 1 of 1, 2 of 4, 6 of 6 sublayers.
+        blocks[-1].rebuild()
+        again = len(reads)
+        assert again == 6 + {1: 1, 4: 2, ALL: 6}[size]
+        blocks[-1].rebuild()
+        assert len(reads) == again
     loss.backward()
     assert len(reads) == 12 and len(sublayers) == 6
 
@@ -402,20 +378,6 @@ def test_other_kernels_than_in_the_forward_are_noticed(stage):
     with pytest.raises(RuntimeError, match='did not save the same tensors'):
         blocks[0].rebuild()
     del output
-
-
-def test_a_plan_rebuilds_the_last_block_only(build, reads):
-    """The one that the backward begins with; the others follow lazily."""
-    model = build({'kernel_backend': 'torch'})
-    expected = plain_step(model)
-    with in_blocks(model, 4) as blocks:
-        loss = forward(model)
-    reads.clear()
-    blocks[-1].rebuild()
-    assert len(reads) == 2
-    loss.backward()
-    assert len(reads) == 6
-    assert_equal({'loss': loss.detach(), **taken(model)}, expected)
 
 
 def test_a_block_is_freed_before_the_next_is_rebuilt(stage, monkeypatch):

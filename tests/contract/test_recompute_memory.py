@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 
-from megatron_mhc import ResidualConfig, recompute_memory
+from megatron_mhc import ResidualConfig, recompute_memory, refusal
 from megatron_mhc.block_cost import best_block, block_cost, kept_cost
 from megatron_mhc.storage_meter import StorageMeter
 
@@ -41,10 +41,8 @@ def test_memory_is_the_formula(megatron, sublayers):
 
 
 def test_kernels_keep_what_the_formula_says(megatron):
-    """Interpreted, hence few sublayers. phi is split in a buffer that few tokens make look large."""
-    plain, blocks = (
-        measured(6, size, backend='triton', hidden=128) for size in ('none', 3)
-    )
+    """Interpreted, hence few sublayers."""
+    plain, blocks = (measured(6, size, backend='triton', hidden=128) for size in ('none', 3))
     value = 4 * 128 * TOKENS
     assert blocks.kept_by_mhc == kept_cost(N, 6, 3) * value
     # Streams and sublayer input; 45 numbers of the maps.
@@ -59,7 +57,9 @@ def test_auto_needs_less_than_any_other_block(megatron):
 
 
 def test_blocks_lower_the_peak_of_full_recomputation(megatron):
-    without, within = (measured(24, size, full=6, hidden=64, tokens=64) for size in ('none', 'auto'))
+    without, within = (
+        measured(24, size, full=6, hidden=64, tokens=64) for size in ('none', 'auto')
+    )
     assert within.kept == without.kept
     assert within.peak < 0.9 * without.peak
 
@@ -92,3 +92,26 @@ def test_command_refuses_odd_numbers_of_sublayers(capsys):
     with pytest.raises(SystemExit):
         recompute_memory.main(options)
     assert 'use even numbers' in capsys.readouterr().err
+
+
+def test_the_choice_is_said_once(build, capsys):
+    refusal.announce.cache_clear()
+    for _ in range(2):
+        build({'recompute_layer_num': 'auto'}, num_layers=12)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if 'layer-num auto' in line]
+    assert 'L_r = 4 for 24 sublayers of a stage' in line
+    assert '(kept 24C, at most 48C, without 144C values a token)' in line
+
+
+def test_offloaded_activations_are_refused(build):
+    with pytest.raises(ValueError, match='fine-grained-activation-offloading cannot be combined'):
+        build(
+            {'recompute_layer_num': 4},
+            fine_grained_activation_offloading=True,
+            offload_modules=['core_attn'],
+        )
+
+
+def test_a_stream_that_nothing_overlaps_with_is_refused(build):
+    with pytest.raises(ValueError, match='high has no effect with the stock schedules'):
+        build({'recompute_layer_num': 'stage', 'recompute_stream': 'high'})
