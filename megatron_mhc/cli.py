@@ -54,12 +54,15 @@ def main(argv: list[str] | None = None) -> None:
 
             module.add_parser(topics)
         sys.exit(module.main(parser.parse_args(argv)))
-    from megatron_mhc import recompute_memory
+    recompute = commands.add_parser(
+        'recompute', help='measure the memory of block recompute beside the formula'
+    )
+    if argv[:1] == ['recompute']:
+        from megatron_mhc import recompute_memory
 
-    recompute_memory.add_parser(commands)
+        recompute_memory.add_arguments(recompute)
+        sys.exit(recompute_memory.main(parser.parse_args(argv)))
     options = parser.parse_args(argv)
-    if options.command == 'recompute':
-        sys.exit(recompute_memory.main(options))
     from megatron_mhc.doctor import main as doctor_main
 
     sys.exit(doctor_main(options.json))

@@ -21,6 +21,7 @@ from megatron_mhc.config import ResidualConfig
 from megatron_mhc.refusal import refuse
 
 PROGRAM = 'megatron-mhc recompute'
+HEADS = 4
 COLUMNS = (
     'L',
     'blocks',
@@ -43,13 +44,9 @@ class Row(NamedTuple):
     peak_of_mhc: int
 
 
-def add_parser(commands: Any) -> None:
-    """Add ``recompute`` to the subcommands of ``megatron-mhc``."""
-    parser = commands.add_parser(
-        'recompute',
-        help='measure the memory of block recompute beside the formula',
-        description=__doc__.partition('\n\n')[2],
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``megatron-mhc recompute``."""
+    parser.description = __doc__.partition('\n\n')[2]
     add = parser.add_argument
     add('--sublayers', type=int, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers')
     add(
@@ -76,6 +73,8 @@ def main(options: argparse.Namespace) -> int:
     """Print one row for each L and kind of block."""
     if any(sublayers < 2 or sublayers % 2 for sublayers in options.sublayers):
         refuse(PROGRAM, '--sublayers: a layer has two, attention and MLP; use even numbers')
+    if options.hidden_size < HEADS or options.hidden_size % HEADS:
+        refuse(PROGRAM, f'--hidden-size {options.hidden_size}: wanted a multiple of {HEADS}, heads')
     interpreted = options.kernel_backend == 'triton' and not torch.cuda.is_available()
     if interpreted and not os.environ.get('TRITON_INTERPRET'):
         refuse(PROGRAM, '--kernel-backend triton: no GPU; set TRITON_INTERPRET=1 to interpret them')
@@ -161,7 +160,7 @@ def build(
     config = TransformerConfig(
         num_layers=num_layers,
         hidden_size=hidden_size,
-        num_attention_heads=4,
+        num_attention_heads=HEADS,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         add_bias_linear=False,

@@ -9,7 +9,16 @@ import weakref
 
 import pytest
 import torch
-from block_specs import moe_spec, split_spec
+from block_models import (
+    BATCH,
+    SEQUENCE,
+    assert_equal,
+    forward,
+    moe_spec,
+    plain_step,
+    split_spec,
+    taken,
+)
 
 from megatron_mhc.block_cost import block_size
 from megatron_mhc.block_recompute import RecomputedBlock, opened_blocks
@@ -21,7 +30,7 @@ from megatron_mhc.storage_meter import StorageMeter
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
 )
-SEQUENCE, BATCH, HIDDEN, STREAMS = 4, 2, 32, 4
+HIDDEN, STREAMS = 32, 4
 TOKENS = SEQUENCE * BATCH
 ALL = 99  # sublayers
 MOE = {
@@ -61,33 +70,6 @@ CASES = {
     'mlp': ({}, selective('mlp'), ('torch',)),
     'layernorm': ({}, selective('layernorm'), BOTH),
 }
-
-
-def forward(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 64, (BATCH, SEQUENCE + 1), generator=generator)
-    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
-    torch.manual_seed(9)  # dropout
-    return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous()).float().mean()
-
-
-def taken(module):
-    """All gradients, which the module no longer has."""
-    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    module.zero_grad(set_to_none=True)
-    return gradients
-
-
-def assert_equal(got, expected):
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), name
-
-
-def plain_step(model, seed=1):
-    loss = forward(model, seed)
-    loss.backward()
-    return {'loss': loss.detach(), **taken(model)}
 
 
 @pytest.fixture
@@ -356,6 +338,22 @@ def test_streams_that_others_touch_between_layers(build, backend):
     assert_equal(got, expected)
 
 
+def test_streams_that_two_layers_read(stage):
+    """The second begins a block of its own."""
+    run, layers = stage()
+
+    def step():
+        x, _ = layers[0](streams(), None)
+        outputs = [layer(x, None)[0].square().sum() for layer in layers[1:]]
+        (outputs[0] * 2 + outputs[1]).backward()
+        return taken(layers)
+
+    expected = step()
+    with in_blocks(layers):
+        got = step()
+    assert_equal(got, expected)
+
+
 def test_a_backward_that_skips_the_stage_output_rebuilds_too(stage):
     """A loss on streams inside the stage alone."""
     run, layers = stage()
@@ -414,10 +412,10 @@ def full(method, layers):
 # Three layers; a checkpoint's own forward keeps nothing, so opens none.
 FULL = {
     ('uniform', 2, 3): (0, 3),
-    ('uniform', 3, 'auto'): (0, 3),
+    ('uniform', 1, 'auto'): (0, 6),
     ('uniform', 1, 'stage'): (0, 3),
     ('block', 1, 2): (2, 1),
-    ('block', 1, 'auto'): (2, 1),
+    ('block', 2, 'auto'): (2, 4),
 }
 
 
@@ -434,3 +432,19 @@ def test_blocks_inside_full_recomputation(build, backend, case):
         loss.backward()
     assert (len(forwards), len(backwards)) == FULL[case]
     assert_equal({'loss': loss.detach(), **taken(model)}, expected)
+
+
+def test_a_plan_rebuilds_the_block_that_the_backward_begins_with(stage):
+    from megatron_mhc.chunk_stage import ChunkStage
+
+    run, layers = stage()
+    settings = {'is_last': False, 'evaluating': False, 'reduces': False}
+    config = layers[0].config
+    chunk = ChunkStage(
+        layers, config, lambda m, x: (run(x), 0), recompute_stream='compute', **settings
+    )
+    with in_blocks(layers, 4):
+        chunk.forward(0, streams())
+    first, last = chunk._blocks[0]
+    chunk.recompute(0)
+    assert first.kept and not last.kept

@@ -1,8 +1,12 @@
-"""Layer specs of the tests of block recompute."""
+"""Models and steps of the tests of block recompute."""
 
 from __future__ import annotations
 
 import dataclasses
+
+import torch
+
+SEQUENCE, BATCH = 4, 2
 
 
 def moe_spec(config):
@@ -30,3 +34,30 @@ def split_spec(config):
     return TransformerBlockSubmodules(
         layer_specs=[attention, mlp, mlp], layer_norm=whole.submodules.input_layernorm
     )
+
+
+def forward(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 64, (BATCH, SEQUENCE + 1), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    torch.manual_seed(9)  # dropout
+    return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous()).float().mean()
+
+
+def taken(module):
+    """All gradients, which the module no longer has."""
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return gradients
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def plain_step(model, seed=1):
+    loss = forward(model, seed)
+    loss.backward()
+    return {'loss': loss.detach(), **taken(model)}
