@@ -1,4 +1,4 @@
-"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels`` and ``schedule``."""
+"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels``, ``schedule``, ``recipe``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def main(argv: list[str] | None = None) -> None:
 
             module.add_parser(topics)
         sys.exit(module.main(parser.parse_args(argv)))
+    recipe = commands.add_parser('recipe', help="the mHC paper's models")
+    topics = recipe.add_subparsers(dest='topic', required=True)
+    if argv[:1] == ['recipe']:
+        from megatron_mhc import recipe_cli
+
+        recipe_cli.add_parsers(topics)
+        sys.exit(recipe_cli.main(parser.parse_args(argv)))
     options = parser.parse_args(argv)
     from megatron_mhc.doctor import main as doctor_main
 
