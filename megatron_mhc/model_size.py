@@ -72,7 +72,7 @@ def layer_parameters(shape: ModelShape, layer: int) -> Counter[str]:
         mhc=2 * mapping_parameters(shape.residual, hidden),
     )
     if shape.has_experts(layer):
-        parts['router'] = experts.count * hidden
+        parts['router'] = experts.count * (hidden + shape.linear_bias)
         parts['routed_experts'] = experts.count * _mlp(shape, experts.ffn)
         if experts.shared_ffn:
             parts['shared_experts'] = _mlp(shape, experts.shared_ffn)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from megatron_mhc.arguments import residual_config_from_args
 from megatron_mhc.model_memory import Layout
-from megatron_mhc.recipe import BLOCK_RECOMPUTE, Recipe, recipe_flags, words
+from megatron_mhc.recipe import BLOCK_RECOMPUTE, Flags, Recipe, recipe_flags, words
 
 ARCHITECTURE = ('MODEL_ARGS', 'MOE_ARGS', 'RESIDUAL_ARGS')
 
@@ -44,24 +43,31 @@ def built_summary(recipe: Recipe, residual_type: str = 'mhc') -> dict[str, int]:
 
 
 def recipe_arguments(recipe: Recipe, residual_type: str = 'mhc') -> argparse.Namespace:
-    """The recipe's flags through Megatron's own parser and checks, on one rank."""
+    """The recipe's flags, as far as they shape the model, through Megatron's parser and checks."""
+    topics = recipe_flags(recipe, Layout(1), residual_type)
+    given = {name: value for topic in ARCHITECTURE for name, value in topics[topic].items()}
+    # Nothing runs, so nothing is recomputed; expert by expert the parameters are the same.
+    for name in (*BLOCK_RECOMPUTE, 'moe-grouped-gemm'):
+        given.pop(name, None)
+    return model_arguments(given, recipe.vocab)
+
+
+def model_arguments(flags: Flags, vocab: int) -> argparse.Namespace:
+    """Megatron's arguments on one rank, for local layers, with ``vocab`` as the padded size."""
     from megatron.training import arguments
 
-    given = {}
-    topics = recipe_flags(recipe, Layout(1), residual_type)
-    for topic in ARCHITECTURE:
-        given |= topics[topic]
-    # Nothing runs, so nothing is recomputed; expert by expert and without Transformer Engine the
-    # parameters are the same.
-    given = {name: value for name, value in given.items() if name not in BLOCK_RECOMPUTE}
-    given.pop('moe-grouped-gemm', None)
-    given |= {'transformer-impl': 'local', 'micro-batch-size': 1, 'use-cpu-initialization': True}
-    given |= {'no-persist-layer-norm': True, 'no-gradient-accumulation-fusion': True}
+    flags = flags | {
+        'micro-batch-size': 1,
+        'transformer-impl': 'local',
+        'use-cpu-initialization': True,
+        'no-persist-layer-norm': True,
+        'no-gradient-accumulation-fusion': True,
+    }
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    args = parser.parse_args([word for line in words(given) for word in line])
-    args.rank, args.world_size = 0, int(os.environ.get('WORLD_SIZE', '1'))
+    args = parser.parse_args([word for line in words(flags) for word in line])
+    args.rank, args.world_size = 0, 1
     args = arguments.validate_args(args)
-    args.padded_vocab_size = recipe.vocab
+    args.padded_vocab_size = vocab
     return args
 
 
@@ -89,13 +95,16 @@ def build(args: argparse.Namespace) -> nn.Module:
 def counted(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
     """Count the parameters of a whole model by their names."""
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    mhc = sum(
-        count
-        for name, count in counts.items()
-        if 'hyper_connection.' in name or 'stream_merge.' in name
-    )
-    embedding = counts['embedding.word_embeddings.weight']
-    routed = sum(count for name, count in counts.items() if '.experts.' in name)
-    idle = routed // args.num_experts * (args.num_experts - args.moe_router_topk)
-    total = sum(counts.values())
+
+    def having(*parts: str) -> int:
+        return sum(count for name, count in counts.items() if any(part in name for part in parts))
+
+    total, idle = sum(counts.values()), 0
+    if args.num_experts:
+        per_expert = having('.experts.') // args.num_experts
+        idle = per_expert * (args.num_experts - args.moe_router_topk)
+    # A tied matrix is the output layer's, which a token does use.
+    tied = not args.untie_embeddings_and_output_weights
+    embedding = having('position_embeddings' if tied else 'embedding.')
+    mhc = having('hyper_connection.', 'stream_merge.')
     return {'total': total, 'active': total - embedding - idle, 'mhc': mhc}
