@@ -16,7 +16,7 @@ LINE = re.compile(r'iteration +(\d+)/.*throughput.*lm loss: (\S+) ')
 
 @pytest.mark.parametrize(('layout', 'schedule'), [('1gpu', False), ('8gpu', True)])
 def test_a_scaled_down_recipe_trains(layout, schedule):
-    """27 B in 6 layers: latent attention, a dense layer, experts, streams; 4 ranks of a pipeline."""
+    """27 B in 6 layers: latent attention, a dense layer, experts, streams, a pipeline."""
     done = subprocess.run(
         [
             *(sys.executable, 'examples/recipe.py', '27b', '--layout', layout, '--scale-down'),

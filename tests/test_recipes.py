@@ -266,7 +266,7 @@ def test_scaled_down_recipes_keep_their_flags(name, layout):
 
 
 def test_the_slurm_file_starts_the_recipe_on_every_node(tmp_path):
-    """With srun and scontrol played: the first node's name and a port of the job's reach torchrun."""
+    """With srun and scontrol played: the name of the first node and a port of the job arrive."""
     played = {
         'scontrol': 'printf "node-7\\nnode-8\\n"',
         'srun': 'shift; exec "$@"',
