@@ -137,7 +137,8 @@ def main(argv=None):
         'DATA_ARGS': data_flags(options, recipe),
         'LOGGING_ARGS': logging_flags(options),
     }
-    title = f'{options.name} on {layout.gpus} ranks: {verdict(figures)}'
+    size = 'scaled down' if options.scale_down else verdict(figures)
+    title = f'{options.name}, ranks: {layout.gpus}; {size}'
     script = bash_script(title, topics, extra)
     if options.print:
         print(script)

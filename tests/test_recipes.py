@@ -249,6 +249,7 @@ def test_baselines_get_no_flag_in_vain(residual_type):
     flags = recipe_flags(RECIPES['3b'], Layout(1), residual_type)['RESIDUAL_ARGS']
     names = shlex.join(flags)
     assert flags['residual-type'] == residual_type
+    # A flag of ours that has no effect is refused.
     assert ('mhc-num-residual-streams' in names) == (residual_type != 'standard')
     assert ('sinkhorn' in names) == (residual_type == 'mhc')
 
