@@ -138,6 +138,17 @@ def test_what_block_recomputation_keeps():
     assert one.kept - one.kept_recompute == (144 - 24) * token and one.rebuilt == 24 * token
 
 
+def test_the_last_pipeline_rank_has_both_ends():
+    """And fewest layers, where they do not divide: 30 on 4 ranks are 8, 8, 8 and 6."""
+    recipe, layout = RECIPES['27b'], LAYOUTS['27b']['64gpu']
+    ranks = rank_memory(recipe.shape(), layout, recipe.batch)
+    assert [rank.logits > 0 for rank in ranks] == [False, False, False, True]
+    held = [sum(map(len, stages)) for stages in stages_of(recipe.shape(), layout.pp)]
+    assert held == [8, 8, 8, 6] and ranks[3].kept < ranks[0].kept
+    matrix = recipe.vocab * recipe.hidden
+    assert ranks[3].gradients > 4 * 2 * matrix
+
+
 def test_messages_are_n_streams_wide():
     layout = Layout(8, pp=2, ep=4)
     wide, stock = (edge_bytes(RECIPES['27b'].shape(kind), layout) for kind in ('mhc', 'standard'))
