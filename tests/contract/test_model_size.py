@@ -108,6 +108,8 @@ def test_the_built_models_have_the_papers_sizes(parser, name, total, active, mhc
     args = recipe_arguments(RECIPES[name])
     model = build(args)
     assert all(parameter.is_meta for parameter in model.parameters())
+    # MLA's default is YaRN, with the same parameters and another function.
+    assert model.config.rope_type == 'rope' and model.config.layernorm_epsilon == 1e-20
     found = counted(model, args)
     assert (f'{found["total"] / 1e9:.3f}', f'{found["active"] / 1e9:.3f}') == (total, active)
     assert f'{found["mhc"] / 1e6:.2f}' == mhc
