@@ -1,4 +1,4 @@
-"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels``, ``schedule``, ``recompute``."""
+"""The ``megatron-mhc`` command; ``--help`` lists its subcommands, each with a help of its own."""
 
 from __future__ import annotations
 
@@ -62,6 +62,13 @@ def main(argv: list[str] | None = None) -> None:
 
         recompute_memory.add_arguments(recompute)
         sys.exit(recompute_memory.main(parser.parse_args(argv)))
+    recipe = commands.add_parser('recipe', help="the mHC paper's models")
+    topics = recipe.add_subparsers(dest='topic', required=True)
+    if argv[:1] == ['recipe']:
+        from megatron_mhc import recipe_cli
+
+        recipe_cli.add_parsers(topics)
+        sys.exit(recipe_cli.main(parser.parse_args(argv)))
     options = parser.parse_args(argv)
     from megatron_mhc.doctor import main as doctor_main
 

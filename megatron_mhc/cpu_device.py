@@ -24,6 +24,7 @@ import types
 from collections.abc import Callable
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_mhc.refusal import is_first_rank
 
@@ -349,6 +350,8 @@ def _map_location(function: Callable) -> Callable:
 
 
 def _patch_tensors() -> None:
+    # `with torch.device('meta')` knows torch's factories by identity: let it note the originals.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _TENSOR_METHODS:

@@ -51,6 +51,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
         GPT_MODEL_PATCH,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
+        TRAINING_PATCHES,
     )
 
     # A misspelt flag of ours must not pass where the script tolerates unknown ones.
@@ -63,7 +64,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     announce_kernels(namespace, residual)
     pipeline = resolve_pipeline(namespace)
     if residual.enabled:
-        apply(RESIDUAL_PATCHES)
+        apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
         apply(SCHEDULE_PATCHES)
     if namespace.mhc_post_stream == 'high':

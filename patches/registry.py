@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
 from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
 from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
+from megatron_mhc.patches.flops import FLOPS_PATCH
 from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
 from megatron_mhc.patches.inverted_v import INVERTED_V_PATCHES
 from megatron_mhc.patches.moe_lanes import MOE_LANE_PATCHES
@@ -18,11 +19,14 @@ RESIDUAL_PATCHES = (
     PARAM_GROUPS_PATCH,
     *FLOAT_PARAMETER_PATCHES,
 )
+# Megatron's training loop, which a caller of megatron.core alone does not load.
+TRAINING_PATCHES = (FLOPS_PATCH,)
 SCHEDULE_PATCHES = (
     GPT_MODEL_PATCH,
     *INVERTED_V_PATCHES,
     *PIPELINE_SCHEDULE_PATCHES,
     *MOE_LANE_PATCHES,
 )
-_ORDERED = (DATASET_HELPERS_PATCH, ARGUMENTS_PATCH, *RESIDUAL_PATCHES, *SCHEDULE_PATCHES)
+_ORDERED = (DATASET_HELPERS_PATCH, ARGUMENTS_PATCH, *RESIDUAL_PATCHES, *TRAINING_PATCHES)
+_ORDERED += SCHEDULE_PATCHES
 ALL_PATCHES = tuple({patch.id: patch for patch in _ORDERED}.values())

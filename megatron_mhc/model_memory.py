@@ -1,0 +1,243 @@
+"""Estimated memory of a rank and bytes on the wire, for a layout of ranks.
+
+Weights, gradients and optimizer states follow from the parameters of a rank and Megatron's bf16
+recipe with the distributed optimizer, and are exact but for padding. Activations are an estimate
+for Transformer Engine layers with flash attention, the mHC kernels, evenly loaded experts and no
+dropout. Left out: CUDA context, communication buffers, workspaces, fragmentation; keep about 10 %.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from megatron_mhc.block_cost import best_block, kept_cost
+from megatron_mhc.inverted_v_layout import balanced, stage_of
+from megatron_mhc.model_shape import GroupedAttention, ModelShape
+from megatron_mhc.model_size import REPLICATED, ends, layer_parameters
+from megatron_mhc.schedules.catalog import make_plan
+from megatron_mhc.schedules.validator import live_activations
+
+BF16, FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share a model; a pipeline runs a schedule on the inverted V.
+
+    Args:
+        gpus: ranks in all.
+        pp: pipeline ranks P.
+        ep: ranks that share the experts of a layer.
+        tp: tensor-parallel ranks, of experts too; with sequence parallelism.
+        micro_batch: sequences of a microbatch, b.
+        schedule: of the pipeline.
+
+    Raises:
+        ValueError: sizes that do not divide the ranks.
+    """
+
+    gpus: int
+    pp: int = 1
+    ep: int = 1
+    tp: int = 1
+    micro_batch: int = 1
+    schedule: str = 'dualpipev-w'
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != 'schedule' and value < 1:
+                raise ValueError(f'{name} = {value}: at least 1 is needed')
+        for names, size in (('tp x pp', self.tp * self.pp), ('tp x pp x ep', self._expert_ranks)):
+            if self.gpus % size:
+                raise ValueError(f'{self.gpus} ranks are no multiple of {names} = {size}')
+
+    @property
+    def _expert_ranks(self) -> int:
+        return self.tp * self.pp * self.ep
+
+    @property
+    def dp(self) -> int:
+        """Replicas of what is not an expert; data-parallel ranks."""
+        return self.gpus // (self.tp * self.pp)
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of an expert."""
+        return self.gpus // self._expert_ranks
+
+    def microbatches(self, sequences: int) -> int:
+        """m of a step of ``sequences``.
+
+        Raises:
+            ValueError: the batch does not divide.
+        """
+        if sequences % (self.micro_batch * self.dp):
+            raise ValueError(
+                f'a batch of {sequences} sequences is no multiple of {self.micro_batch} a '
+                f'microbatch x {self.dp} data-parallel ranks'
+            )
+        return sequences // (self.micro_batch * self.dp)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one pipeline rank.
+
+    Args:
+        weights: bf16, mapping parameters fp32.
+        gradients: fp32.
+        optimizer: fp32 master weights and two moments, shared out over the replicas.
+        live: activations at the peak, in whole forward passes of the rank.
+        kept: activations of one such pass, without block recomputation.
+        kept_recompute: with it (mHC, section 4.3.2).
+        rebuilt: what block recomputation holds at a time, once.
+        logits: of the output layer, once.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    live: float
+    kept: int
+    kept_recompute: int
+    rebuilt: int
+    logits: int
+
+    @property
+    def states(self) -> int:
+        """What is held between steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.states + self.logits + int(self.live * self.kept)
+
+    @property
+    def total_recompute(self) -> int:
+        return self.states + self.logits + self.rebuilt + int(self.live * self.kept_recompute)
+
+
+def rank_memory(shape: ModelShape, layout: Layout, sequences: int) -> list[RankMemory]:
+    """The memory of every pipeline rank, for a step of ``sequences``.
+
+    Raises:
+        ValueError: the batch or the layers do not divide, or the schedule does not exist.
+    """
+    microbatches = layout.microbatches(sequences)
+    live = (1.0,)
+    if layout.pp > 1:
+        # A plan counts its V from the rank with both ends; Megatron's last rank has them.
+        live = live_activations(make_plan(layout.schedule, layout.pp, microbatches))[::-1]
+    stages = stages_of(shape, layout.pp)
+    memory = []
+    for rank, held in enumerate(live):
+        last = rank == layout.pp - 1
+        parts = ends(shape, first=last, last=last)
+        if last and shape.tied:
+            parts['embedding'] -= shape.vocab * shape.hidden
+        for layer in (layer for stage in stages[rank] for layer in stage):
+            parts += layer_parameters(shape, layer)
+        memory.append(
+            RankMemory(
+                *_states(parts, layout),
+                held,
+                *_activations(shape, layout, stages[rank]),
+                # bf16 logits, and the fp32 softmax that cross entropy keeps.
+                last * (BF16 + FP32) * _tokens(shape, layout) * shape.vocab,
+            )
+        )
+    return memory
+
+
+def stages_of(shape: ModelShape, pp: int) -> list[list[range]]:
+    """For each pipeline rank the decoder layers of its stages, as the V divides them.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if pp == 1:
+        return [[range(shape.layers)]]
+    if shape.layers < 2 * pp:
+        raise ValueError(
+            f'{shape.layers} layers on pp = {pp}: a V has {2 * pp} stages; use at most '
+            f'{shape.layers // 2} pipeline ranks'
+        )
+    counts = balanced(shape.layers, pp)
+    starts = [sum(counts[:stage]) for stage in range(2 * pp)]
+    return [
+        [
+            range(starts[stage], starts[stage] + counts[stage])
+            for stage in (stage_of(rank, chunk, pp) for chunk in (0, 1))
+        ]
+        for rank in range(pp)
+    ]
+
+
+def edge_bytes(shape: ModelShape, layout: Layout) -> int:
+    """Bytes from one stage to the next and back, each way, per microbatch: n C a token, bf16."""
+    n = shape.residual.num_residual_streams if shape.residual.enabled else 1
+    return BF16 * _tokens(shape, layout) * n * shape.hidden
+
+
+def _tokens(shape: ModelShape, layout: Layout) -> int:
+    """Tokens of a microbatch on one rank: sequence parallelism divides them."""
+    return layout.micro_batch * shape.sequence // layout.tp
+
+
+def _states(parts: Counter[str], layout: Layout) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer states of one rank."""
+    weights = gradients = optimizer = 0
+    for part, whole in parts.items():
+        split = 1 if part in REPLICATED else layout.tp
+        replicas = layout.dp
+        if part == 'routed_experts':
+            split, replicas = layout.tp * layout.ep, layout.expert_dp
+        count = -(-whole // split)
+        # The mapping is fp32 itself and needs no master copy.
+        wide = part == 'mhc'
+        weights += count * (FP32 if wide else BF16)
+        gradients += count * FP32
+        optimizer += -(-count * (2 if wide else 3) * FP32 // replicas)
+    return weights, gradients, optimizer
+
+
+def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tuple[int, int, int]:
+    """Bytes of a microbatch: kept, kept under block recomputation, and rebuilt at a time."""
+    hidden, residual = shape.hidden, shape.residual
+    inside = sum(_inside(shape, layer) for stage in stages for layer in stage)
+    sublayers = [2 * len(stage) for stage in stages]
+    token = BF16 * _tokens(shape, layout)
+    if not residual.enabled:
+        # Input and output of the norm.
+        kept = token * (inside + sum(sublayers) * 2 * hidden)
+        return kept, kept, 0
+    n = residual.num_residual_streams
+    # F_post,res needs every sublayer's output, with or without recomputation.
+    always = inside + sum(sublayers) * hidden
+    around = (n + 2) * hidden
+    kept = always + sum(sublayers) * around
+    blocks = [best_block(n, count) for count in sublayers]
+    firsts = sum(kept_cost(n, *pair) for pair in zip(sublayers, blocks, strict=True))
+    recomputed = always + firsts * hidden
+    return token * kept, token * recomputed, token * max(blocks) * around
+
+
+def _inside(shape: ModelShape, layer: int) -> int:
+    """bf16 values a token that attention and MLP of a layer keep, behind their norms."""
+    attention, experts = shape.attention, shape.experts
+    heads = attention.heads
+    # Inputs and output of flash attention, and the fp32 logarithm of its sums.
+    if isinstance(attention, GroupedAttention):
+        values = 2 * (heads + attention.groups) * attention.head_dim + 2 * heads
+    else:
+        values = heads * 2 * (attention.qk_dim + attention.rope_dim + attention.v_dim + 1)
+        latents = attention.kv_rank + (attention.q_rank or 0)
+        values += (1 + attention.latent_norm) * latents + attention.rope_dim
+    # Before and behind the activation function.
+    inner = 2 + shape.gated
+    if not shape.has_experts(layer):
+        return values + inner * shape.ffn
+    # Dispatched tokens; router logits and scores in fp32.
+    values += experts.top_k * (shape.hidden + inner * experts.ffn) + inner * experts.shared_ffn
+    return values + 4 * experts.count

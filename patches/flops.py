@@ -1,0 +1,42 @@
+"""Seam: ``num_floating_point_operations``, from which Megatron's TFLOP/s line is made.
+
+Megatron counts what the stock model does; hyper-connections add their own share, so that the line
+does not call a wider model slower than it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from megatron_mhc.arguments import residual_config_from_args
+from megatron_mhc.model_flops import STEP, residual_flops
+from megatron_mhc.patches.engine import Patch
+
+
+def _wrap(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    def num_floating_point_operations(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        settings = given['args']
+        # Packed sequences: Megatron then counts tokens without padding. 0.17 does not.
+        tokens = given.get('total_real_tokens_in_batch')
+        if tokens is None:
+            tokens = given['batch_size'] * settings.seq_length
+        # Prediction layers (MTP) keep the stock residual.
+        own = residual_flops(
+            residual_config_from_args(settings), settings.hidden_size, 2 * settings.num_layers
+        )
+        return original(*args, **kwargs) + STEP * tokens * own
+
+    return num_floating_point_operations
+
+
+FLOPS_PATCH = Patch(
+    id='flops',
+    target='megatron.training.training:num_floating_point_operations',
+    wrap=_wrap,
+    reason='the TFLOP/s line and the count in checkpoints both come from it',
+    fingerprints={'0.17': 'c05fa411', '0.18': 'd85173af', '0.19': 'd85173af'},
+)

@@ -1,0 +1,297 @@
+"""The recipes without Megatron: their figures, layouts, command line and the scripts they print."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mhc import ResidualConfig
+from megatron_mhc.cli import main
+from megatron_mhc.inverted_v_layout import holder_of
+from megatron_mhc.model_flops import residual_flops, step_flops, token_flops
+from megatron_mhc.model_memory import Layout, edge_bytes, rank_memory, stages_of
+from megatron_mhc.model_size import parameters, summary
+from megatron_mhc.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
+
+ROOT = pathlib.Path(__file__).parent.parent
+CASES = [(name, layout) for name in RECIPES for layout in LAYOUTS[name]]
+
+
+@pytest.fixture(scope='module')
+def launcher():
+    """``examples/recipe.py`` as a module."""
+    spec = importlib.util.spec_from_file_location('recipe', ROOT / 'examples' / 'recipe.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def show(capsys):
+    """``show(words)``: exit status, stdout and stderr of ``megatron-mhc recipe words``."""
+
+    def run(line: str):
+        with pytest.raises(SystemExit) as ended:
+            main(['recipe', *line.split()])
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ('name', 'vocabulary', 'billions', 'tokens'),
+    [
+        ('3b', 331, 2.97, 39.3e9),
+        ('9b', 496, 9.18, 105e9),
+        ('27b', 662, 27.0, 262e9),
+        ('3b-1t', 331, 2.97, 1.05e12),
+    ],
+)
+def test_table_5(name, vocabulary, billions, tokens):
+    recipe = RECIPES[name]
+    parts = parameters(recipe.shape())
+    assert round((parts['embedding'] + parts['head']) / 1e6) == vocabulary
+    assert float(f'{parts.total() / 1e9:.3g}') == billions
+    assert float(f'{recipe.tokens:.3g}') == tokens
+
+
+def test_flops_of_one_sublayer_written_out():
+    """n = 4, C = 8, two Sinkhorn passes: each product of matrices as 2 x rows x inner x columns."""
+    residual = ResidualConfig('mhc', sinkhorn_iterations=2)
+    projection, squares = 2 * 1 * 32 * 24, 2 * 32
+    sinkhorn = 2 * 2 * (16 + 16)  # passes x (columns, rows) x (sums, divisions)
+    read, mix, write = 2 * 1 * 4 * 8, 2 * 4 * 4 * 8, 2 * 4 * 1 * 8
+    one = projection + squares + sinkhorn + read + mix + write
+    mean = 4 * 8
+    assert residual_flops(residual, 8, 3) == 3 * one + mean
+    assert residual_flops(ResidualConfig('standard'), 8, 3) == 0
+
+
+def test_flops_of_a_step_are_six_a_parameter_and_token_and_attention():
+    """The rule of thumb, for what a token multiplies with; norms and biases multiply nothing."""
+    recipe = RECIPES['27b']
+    shape = recipe.shape('standard')
+    matrices = summary(shape)['active'] - parameters(shape)['norms']
+    core = 3 * token_flops(shape)['attention_core']
+    tokens = recipe.batch * recipe.sequence
+    assert step_flops(shape, recipe.batch) == tokens * (6 * matrices + core)
+
+
+@pytest.mark.parametrize(('name', 'layout'), CASES)
+def test_layouts_are_legal(name, layout):
+    recipe, layout = RECIPES[name], LAYOUTS[name][layout]
+    assert recipe.experts % layout.ep == 0 and layout.microbatches(recipe.batch) >= 2 * layout.pp
+    held = [layer for rank in stages_of(recipe.shape(), layout.pp) for s in rank for layer in s]
+    assert sorted(held) == list(range(recipe.layers))
+    flags = recipe_flags(recipe, layout)['PARALLEL_ARGS']
+    text = flags.get('pipeline-model-parallel-layout')
+    if text is None:
+        assert recipe.layers % (2 * layout.pp) == 0 or layout.pp == 1
+        return
+    # What Megatron is told is what memory was estimated for.
+    for stage, layers in enumerate(text.strip('EL').split('|')):
+        rank, chunk = holder_of(stage, layout.pp)
+        assert len(stages_of(recipe.shape(), layout.pp)[rank][chunk]) == len(layers)
+
+
+@pytest.mark.parametrize(('pp', 'ep'), [(1, 1), (2, 1), (4, 2)])
+def test_ranks_share_all_parameters(pp, ep):
+    recipe = RECIPES['9b']
+    layout = Layout(8, pp=pp, ep=ep)
+    ranks = rank_memory(recipe.shape(), layout, recipe.batch)
+    parts = parameters(recipe.shape())
+    split = parts.total() - parts['routed_experts'] * (ep - 1) // ep
+    assert sum(rank.gradients for rank in ranks) == 4 * split
+    assert sum(rank.weights for rank in ranks) == 2 * (split + parts['mhc'])
+    if ep == 1:
+        states = 12 * parts.total() - 4 * parts['mhc']
+        assert abs(sum(rank.optimizer for rank in ranks) - states / layout.dp) < 100
+
+
+def test_more_ranks_hold_less_and_recomputation_helps():
+    recipe = RECIPES['27b']
+    ranks = {name: rank_memory(recipe.shape(), one, 1280) for name, one in LAYOUTS['27b'].items()}
+    fullest = {name: max(rank.total_recompute for rank in r) for name, r in ranks.items()}
+    assert fullest['64gpu'] < fullest['8gpu'] < fullest['1gpu']
+    assert all(rank.total_recompute < rank.total for r in ranks.values() for rank in r)
+    stock = rank_memory(recipe.shape('standard'), LAYOUTS['27b']['8gpu'], 1280)
+    assert stock[0].kept <= ranks['8gpu'][0].kept_recompute < ranks['8gpu'][0].kept
+
+
+def test_what_block_recomputation_keeps():
+    """3B on one GPU, L = 24, L_r = 4: 144 C a token become 6 blocks x 4 C, and 24 C at a time."""
+    one = rank_memory(RECIPES['3b'].shape(), Layout(1), 320)[0]
+    token = 2 * 4096 * 1280
+    assert one.kept - one.kept_recompute == (144 - 24) * token and one.rebuilt == 24 * token
+
+
+def test_the_last_pipeline_rank_has_both_ends():
+    """And fewest layers, where they do not divide: 30 on 4 ranks are 8, 8, 8 and 6."""
+    recipe, layout = RECIPES['27b'], LAYOUTS['27b']['64gpu']
+    ranks = rank_memory(recipe.shape(), layout, recipe.batch)
+    assert [rank.logits > 0 for rank in ranks] == [False, False, False, True]
+    held = [sum(map(len, stages)) for stages in stages_of(recipe.shape(), layout.pp)]
+    assert held == [8, 8, 8, 6] and ranks[3].kept < ranks[0].kept
+    matrix = recipe.vocab * recipe.hidden
+    assert ranks[3].gradients > 4 * 2 * matrix
+
+
+def test_messages_are_n_streams_wide():
+    layout = Layout(8, pp=2, ep=4)
+    wide, stock = (edge_bytes(RECIPES['27b'].shape(kind), layout) for kind in ('mhc', 'standard'))
+    assert stock == 2 * 4096 * 2560 and wide == 4 * stock
+
+
+def test_show_prints_one_object(show):
+    status, out, err = show('show 27b --layout 64gpu --json')
+    found = json.loads(out)
+    assert (status, err) == (0, '')
+    assert all(type(found[key]) is int for key in ('total', 'active', 'mhc'))
+    assert found['total'] == sum(found['parameters'].values())
+    assert found['layout']['microbatches'] == 80 and len(found['memory']) == 4
+    assert found['fits'] == ['80 GB', '141 GB']
+
+
+def test_show_for_people(show):
+    status, out, _ = show('show 27b --layout 1gpu')
+    assert status == 0 and '27,048,278,100' in out
+    assert 'fits GPUs of 80 GB: no and 141 GB: no' in out
+
+
+def test_list_names_every_recipe(show):
+    assert [row['name'] for row in json.loads(show('list --json')[1])] == list(RECIPES)
+    assert all(name in show('list')[1] for name in RECIPES)
+
+
+@pytest.mark.parametrize(
+    ('line', 'said'),
+    [
+        ('show 27b --pp 16 --gpus 64 --ep 1', 'use at most 15 pipeline ranks'),
+        ('show 27b --gpus 12', '12 ranks are no multiple of tp x pp x ep = 8'),
+        ('show 3b --dp 4 --gpus 16', '--dp 4 x tp x pp = 8 ranks, but --gpus 16; drop one'),
+        ('show 3b --dp 3 --ep 3', 'a batch of 320 sequences is no multiple of 1'),
+        ('show 3b --dp 160', 'needs at least 2 x pp = 4 microbatches'),
+        ('show 3b --ep 0', 'ep = 0: at least 1 is needed'),
+        ('show 4b', "invalid choice: '4b'"),
+    ],
+)
+def test_wrong_input_is_one_line(show, line, said):
+    status, out, err = show(line)
+    assert (status, out) == (2, '') and said in err and err.count('\n') == 1
+
+
+BARE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('megatron', 'torch', 'triton'):
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Absent())
+from megatron_mhc import recipe_cli
+from megatron_mhc.recipe import LAYOUTS, RECIPES
+print(recipe_cli.describe(RECIPES['3b'], LAYOUTS['3b']['8gpu'])['total'])
+"""
+
+
+def test_figures_need_neither_torch_nor_megatron(tmp_path):
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, '-c', BARE], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == summary(RECIPES['3b'].shape())['total']
+
+
+@pytest.mark.parametrize(('name', 'layout'), CASES)
+def test_the_printed_script_starts_exactly_the_recipe(
+    launcher, name, layout, tmp_path, monkeypatch, capsys
+):
+    """Run it with a Python that writes down its arguments."""
+    python = tmp_path / 'my python'
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$CUDA_DEVICE_MAX_CONNECTIONS" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(python))
+    assert launcher.main([name, '--layout', layout, '--print', '--', '--seed', '5 6']) == 0
+    script = capsys.readouterr().out
+    env = {'PATH': os.environ['PATH'], 'MASTER_ADDR': 'node-1'}
+    done = subprocess.run(
+        ['bash', '-s', '--', '--exit-interval', '7'],
+        input=script,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    connections, *seen = done.stdout.splitlines()
+    recipe, layout = RECIPES[name], LAYOUTS[name][layout]
+    topics = recipe_flags(recipe, layout)
+    flags = [word for topic in topics.values() for line in words(topic) for word in line]
+    start = seen.index('-m', seen.index('-m') + 1)
+    assert seen[start : start + 3] == ['-m', 'megatron_mhc.run', str(launcher.PRETRAIN)]
+    assert seen[start + 3 :][: len(flags)] == flags
+    assert seen[-4:] == ['--seed', '5 6', '--exit-interval', '7'] and connections == '32'
+    ranks = int(seen[seen.index('--nproc-per-node') + 1])
+    nodes = int(seen[seen.index('--nnodes') + 1]) if layout.gpus > 8 else 1
+    assert ranks * nodes == layout.gpus
+    assert ('node-1:29500' in seen) == (nodes > 1)
+
+
+def test_several_nodes_need_an_address(launcher, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    assert launcher.main(['9b', '--layout', '64gpu']) != 0
+    assert 'MASTER_ADDR: set it to the first of the nodes' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('residual_type', ['standard', 'hc', 'mhc'])
+def test_baselines_get_no_flag_in_vain(residual_type):
+    flags = recipe_flags(RECIPES['3b'], Layout(1), residual_type)['RESIDUAL_ARGS']
+    names = shlex.join(flags)
+    assert flags['residual-type'] == residual_type
+    # A flag of ours that has no effect is refused.
+    assert ('mhc-num-residual-streams' in names) == (residual_type != 'standard')
+    assert ('sinkhorn' in names) == (residual_type == 'mhc')
+
+
+@pytest.mark.parametrize(('name', 'layout'), CASES)
+def test_scaled_down_recipes_keep_their_flags(name, layout):
+    recipe, layout = RECIPES[name], LAYOUTS[name][layout]
+    small, fewer = scaled_down(recipe, layout)
+    whole, reduced = recipe_flags(recipe, layout), recipe_flags(small, fewer)
+    for topic in whole:
+        lost = set(whole[topic]) ^ set(reduced[topic])
+        assert lost <= {'moe-grouped-gemm', 'pipeline-model-parallel-layout'}
+    assert fewer.gpus <= 4 and fewer.microbatches(small.batch) >= 2 * fewer.pp
+    assert summary(small.shape())['total'] < 1e6 and small.steps == 20
+
+
+def test_the_slurm_file_starts_the_recipe_on_every_node(tmp_path):
+    """With srun and scontrol played: the name of the first node and a port of the job arrive."""
+    played = {
+        'scontrol': 'printf "node-7\\nnode-8\\n"',
+        'srun': 'shift; exec "$@"',
+        'python': 'echo "$MASTER_ADDR $MASTER_PORT $@"',
+    }
+    for name, body in played.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'SLURM_JOB_NODELIST': 'node-[7-8]',
+        'SLURM_JOB_ID': '123456',
+    }
+    done = subprocess.run(
+        ['bash', str(ROOT / 'examples' / 'recipe.slurm'), '27b', '--layout', '64gpu'],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == 'node-7 23456 examples/recipe.py 27b --layout 64gpu'.split()
