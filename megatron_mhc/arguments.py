@@ -31,6 +31,7 @@ FIELDS = {
     'mhc_stream_merge': ('stream_merge', ('hc', 'mhc')),
     'mhc_fixed_mappings': ('fixed_mappings', ('hc', 'mhc')),
     'mhc_mapping_weight_decay': ('mapping_weight_decay', ('hc', 'mhc')),
+    'mhc_mapping_lr_mult': ('mapping_lr_mult', ('hc', 'mhc')),
     'hc_variant': ('hc_variant', ('hc',)),
     'hc_tanh': ('hc_tanh', ('hc',)),
     'mhc_kernel_backend': ('kernel_backend', ('hc', 'mhc')),
@@ -101,6 +102,13 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         choices=('on', 'off'),
         help='weight decay on the projection phi; biases and gating factors never decay (default: '
         'on: HC decays its dynamic part, DeepSeek-V4 its phi)',
+    )
+    group.add_argument(
+        '--mhc-mapping-lr-mult',
+        type=float,
+        metavar='FACTOR',
+        help='factor of the learning rate of the projection phi; biases and gating factors keep '
+        "the model's (default: 1)",
     )
     group.add_argument(
         '--hc-variant',

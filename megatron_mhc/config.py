@@ -43,6 +43,7 @@ class ResidualConfig:
         hc_tanh: tanh on the dynamic part of hc.
         mapping_weight_decay: apply weight decay to the projection phi. Biases and gating factors
             are never decayed.
+        mapping_lr_mult: factor of phi's learning rate.
         kernel_backend: ``auto`` (Triton kernels where they run), ``triton`` (an error where they do
             not) or ``torch``.
         projection_precision: how the kernels multiply phi; ``auto`` follows the streams. mhc only.
@@ -69,6 +70,7 @@ class ResidualConfig:
     hc_variant: str = 'dynamic'
     hc_tanh: bool = True
     mapping_weight_decay: bool = True
+    mapping_lr_mult: float = 1.0
     kernel_backend: str = 'auto'
     projection_precision: str = 'auto'
     seam_fusion: bool = True
@@ -84,6 +86,11 @@ class ResidualConfig:
             raise ValueError(
                 f'--mhc-init-gating-factor {self.init_gating_factor}: wanted a finite number >= 0 '
                 '(alpha scales the token-dependent part of each map); the papers use 0.01'
+            )
+        if not 0 <= self.mapping_lr_mult < float('inf'):
+            raise ValueError(
+                f'--mhc-mapping-lr-mult {self.mapping_lr_mult}: wanted a finite number >= 0 (it '
+                'multiplies the learning rate of phi); leave it out for the learning rate of all'
             )
         _one_of('--mhc-init', self.init, INIT_PRESETS)
         if self.stream_merge is None:

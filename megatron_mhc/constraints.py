@@ -46,6 +46,12 @@ CONSTRAINTS = (
         'leave p2p overlap on (batch_p2p_comm=False)',
     ),
     Constraint(
+        '--mhc-mapping-lr-mult with --use-mup',
+        lambda get: bool(get('use_mup')) and get('mhc_mapping_lr_mult') not in (None, 1.0),
+        'both set the learning rate of phi',
+        'drop --mhc-mapping-lr-mult',
+    ),
+    Constraint(
         '--overlap-moe-expert-parallel-comm',
         lambda get: bool(get('overlap_moe_expert_parallel_comm')),
         'its schedule calls parts of a layer by hand and adds the residual itself',

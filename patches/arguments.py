@@ -19,9 +19,10 @@ from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.refusal import refuse
+from megatron_mhc.step_lr import add_step_lr_arguments, resolve_step_lr
 
 # What adds our argument groups, in the order in which --help shows them.
-GROUPS = (add_residual_arguments, add_pipeline_arguments)
+GROUPS = (add_residual_arguments, add_pipeline_arguments, add_step_lr_arguments)
 OWN_FLAGS = (
     '--residual-type',
     '--mhc-',
@@ -29,6 +30,7 @@ OWN_FLAGS = (
     '--pipeline-schedule',
     '--pipeline-w-placement',
     '--pipeline-verify-steps',
+    '--lr-step-',
 )
 
 
@@ -51,6 +53,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
         GPT_MODEL_PATCH,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
+        STEP_LR_PATCH,
         TRAINING_PATCHES,
     )
 
@@ -63,10 +66,13 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     check_checkpoints_of(namespace, residual)
     announce_kernels(namespace, residual)
     pipeline = resolve_pipeline(namespace)
+    steps = resolve_step_lr(namespace)
     if residual.enabled:
         apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
         apply(SCHEDULE_PATCHES)
+    if steps:
+        apply((STEP_LR_PATCH,))
     if namespace.mhc_post_stream == 'high':
         from megatron_mhc.post_stream import check_post_stream
 

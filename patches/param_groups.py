@@ -1,4 +1,4 @@
-"""Seam: the optimizer's parameter groups, where weight decay is decided by parameter name.
+"""Seam: the optimizer's parameter groups: weight decay and learning rate by parameter name.
 
 It is also the first point after every model chunk is built, hence where a run is stopped whose
 script builds no GPTModel: ``--residual-type`` would otherwise silently do nothing.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 
-from megatron.core.optimizer import ParamKey, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_config_overrides
 from torch import nn
 
 from megatron_mhc.block import HyperConnectionBlockMixin
@@ -40,15 +40,28 @@ def _wrap(original: Callable) -> Callable:
             overrides = bound.arguments['config_overrides']
             if overrides is None and none_means_standard:
                 overrides = get_standard_config_overrides(bound.arguments['config'])
-            # Megatron's own rule spares 1-D parameters, but a caller may leave it out.
-            spared = VECTORS if residual.mapping_weight_decay else (*VECTORS, *PHI)
             bound.arguments['config_overrides'] = {
                 **(overrides or {}),
-                **{ParamKey(name=name): {'wd_mult': 0.0} for name in spared},
+                **mapping_overrides(residual, bound.arguments['config']),
             }
         return original(*bound.args, **bound.kwargs)
 
     return _get_param_groups
+
+
+def mapping_overrides(residual: ResidualConfig, config: OptimizerConfig) -> dict[ParamKey, dict]:
+    """What differs for the parameters of the maps, by name.
+
+    Which optimizer takes them needs no word here: Muon takes matrices, hence phi, and leaves
+    vectors, hence biases and gating factors, to Adam, as DeepSeek-V4 trains them.
+    """
+    # Megatron's own rule spares 1-D parameters, but a caller may leave it out.
+    overrides = {ParamKey(name=name): {'wd_mult': 0.0} for name in VECTORS}
+    phi = {} if residual.mapping_weight_decay else {'wd_mult': 0.0}
+    factor = residual.mapping_lr_mult
+    if factor != 1:
+        phi |= {'max_lr': config.lr * factor, 'min_lr': (config.min_lr or 0.0) * factor}
+    return overrides | ({ParamKey(name=name): phi for name in PHI} if phi else {})
 
 
 def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> None:
@@ -65,10 +78,19 @@ def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> No
             )
 
 
-PARAM_GROUPS_PATCH = Patch(
-    id='param-groups',
-    target='megatron.core.optimizer:_get_param_groups',
-    wrap=_wrap,
-    reason='weight decay of phi is chosen by name; also the first point where all chunks are built',
-    fingerprints=on_every_release('40033d09'),
+PARAM_GROUPS_PATCHES = (
+    Patch(
+        id='param-groups',
+        target='megatron.core.optimizer:_get_param_groups',
+        wrap=_wrap,
+        reason='decay and rate of phi go by name; also the first point where all chunks are built',
+        fingerprints=on_every_release('40033d09'),
+    ),
+    Patch(
+        id='param-groups-muon',
+        target='megatron.core.optimizer.muon:_get_param_groups',
+        wrap=_wrap,
+        reason='0.17 imports it by name for Muon',
+        fingerprints={'0.17': '40033d09'},
+    ),
 )

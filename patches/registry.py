@@ -10,13 +10,14 @@ from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
 from megatron_mhc.patches.inverted_v import INVERTED_V_PATCHES
 from megatron_mhc.patches.moe_lanes import MOE_LANE_PATCHES
 from megatron_mhc.patches.p2p import P2P_PATCH
-from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCH
+from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCHES
 from megatron_mhc.patches.pipeline_schedule import PIPELINE_SCHEDULE_PATCHES
+from megatron_mhc.patches.step_lr import STEP_LR_PATCH
 
 RESIDUAL_PATCHES = (
     GPT_MODEL_PATCH,
     P2P_PATCH,
-    PARAM_GROUPS_PATCH,
+    *PARAM_GROUPS_PATCHES,
     *FLOAT_PARAMETER_PATCHES,
 )
 # Megatron's training loop, which a caller of megatron.core alone does not load.
@@ -28,5 +29,5 @@ SCHEDULE_PATCHES = (
     *MOE_LANE_PATCHES,
 )
 _ORDERED = (DATASET_HELPERS_PATCH, ARGUMENTS_PATCH, *RESIDUAL_PATCHES, *TRAINING_PATCHES)
-_ORDERED += SCHEDULE_PATCHES
+_ORDERED += (*SCHEDULE_PATCHES, STEP_LR_PATCH)
 ALL_PATCHES = tuple({patch.id: patch for patch in _ORDERED}.values())
