@@ -66,6 +66,18 @@ def delayed_modules(chunk: nn.Module) -> list[nn.Module]:
     ]
 
 
+def mark_delayed_parameters(chunk: nn.Module) -> None:
+    """Mark what ``delayed_modules`` put off, so that its gradients are collected when they come.
+
+    Those layers mark their parameters themselves, but Megatron replaces their biases when it
+    initialises on the CPU, and the gradient of a bias without the mark would never be collected.
+    """
+    for module in delayed_modules(chunk):
+        for name, parameter in module.named_parameters(recurse=False):
+            if 'layer_norm' not in name:
+                parameter.skip_backward_post_hook = True
+
+
 class _Split(torch.autograd.Function):
     """``y + bias``, whose backward also takes care of the weight gradient of ``y = x W^T``."""
 
