@@ -82,6 +82,12 @@ CONSTRAINTS = (
         'use activation recomputation instead',
     ),
     Constraint(
+        '--fine-grained-activation-offloading',
+        lambda get: bool(get('fine_grained_activation_offloading')),
+        'it releases the residual of a layer, here a sublayer input, which only a GPU can test',
+        'use activation recomputation instead',
+    ),
+    Constraint(
         '--use-megatron-fsdp / --use-torch-fsdp2',
         lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
         'fully sharded parameters are not tested with fp32 mapping parameters',

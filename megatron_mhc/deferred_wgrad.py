@@ -67,15 +67,17 @@ def delayed_modules(chunk: nn.Module) -> list[nn.Module]:
 
 
 def mark_delayed_parameters(chunk: nn.Module) -> None:
-    """Mark what ``delayed_modules`` put off, so that its gradients are collected when they come.
+    """Mark the parameters whose gradients ``backward_dw`` makes, for DistributedDataParallel.
 
-    Those layers mark their parameters themselves, but Megatron replaces their biases when it
-    initialises on the CPU, and the gradient of a bias without the mark would never be collected.
+    Transformer Engine does it itself, but marks as well the biases that it leaves to others to add,
+    whose gradients are there in I and would be summed outside of ``main_grad``; and Megatron drops
+    the mark of a bias that it initialises on the CPU, whose gradient would be lost.
     """
     for module in delayed_modules(chunk):
         for name, parameter in module.named_parameters(recurse=False):
-            if 'layer_norm' not in name:
-                parameter.skip_backward_post_hook = True
+            if not name.startswith('layer_norm'):
+                added_by_others = name.startswith('bias') and module.return_bias
+                parameter.skip_backward_post_hook = not added_by_others
 
 
 class _Split(torch.autograd.Function):
