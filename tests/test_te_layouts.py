@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from layout_cases import MOE, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
@@ -36,11 +40,15 @@ def name_of(model: str, changes: dict) -> str:
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
+def wheel():
     try:
-        wheel = str(unpacked())
+        return str(unpacked())
     except RuntimeError as error:
         pytest.skip(f'{error}; .ci/run, which fetches it first, skips nothing')
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, wheel):
     folder = tmp_path_factory.mktemp('te')
     alone, split = [], []
     for model, settings in MODELS.items():
@@ -84,3 +92,16 @@ def test_tensor_parallel_to_rounding(runs, tensors, name, model):
         error = (got[key] - value).norm()
         assert error <= SPLIT_SUM_TOLERANCE * whole, (key, error / whole)
         assert error <= OWN_NORM_TOLERANCE * value.norm(), key
+
+
+def test_doctor_tells_of_a_half_installed_transformer_engine(wheel):
+    """The wheel without its compiled half raises when it is imported, and so does Megatron then."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'megatron_mhc', 'doctor'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join([wheel, *filter(None, sys.path)])},
+    )
+    assert done.returncode == 1
+    assert 'transformer-engine   BROKEN: RuntimeError: Found empty' in done.stdout
+    assert 'problem: Megatron imports transformer-engine' in done.stdout and not done.stderr
