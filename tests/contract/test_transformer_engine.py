@@ -14,17 +14,15 @@ import subprocess
 import sys
 
 import pytest
+from wheel import unpacked
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'te'
-sys.path.append(str(FOLDER))
 WORKER = FOLDER / 'worker.py'
 CASES = re.findall(r'^def case_(\w+)', WORKER.read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
-    from wheel import unpacked
-
     try:
         wheel = unpacked()
     except RuntimeError as error:

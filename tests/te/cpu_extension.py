@@ -73,6 +73,9 @@ def install(folder: pathlib.Path) -> None:
     """
     if 'megatron.core' in sys.modules:
         raise RuntimeError('install the CPU stand-in before Megatron is imported')
+    # Megatron in the process that started this one has made other choices.
+    for name in [name for name in os.environ if name.startswith('NVTE_')]:
+        del os.environ[name]
     os.environ.update(ENVIRONMENT)
     sys.path.insert(0, str(folder))
     # What it exports models with, and imports with everything else.
