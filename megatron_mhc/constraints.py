@@ -88,6 +88,12 @@ CONSTRAINTS = (
         'use activation recomputation instead',
     ),
     Constraint(
+        '--fine-grained-activation-offloading',
+        lambda get: bool(get('fine_grained_activation_offloading')),
+        'it releases the residual of a layer, here a sublayer input, which only a GPU can test',
+        'use activation recomputation instead',
+    ),
+    Constraint(
         '--use-megatron-fsdp / --use-torch-fsdp2',
         lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
         'fully sharded parameters are not tested with fp32 mapping parameters',
@@ -120,16 +126,6 @@ CONSTRAINTS = (
 )
 
 
-BLOCK_CONSTRAINTS = (
-    Constraint(
-        '--fine-grained-activation-offloading',
-        lambda get: bool(get('fine_grained_activation_offloading')),
-        'it moves the inputs of sublayers whose storage is freed and refilled',
-        'drop it',
-    ),
-)
-
-
 def check_constraints(settings: object, residual: ResidualConfig) -> None:
     """Raise ValueError for the first refused pair found in ``settings``.
 
@@ -149,11 +145,4 @@ def check_constraints(settings: object, residual: ResidualConfig) -> None:
                 f'{constraint.flag} cannot be combined with --residual-type '
                 f'{residual.residual_type}: {constraint.reason}; {constraint.remedy}, or use '
                 '--residual-type standard'
-            )
-    for constraint in BLOCK_CONSTRAINTS if residual.recompute_layer_num != 'none' else ():
-        if constraint.violated(get):
-            raise ValueError(
-                f'{constraint.flag} cannot be combined with --mhc-recompute-layer-num '
-                f'{residual.recompute_layer_num}: {constraint.reason}; {constraint.remedy}, or use '
-                '--mhc-recompute-layer-num none'
             )

@@ -280,6 +280,18 @@ def _patch_memory() -> None:
 # --- random numbers -------------------------------------------------------------------------------
 
 
+class _AnyGenerator(type(torch.Generator)):
+    def __instancecheck__(cls, instance) -> bool:
+        return isinstance(instance, cls.__base__)
+
+
+class _Generator(torch.Generator, metaclass=_AnyGenerator):
+    """A generator for a CUDA device is made on the CPU: text generation samples from one."""
+
+    def __new__(cls, device='cpu'):
+        return super().__new__(cls, device=_cpu_if_cuda(device))
+
+
 def _patch_random() -> None:
     def call_now(function, **kwargs):
         function()
@@ -291,6 +303,7 @@ def _patch_random() -> None:
         owner.current_device = torch.cuda.current_device
     # CPU kernels draw from this generator only, so it has to be the one that Megatron's tracker
     # saves, forks and restores.
+    torch.Generator = _Generator
     torch.cuda.default_generators = (torch.default_generator,) * _device_count()
     # The tracker logs that the CPU state moved while it had forked the CUDA state: true, and meant.
     logging.getLogger('megatron.core.tensor_parallel.random').addFilter(

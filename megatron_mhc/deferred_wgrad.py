@@ -66,6 +66,20 @@ def delayed_modules(chunk: nn.Module) -> list[nn.Module]:
     ]
 
 
+def mark_delayed_parameters(chunk: nn.Module) -> None:
+    """Mark the parameters whose gradients ``backward_dw`` makes, for DistributedDataParallel.
+
+    Transformer Engine does it itself, but marks as well the biases that it leaves to others to add,
+    whose gradients are there in I and would be summed outside of ``main_grad``; and Megatron drops
+    the mark of a bias that it initialises on the CPU, whose gradient would be lost.
+    """
+    for module in delayed_modules(chunk):
+        for name, parameter in module.named_parameters(recurse=False):
+            if not name.startswith('layer_norm'):
+                added_by_others = name.startswith('bias') and module.return_bias
+                parameter.skip_backward_post_hook = not added_by_others
+
+
 class _Split(torch.autograd.Function):
     """``y + bias``, whose backward also takes care of the weight gradient of ``y = x W^T``."""
 

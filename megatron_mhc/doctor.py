@@ -25,6 +25,10 @@ def report() -> dict:
         problem = None
     except RuntimeError as error:
         problem = str(error)
+    optional = {name: _optional(name, module) for name, module in OPTIONAL.items()}
+    broken = [name for name, state in optional.items() if state.startswith('BROKEN')]
+    if broken and problem is None:
+        problem = f'Megatron imports {" and ".join(broken)}, which cannot be imported'
     tested = ', '.join(f'{version} ({how})' for version, how in TESTED.items())
     return {
         'megatron-mhc': f'{megatron_mhc.__version__} ({_package_folder()})',
@@ -34,7 +38,7 @@ def report() -> dict:
         'supported': f'{CORE_SPECIFIER}, tested: {tested}',
         'device': _device(),
         'kernels': _kernels(),
-        'optional': {name: _optional(name, module) for name, module in OPTIONAL.items()},
+        'optional': optional,
         'problem': problem,
         'patches': [] if problem else _patches(),
     }

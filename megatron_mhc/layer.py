@@ -235,8 +235,11 @@ def _write(
     """The next streams. Where the kernels run, the next sublayer reads them in the same pass.
 
     What it read travels as an attribute of the streams, so that any code between the two sublayers
-    that replaces, changes or observes the tensor gets the plain path.
+    that replaces, changes or observes the tensor gets the plain path. In inference mode, which
+    does not count changes of a tensor, there is no other.
     """
+    if torch.is_inference_mode_enabled():
+        following = None
     if following is not None and not following.joins(pending.carried):
         following = None
     if block is not None and block.ends:

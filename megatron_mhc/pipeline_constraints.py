@@ -65,6 +65,18 @@ V_CONSTRAINTS = (
         'drop the flag',
     ),
     Constraint(
+        '--use-transformer-engine-op-fuser',
+        lambda get: bool(get('use_transformer_engine_op_fuser')),
+        'fused operations hide the layers whose weight gradients the plan puts off',
+        'drop the flag',
+    ),
+    Constraint(
+        '--tp-comm-overlap',
+        lambda get: bool(get('tp_comm_overlap')),
+        'Transformer Engine cannot put off weight gradients that overlap communication',
+        'drop the flag',
+    ),
+    Constraint(
         '--defer-embedding-wgrad-compute',
         lambda get: bool(get('defer_embedding_wgrad_compute')),
         'the plan says when weight gradients are computed',

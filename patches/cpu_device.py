@@ -114,6 +114,13 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         reason='start-up asserts a real CUDA device unless told otherwise',
         fingerprints={'0.17': 'd2c56f52', '0.18': '650a2e0f', '0.19': '625d0daa'},
     ),
+    Patch(
+        id='cpu-allow-no-cuda-script',
+        target='megatron.training.initialize:initialize_megatron',
+        wrap=_allow_no_cuda,
+        reason='the same for scripts that do not train, which call it themselves',
+        fingerprints={'0.17': 'd2c56f52', '0.18': '650a2e0f', '0.19': '625d0daa'},
+    ),
     CPU_ARGUMENTS_PATCH,
     Patch(
         id='cpu-alltoall-splits',

@@ -60,12 +60,14 @@ def post_stream_of(config: Any) -> str:
 
 def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None) -> bool:
     """Make a model's config fit its schedule; returns whether this chunk is the first stage."""
-    check_pipeline_constraints(config, pipeline)
     if vp_stage is None:
         raise ValueError(
             f'--pipeline-schedule {pipeline.schedule}: GPTModel was built without vp_stage, so '
             'which of its two chunks this is cannot be told; the model provider must pass it on'
         )
+    if vp_stage == 0:
+        # The second chunk shares the config, in which the next lines set what nobody else may.
+        check_pipeline_constraints(config, pipeline)
     config.pipeline_config = pipeline
     # Set here because the check in the config demands Megatron's own overlap with it.
     config.delay_wgrad_compute = is_te_min_version('2.3.0')

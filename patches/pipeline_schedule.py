@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from megatron.core.utils import get_model_config
 
-from megatron_mhc.deferred_wgrad import split_linear
+from megatron_mhc.deferred_wgrad import mark_delayed_parameters, split_linear
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.pipeline_step import run_pipeline_step
 
@@ -36,6 +36,7 @@ def _with_delayed_hooks(original: Callable) -> Callable:
         config, settings = bound.arguments['config'], bound.arguments['ddp_config']
         if getattr(config, 'pipeline_config', None) is not None and config.delay_wgrad_compute:
             bound.arguments['ddp_config'] = dataclasses.replace(settings, delay_wgrad_compute=True)
+            mark_delayed_parameters(bound.arguments['module'])
         original(*bound.args, **bound.kwargs)
 
     return __init__

@@ -14,6 +14,7 @@ from megatron_mhc import cpu_device
 
 # What the layout tests share stands beside their worker; pytest imports tests by path.
 sys.path.append(str(pathlib.Path(__file__).parent / 'layouts'))
+sys.path.append(str(pathlib.Path(__file__).parent / 'te'))
 
 if not torch.cuda.is_available():
     # Triton reads this when it is imported; the kernels are then interpreted on CPU tensors.

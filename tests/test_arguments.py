@@ -86,11 +86,17 @@ REFUSED = {
     '--residual-type mhc --mhc-recompute-stream compute': 'without --mhc-recompute-layer-num',
     '--residual-type mhc --mhc-recompute-layer-num auto --mhc-recompute-stream high': 'high has no '
     'effect with the stock schedules',
-    '--residual-type mhc --mhc-recompute-layer-num 4 --fine-grained-activation-offloading': ''
-    '--fine-grained-activation-offloading cannot be combined with --mhc-recompute-layer-num 4',
     '--residual-type mhc --overlap-moe-expert-parallel-comm': '--overlap-moe-expert-parallel-comm '
     'cannot be combined',
     '--residual-type mhc --cuda-graph-impl local': '--cuda-graph-impl',
+    '--residual-type hc --cuda-graph-impl transformer_engine': '--cuda-graph-impl',
+    '--residual-type mhc --cuda-graph-impl full_iteration': '--cuda-graph-impl',
+    '--residual-type mhc --enable-cuda-graph': '--enable-cuda-graph',
+    '--residual-type mhc --external-cuda-graph': '--enable-cuda-graph',
+    '--residual-type mhc --inference-fuse-tp-communication': '--inference-fuse-tp-communication',
+    '--residual-type mhc --fused-residual-rmsnorm': '--fused-residual-rmsnorm',
+    '--residual-type hc --cpu-offloading-num-layers 1': '--cpu-offloading-num-layers',
+    '--residual-type mhc --fine-grained-activation-offloading': '--fine-grained-activation',
     '--residual-type hc --transformer-impl inference_optimized': 'inference_optimized',
     '--residual-type mhc --use-torch-fsdp2': '--use-torch-fsdp2',
     '--residual-type mhc --yaml-cfg x.yaml': '--yaml-cfg cannot be combined',

@@ -103,15 +103,6 @@ def test_the_choice_is_said_once(build, capsys):
     assert '(kept 24C, at most 48C, without 144C values a token)' in line
 
 
-def test_offloaded_activations_are_refused(build):
-    with pytest.raises(ValueError, match='fine-grained-activation-offloading cannot be combined'):
-        build(
-            {'recompute_layer_num': 4},
-            fine_grained_activation_offloading=True,
-            offload_modules=['core_attn'],
-        )
-
-
 def test_a_stream_that_nothing_overlaps_with_is_refused(build):
     with pytest.raises(ValueError, match='high has no effect with the stock schedules'):
         build({'recompute_layer_num': 'stage', 'recompute_stream': 'high'})

@@ -23,7 +23,7 @@ MOE = {
 }
 
 
-def launch(world: int, cases: list[dict], folder: pathlib.Path) -> dict:
+def launch(world: int, cases: list[dict], folder: pathlib.Path, **environment: str) -> dict:
     """Run ``cases`` in one world of ranks; name -> what ``worker.py`` returned."""
     description = folder / f'cases-{world}.json'
     description.write_text(json.dumps(cases))
@@ -43,7 +43,7 @@ def launch(world: int, cases: list[dict], folder: pathlib.Path) -> dict:
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', **environment},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((folder / f'results-{world}.json').read_text())

@@ -8,12 +8,20 @@ optimizer step) as a distributed checkpoint again, so that any two layouts can b
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 
 from megatron_mhc import ResidualConfig, cpu_device
 
 cpu_device.install()
+# Where set, the folder of Transformer Engine's wheel: layers are then its own (see ``tests/te``).
+TE_WHEEL = os.environ.get('MEGATRON_MHC_TEST_TE')
+if TE_WHEEL:
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / 'te'))
+    import cpu_extension
+
+    cpu_extension.install(pathlib.Path(TE_WHEEL))
 
 import torch  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
@@ -38,6 +46,7 @@ from megatron.core.optimizer import (  # noqa: E402
     get_standard_config_overrides,  # noqa: E402
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_mhc.patches import engine  # noqa: E402
@@ -79,6 +88,7 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
+        attention_backend=AttnBackend.unfused if TE_WHEEL else AttnBackend.auto,
         **case.get('config', {}),
     )
     if case.get('residual'):
@@ -93,8 +103,10 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
         chunks.append(
             GPTModel(
                 config,
-                get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
-                if moe
+                get_gpt_decoder_block_spec(
+                    config, use_transformer_engine=bool(TE_WHEEL), vp_stage=stage
+                )
+                if moe or TE_WHEEL
                 else get_gpt_layer_local_spec(),
                 vocab_size=VOCABULARY,
                 max_sequence_length=SEQUENCE,
