@@ -15,13 +15,14 @@ from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.kernel_choice import announce_kernels
+from megatron_mhc.monitor_arguments import add_monitor_arguments, resolve_monitor
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.refusal import refuse
 
 # What adds our argument groups, in the order in which --help shows them.
-GROUPS = (add_residual_arguments, add_pipeline_arguments)
+GROUPS = (add_residual_arguments, add_pipeline_arguments, add_monitor_arguments)
 OWN_FLAGS = (
     '--residual-type',
     '--mhc-',
@@ -49,6 +50,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     # Imported here: the patches import megatron.core, which --help does not need.
     from megatron_mhc.patches.registry import (
         GPT_MODEL_PATCH,
+        MONITOR_PATCHES,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
     )
@@ -62,10 +64,13 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     check_checkpoints_of(namespace, residual)
     announce_kernels(namespace, residual)
     pipeline = resolve_pipeline(namespace)
+    monitor = resolve_monitor(namespace)
     if residual.enabled:
         apply(RESIDUAL_PATCHES)
     if pipeline is not None:
         apply(SCHEDULE_PATCHES)
+    if monitor is not None:
+        apply(MONITOR_PATCHES)
     if namespace.mhc_post_stream == 'high':
         from megatron_mhc.post_stream import check_post_stream
 
