@@ -1,4 +1,4 @@
-"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels`` and ``schedule``."""
+"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels``, ``schedule`` and ``report``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from megatron_mhc import __version__
+from megatron_mhc import __version__, report
 from megatron_mhc.refusal import refuse
 
 
@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> None:
 
             module.add_parser(topics)
         sys.exit(module.main(parser.parse_args(argv)))
+    report.add_parser(commands)
     options = parser.parse_args(argv)
+    if options.command == 'report':
+        sys.exit(report.main(options))
     from megatron_mhc.doctor import main as doctor_main
 
     sys.exit(doctor_main(options.json))

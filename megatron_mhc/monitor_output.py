@@ -9,11 +9,11 @@ import torch
 from megatron_mhc.monitor_alarm import sublayer_name
 from megatron_mhc.monitor_metrics import OVER_SUBLAYERS
 from megatron_mhc.monitor_reduce import Report
+from megatron_mhc.report import COMPOSITE, GAINS, H_RES
 
 PREFIX = 'mhc/'
-# What `megatron-mhc report` draws by sublayer: tensors, since scalars of hundreds of sublayers
-# would bury everything else on the page.
-H_RES, COMPOSITE, GAINS = (f'{PREFIX}{name}' for name in ('h-res', 'h-res-composite', 'gains'))
+# The rows of the tensor of gains. What is drawn by sublayer is written as tensors: scalars of
+# hundreds of sublayers would bury everything else on TensorBoard's page.
 GAIN_ROWS = (
     'amax-gain-forward',
     'amax-gain-backward',
