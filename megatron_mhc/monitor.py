@@ -85,11 +85,12 @@ class Monitor:
         kept = min(self.settings.tokens, tokens)
         chosen = torch.arange(kept, device=x.device) * tokens // kept
         rows = rows[chosen]
-        # The kernels do not write H_pre out.
-        h_pre = connection.all_maps(rows)[0]
+        # The kernels do not write H_pre out. Cloned: a static one is a view of a parameter, which
+        # the optimizer changes before it is looked at.
+        h_pre = connection.all_maps(rows)[0].detach().float().clone()
         streams = rows.float().unflatten(-1, (n, -1))
         return Sample(
-            h_pre.float(),
+            h_pre,
             carried.h_post.reshape(-1, n)[chosen].float(),
             carried.h_res.reshape(-1, n, n)[chosen].float(),
             streams @ streams.transpose(-1, -2) / streams.shape[-1],

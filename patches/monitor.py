@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
 from megatron_mhc.monitor import Monitor
 from megatron_mhc.monitor_alarm import trouble
@@ -102,6 +104,8 @@ def report(monitor: Monitor, step: dict[str, Any]) -> None:
             writer.flush()
         # A checkpoint of earlier steps may still be on its way to the disk.
         maybe_finalize_async_save(blocking=True, terminate=True)
+        # torchrun ends the ranks that are left as soon as one is gone.
+        torch.distributed.barrier()
         sys.exit(STATUS)
 
 
