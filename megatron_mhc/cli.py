@@ -1,13 +1,29 @@
-"""The ``megatron-mhc`` command; ``--help`` lists its subcommands, each with a help of its own."""
+"""The ``megatron-mhc`` command: a table of subcommands, of which only the one asked for is loaded.
+
+A subcommand's module has ``add_arguments(parser)``, which also names what runs it:
+``parser.set_defaults(run=main)``, where ``main(options)`` returns the exit status.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from typing import NoReturn
 
 from megatron_mhc import __version__
 from megatron_mhc.refusal import refuse
+
+# name -> (module, help)
+COMMANDS = {
+    'run': ('run', 'run a pretrain script with --residual-type available'),
+    'doctor': ('doctor', 'print versions, device, optional packages and the state of every patch'),
+    'schedule': ('schedule_cli', 'about pipeline schedules'),
+    'recipe': ('recipe_cli', "the mHC paper's models"),
+    'recompute': ('recompute_memory', 'measure the memory of block recompute beside the formula'),
+    'report': ('report', 'draw loss, gradient norm, gains and maps of runs with --mhc-monitor'),
+    'kernels': ('kernels_cli', 'about the Triton kernels'),
+}
 
 
 class _OneLine(argparse.ArgumentParser):
@@ -25,54 +41,17 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_mhc.run import main as run
 
         return run(argv[1:], prog='megatron-mhc run')
-    parser = argparse.ArgumentParser(prog='megatron-mhc', description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog='megatron-mhc', description='Hyper-connections for Megatron-Core.'
+    )
     parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, parser_class=_OneLine)
-    commands.add_parser('run', help='run a pretrain script with --residual-type available')
-    doctor = commands.add_parser(
-        'doctor', help='print versions, device, optional packages and the state of every patch'
-    )
-    doctor.add_argument('--json', action='store_true', help='print one JSON object')
-    kernels = commands.add_parser('kernels', help='about the Triton kernels')
-    topics = kernels.add_subparsers(dest='topic', required=True)
-    if argv[:1] == ['kernels']:
-        from megatron_mhc import kernels_accuracy, kernels_report
-
-        modules = {'report': kernels_report, 'accuracy': kernels_accuracy}
-        for module in modules.values():
-            module.add_parser(topics)
-        options = parser.parse_args(argv)
-        sys.exit(modules[options.topic].main(options))
-    schedule = commands.add_parser('schedule', help='about pipeline schedules')
-    topics = schedule.add_subparsers(dest='topic', required=True)
-    if argv[:1] == ['schedule']:
-        from megatron_mhc import schedule_cli as module
-
-        module.add_parsers(topics)
-        if not set(argv[1:2]) & set(module.TOPICS):
-            from megatron_mhc import schedule_trace as module
-
-            module.add_parser(topics)
-        sys.exit(module.main(parser.parse_args(argv)))
-    recompute = commands.add_parser(
-        'recompute', help='measure the memory of block recompute beside the formula'
-    )
-    if argv[:1] == ['recompute']:
-        from megatron_mhc import recompute_memory
-
-        recompute_memory.add_arguments(recompute)
-        sys.exit(recompute_memory.main(parser.parse_args(argv)))
-    recipe = commands.add_parser('recipe', help="the mHC paper's models")
-    topics = recipe.add_subparsers(dest='topic', required=True)
-    if argv[:1] == ['recipe']:
-        from megatron_mhc import recipe_cli
-
-        recipe_cli.add_parsers(topics)
-        sys.exit(recipe_cli.main(parser.parse_args(argv)))
+    for name, (module, words) in COMMANDS.items():
+        command = commands.add_parser(name, help=words)
+        if argv[:1] == [name]:
+            importlib.import_module(f'megatron_mhc.{module}').add_arguments(command)
     options = parser.parse_args(argv)
-    from megatron_mhc.doctor import main as doctor_main
-
-    sys.exit(doctor_main(options.json))
+    sys.exit(options.run(options))
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -101,11 +102,17 @@ def _patches() -> list[dict]:
     return rows
 
 
-def main(as_json: bool = False) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``megatron-mhc doctor``."""
+    parser.add_argument('--json', action='store_true', help='print one JSON object')
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
     """Print the report; 1 when something needs a remedy, else 0."""
     found = report()
     broken = [row for row in found['patches'] if row['state'] in ('missing', 'unknown')]
-    if as_json:
+    if options.json:
         print(json.dumps(found, indent=2))
         return int(bool(found['problem'] or broken))
     for name, value in found.items():

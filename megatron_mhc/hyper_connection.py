@@ -111,6 +111,8 @@ class HyperConnection(KeepFP32):
             self.reset_parameters()
         for parameter in self.parameters():
             parameter.sequence_parallel = sequence_parallel
+        # ``(streams, carried, sublayer output)`` of each forward in training, for the monitors.
+        self.probe: Callable[[Tensor, ops.Carried, Tensor], None] | None = None
 
     @abstractmethod
     def build_parameters(self) -> None:
@@ -148,9 +150,18 @@ class HyperConnection(KeepFP32):
         return x, *self.read(x)
 
     def read(self, x: Tensor) -> tuple[Tensor, ops.Carried]:
-        h_pre, h_post, h_res = self._fix(x, self.maps(x) if self._has_parameters() else (None,) * 3)
+        h_pre, h_post, h_res = self.all_maps(x)
         u = ops.pre(x, h_pre, backend=self.residual.kernel_backend)
         return u, ops.Carried(x, h_post, h_res, fused=False)
+
+    def all_maps(self, x: Tensor) -> Maps:
+        """``maps``, with those that are held fixed in their place."""
+        return self._fix(x, self.maps(x) if self._has_parameters() else (None,) * 3)
+
+    def observe(self, x: Tensor, carried: ops.Carried, y: Tensor) -> None:
+        """Show the monitors, if there are any, what this sublayer read and made."""
+        if self.probe is not None and self.training:
+            self.probe(x, carried, y)
 
     def write_read(self, pending: Pending) -> tuple[Tensor, Tensor, ops.Carried]:
         x = self.post(*pending)

@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     add('--dtype', choices=sorted(DTYPES), default='bf16', help='of the streams (default: bf16)')
     add('--seed', type=int, help='of the inputs (default: a fresh one)')
     add('--json', action='store_true', help='print one JSON object')
+    parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:

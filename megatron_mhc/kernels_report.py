@@ -53,6 +53,7 @@ def add_parser(commands: Any) -> None:
     add('--kernel', nargs='+', default=None, help='only kernels whose name begins like this')
     add('--ceilings', type=Path, default=CEILINGS, help='JSON file with ceilings')
     add('--json', action='store_true', help='print one JSON object')
+    parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -181,6 +181,7 @@ class HyperConnectionLayerMixin:
         u, carried = _read(connection, hidden_states, block)
         with _collected_tail() as tail:
             y, context = super()._forward_attention(u, *args, **kwargs)
+        connection.observe(hidden_states, carried, y)
         pending = Pending(y, carried, **tail)
         return _write(pending, block, connection, self.mlp_hyper_connection), context
 
@@ -192,6 +193,7 @@ class HyperConnectionLayerMixin:
         u, carried = _read(connection, hidden_states, block)
         with _collected_tail() as tail:
             y = super()._forward_mlp(u, *args, **kwargs)
+        connection.observe(hidden_states, carried, y)
         if self.post_stream is None or not self.training:
             # The name that `megatron-mhc schedule trace` looks for.
             with torch.profiler.record_function('mhc/F_post_res'):

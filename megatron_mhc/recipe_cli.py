@@ -23,8 +23,10 @@ GPUS = {'80 GB': 79 * GIB, '141 GB': 139 * GIB}
 _SIZES = ('gpus', 'tp', 'pp', 'ep', 'dp', 'micro_batch')
 
 
-def add_parsers(topics: Any) -> None:
-    """Add the subcommands of ``megatron-mhc recipe``."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The topics of ``megatron-mhc recipe``."""
+    parser.set_defaults(run=main)
+    topics = parser.add_subparsers(dest='topic', required=True)
     listing = topics.add_parser('list', help='the models and their layouts')
     show = topics.add_parser(
         'show',

@@ -46,6 +46,7 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc recompute``."""
+    parser.set_defaults(run=main)
     parser.description = __doc__.partition('\n\n')[2]
     add = parser.add_argument
     add('--sublayers', type=int, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers')

@@ -15,6 +15,7 @@ import sys
 
 from megatron_mhc.arguments import add_residual_arguments
 from megatron_mhc.bootstrap import DEVICES, prepare
+from megatron_mhc.monitor_arguments import add_monitor_arguments
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments
 from megatron_mhc.refusal import refuse
 
@@ -26,7 +27,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         prog=prog,
         description='Run a Megatron pretrain script, unmodified, with hyper-connections available.',
         epilog='flags that SCRIPT gains (SCRIPT --help lists them beside its own):\n'
-        + add_pipeline_arguments(add_residual_arguments(flags)).format_help(),
+        + add_monitor_arguments(
+            add_pipeline_arguments(add_residual_arguments(flags))
+        ).format_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -8,8 +8,8 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
+from megatron_mhc import schedule_trace
 from megatron_mhc.refusal import refuse
 from megatron_mhc.schedules.catalog import SCHEDULES, make_plan
 from megatron_mhc.schedules.lowering import lower
@@ -40,14 +40,15 @@ _HELP = {
     'simulate': 'step time, bubble and live activations of a schedule',
     'compare': 'a table of all schedules for these ranks and microbatches',
 }
-TOPICS = tuple(_HELP)
 # Enough for the sums of a step; the digits behind are rounding.
 _DIGITS = 9
 _LARGEST = 1_000_000
 
 
-def add_parsers(topics: Any) -> None:
-    """Add the subcommands of ``megatron-mhc schedule``."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The topics of ``megatron-mhc schedule``."""
+    topics = parser.add_subparsers(dest='topic', required=True)
+    parser.set_defaults(run=main)
     for topic, words in _HELP.items():
         parser = topics.add_parser(
             topic,
@@ -81,6 +82,7 @@ def add_parsers(topics: Any) -> None:
             parser.add_argument(
                 '--width', type=_width, help='columns of text, 0 for all (default: the terminal)'
             )
+    schedule_trace.add_parser(topics)
 
 
 def _add_times(parser: argparse.ArgumentParser) -> None:

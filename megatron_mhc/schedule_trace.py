@@ -74,6 +74,7 @@ def add_parser(topics: Any) -> None:
             limits.add_argument(_OPTIONS[name], type=_share, metavar='X', help=f'{words}, 0 to 1')
         else:
             limits.add_argument(_OPTIONS[name], type=_delay, metavar='US', help=f'{words}, in us')
+    parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.kernel_choice import announce_kernels
+from megatron_mhc.monitor_arguments import add_monitor_arguments, resolve_monitor
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
@@ -22,7 +23,12 @@ from megatron_mhc.refusal import refuse
 from megatron_mhc.step_lr import add_step_lr_arguments, resolve_step_lr
 
 # What adds our argument groups, in the order in which --help shows them.
-GROUPS = (add_residual_arguments, add_pipeline_arguments, add_step_lr_arguments)
+GROUPS = (
+    add_residual_arguments,
+    add_pipeline_arguments,
+    add_step_lr_arguments,
+    add_monitor_arguments,
+)
 OWN_FLAGS = (
     '--residual-type',
     '--mhc-',
@@ -51,6 +57,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     # Imported here: the patches import megatron.core, which --help does not need.
     from megatron_mhc.patches.registry import (
         GPT_MODEL_PATCH,
+        MONITOR_PATCHES,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
         STEP_LR_PATCH,
@@ -67,12 +74,15 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     announce_kernels(namespace, residual)
     pipeline = resolve_pipeline(namespace)
     steps = resolve_step_lr(namespace)
+    monitor = resolve_monitor(namespace)
     if residual.enabled:
         apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
         apply(SCHEDULE_PATCHES)
     if steps:
         apply((STEP_LR_PATCH,))
+    if monitor is not None:
+        apply(MONITOR_PATCHES)
     if namespace.mhc_post_stream == 'high':
         from megatron_mhc.post_stream import check_post_stream
 

@@ -9,6 +9,7 @@ from megatron_mhc.patches.flops import FLOPS_PATCH
 from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
 from megatron_mhc.patches.inverted_v import INVERTED_V_PATCHES
 from megatron_mhc.patches.moe_lanes import MOE_LANE_PATCHES
+from megatron_mhc.patches.monitor import MONITOR_PATCHES
 from megatron_mhc.patches.p2p import P2P_PATCH
 from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCHES
 from megatron_mhc.patches.pipeline_schedule import PIPELINE_SCHEDULE_PATCHES
@@ -28,6 +29,13 @@ SCHEDULE_PATCHES = (
     *PIPELINE_SCHEDULE_PATCHES,
     *MOE_LANE_PATCHES,
 )
-_ORDERED = (DATASET_HELPERS_PATCH, ARGUMENTS_PATCH, *RESIDUAL_PATCHES, *TRAINING_PATCHES)
-_ORDERED += (*SCHEDULE_PATCHES, STEP_LR_PATCH)
+_ORDERED = (
+    DATASET_HELPERS_PATCH,
+    ARGUMENTS_PATCH,
+    *RESIDUAL_PATCHES,
+    *TRAINING_PATCHES,
+    *SCHEDULE_PATCHES,
+    *MONITOR_PATCHES,
+    STEP_LR_PATCH,
+)
 ALL_PATCHES = tuple({patch.id: patch for patch in _ORDERED}.values())

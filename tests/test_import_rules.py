@@ -21,7 +21,11 @@ EAGER = {
     'megatron_mhc': ('torch', 'packaging', 'megatron_mhc', 'megatron.core'),
     'patches': ('torch', 'packaging', 'numpy', 'megatron_mhc', 'megatron'),
 }
-LAZY = {'megatron_mhc': ('matplotlib', 'megatron.training', 'numpy', 'tqdm', 'triton')}
+LAZY = {
+    'megatron_mhc': (
+        *('matplotlib', 'megatron.training', 'numpy', 'tensorboard', 'tqdm', 'triton'),
+    ),
+}
 # These may need torch: they run a plan instead of describing one.
 EXECUTOR = ('schedules/executor',)
 

@@ -49,6 +49,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+from megatron_mhc.monitor import Monitor  # noqa: E402
+from megatron_mhc.monitor_arguments import MonitorConfig  # noqa: E402
+from megatron_mhc.monitor_reduce import gather  # noqa: E402
 from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
 from megatron_mhc.patches.registry import RESIDUAL_PATCHES, SCHEDULE_PATCHES  # noqa: E402
@@ -211,8 +214,12 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         optimizer = get_megatron_optimizer(
             optimizer_config, chunks, get_standard_config_overrides(optimizer_config)
         )
+    monitor = None
+    if case.get('tokens'):
+        settings = MonitorConfig(interval=1, tokens=case['tokens'], alarm='warn')
+        monitor = Monitor(chunks, settings, lambda: 1)
     forward_only = case.get('forward_only', False)
-    mine = batches(case.get('microbatches', 4))
+    mine = batches(case.get('microbatches', 4))[case.get('skipped', 0) :]
     for chunk in chunks:
         chunk.zero_grad_buffer()
         chunk.train()
@@ -227,6 +234,13 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         micro_batch_size=1,
         forward_only=forward_only,
     )
+    report = {}
+    if monitor is not None:
+        monitor.after_backward()
+        found = gather(monitor, config.num_layers, 4, True, 1.0)
+        report = {name: values.tolist() for name, values in found.metrics.items()}
+        report |= {'h-res': found.h_res.tolist(), 'composite': found.composite.tolist()}
+        report['pipeline-rank'] = found.pipeline_rank.tolist()
     gathered = [None] * torch.distributed.get_world_size()
     own = [entry['loss'].item() for entry in losses]
     first_of_tp = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -240,7 +254,7 @@ def step(case: dict, folder: pathlib.Path) -> dict:
                     for parameter in chunk.module.parameters():
                         parameter.data.copy_(parameter.main_grad)
         save(weights(chunks), folder / case['name'])
-    return {'losses': gathered}
+    return {'losses': gathered, 'report': report}
 
 
 def save(state: dict, path: pathlib.Path) -> None:

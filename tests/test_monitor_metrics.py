@@ -1,0 +1,179 @@
+"""The monitors' mathematics against brute force in fp64, and what a report calls trouble."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from megatron_mhc import ops
+from megatron_mhc.monitor_alarm import sublayer_name, trouble
+from megatron_mhc.monitor_arguments import MonitorConfig
+from megatron_mhc.monitor_metrics import (
+    MAXIMA,
+    MEANS,
+    Sample,
+    composites,
+    entropy,
+    gain_backward,
+    gain_forward,
+    maxima,
+    off_diagonal_mass,
+    similarity,
+    sums,
+)
+from megatron_mhc.monitor_output import scalars
+from megatron_mhc.monitor_reduce import Report
+
+L, K, N = 6, 5, 4
+
+
+@pytest.fixture
+def h_res(random_seed):
+    return torch.randn(L, K, N, N, dtype=torch.float64)
+
+
+def test_gains_are_the_largest_absolute_sums(h_res):
+    forward, backward = gain_forward(h_res), gain_backward(h_res)
+    for sublayer, token in itertools.product(range(L), range(K)):
+        matrix = h_res[sublayer, token].tolist()
+        rows = [sum(abs(value) for value in row) for row in matrix]
+        columns = [sum(abs(row[j]) for row in matrix) for j in range(N)]
+        assert forward[sublayer, token].item() == pytest.approx(max(rows), rel=1e-14)
+        assert backward[sublayer, token].item() == pytest.approx(max(columns), rel=1e-14)
+
+
+def test_composites_are_ordered_products(h_res):
+    products = composites(h_res)
+    for first in range(L):
+        for token in range(K):
+            product = torch.eye(N, dtype=torch.float64)
+            for sublayer in range(first, L):
+                product = h_res[sublayer, token] @ product
+            assert torch.allclose(products[first, token], product, rtol=1e-12)
+
+
+def test_the_gains_of_mhc_are_bounded(random_seed):
+    products = composites(ops.sinkhorn(4 * torch.randn(30, K, N, N, dtype=torch.float64)))
+    assert torch.allclose(gain_forward(products), torch.ones(30, K, dtype=torch.float64))
+    assert gain_backward(products).max() <= N
+
+
+def test_values_of_known_maps():
+    even, one = torch.full((1, N), 0.3), torch.eye(N)[:1]
+    assert entropy(even).item() == pytest.approx(1) and entropy(one).item() == 0
+    assert off_diagonal_mass(torch.eye(N)).item() == 0
+    assert off_diagonal_mass(torch.full((N, N), 1 / N)).item() == pytest.approx(1 - 1 / N)
+    assert similarity(torch.full((N, N), 2.0)).item() == pytest.approx(1)
+    assert similarity(torch.diag(torch.tensor([1.0, 2, 3, 4]))).item() == 0
+
+
+def test_columns_are_sums_over_tokens(h_res):
+    x = torch.randn(L, K, N, 8, dtype=torch.float64)
+    pre, post = torch.rand(2, L, K, N, dtype=torch.float64)
+    sample = Sample(pre, post, h_res, x @ x.transpose(-1, -2) / 8)
+    table = sums(sample, composites(h_res))
+    means = dict(zip(MEANS, (table / K).unbind(-1), strict=False))
+    rms = x.square().mean(-1).sqrt()
+    assert torch.allclose(means['stream-rms'], rms.mean((1, 2)))
+    assert torch.allclose(means['stream-norm-ratio'], (rms.amin(-1) / rms.amax(-1)).mean(1))
+    pairs = itertools.combinations(range(N), 2)
+    cosines = [torch.cosine_similarity(x[:, :, i], x[:, :, j], dim=-1) for i, j in pairs]
+    assert torch.allclose(means['stream-similarity'], torch.stack(cosines).mean(0).mean(1))
+    assert torch.allclose(means['row-sum-error'], (h_res.sum(-1) - 1).abs().amax(-1).mean(1))
+    assert torch.allclose(means['column-sum-error'], (h_res.sum(-2) - 1).abs().amax(-1).mean(1))
+    maps = (table / K)[:, -2 * N * N :].unflatten(-1, (2, N, N))
+    assert torch.allclose(maps[:, 0], h_res.mean(1))
+    assert torch.allclose(maps[:, 1], composites(h_res).mean(1))
+    largest = dict(zip(MAXIMA, maxima(sample).unbind(-1), strict=True))
+    assert torch.equal(largest['pre-max'], pre.amax((1, 2)))
+    assert torch.equal(-largest['post-min'], post.amin((1, 2)))
+
+
+def made(changes: dict | None = None, present=(True,) * L) -> Report:
+    """A healthy report in which ``changes`` are made: (metric, sublayer) -> value."""
+    zeros = ('nonfinite-streams', 'nonfinite-maps', 'nonfinite-outputs', 'mapping-grad-norm')
+    ones = [
+        f'amax-{kind}gain-{way}' for kind in ('', 'composite-') for way in ('forward', 'backward')
+    ]
+    metrics = {name: torch.zeros(L) for name in zeros} | {name: torch.ones(L) for name in ones}
+    for (name, sublayer), value in (changes or {}).items():
+        metrics[name][sublayer] = value
+    maps = torch.eye(N).expand(L, N, N)
+    rank = torch.where(torch.tensor(present), torch.arange(L) // 3, -1)
+    return Report(metrics, maps, maps, rank)
+
+
+WATCHED = MonitorConfig(interval=1, alarm='warn', alarm_gain=3.0)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'norm', 'where', 'what'),
+    [
+        ({('nonfinite-maps', 3): 2}, 1.0, 'layer 2 mlp (pipeline rank 1)', 'H_post or H_res'),
+        # The first sublayer, and what a forward meets first in it.
+        (
+            {
+                ('nonfinite-outputs', 4): 1,
+                ('nonfinite-outputs', 2): 1,
+                ('nonfinite-streams', 3): 1,
+                ('amax-gain-forward', 0): 99,
+            },
+            math.nan,
+            'layer 2 attention (pipeline rank 0)',
+            'output is not finite',
+        ),
+        ({('nonfinite-streams', 0): 1}, math.nan, 'layer 1 attention', 'embedding'),
+        # A backward begins at the end.
+        (
+            {('mapping-grad-norm', 4): math.inf, ('mapping-grad-norm', 1): math.nan},
+            math.nan,
+            'layer 3 attention',
+            'gradient of its mapping',
+        ),
+        ({}, math.inf, 'the gradient norm is inf', 'embedding and the output layer'),
+        (
+            {('amax-gain-backward', 2): 3.5, ('amax-composite-gain-forward', 0): 9},
+            1.0,
+            'layer 2 attention (pipeline rank 0): H_res has amax gain 3.5',
+            '--mhc-alarm-gain',
+        ),
+        # The product from the end exceeds the threshold at sublayer 3 first.
+        (
+            {('amax-composite-gain-backward', s): 9.0 - s for s in range(4)},
+            1.0,
+            'layer 2 mlp (pipeline rank 1): the product',
+            'gain 6',
+        ),
+    ],
+)
+def test_trouble_names_the_first_sublayer(changes, norm, where, what):
+    line = trouble(made(changes), WATCHED, norm)
+    assert line.startswith(where) and what in line and '\n' not in line
+
+
+def test_no_trouble():
+    assert trouble(made(), WATCHED, 1.0) is None
+    # A step that the loss scaler skipped has no norm, and its gradients are no news.
+    assert trouble(made({('mapping-grad-norm', 1): math.inf}), WATCHED, None) is None
+
+
+def test_scalars_of_half_layers_leave_out_what_is_not_there():
+    norms = {('mapping-grad-norm', 0): 3.0, ('mapping-grad-norm', 5): 4.0}
+    report = made(norms, (True, True, False, True, True, True))
+    values = scalars(report, per_layer=False)
+    assert values['mhc/mapping-grad-norm'] == 5 and values['mhc/amax-gain-forward'] == 1
+    every = scalars(report, per_layer=True)
+    assert len(every) == len(values) * 6
+    assert every['mhc/mapping-grad-norm/layer-3-mlp'] == 4
+    assert 'mhc/mapping-grad-norm/layer-2-attention' not in every
+
+
+def test_sublayers_are_named_as_megatron_numbers_layers():
+    assert [sublayer_name(s) for s in (0, 1, 4)] == [
+        'layer 1 attention',
+        'layer 1 mlp',
+        'layer 3 attention',
+    ]
