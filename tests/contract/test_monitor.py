@@ -65,6 +65,17 @@ def test_what_is_measured_is_what_ran(build, step, watch, residual):
         assert torch.allclose(report.h_res[row], h_res.mean((0, 1)), rtol=1e-4, atol=1e-6)
 
 
+def test_static_maps_are_those_before_the_optimizer_step(build, step, watch):
+    model = build(STATIC)
+    monitor = watch(model)
+    step(model)
+    with torch.no_grad():
+        for connection in monitor.connections:
+            connection.bias.add_(100)
+    metrics = reported(monitor).metrics
+    assert max(metrics[name].max() for name in ('pre-max', 'post-max', 'amax-gain-forward')) == 1
+
+
 @pytest.mark.parametrize('config', [{}, FULL])
 def test_monitors_change_no_bit(build, step, watch, config):
     plain = step(build(MHC, **config))
