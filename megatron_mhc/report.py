@@ -1,8 +1,9 @@
 """``megatron-mhc report``: loss, gradient norm, gains and mean H_res of monitored runs, one page.
 
-Laid out as the mHC paper's figures: loss and gradient norm (5), amax gain of single and composite
-H_res by sublayer (3, 7), maps as heat-maps with their row and column sums (8). The numbers come
-from the TensorBoard events that ``--mhc-monitor`` wrote.
+Laid out as the mHC paper's figures: loss, its gap to the first run and gradient norm (5), amax gain
+of single and composite H_res by sublayer (3, 7), maps as heat-maps with their row and column sums
+(8). The numbers come from TensorBoard events, those of maps from ``--mhc-monitor``; a run without
+it, such as a standard one to compare with, is drawn as far as it goes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ HISTORY = {
     'composite': ('mhc/amax-composite-gain-forward', 'mhc/amax-composite-gain-backward'),
 }
 STYLES = {'forward': '-', 'backward': '--'}
+SIMILARITY = 'mhc/stream-similarity'
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,15 @@ class Run:
     Args:
         name: in legends.
         scalars: tag -> iteration -> value.
-        iteration: of the last report, which the maps and gains by sublayer are of.
+        iteration: of the last report, which the maps and gains by sublayer are of; None where maps
+            were not monitored, and then there are none.
         gains: ``[4][L]``, single forward and backward, composite forward and backward.
         h_res, composite: ``[L][n][n]``, means over the tokens.
     """
 
     name: str
     scalars: dict[str, dict[int, float]]
-    iteration: int
+    iteration: int | None
     gains: list
     h_res: list
     composite: list
@@ -47,7 +50,7 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
     """Read the events below ``folder``.
 
     Raises:
-        ValueError: it holds no events, or none of the monitors.
+        ValueError: it holds no events, or those of several runs.
         RuntimeError: TensorBoard is not installed.
     """
     try:
@@ -66,26 +69,25 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
     # 0 keeps every point instead of a random sample; the newest of the maps is enough.
     guidance = {'scalars': 0, 'tensors': 1}
     loaded = [EventAccumulator(str(f), size_guidance=guidance).Reload() for f in sorted(folders)]
-    watched = [events for events in loaded if H_RES in events.Tags()['tensors']]
-    if not watched:
+    training = [events for events in loaded if LOSS in events.Tags()['scalars']]
+    if not training:
+        raise ValueError(f'LOGDIR {folder}: its events have no {LOSS!r}; name a run of Megatron')
+    if len(training) > 1:
         raise ValueError(
-            f'LOGDIR {folder}: its events have no {H_RES}; train with --mhc-monitor, and for at '
-            'least --mhc-monitor-interval iterations'
+            f'LOGDIR {folder}: {len(training)} folders below it hold runs; name one of them: '
+            f'{", ".join(events.path for events in training)}'
         )
-    if len(watched) > 1:
-        raise ValueError(
-            f'LOGDIR {folder}: {len(watched)} folders below it hold monitored runs; name one of '
-            f'them: {", ".join(events.path for events in watched)}'
-        )
-    events = watched[0]
+    events = training[0]
     scalars = {
         # A resumed run repeats iterations; the last value written counts.
         tag: {e.step: e.value for e in sorted(events.Scalars(tag), key=lambda e: e.wall_time)}
         for tag in events.Tags()['scalars']
     }
+    scalars = {tag: dict(sorted(values.items())) for tag, values in scalars.items()}
+    if H_RES not in events.Tags()['tensors']:
+        return Run(name, scalars, None, [], [], [])
     last = {tag: events.Tensors(tag)[-1] for tag in (GAINS, H_RES, COMPOSITE)}
     arrays = [make_ndarray(event.tensor_proto).tolist() for event in last.values()]
-    scalars = {tag: dict(sorted(values.items())) for tag, values in scalars.items()}
     return Run(name, scalars, last[H_RES].step, *arrays)
 
 
@@ -110,7 +112,7 @@ def draw(runs: list[Run], output: pathlib.Path, sublayers: list[int] | None) -> 
 
     Raises:
         RuntimeError: matplotlib is not installed.
-        ValueError: no such sublayer, or no such format.
+        ValueError: no run has maps, or no such sublayer, or no such format.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -119,9 +121,15 @@ def draw(runs: list[Run], output: pathlib.Path, sublayers: list[int] | None) -> 
         raise RuntimeError(
             'the page needs matplotlib, which is not installed; pip install matplotlib'
         ) from error
-    chosen = [chosen_sublayers(run, sublayers) for run in runs]
+    mapped = [run for run in runs if run.iteration is not None]
+    if not mapped:
+        raise ValueError(
+            f'LOGDIR: the events of {", ".join(run.name for run in runs)} have no {H_RES}; train '
+            'with --mhc-monitor, and for at least --mhc-monitor-interval iterations'
+        )
+    chosen = [chosen_sublayers(run, sublayers) for run in mapped]
     columns = max(2 * len(numbers) for numbers in chosen)
-    height = 3.0 * (3 + len(runs))
+    height = 3.0 * (4 + len(mapped))
     figure = Figure(figsize=(max(11, 2.4 * columns), height), dpi=110, layout='constrained')
     canvas = FigureCanvasAgg(figure)
     if output.suffix.lstrip('.') not in canvas.get_supported_filetypes():
@@ -129,42 +137,57 @@ def draw(runs: list[Run], output: pathlib.Path, sublayers: list[int] | None) -> 
             f'--output {output}: unknown format {output.suffix or "(none)"}; name a .png, .svg or '
             '.pdf file'
         )
-    curves, maps = figure.subfigures(2, 1, height_ratios=[3, len(runs)])
-    _draw_curves(curves.subplots(3, 2), runs)
-    panels = maps.subfigures(len(runs), 1, squeeze=False)[:, 0]
-    for panel, run, numbers in zip(panels, runs, chosen, strict=True):
+    curves, maps = figure.subfigures(2, 1, height_ratios=[4, len(mapped)])
+    _draw_curves(curves.subplots(4, 2), runs)
+    panels = maps.subfigures(len(mapped), 1, squeeze=False)[:, 0]
+    for panel, run, numbers in zip(panels, mapped, chosen, strict=True):
         _draw_maps(panel, run, numbers)
     figure.savefig(output)
 
 
 def _draw_curves(axes, runs: list[Run]) -> None:
-    (loss, norm), histories, by_sublayer = axes
+    (loss, gap), (norm, similarity), histories, by_sublayer = axes
     for index, run in enumerate(runs):
         colour = f'C{index}'
-        for panel, tag in ((loss, LOSS), (norm, GRADIENT_NORM)):
+        for panel, tag in ((loss, LOSS), (norm, GRADIENT_NORM), (similarity, SIMILARITY)):
             points = run.scalars.get(tag, {})
             panel.plot(list(points), list(points.values()), color=colour, lw=1, label=run.name)
+        points = loss_gap(run, runs[0])
+        gap.plot(list(points), list(points.values()), color=colour, lw=1, label=run.name)
         for panel, tags in zip(histories, HISTORY.values(), strict=True):
             for tag, (direction, style) in zip(tags, STYLES.items(), strict=True):
                 points = run.scalars.get(tag, {})
-                label = f'{run.name}, {direction}'
+                label = f'{run.name}, {direction}' if points else None
                 panel.plot(list(points), list(points.values()), style, color=colour, label=label)
-        for number, panel in enumerate(by_sublayer):
+        for number, panel in enumerate(by_sublayer if run.gains else ()):
             for row, style in enumerate(STYLES.values()):
                 gains = run.gains[2 * number + row]
                 panel.plot(range(len(gains)), gains, style, color=colour, marker='.')
     loss.set(title='loss', xlabel='iteration')
+    gap.set(title=f'loss, less that of {runs[0].name} (running mean)', xlabel='iteration')
     norm.set(title='gradient norm', xlabel='iteration')
+    similarity.set(title='mean cosine of two streams', xlabel='iteration')
     for panel, kind in zip(histories, HISTORY, strict=True):
         panel.set(title=f'amax gain, {kind}, largest of all sublayers', xlabel='iteration')
     for panel, kind in zip(by_sublayer, ('H_res[l]', 'H_res[L-1] ... H_res[l]'), strict=True):
         panel.set(title=f'amax gain of {kind} at the last report', xlabel='sublayer l')
     for panel in (norm, *histories, *by_sublayer):
         panel.set_yscale('log')
-    for panel in (*axes[0], *histories):
+    for panel in (*axes[0], norm, *histories):
         panel.legend(fontsize=7)
     for panel in axes.flat:
         panel.grid(alpha=0.3)
+
+
+def loss_gap(run: Run, baseline: Run) -> dict[int, float]:
+    """Iteration -> loss of ``run`` less that of ``baseline``, a mean over a tenth of the points."""
+    losses, base = run.scalars.get(LOSS, {}), baseline.scalars.get(LOSS, {})
+    gaps = {step: losses[step] - base[step] for step in losses if step in base}
+    window, values = max(1, len(gaps) // 10), list(gaps.values())
+    return {
+        step: sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)
+        for i, step in enumerate(gaps)
+    }
 
 
 def _draw_maps(figure, run: Run, sublayers: list[int]) -> None:

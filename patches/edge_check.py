@@ -36,7 +36,7 @@ def agree_on_edges(
     """
     if config.pipeline_model_parallel_size < 2 or not parallel_state.is_initialized():
         return
-    # Each rank builds the same number of models (virtual stages, teachers) in the same order.
+    # Each rank builds the same number of models (teachers, for one) in the same order.
     build = next(_BUILDS)
     store = dist.distributed_c10d._get_default_store()
     edge = (

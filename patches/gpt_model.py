@@ -90,6 +90,9 @@ def _wrap(original: Callable) -> Callable:
             # The communicator and the optimizer read it from the config they share with the model.
             config.residual_config = residual
             negotiate_shapes_if_needed(config)
+            # Ahead of every chunk: tied embeddings are reduced across stages while they are built.
+            if not bound.arguments.get('vp_stage'):
+                agree_on_edges(config, residual)
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:
@@ -99,7 +102,6 @@ def _wrap(original: Callable) -> Callable:
         original(*bound.args, **bound.kwargs)
         if residual.enabled:
             widen_block(self.decoder, residual)
-            agree_on_edges(config, residual)
         if pipeline is not None:
             tie(self)
         if post_stream_of(config) == 'high':

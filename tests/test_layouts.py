@@ -46,6 +46,7 @@ CASES = [
     ('pp2', 'hc', 2, {'layout': {'pp': 2}}, True),
     ('pp2', 'head', 2, {'layout': {'pp': 2}}, True),
     ('pp2', 'tied', 2, {'layout': {'pp': 2}}, False),
+    ('pp2-vpp2', 'tied', 2, {'layout': VPP2}, False),
     ('pp2-full', 'mhc', 2, PP2_FULL, True),
     ('pp2-vpp2', 'mhc', 2, {'layout': {'pp': 2, 'vpp': 2}}, True),
     ('pp2-vpp2', 'hc', 2, {'layout': {'pp': 2, 'vpp': 2}}, True),
