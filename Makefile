@@ -24,8 +24,8 @@ train: $(VENV)/.installed ## train a small GPT with mHC on real text and plot it
 compare: $(VENV)/.installed ## train standard, hc and mhc from one seed and plot them together
 	@$(RUN) tools/quickstart.py compare $(ARGS)
 
-test: $(VENV)/.installed ## run the tests
-	@$(RUN) -m pytest $(ARGS)
+test: $(VENV)/.installed ## run the tests, two files at a time (-n 0: one)
+	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.installed ## time the mHC ops on a GPU, beside torch and every installed peer
 	@$(RUN) tools/bench/bench.py $(ARGS)

@@ -52,6 +52,7 @@ setup(
             'hypothesis',
             'pytest',
             'pytest-timeout',
+            'pytest-xdist',
             'ruff',
             'setuptools>=68',
         ],

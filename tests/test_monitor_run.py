@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from megatron_mhc.cli import main as cli
-from megatron_mhc.report import read_run
+from megatron_mhc.report import Run, loss_gap, read_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 POISONED = ROOT / 'tests' / 'layouts' / 'poisoned_pretrain.py'
@@ -95,15 +95,43 @@ def test_report_refuses_in_one_line(watched, capsys, arguments, said):
     assert end.value.code == 2 and said.replace('WATCHED', str(watched)) in line
 
 
-def test_report_refuses_a_run_without_monitors(tmp_path, capsys):
+@pytest.fixture
+def standard(tmp_path):
+    """Events of a run without monitors."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(tmp_path)) as writer:
-        writer.add_scalar('lm loss', 1.0, 1)
+    folder = tmp_path / 'standard'
+    with SummaryWriter(str(folder)) as writer:
+        for step, loss in enumerate((5.0, 4.0, 3.5, 3.0), start=1):
+            writer.add_scalar('lm loss', loss, step)
+    return folder
+
+
+def test_report_refuses_runs_of_which_none_has_monitors(standard, capsys):
     with pytest.raises(SystemExit):
-        cli(['report', str(tmp_path)])
+        cli(['report', f'standard={standard}'])
     (line,) = capsys.readouterr().err.splitlines()
-    assert 'no mhc/h-res; train with --mhc-monitor' in line
+    assert 'standard have no mhc/h-res; train with --mhc-monitor' in line
+
+
+def test_a_run_without_monitors_is_the_others_baseline(watched, standard, tmp_path, capsys):
+    page = tmp_path / 'page.png'
+    with pytest.raises(SystemExit) as end:
+        cli(['report', f'standard={standard}', f'mhc={watched}', '-o', str(page)])
+    assert end.value.code == 0 and page.stat().st_size > 50_000
+    base, run = read_run(standard, 'standard'), read_run(watched, 'mhc')
+    gap, losses = loss_gap(run, base), run.scalars['lm loss']
+    # Where both have a loss; a tenth of four points is one.
+    assert gap == {step: losses[step] - base.scalars['lm loss'][step] for step in (1, 2, 3, 4)}
+    assert set(loss_gap(base, base).values()) == {0.0}
+
+
+def test_the_gap_is_smoothed():
+    losses = {step: float(step) for step in range(1, 31)}
+    run = Run('run', {'lm loss': losses}, None, [], [], [])
+    base = Run('base', {'lm loss': dict.fromkeys(losses, 0.0)}, None, [], [], [])
+    gap = loss_gap(run, base)
+    assert (gap[1], gap[2], gap[3], gap[30]) == (1.0, 1.5, 2.0, 29.0)
 
 
 @pytest.mark.parametrize(
