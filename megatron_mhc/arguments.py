@@ -14,6 +14,7 @@ from megatron_mhc.config import (
     HC_VARIANTS,
     INIT_PRESETS,
     KERNEL_BACKENDS,
+    MAPPING_OPTIMIZERS,
     MAPPINGS,
     PROJECTION_PRECISIONS,
     RESIDUAL_TYPES,
@@ -30,6 +31,8 @@ FIELDS = {
     'mhc_stream_merge': ('stream_merge', ('hc', 'mhc')),
     'mhc_fixed_mappings': ('fixed_mappings', ('hc', 'mhc')),
     'mhc_mapping_weight_decay': ('mapping_weight_decay', ('hc', 'mhc')),
+    'mhc_mapping_lr_mult': ('mapping_lr_mult', ('hc', 'mhc')),
+    'mhc_mapping_optimizer': ('mapping_optimizer', ('hc', 'mhc')),
     'hc_variant': ('hc_variant', ('hc',)),
     'hc_tanh': ('hc_tanh', ('hc',)),
     'mhc_kernel_backend': ('kernel_backend', ('hc', 'mhc')),
@@ -98,6 +101,19 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         choices=('on', 'off'),
         help='weight decay on the projection phi; biases and gating factors never decay (default: '
         'on: HC decays its dynamic part, DeepSeek-V4 its phi)',
+    )
+    group.add_argument(
+        '--mhc-mapping-lr-mult',
+        type=float,
+        metavar='F',
+        help='factor on the learning rate of phi, minimum included, on top of muP; biases and '
+        'gating factors keep the rate of the model (default: 1)',
+    )
+    group.add_argument(
+        '--mhc-mapping-optimizer',
+        choices=MAPPING_OPTIMIZERS,
+        help='phi under --optimizer muon and its like: matrix = Muon, as in DeepSeek-V4, scalar = '
+        'Adam (--muon-scalar-optimizer) like biases and gating factors (default: matrix)',
     )
     group.add_argument(
         '--hc-variant',

@@ -38,6 +38,12 @@ def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
     return interleaved and get('pipeline_model_parallel_size') == 2 and bool(batched)
 
 
+DECOUPLED = '--decoupled-lr with --mhc-mapping-optimizer scalar'
+WHY_NOT_DECOUPLED = (
+    "the only mark by which Megatron keeps a matrix from Muon is the embedding's, and marked phi "
+    'would get the decoupled rate'
+)
+
 CONSTRAINTS = (
     Constraint(
         '--no-overlap-p2p-communication with --pipeline-model-parallel-size 2 and virtual stages',
@@ -86,6 +92,20 @@ CONSTRAINTS = (
         lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
         'fully sharded parameters are not tested with fp32 mapping parameters',
         'use --use-distributed-optimizer',
+    ),
+    Constraint(
+        DECOUPLED,
+        lambda get: get('decoupled_lr') is not None and get('mhc_mapping_optimizer') == 'scalar',
+        WHY_NOT_DECOUPLED,
+        'drop one of the two',
+    ),
+    Constraint(
+        '--mhc-mapping-optimizer scalar with --optimizer adam or sgd',
+        lambda get: (
+            get('optimizer') in ('adam', 'sgd') and get('mhc_mapping_optimizer') == 'scalar'
+        ),
+        'it says which of two optimizers trains phi, and there is one for all parameters',
+        'drop --mhc-mapping-optimizer or use --optimizer muon',
     ),
     Constraint(
         '--hybrid-layer-pattern',

@@ -15,13 +15,14 @@ from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.kernel_choice import announce_kernels
+from megatron_mhc.lr_steps import add_lr_step_arguments, resolve_lr_steps
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.refusal import refuse
 
 # What adds our argument groups, in the order in which --help shows them.
-GROUPS = (add_residual_arguments, add_pipeline_arguments)
+GROUPS = (add_residual_arguments, add_pipeline_arguments, add_lr_step_arguments)
 OWN_FLAGS = (
     '--residual-type',
     '--mhc-',
@@ -29,6 +30,7 @@ OWN_FLAGS = (
     '--pipeline-schedule',
     '--pipeline-w-placement',
     '--pipeline-verify-steps',
+    '--lr-step-',
 )
 
 
@@ -49,6 +51,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     # Imported here: the patches import megatron.core, which --help does not need.
     from megatron_mhc.patches.registry import (
         GPT_MODEL_PATCH,
+        LR_STEPS_PATCH,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
     )
@@ -62,6 +65,8 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     check_checkpoints_of(namespace, residual)
     announce_kernels(namespace, residual)
     pipeline = resolve_pipeline(namespace)
+    if resolve_lr_steps(namespace):
+        apply((LR_STEPS_PATCH,))
     if residual.enabled:
         apply(RESIDUAL_PATCHES)
     if pipeline is not None:

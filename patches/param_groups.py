@@ -1,4 +1,4 @@
-"""Seam: the optimizer's parameter groups, where weight decay is decided by parameter name.
+"""Seam: the optimizer's parameter groups, where weight decay and learning rate are decided.
 
 It is also the first point after every model chunk is built, hence where a run is stopped whose
 script builds no GPTModel: ``--residual-type`` would otherwise silently do nothing.
@@ -9,22 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 
-from megatron.core.optimizer import ParamKey, get_standard_config_overrides
+from megatron.core.optimizer import get_standard_config_overrides
 from torch import nn
 
 from megatron_mhc.block import HyperConnectionBlockMixin
 from megatron_mhc.compat import core_minor, core_version
 from megatron_mhc.config import ResidualConfig
+from megatron_mhc.mapping_groups import with_mapping_rules
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.gpt_model import residual_of
-
-PHI = ('*hyper_connection.mapping_proj.weight', '*stream_merge.mapping_proj.weight')
-VECTORS = (
-    '*hyper_connection.bias',
-    '*hyper_connection.alpha*',
-    '*stream_merge.bias',
-    '*stream_merge.alpha*',
-)
 
 
 def _wrap(original: Callable) -> Callable:
@@ -37,15 +30,12 @@ def _wrap(original: Callable) -> Callable:
         residual = residual_of(chunks[0].config)
         if residual.enabled:
             require_widened(chunks, residual)
-            overrides = bound.arguments['config_overrides']
+            config, overrides = bound.arguments['config'], bound.arguments['config_overrides']
             if overrides is None and none_means_standard:
-                overrides = get_standard_config_overrides(bound.arguments['config'])
-            # Megatron's own rule spares 1-D parameters, but a caller may leave it out.
-            spared = VECTORS if residual.mapping_weight_decay else (*VECTORS, *PHI)
-            bound.arguments['config_overrides'] = {
-                **(overrides or {}),
-                **{ParamKey(name=name): {'wd_mult': 0.0} for name in spared},
-            }
+                overrides = get_standard_config_overrides(config)
+            bound.arguments['config_overrides'] = with_mapping_rules(
+                overrides, chunks, config, residual
+            )
         return original(*bound.args, **bound.kwargs)
 
     return _get_param_groups
@@ -65,10 +55,19 @@ def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> No
             )
 
 
-PARAM_GROUPS_PATCH = Patch(
-    id='param-groups',
-    target='megatron.core.optimizer:_get_param_groups',
-    wrap=_wrap,
-    reason='weight decay of phi is chosen by name; also the first point where all chunks are built',
-    fingerprints=on_every_release('40033d09'),
+PARAM_GROUPS_PATCHES = (
+    Patch(
+        id='param-groups',
+        target='megatron.core.optimizer:_get_param_groups',
+        wrap=_wrap,
+        reason='mapping parameters are told by name; the first point where all chunks are built',
+        fingerprints=on_every_release('40033d09'),
+    ),
+    Patch(
+        id='param-groups-muon',
+        target='megatron.core.optimizer.muon:_get_param_groups',
+        wrap=_wrap,
+        reason='0.17 builds the groups of Muon under a name of its own',
+        fingerprints={'0.17': '40033d09'},
+    ),
 )

@@ -7,15 +7,16 @@ from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
 from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
 from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
 from megatron_mhc.patches.inverted_v import INVERTED_V_PATCHES
+from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
 from megatron_mhc.patches.moe_lanes import MOE_LANE_PATCHES
 from megatron_mhc.patches.p2p import P2P_PATCH
-from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCH
+from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCHES
 from megatron_mhc.patches.pipeline_schedule import PIPELINE_SCHEDULE_PATCHES
 
 RESIDUAL_PATCHES = (
     GPT_MODEL_PATCH,
     P2P_PATCH,
-    PARAM_GROUPS_PATCH,
+    *PARAM_GROUPS_PATCHES,
     *FLOAT_PARAMETER_PATCHES,
 )
 SCHEDULE_PATCHES = (
@@ -24,5 +25,11 @@ SCHEDULE_PATCHES = (
     *PIPELINE_SCHEDULE_PATCHES,
     *MOE_LANE_PATCHES,
 )
-_ORDERED = (DATASET_HELPERS_PATCH, ARGUMENTS_PATCH, *RESIDUAL_PATCHES, *SCHEDULE_PATCHES)
+_ORDERED = (
+    DATASET_HELPERS_PATCH,
+    ARGUMENTS_PATCH,
+    LR_STEPS_PATCH,
+    *RESIDUAL_PATCHES,
+    *SCHEDULE_PATCHES,
+)
 ALL_PATCHES = tuple({patch.id: patch for patch in _ORDERED}.values())
