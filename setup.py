@@ -46,7 +46,15 @@ setup(
         ],
         'te': ['transformer-engine[pytorch]'],
         'kernels': ['triton>=3.6'],
-        'test': ['build', 'hypothesis', 'pytest', 'pytest-timeout', 'ruff', 'setuptools>=68'],
+        'test': [
+            'build',
+            'emerging-optimizers>=0.3',
+            'hypothesis',
+            'pytest',
+            'pytest-timeout',
+            'ruff',
+            'setuptools>=68',
+        ],
     },
     entry_points={'console_scripts': ['megatron-mhc = megatron_mhc.cli:main']},
     classifiers=[
