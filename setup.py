@@ -48,7 +48,7 @@ setup(
         'kernels': ['triton>=3.6'],
         'test': [
             'build',
-            'emerging-optimizers',
+            'emerging-optimizers>=0.3',
             'hypothesis',
             'pytest',
             'pytest-timeout',

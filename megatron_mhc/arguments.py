@@ -14,6 +14,7 @@ from megatron_mhc.config import (
     HC_VARIANTS,
     INIT_PRESETS,
     KERNEL_BACKENDS,
+    MAPPING_OPTIMIZERS,
     MAPPINGS,
     PROJECTION_PRECISIONS,
     RECOMPUTE_STREAMS,
@@ -32,6 +33,7 @@ FIELDS = {
     'mhc_fixed_mappings': ('fixed_mappings', ('hc', 'mhc')),
     'mhc_mapping_weight_decay': ('mapping_weight_decay', ('hc', 'mhc')),
     'mhc_mapping_lr_mult': ('mapping_lr_mult', ('hc', 'mhc')),
+    'mhc_mapping_optimizer': ('mapping_optimizer', ('hc', 'mhc')),
     'hc_variant': ('hc_variant', ('hc',)),
     'hc_tanh': ('hc_tanh', ('hc',)),
     'mhc_kernel_backend': ('kernel_backend', ('hc', 'mhc')),
@@ -106,9 +108,15 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     group.add_argument(
         '--mhc-mapping-lr-mult',
         type=float,
-        metavar='FACTOR',
-        help='factor of the learning rate of the projection phi; biases and gating factors keep '
-        "the model's (default: 1)",
+        metavar='F',
+        help='factor on the learning rate of phi, minimum included, on top of muP; biases and '
+        'gating factors keep the rate of the model (default: 1)',
+    )
+    group.add_argument(
+        '--mhc-mapping-optimizer',
+        choices=MAPPING_OPTIMIZERS,
+        help='phi under --optimizer muon and its like: matrix = Muon, as in DeepSeek-V4, scalar = '
+        'Adam (--muon-scalar-optimizer) like biases and gating factors (default: matrix)',
     )
     group.add_argument(
         '--hc-variant',

@@ -10,6 +10,7 @@ INIT_PRESETS = ('uniform', 'identity')
 STREAM_MERGES = ('mean', 'sum', 'learned')
 MAPPINGS = ('pre', 'post', 'res')
 HC_VARIANTS = ('dynamic', 'static')
+MAPPING_OPTIMIZERS = ('matrix', 'scalar')
 # The names of megatron_mhc.ops, which needs torch; settings do not.
 KERNEL_BACKENDS = ('auto', 'triton', 'torch')
 RECOMPUTE_BLOCKS = ('none', 'stage', 'auto')
@@ -43,7 +44,9 @@ class ResidualConfig:
         hc_tanh: tanh on the dynamic part of hc.
         mapping_weight_decay: apply weight decay to the projection phi. Biases and gating factors
             are never decayed.
-        mapping_lr_mult: factor of phi's learning rate.
+        mapping_lr_mult: factor >= 0 on the learning rate of phi, its minimum included.
+        mapping_optimizer: under Muon and its like, whether phi is a ``matrix`` (Muon) or goes with
+            the ``scalar`` parameters (Adam). Biases and gating factors always do.
         kernel_backend: ``auto`` (Triton kernels where they run), ``triton`` (an error where they do
             not) or ``torch``.
         projection_precision: how the kernels multiply phi; ``auto`` follows the streams. mhc only.
@@ -71,6 +74,7 @@ class ResidualConfig:
     hc_tanh: bool = True
     mapping_weight_decay: bool = True
     mapping_lr_mult: float = 1.0
+    mapping_optimizer: str = 'matrix'
     kernel_backend: str = 'auto'
     projection_precision: str = 'auto'
     seam_fusion: bool = True
@@ -106,6 +110,12 @@ class ResidualConfig:
                     f'{self.residual_type!r}: leave it at its default'
                 )
         object.__setattr__(self, 'fixed_mappings', tuple(sorted(set(self.fixed_mappings))))
+        if not 0 <= self.mapping_lr_mult < float('inf'):
+            raise ValueError(
+                f'--mhc-mapping-lr-mult {self.mapping_lr_mult}: wanted a finite number >= 0 (it '
+                'multiplies the learning rate of phi); the papers use 1'
+            )
+        _one_of('--mhc-mapping-optimizer', self.mapping_optimizer, MAPPING_OPTIMIZERS)
         _one_of('--hc-variant', self.hc_variant, HC_VARIANTS)
         _one_of('--mhc-kernel-backend', self.kernel_backend, KERNEL_BACKENDS)
         _one_of('--mhc-projection-precision', self.projection_precision, PROJECTION_PRECISIONS)

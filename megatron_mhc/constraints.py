@@ -38,18 +38,18 @@ def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
     return interleaved and get('pipeline_model_parallel_size') == 2 and bool(batched)
 
 
+DECOUPLED = '--decoupled-lr with --mhc-mapping-optimizer scalar'
+WHY_NOT_DECOUPLED = (
+    "the only mark by which Megatron keeps a matrix from Muon is the embedding's, and marked phi "
+    'would get the decoupled rate'
+)
+
 CONSTRAINTS = (
     Constraint(
         '--no-overlap-p2p-communication with --pipeline-model-parallel-size 2 and virtual stages',
         _batched_p2p_on_two_virtual_stages,
         'batched p2p pairs the two messages of a two-rank ring the wrong way round, silently',
         'leave p2p overlap on (batch_p2p_comm=False)',
-    ),
-    Constraint(
-        '--mhc-mapping-lr-mult with --use-mup',
-        lambda get: bool(get('use_mup')) and get('mhc_mapping_lr_mult') not in (None, 1.0),
-        'both set the learning rate of phi',
-        'drop --mhc-mapping-lr-mult',
     ),
     Constraint(
         '--overlap-moe-expert-parallel-comm',
@@ -98,6 +98,20 @@ CONSTRAINTS = (
         lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
         'fully sharded parameters are not tested with fp32 mapping parameters',
         'use --use-distributed-optimizer',
+    ),
+    Constraint(
+        DECOUPLED,
+        lambda get: get('decoupled_lr') is not None and get('mhc_mapping_optimizer') == 'scalar',
+        WHY_NOT_DECOUPLED,
+        'drop one of the two',
+    ),
+    Constraint(
+        '--mhc-mapping-optimizer scalar with --optimizer adam or sgd',
+        lambda get: (
+            get('optimizer') in ('adam', 'sgd') and get('mhc_mapping_optimizer') == 'scalar'
+        ),
+        'it says which of two optimizers trains phi, and there is one for all parameters',
+        'drop --mhc-mapping-optimizer or use --optimizer muon',
     ),
     Constraint(
         '--hybrid-layer-pattern',

@@ -81,6 +81,16 @@ class KeepFP32(nn.Module):
         return super()._apply(keep_fp32, recurse)
 
 
+def mark_parameters(module: nn.Module, residual: ResidualConfig, sequence_parallel: bool) -> None:
+    """Set what Megatron reads off a parameter: how to sum its gradient, and which optimizer."""
+    for parameter in module.parameters():
+        parameter.sequence_parallel = sequence_parallel
+        if residual.mapping_optimizer == 'scalar':
+            # The only mark by which every release keeps a matrix from Muon, and its DDP buffer
+            # apart. It means a learning rate of its own too, so --decoupled-lr is refused.
+            parameter.is_embedding_or_output_parameter = True
+
+
 class HyperConnection(KeepFP32):
     """The residual connection of one sublayer over n streams (mHC, Eq 3).
 
@@ -109,8 +119,7 @@ class HyperConnection(KeepFP32):
         if set(residual.fixed_mappings) != set(MAPPINGS):
             self.build_parameters()
             self.reset_parameters()
-        for parameter in self.parameters():
-            parameter.sequence_parallel = sequence_parallel
+        mark_parameters(self, residual, sequence_parallel)
         # ``(streams, carried, sublayer output)`` of each forward in training, for the monitors.
         self.probe: Callable[[Tensor, ops.Carried, Tensor], None] | None = None
 

@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from megatron_mhc import ops
 from megatron_mhc.config import ResidualConfig
-from megatron_mhc.hyper_connection import KeepFP32, MappingProjection, require_width
+from megatron_mhc.hyper_connection import (
+    KeepFP32,
+    MappingProjection,
+    mark_parameters,
+    require_width,
+)
 from megatron_mhc.kernels.reference import scaled_projection_ref
 from megatron_mhc.kernels.reference.precision import at_least_fp32
 
@@ -38,8 +43,7 @@ class StreamMerge(KeepFP32):
             self.bias = nn.Parameter(torch.empty(n, dtype=torch.float32))
             self.alpha = nn.Parameter(torch.empty(1, dtype=torch.float32))
             self.reset_parameters()
-        for parameter in self.parameters():
-            parameter.sequence_parallel = sequence_parallel
+        mark_parameters(self, residual, sequence_parallel)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

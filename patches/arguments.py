@@ -15,18 +15,18 @@ from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.kernel_choice import announce_kernels
+from megatron_mhc.lr_steps import add_lr_step_arguments, resolve_lr_steps
 from megatron_mhc.monitor_arguments import add_monitor_arguments, resolve_monitor
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.refusal import refuse
-from megatron_mhc.step_lr import add_step_lr_arguments, resolve_step_lr
 
 # What adds our argument groups, in the order in which --help shows them.
 GROUPS = (
     add_residual_arguments,
     add_pipeline_arguments,
-    add_step_lr_arguments,
+    add_lr_step_arguments,
     add_monitor_arguments,
 )
 OWN_FLAGS = (
@@ -57,10 +57,10 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     # Imported here: the patches import megatron.core, which --help does not need.
     from megatron_mhc.patches.registry import (
         GPT_MODEL_PATCH,
+        LR_STEPS_PATCH,
         MONITOR_PATCHES,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
-        STEP_LR_PATCH,
         TRAINING_PATCHES,
     )
 
@@ -73,14 +73,14 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     check_checkpoints_of(namespace, residual)
     announce_kernels(namespace, residual)
     pipeline = resolve_pipeline(namespace)
-    steps = resolve_step_lr(namespace)
+    lr_steps = resolve_lr_steps(namespace)
     monitor = resolve_monitor(namespace)
     if residual.enabled:
         apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
         apply(SCHEDULE_PATCHES)
-    if steps:
-        apply((STEP_LR_PATCH,))
+    if lr_steps:
+        apply((LR_STEPS_PATCH,))
     if monitor is not None:
         apply(MONITOR_PATCHES)
     if namespace.mhc_post_stream == 'high':

@@ -1,4 +1,4 @@
-"""Seam: the optimizer's parameter groups: weight decay and learning rate by parameter name.
+"""Seam: the optimizer's parameter groups, where weight decay and learning rate are decided.
 
 It is also the first point after every model chunk is built, hence where a run is stopped whose
 script builds no GPTModel: ``--residual-type`` would otherwise silently do nothing.
@@ -9,22 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 
-from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_config_overrides
+from megatron.core.optimizer import get_standard_config_overrides
 from torch import nn
 
 from megatron_mhc.block import HyperConnectionBlockMixin
 from megatron_mhc.compat import core_minor, core_version
 from megatron_mhc.config import ResidualConfig
+from megatron_mhc.mapping_groups import with_mapping_rules
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.gpt_model import residual_of
-
-PHI = ('*hyper_connection.mapping_proj.weight', '*stream_merge.mapping_proj.weight')
-VECTORS = (
-    '*hyper_connection.bias',
-    '*hyper_connection.alpha*',
-    '*stream_merge.bias',
-    '*stream_merge.alpha*',
-)
 
 
 def _wrap(original: Callable) -> Callable:
@@ -37,31 +30,15 @@ def _wrap(original: Callable) -> Callable:
         residual = residual_of(chunks[0].config)
         if residual.enabled:
             require_widened(chunks, residual)
-            overrides = bound.arguments['config_overrides']
+            config, overrides = bound.arguments['config'], bound.arguments['config_overrides']
             if overrides is None and none_means_standard:
-                overrides = get_standard_config_overrides(bound.arguments['config'])
-            bound.arguments['config_overrides'] = {
-                **(overrides or {}),
-                **mapping_overrides(residual, bound.arguments['config']),
-            }
+                overrides = get_standard_config_overrides(config)
+            bound.arguments['config_overrides'] = with_mapping_rules(
+                overrides, chunks, config, residual
+            )
         return original(*bound.args, **bound.kwargs)
 
     return _get_param_groups
-
-
-def mapping_overrides(residual: ResidualConfig, config: OptimizerConfig) -> dict[ParamKey, dict]:
-    """What differs for the parameters of the maps, by name.
-
-    Which optimizer takes them needs no word here: Muon takes matrices, hence phi, and leaves
-    vectors, hence biases and gating factors, to Adam, as DeepSeek-V4 trains them.
-    """
-    # Megatron's own rule spares 1-D parameters, but a caller may leave it out.
-    overrides = {ParamKey(name=name): {'wd_mult': 0.0} for name in VECTORS}
-    phi = {} if residual.mapping_weight_decay else {'wd_mult': 0.0}
-    factor = residual.mapping_lr_mult
-    if factor != 1:
-        phi |= {'max_lr': config.lr * factor, 'min_lr': (config.min_lr or 0.0) * factor}
-    return overrides | ({ParamKey(name=name): phi for name in PHI} if phi else {})
 
 
 def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> None:
@@ -83,14 +60,14 @@ PARAM_GROUPS_PATCHES = (
         id='param-groups',
         target='megatron.core.optimizer:_get_param_groups',
         wrap=_wrap,
-        reason='decay and rate of phi go by name; also the first point where all chunks are built',
+        reason='mapping parameters are told by name; the first point where all chunks are built',
         fingerprints=on_every_release('40033d09'),
     ),
     Patch(
         id='param-groups-muon',
         target='megatron.core.optimizer.muon:_get_param_groups',
         wrap=_wrap,
-        reason='0.17 imports it by name for Muon',
+        reason='0.17 builds the groups of Muon under a name of its own',
         fingerprints={'0.17': '40033d09'},
     ),
 )

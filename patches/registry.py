@@ -8,12 +8,12 @@ from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
 from megatron_mhc.patches.flops import FLOPS_PATCH
 from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
 from megatron_mhc.patches.inverted_v import INVERTED_V_PATCHES
+from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
 from megatron_mhc.patches.moe_lanes import MOE_LANE_PATCHES
 from megatron_mhc.patches.monitor import MONITOR_PATCHES
 from megatron_mhc.patches.p2p import P2P_PATCH
 from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCHES
 from megatron_mhc.patches.pipeline_schedule import PIPELINE_SCHEDULE_PATCHES
-from megatron_mhc.patches.step_lr import STEP_LR_PATCH
 
 RESIDUAL_PATCHES = (
     GPT_MODEL_PATCH,
@@ -36,6 +36,6 @@ _ORDERED = (
     *TRAINING_PATCHES,
     *SCHEDULE_PATCHES,
     *MONITOR_PATCHES,
-    STEP_LR_PATCH,
+    LR_STEPS_PATCH,
 )
 ALL_PATCHES = tuple({patch.id: patch for patch in _ORDERED}.values())

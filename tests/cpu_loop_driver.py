@@ -3,7 +3,8 @@
 ``python tests/cpu_loop_driver.py CASES.json OUT.json`` in a torchrun-like environment. CASES is a
 list of ``[name, [argument, ...]]``; OUT receives name -> ``[loss, gradient norm]`` per iteration at
 full precision, written by the last rank because losses exist on the last pipeline stage only.
-``--with-float-parameters`` among the arguments is ours, see ``add_float_parameters``.
+``--with-float-parameters`` among the arguments is ours, see ``add_float_parameters``. The flags of
+the package are there too, and its patches are taken back after a case that used them.
 """
 
 import functools
@@ -66,11 +67,14 @@ def main(cases_path, out_path):
 
     cpu_device.install()
     from megatron_mhc.patches import engine
+    from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
     from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
     from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
     from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
+    from megatron_mhc.patches.registry import ALL_PATCHES
 
-    engine.apply((DATASET_HELPERS_PATCH, *CPU_DEVICE_PATCHES, *FLOAT_PARAMETER_PATCHES))
+    base = (DATASET_HELPERS_PATCH, *FLOAT_PARAMETER_PATCHES, ARGUMENTS_PATCH)
+    engine.apply(CPU_DEVICE_PATCHES)
     import torch
     from megatron.training import training
 
@@ -80,6 +84,8 @@ def main(cases_path, out_path):
     results = {}
     for number, (name, arguments) in enumerate(json.loads(pathlib.Path(cases_path).read_text())):
         print(f'### {name}', flush=True)
+        engine.revert(ALL_PATCHES)
+        engine.apply(base)
         # All cases meet in the parent's store, each under a prefix of its own.
         meeting = torch.distributed.PrefixStore(str(number), store)
         script.pretrain = functools.partial(training.pretrain, store=meeting)

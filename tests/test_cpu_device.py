@@ -1,36 +1,22 @@
 """Megatron's real pretrain loop on the emulated CPU device, compared across parallel layouts."""
 
 import argparse
-import json
 import os
-import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from loop_cases import REPOSITORY, TIME_LIMIT, resume, spawn
 
 from megatron_mhc.compat import core_version
 from megatron_mhc.patches.cpu_arguments import CPU_ARGUMENTS_PATCH, DEFAULTS
-
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-DRIVER = REPOSITORY / 'tests' / 'cpu_loop_driver.py'
-TIME_LIMIT = 240
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or core_version() is None,
     reason='the CPU device stands in for CUDA under megatron-core',
 )
 
-# 255 and one extra token pad to 256 under every tensor-parallel size and release.
-MODEL = (
-    '--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '
-    '--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 5 '
-    '--lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --eval-iters 0 '
-    '--eval-interval 1000 --log-interval 1 --hidden-dropout 0 --attention-dropout 0 --seed 7 '
-    '--save-interval 3 --num-workers 0 '
-)
 DROPOUT = '--hidden-dropout 0.1 --attention-dropout 0.1 '
 MOE = (
     '--num-layers 2 --num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2 --swiglu '
@@ -42,53 +28,8 @@ FLOAT = '--bf16 --with-float-parameters '
 INTERLEAVED = '--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 '
 
 
-def resume(path):
-    return f'--load {path} --ckpt-step 3 --no-load-rng '
-
-
 def weights(path):
     return f'--load {path} --ckpt-step 3 --no-load-optim --finetune '
-
-
-def spawn(folder, world, cases):
-    """Run ``cases`` (name -> arguments) in one world of ranks; name -> [(loss, grad norm), ...]."""
-    folder = folder / f'world{world}'
-    folder.mkdir()
-    lines = [[name, (MODEL + arguments).split()] for name, arguments in cases.items()]
-    (folder / 'cases.json').write_text(json.dumps(lines))
-    # The ranks join this store instead of opening a port, which a gloo socket may hold already.
-    store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    ranks = []
-    for rank in range(world):
-        env = {
-            **os.environ,
-            'RANK': str(rank),
-            'LOCAL_RANK': str(rank),
-            'WORLD_SIZE': str(world),
-            'LOCAL_WORLD_SIZE': str(world),
-            'MASTER_ADDR': '127.0.0.1',
-            'MASTER_PORT': str(store.port),
-            'PYTHONPATH': os.pathsep.join([*filter(None, sys.path), str(REPOSITORY)]),
-        }
-        command = [sys.executable, str(DRIVER), str(folder / 'cases.json'), str(folder / 'out')]
-        with open(folder / f'log{rank}', 'w') as log:
-            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-    deadline = time.monotonic() + TIME_LIMIT
-    try:
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            # A dead rank leaves the others waiting for it.
-            if any(rank.poll() for rank in ranks):
-                break
-            time.sleep(0.1)
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait()
-    failed = [n for n, rank in enumerate(ranks) if rank.returncode]
-    logs = {n: (folder / f'log{n}').read_text()[-3000:] for n in failed}
-    assert not failed, f'ranks {failed} of {world} failed\n' + '\n'.join(logs.values())
-    return json.loads((folder / 'out').read_text())
 
 
 @pytest.fixture(scope='module')

@@ -129,6 +129,9 @@ def test_layout_equals_one_process(runs, tensors, name, model, changes, bitwise)
     got = sorted(loss for rank in losses[case]['losses'] for loss in rank)
     wanted = sorted(loss for rank in losses[reference]['losses'] for loss in rank)
     assert got == (wanted if bitwise else pytest.approx(wanted, rel=SPLIT_SUM_TOLERANCE))
+    # Clipping: what is replicated counts once, what is split counts whole.
+    norms = [losses[name]['grad_norm'] for name in (case, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=SPLIT_SUM_TOLERANCE)
     gradients, references = tensors(folder / case), tensors(folder / reference)
     assert gradients.keys() == references.keys()
     own = [key for key in gradients if 'hyper_connection' in key]

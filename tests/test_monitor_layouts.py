@@ -16,7 +16,8 @@ FULL = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompu
 V = {
     'layout': {'pp': 2, 'vpp': 2},
     'config': {'pipeline_model_parallel_layout': 'Et|t|t|tL'},
-    'schedule': {'schedule': 'dualpipev', 'recompute': 'stage'},
+    'schedule': {'schedule': 'dualpipev'},
+    'recompute': 'stage',
 }
 # name -> (world, changes, pipeline rank of the 8 sublayers). The reference is one process.
 SAME = {
@@ -46,7 +47,11 @@ def reports(tmp_path_factory):
             {**base, 'name': f'second-{model}', 'microbatches': 2, 'skipped': 1},
         ]
         for name, (world, changes, _) in SAME.items():
-            cases[world].append({**base, **changes, 'name': f'{name}-{model}'})
+            case = {**base, **changes, 'name': f'{name}-{model}'}
+            if 'recompute' in case:
+                blocks = case.pop('recompute')
+                case['residual'] = {**case['residual'], 'recompute_layer_num': blocks}
+            cases[world].append(case)
         for name, (world, changes, _) in SAME_WHOLE.items():
             cases[world].append({**whole, **changes, 'name': f'{name}-{model}'})
         for name, changes in REPLICATED.items():

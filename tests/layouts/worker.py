@@ -201,19 +201,17 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         state = dist_checkpointing.load(weights(chunks), str(folder / case['weights']))
         for index, chunk in enumerate(chunks):
             chunk.module.load_state_dict(state[str(index)])
-    optimizer = None
-    if case.get('step'):
-        optimizer_config = OptimizerConfig(
-            lr=1e-2,
-            min_lr=1e-2,
-            weight_decay=0.1,
-            clip_grad=0.0,  # its norm is summed in shard order
-            adam_eps=1e-8,
-            use_distributed_optimizer=case['step'] == 'dist',
-        )
-        optimizer = get_megatron_optimizer(
-            optimizer_config, chunks, get_standard_config_overrides(optimizer_config)
-        )
+    optimizer_config = OptimizerConfig(
+        lr=1e-2,
+        min_lr=1e-2,
+        weight_decay=0.1,
+        clip_grad=0.0,  # its norm is summed in shard order
+        adam_eps=1e-8,
+        use_distributed_optimizer=case.get('step') == 'dist',
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config, chunks, get_standard_config_overrides(optimizer_config)
+    )
     monitor = None
     if case.get('tokens'):
         settings = MonitorConfig(interval=1, tokens=case['tokens'], alarm='warn')
@@ -245,16 +243,19 @@ def step(case: dict, folder: pathlib.Path) -> dict:
     own = [entry['loss'].item() for entry in losses]
     first_of_tp = parallel_state.get_tensor_model_parallel_rank() == 0
     torch.distributed.all_gather_object(gathered, own if first_of_tp else [])
+    grad_norm = None
     if not forward_only:
-        if optimizer is not None:
+        if case.get('step'):
             optimizer.step()
         else:
+            optimizer.prepare_grads()
+            grad_norm = float(optimizer.get_grad_norm())
             with torch.no_grad():
                 for chunk in chunks:
                     for parameter in chunk.module.parameters():
                         parameter.data.copy_(parameter.main_grad)
         save(weights(chunks), folder / case['name'])
-    return {'losses': gathered, 'report': report}
+    return {'losses': gathered, 'grad_norm': grad_norm, 'report': report}
 
 
 def save(state: dict, path: pathlib.Path) -> None:
