@@ -98,3 +98,24 @@ def check_checkpoints_of(args: argparse.Namespace, residual: ResidualConfig) -> 
         found = [(args.pretrained_checkpoint, saved)] if saved is not None else []
     for source, saved in found:
         check_checkpoint(saved, residual, source)
+        if args.load and loads_optimizer(args):
+            check_optimizer_state(saved, residual, source)
+
+
+def loads_optimizer(args: argparse.Namespace) -> bool:
+    """Whether Megatron takes optimizer and scheduler, not only weights, from a checkpoint."""
+    return not (args.no_load_optim or args.finetune)
+
+
+def check_optimizer_state(saved: argparse.Namespace, residual: ResidualConfig, source: str) -> None:
+    """Raise ValueError where Megatron would look for phi in a parameter group that is not there."""
+    stored = residual_config_from_args(saved) if hasattr(saved, 'residual_type') else residual
+    for name in ('mapping_lr_mult', 'mapping_optimizer'):
+        was, wanted = getattr(stored, name), getattr(residual, name)
+        if was != wanted:
+            flag = '--mhc-' + name.replace('_', '-')
+            raise ValueError(
+                f'{flag} {wanted}: the optimizer state in --load {source} was saved with {was}, '
+                'and Megatron finds parameter groups by their settings; repeat '
+                f'{flag} {was}, or start with a new optimizer: --no-load-optim'
+            )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_mhc.checkpoint import checkpoint_arguments
+from megatron_mhc.checkpoint import checkpoint_arguments, loads_optimizer
 
 STYLE = 'step'
 # mHC, Table 5: multiples of the base rate, 10^-0.5 and 10^-1.
@@ -66,8 +66,7 @@ def resolve_lr_steps(args: argparse.Namespace) -> bool:
                     f'{args.lr_decay_style}: drop it or set --lr-decay-style {STYLE}'
                 )
     # Megatron loads the scheduler of the checkpoint, whatever the flags say.
-    loads = not (args.no_load_optim or args.finetune) and args.load
-    if args.use_checkpoint_opt_param_scheduler and loads:
+    if args.use_checkpoint_opt_param_scheduler and args.load and loads_optimizer(args):
         saved = checkpoint_arguments(args.load, args.ckpt_step)
         if is_step_style(getattr(saved, 'lr_decay_style', '')):
             args.lr_decay_style = saved.lr_decay_style

@@ -35,6 +35,7 @@ def test_flags_reach_the_settings_and_survive_a_second_reading(parse):
     args = parse(
         *'--residual-type hc --mhc-num-residual-streams 2 --hc-variant static --hc-no-tanh'.split(),
         *'--mhc-fixed-mappings pre res --mhc-mapping-weight-decay off --seed 3'.split(),
+        *'--mhc-mapping-lr-mult 0.5 --optimizer muon --mhc-mapping-optimizer scalar'.split(),
     )
     expected = ResidualConfig(
         residual_type='hc',
@@ -43,6 +44,8 @@ def test_flags_reach_the_settings_and_survive_a_second_reading(parse):
         hc_tanh=False,
         fixed_mappings=('pre', 'res'),
         mapping_weight_decay=False,
+        mapping_lr_mult=0.5,
+        mapping_optimizer='scalar',
         seed=3,
     )
     assert residual_config_from_args(args) == expected
@@ -58,6 +61,26 @@ def test_recompute_blocks_are_asked_for(parse, given, value):
     residual = residual_config_from_args(args)
     assert (residual.recompute_layer_num, residual.recompute_stream) == (value, 'compute')
     assert args.mhc_recompute_layer_num == value
+
+
+def test_a_factor_other_than_the_optimizer_states_is_refused(parse, tmp_path, capsys):
+    saved = write_checkpoint(tmp_path, residual_type='mhc', mhc_mapping_lr_mult=0.5)
+    load = ('--load', saved, '--residual-type', 'mhc')
+    parse(*load, '--mhc-mapping-lr-mult', '0.5')
+    parse(*load, '--no-load-optim')
+    parse(*load, '--finetune')
+    for flags, said in (
+        ((), '--mhc-mapping-lr-mult 1.0: the optimizer state in --load'),
+        (('--mhc-mapping-lr-mult', '0.25'), '--mhc-mapping-lr-mult 0.25: the optimizer state'),
+        (
+            '--mhc-mapping-lr-mult 0.5 --optimizer muon --mhc-mapping-optimizer scalar'.split(),
+            '--mhc-mapping-optimizer scalar: the optimizer state',
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            parse(*load, *flags)
+        error = capsys.readouterr().err
+        assert error.count('\n') == 1 and said in error
 
 
 VPP = '--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1'
@@ -86,6 +109,13 @@ REFUSED = {
     '--residual-type mhc --mhc-recompute-stream compute': 'without --mhc-recompute-layer-num',
     '--residual-type mhc --mhc-recompute-layer-num auto --mhc-recompute-stream high': 'high has no '
     'effect with the stock schedules',
+    '--residual-type mhc --mhc-mapping-lr-mult -1': '--mhc-mapping-lr-mult -1.0: wanted a finite',
+    '--residual-type hc --mhc-mapping-lr-mult nan': '--mhc-mapping-lr-mult nan: wanted a finite',
+    '--mhc-mapping-lr-mult 1': '--mhc-mapping-lr-mult has no effect with --residual-type standard',
+    '--residual-type mhc --mhc-mapping-optimizer scalar': '--mhc-mapping-optimizer scalar with '
+    '--optimizer adam or sgd cannot be combined',
+    '--residual-type mhc --mhc-mapping-optimizer scalar --optimizer muon --decoupled-lr 1': ''
+    '--decoupled-lr with --mhc-mapping-optimizer scalar cannot be combined',
     '--residual-type mhc --overlap-moe-expert-parallel-comm': '--overlap-moe-expert-parallel-comm '
     'cannot be combined',
     '--residual-type mhc --cuda-graph-impl local': '--cuda-graph-impl',
