@@ -47,6 +47,21 @@ def parse():
 
 
 @pytest.fixture
+def refused(parse, capsys):
+    """``refused(flags)``: the one line with which the parser ends the run."""
+
+    def run(flags: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            parse(*flags.split())
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert error.count('\n') == 1 and error.startswith('pretrain: error: ')
+        return error
+
+    return run
+
+
+@pytest.fixture
 def random_seed() -> int:
     """A fresh seed per run, printed when the test fails; REPEAT_SEED repeats one."""
     seed = int(os.environ.get('REPEAT_SEED') or secrets.randbits(32))
