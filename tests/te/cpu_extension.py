@@ -286,6 +286,13 @@ def fused_multi_row_unpadding(x, out, padded_splits, splits):
         rows.copy_(padded[: len(rows)])
 
 
+def multi_tensor_l2norm(_chunk_size, _noop, tensor_lists, per_tensor=False):
+    if per_tensor:
+        raise NotImplementedError('multi_tensor_l2norm: the stand-in knows the norm of all only')
+    norms = torch.stack([tensor.float().norm() for tensor in tensor_lists[0]])
+    return norms.norm().reshape(1), norms.new_empty(0)
+
+
 QUANTIZED: list[tuple[int, ...]] = []
 FUSED: list[tuple[int, ...]] = []
 """Shapes of what was quantised, and of gradients that a product was added to."""
@@ -342,4 +349,5 @@ OPERATIONS = (
     fp8_transpose,
     fused_multi_row_padding,
     fused_multi_row_unpadding,
+    multi_tensor_l2norm,
 )
