@@ -1,4 +1,4 @@
-"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``kernels``, ``schedule``, ``recompute``."""
+"""The ``megatron-mhc`` command: ``run``, ``doctor``, ``patch``, ``kernels``, ``schedule``, ...."""
 
 from __future__ import annotations
 
@@ -54,6 +54,12 @@ def main(argv: list[str] | None = None) -> None:
 
             module.add_parser(topics)
         sys.exit(module.main(parser.parse_args(argv)))
+    patch = commands.add_parser('patch', help="put the seams into a user's own Megatron tree")
+    if argv[:1] == ['patch']:
+        from megatron_mhc import patch_cli
+
+        patch_cli.add_arguments(patch)
+        sys.exit(patch_cli.main(parser.parse_args(argv)))
     recompute = commands.add_parser(
         'recompute', help='measure the memory of block recompute beside the formula'
     )
