@@ -12,7 +12,8 @@ from megatron_mhc.tree_edit import add_seams, fingerprint, lines_of, seam_line, 
 from megatron_mhc.tree_scan import Finding, Tree, known_releases
 
 EDITED = (
-    'a line of megatron-mhc was edited here; restore it (it ends in `# megatron-mhc`) or delete it'
+    'a line of megatron-mhc was edited here; restore it, e.g. `@mhc_seam("p2p")  # megatron-mhc`, '
+    'or delete it'
 )
 # File -> contents now and then.
 Plan = Mapping[pathlib.Path, tuple[bytes, bytes]]
@@ -61,7 +62,8 @@ def plan_additions(tree: Tree, findings: list[Finding], untested: bool) -> Plan:
 def plan_removal(tree: Tree) -> Plan:
     """All lines of ours out, whatever put them there; raises ValueError where one was edited."""
     _refuse_edited(tree)
-    return {path: (source, without_our_lines(source)) for path, source in tree.touched.items()}
+    plan = {path: (source, without_our_lines(source)) for path, source in tree.touched.items()}
+    return {path: (old, new) for path, (old, new) in plan.items() if old != new}
 
 
 def _refuse_edited(tree: Tree) -> None:

@@ -63,6 +63,20 @@ def test_files_that_git_never_saw_are_refused(tree, patch, repository):
     assert code == 2 and 'megatron/core/plain.py' in error and 'windows' not in error
 
 
+def test_a_tree_may_be_a_folder_of_a_repository(tree, patch):
+    for command in ('init -q', 'add -A', 'commit -qm all'):
+        subprocess.run([*GIT, *command.split()], cwd=tree.parent, check=True)
+    code, out, _ = patch('--apply')
+    assert code == 0 and 'no git' not in out
+    patch('--reverse')
+    plain = tree / 'megatron/core/plain.py'
+    # A note of the user's own is no line of ours.
+    plain.write_text(plain.read_text() + '# megatron-mhc: a note\n')
+    code, _, error = patch('--apply')
+    assert code == 2 and '1 files' in error and 'megatron/core/plain.py' in error
+    assert 'nothing to take out' in patch('--reverse')[1]
+
+
 def test_a_tree_that_git_ignores_is_one_without_git(tree, patch):
     subprocess.run([*GIT, 'init', '-q'], cwd=tree.parent, check=True)
     (tree.parent / '.gitignore').write_text('tree*\n')

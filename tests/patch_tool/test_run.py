@@ -23,8 +23,8 @@ FLAGS = (
     '--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '
     '--max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 4 --mock-data '
     '--tokenizer-type NullTokenizer --vocab-size 255 --lr 1e-2 --train-iters 3 '
-    '--eval-iters 0 --log-interval 1 --split 98,1,1 --num-workers 0 --hidden-dropout 0 '
-    '--attention-dropout 0 --pipeline-model-parallel-size 2 --residual-type mhc '
+    '--eval-iters 0 --eval-interval 9 --log-interval 1 --split 98,1,1 --num-workers 0 '
+    '--hidden-dropout 0 --attention-dropout 0 --pipeline-model-parallel-size 2 --residual-type mhc '
     '--num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule zb-v'
 ).split()
 # What the launcher does for a machine without CUDA and a wheel without Makefile, before the script.
