@@ -124,8 +124,10 @@ class Tree:
         source = self.touched[path]
         if IMPORT not in [line.rstrip() for line in lines_of(source)]:
             problem = 'the import of mhc_seam is gone'
-        elif seen in (accepted_signature(source, row['id']), known if self.is_tested else None):
+        elif seen == accepted_signature(source, row['id']) or (seen == known and self.is_tested):
             return Finding(row, 'applied', where, '', function, placed=True)
+        elif seen == known:
+            problem = f'put here when the tree was another release than {self.version}'
         detail = f'{problem}; --reverse, then --apply again'
         return Finding(row, 'differs', where, detail, function, placed=True)
 

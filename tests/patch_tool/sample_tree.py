@@ -48,7 +48,7 @@ FILES = {
     'helpers': (
         'megatron.core.package.helpers:aid',
         'megatron/core/package/helpers.py',
-        b'@print\ndef first(): pass\n@str\n@print\ndef aid(x): return x\n',
+        b'"""Two\nlines."""\n@print\ndef first(): pass\n@str\n@print\ndef aid(x): return x\n',
         lambda x: None,
     ),
 }

@@ -27,7 +27,7 @@ def test_check_is_the_default_and_changes_nothing(tree, patch):
     for id, place in (
         ('plain', 'megatron/core/plain.py:7'),
         ('windows', 'megatron/core/windows.py:3'),
-        ('imported', 'megatron/core/package/helpers.py:5'),
+        ('imported', 'megatron/core/package/helpers.py:7'),
     ):
         line = next(line for line in out.splitlines() if line.startswith(f'{id} '))
         assert place in line and f'reason of {id}' in line
@@ -65,6 +65,8 @@ def test_lines_stand_above_the_decorators_and_below_the_imports(tree, patch):
     lines = (tree / 'megatron/core/plain.py').read_text().splitlines()
     assert lines[2] == 'import os' and lines[3].startswith('from megatron_mhc.seam')
     assert lines[-1] == 'import sys'
+    helpers = (tree / 'megatron/core/package/helpers.py').read_text()
+    assert ast.get_docstring(ast.parse(helpers)) == 'Two\nlines.'
 
 
 def test_seams_pass_calls_on_until_they_are_switched(tree, patch):

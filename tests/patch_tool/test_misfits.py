@@ -70,6 +70,15 @@ def test_a_changed_signature_is_named_and_taken_when_told(tree, patch):
     assert contents(tree) == before
 
 
+def test_a_patched_tree_that_became_another_release_is_told(tree, patch):
+    patch('--apply')
+    (tree / 'megatron/core/package_info.py').write_text(INFO.format(minor=20))
+    code, out, _ = patch()
+    assert code == 1 and 'another release than 0.20.1; --reverse, then --apply again' in out
+    code, _, error = patch('--apply', '--untested')
+    assert code == 2 and '--reverse, then --apply again' in error
+
+
 def test_a_moved_definition_is_found_and_may_be_marked_by_hand(tree, patch):
     plain, moved = tree / 'megatron/core/plain.py', tree / 'megatron/moved.py'
     moved.write_bytes(b'import os\n' + FILES['plain'][2].partition(b'import os\n')[2])
