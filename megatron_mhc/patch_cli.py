@@ -51,7 +51,8 @@ def main(options: argparse.Namespace) -> int:
             return _check(tree, findings)
         plan = plan_additions(tree, findings, options.untested)
         if not plan:
-            print(f'already applied: {len(findings)} seams', file=sys.stderr)
+            applied = sum(finding.placed for finding in findings)
+            print(f'already applied: {applied} seams', file=sys.stderr)
         elif options.mode == 'diff':
             print('\n'.join(header(tree, findings, plan)), flush=True)
             sys.stdout.buffer.writelines(diff(tree, plan))

@@ -52,7 +52,7 @@ def test_apply_adds_whole_lines_and_reverse_takes_them_out(tree, patch):
     code, out, _ = patch()
     assert code == 0 and f'{len(IDS)} applied' in out
     # Once more: nothing to do.
-    assert 'already applied' in patch('--apply')[2] and contents(tree) == after
+    assert f'already applied: {len(IDS)} ' in patch('--apply')[2] and contents(tree) == after
     assert patch('--reverse')[0] == 0 and contents(tree) == before
     assert 'nothing to take out' in patch('--reverse')[1]
 
@@ -138,6 +138,13 @@ def test_without_the_package_the_error_names_the_way_back(tree, patch):
     )
     assert done.returncode and "No module named 'megatron_mhc'" in done.stderr
     assert 'undo with patch --reverse' in done.stderr
+
+
+def test_neither_torch_nor_megatron_is_needed(tree):
+    blocked = 'import sys; sys.modules["torch"] = sys.modules["megatron"] = None\n'
+    code = blocked + f'from megatron_mhc.cli import main; main(["patch", {str(tree)!r}])'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert 'megatron-core 0.19.1' in done.stdout, done.stderr
 
 
 def test_fingerprints_read_are_fingerprints_seen(random_seed):
