@@ -18,6 +18,7 @@ from megatron_mhc.refusal import refuse
 COMMANDS = {
     'run': ('run', 'run a pretrain script with --residual-type available'),
     'doctor': ('doctor', 'print versions, device, optional packages and the state of every patch'),
+    'patch': ('patch_cli', "put the seams into a user's own Megatron tree"),
     'schedule': ('schedule_cli', 'about pipeline schedules'),
     'recipe': ('recipe_cli', "the mHC paper's models"),
     'recompute': ('recompute_memory', 'measure the memory of block recompute beside the formula'),

@@ -42,6 +42,14 @@ def core_minor(version: str) -> str:
     return '.'.join(version.split('.')[:2])
 
 
+def nearest_minor(version: str) -> str:
+    """The tested minor release next to ``version``: itself where it is one."""
+    tested = sorted(tuple(map(int, core_minor(v).split('.'))) for v in TESTED)
+    seen = tuple(map(int, core_minor(version).split('.')))
+    below = [minor for minor in tested if minor <= seen] or tested[:1]
+    return '.'.join(map(str, below[-1]))
+
+
 def require_supported_core() -> str:
     """Return the installed version, or raise RuntimeError when it is absent or out of range."""
     if sys.version_info[:2] < PYTHON_MIN:

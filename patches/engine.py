@@ -4,6 +4,9 @@ A patch *wraps*: its factory receives the original callable and returns the repl
 the original with ``*args, **kwargs``. Nothing here copies an upstream body. Before a symbol is
 rebound its signature is compared with the one recorded for the installed core release; an unknown
 one stops the run with the symbol, the version seen and the remedy.
+
+Where ``megatron-mhc patch`` has put a seam into the user's tree, that seam is switched instead of a
+name being rebound.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from megatron_mhc.compat import TESTED, core_minor, core_version
+from megatron_mhc.compat import TESTED, core_minor, core_version, nearest_minor
+from megatron_mhc.seam import PLACED, Seam, plain
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Patch:
     Args:
         id: short name shown by ``megatron-mhc doctor``.
         target: ``package.module:attribute`` or ``package.module:Class.attribute``.
-        wrap: ``original -> replacement``.
+        wrap: ``original -> replacement``, both plain functions: those of a class method take the
+            class as their first argument.
         reason: why this seam and no other, one sentence.
         fingerprints: core minor release -> ``fingerprint`` of the original there. A release that is
             left out has no such symbol and needs no patch.
@@ -60,7 +65,8 @@ def on_every_release(digest: str) -> dict[str, str]:
     return dict.fromkeys(map(core_minor, TESTED), digest)
 
 
-_APPLIED: dict[str, tuple[object, str, object]] = {}
+# Id of an applied patch -> what takes it back.
+_APPLIED: dict[str, Callable[[], None]] = {}
 
 
 def inspect_patch(patch: Patch) -> tuple[str, str]:
@@ -68,19 +74,33 @@ def inspect_patch(patch: Patch) -> tuple[str, str]:
     version = core_version()
     if version is None:
         return 'missing', 'megatron-core is not installed'
-    expected = patch.fingerprints.get(core_minor(version))
-    if expected is None and core_minor(version) in {core_minor(v) for v in TESTED}:
+    if patch.fingerprints.get(nearest_minor(version)) is None:
         return 'not needed', f'no such seam in megatron-core {version}'
+    expected = patch.fingerprints.get(core_minor(version))
     if patch.id in _APPLIED:
         return 'applied', expected or ''
     try:
-        owner, name = patch.owner()
-        seen = fingerprint(getattr(owner, name))
-    except (ImportError, AttributeError) as error:
+        placed = _placed(patch)
+        seen = fingerprint(placed.original if placed else _declared(patch)[0])
+    except (ImportError, AttributeError, KeyError) as error:
         return 'missing', f'{patch.target} not found in megatron-core {version}: {error}'
-    if seen != expected:
+    if seen not in (expected, placed and placed.accepted):
         return 'unknown', f'signature {seen}, expected {expected} for megatron-core {version}'
-    return 'ready', seen
+    return 'ready', f'{seen}, a seam in the tree' if placed else seen
+
+
+def _placed(patch: Patch) -> Seam | None:
+    """The seam that ``megatron-mhc patch`` has put into the tree for this patch."""
+    # A seam that was put by hand into another module is known as soon as that is imported.
+    if patch.id not in PLACED:
+        importlib.import_module(patch.module)
+    return PLACED.get(patch.id)
+
+
+def _declared(patch: Patch) -> tuple[Callable, Callable]:
+    owner, name = patch.owner()
+    # vars() keeps a staticmethod or classmethod wrapper that getattr would strip.
+    return plain(vars(owner)[name])
 
 
 def apply(patches: tuple[Patch, ...]) -> None:
@@ -99,19 +119,30 @@ def apply(patches: tuple[Patch, ...]) -> None:
             )
     for patch, state, _ in states:
         if state == 'ready':
-            owner, name = patch.owner()
-            # vars() keeps a staticmethod or classmethod wrapper that getattr would strip.
-            _APPLIED[patch.id] = (owner, name, vars(owner)[name])
-            seen = getattr(owner, name)
-            setattr(owner, name, functools.wraps(seen)(patch.wrap(seen)))
+            _APPLIED[patch.id] = _put_in_place(patch)
+
+
+def _put_in_place(patch: Patch) -> Callable[[], None]:
+    """Switch the seam in the tree, or rebind the name; returns what takes it back."""
+    placed = _placed(patch)
+    if placed is not None:
+        placed.switch(patch.wrap)
+        return functools.partial(placed.switch, None)
+    owner, name = patch.owner()
+    declared = vars(owner)[name]
+    function, rebuild = _declared(patch)
+    # A name that another module imported leads to the seam on its def, which may be switched.
+    if getattr(getattr(function, 'seam', None), 'wrap', None) is patch.wrap:
+        return lambda: None
+    setattr(owner, name, rebuild(functools.wraps(function)(patch.wrap(function))))
+    return functools.partial(setattr, owner, name, declared)
 
 
 def revert(patches: tuple[Patch, ...]) -> None:
     """Restore the originals of ``patches``, newest first; patches not in place are ignored."""
     for patch in reversed(patches):
         if patch.id in _APPLIED:
-            owner, name, original = _APPLIED.pop(patch.id)
-            setattr(owner, name, original)
+            _APPLIED.pop(patch.id)()
 
 
 def applied() -> tuple[str, ...]:

@@ -19,9 +19,8 @@ from megatron_mhc.patches.engine import Patch, on_every_release
 
 
 def _in_optimizer_order(original: Callable) -> Callable:
-    # A class method: the original is bound already, the replacement is not.
-    def build(_owner, param_groups, gbuf_ranges):
-        _, groups = original(param_groups, gbuf_ranges)
+    def build(cls, param_groups, gbuf_ranges):
+        _, groups = original(cls, param_groups, gbuf_ranges)
         positions = {}
         for index, group in enumerate(groups):
             # Stable, so that each kind keeps its buffer order; nothing moves in a uniform group.
@@ -67,7 +66,7 @@ FLOAT_PARAMETER_PATCHES: tuple[Patch, ...] = (
         'DistributedOptimizer._build_optimizer_group_ranges',
         wrap=_in_optimizer_order,
         reason='fp32 parameters move to the front of their group after they have been numbered',
-        fingerprints=on_every_release('fdc62ca9'),
+        fingerprints=on_every_release('8ab7e3df'),
     ),
     Patch(
         id='float-parameters-save',

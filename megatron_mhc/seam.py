@@ -1,0 +1,86 @@
+"""What ``megatron-mhc patch`` puts above a ``def`` of a user's Megatron tree: a seam with a switch.
+
+A seam passes every call on, unchanged, until ``patches/engine.py`` applies its patch; then calls go
+through the patch, whoever imported the name and when. The parser's seam applies its own patch when
+it is first called, so that a pretrain script needs neither the launcher nor an import of ours.
+
+Megatron's modules import this one while they are being imported themselves, hence nothing but the
+standard library here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_mhc.refusal import refuse
+
+ENTRY = 'arguments'
+
+
+@dataclass
+class Seam:
+    """A seam in the tree: what it was put on, what it calls, the signature its user vouched for.
+
+    ``wrap`` is the factory of the patch that is switched on.
+    """
+
+    original: Callable
+    current: Callable
+    accepted: str | None
+    wrap: Callable | None = None
+
+    def switch(self, wrap: Callable | None) -> None:
+        """Call through ``wrap(original)`` from now on, or ``original`` alone for None."""
+        self.wrap = wrap
+        self.current = self.original
+        if wrap is not None:
+            self.current = functools.wraps(self.original)(wrap(self.original))
+
+
+PLACED: dict[str, Seam] = {}
+
+
+def plain(declared: object) -> tuple[Callable, Callable]:
+    """The function that stands in a class or module, and what makes it a class method again."""
+    if isinstance(declared, classmethod | staticmethod):
+        return declared.__func__, type(declared)
+    return declared, lambda function: function
+
+
+def mhc_seam(id: str, accept: str | None = None) -> Callable:
+    """Decorator: the place of patch ``id``.
+
+    Args:
+        id: of a patch in ``megatron_mhc/patches``.
+        accept: fingerprint of a signature that no release has and that the user vouches for.
+    """
+
+    def place(declared):
+        function, rebuild = plain(declared)
+        seam = PLACED[id] = Seam(function, function, accept)
+        if id == ENTRY:
+            seam.current = functools.partial(_enter, seam)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            return seam.current(*args, **kwargs)
+
+        call.seam = seam
+        return rebuild(call)
+
+    return place
+
+
+def _enter(seam: Seam, *args, **kwargs):
+    from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
+    from megatron_mhc.patches.engine import apply
+
+    try:
+        apply((ARGUMENTS_PATCH,))
+    except RuntimeError as error:
+        refuse(os.path.basename(sys.argv[0]), str(error))
+    return seam.current(*args, **kwargs)
