@@ -110,11 +110,6 @@ class ResidualConfig:
                     f'{self.residual_type!r}: leave it at its default'
                 )
         object.__setattr__(self, 'fixed_mappings', tuple(sorted(set(self.fixed_mappings))))
-        if not 0 <= self.mapping_lr_mult < float('inf'):
-            raise ValueError(
-                f'--mhc-mapping-lr-mult {self.mapping_lr_mult}: wanted a finite number >= 0 (it '
-                'multiplies the learning rate of phi); the papers use 1'
-            )
         _one_of('--mhc-mapping-optimizer', self.mapping_optimizer, MAPPING_OPTIMIZERS)
         _one_of('--hc-variant', self.hc_variant, HC_VARIANTS)
         _one_of('--mhc-kernel-backend', self.kernel_backend, KERNEL_BACKENDS)

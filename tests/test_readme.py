@@ -38,3 +38,17 @@ def test_flag_table():
 
 def test_length():
     assert README.count('\n') <= 220
+
+
+ROOMS = ('megatron_mhc', 'patches', 'schedules', 'kernels', 'examples', 'tests', 'tools')
+PAGES = [ROOT / 'README.md', *(page for room in ROOMS for page in (ROOT / room).rglob('*.md'))]
+
+
+def test_every_file_that_a_page_names_exists():
+    """Markdown by its name alone may lie beside the page; others are named from the root."""
+    for page in PAGES:
+        text = page.read_text()
+        named = re.findall(r'`([\w./-]+\.md)`', text) + re.findall(r'\]\(([\w./-]+)\)', text)
+        rooted = re.findall(rf'(?<![\w/])((?:{"|".join(ROOMS)})/[\w./-]*\w\.\w+)', text)
+        for name in named + rooted:
+            assert (ROOT / name).exists() or (page.parent / name).exists(), (page, name)
