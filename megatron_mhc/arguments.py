@@ -26,6 +26,7 @@ from megatron_mhc.config import (
 # argument -> (ResidualConfig field, residual types it applies to)
 FIELDS = {
     'mhc_num_residual_streams': ('num_residual_streams', ('hc', 'mhc')),
+    'mhc_manifold': ('manifold', ('mhc',)),
     'mhc_sinkhorn_iterations': ('sinkhorn_iterations', ('mhc',)),
     'mhc_init_gating_factor': ('init_gating_factor', ('hc', 'mhc')),
     'mhc_init': ('init', ('mhc',)),
@@ -64,6 +65,13 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         type=int,
         metavar='N',
         help='number of residual streams n >= 1, the expansion rate (default: 4, both papers)',
+    )
+    group.add_argument(
+        '--mhc-manifold',
+        metavar='NAME',
+        help='what H_res is kept on: sinkhorn, permutation or kronecker = doubly stochastic, by '
+        'iteration or exactly; orthogonal = rotations; identity = I; or an entry point of the '
+        'group megatron_mhc.manifolds (default: sinkhorn, mHC; mhc only)',
     )
     group.add_argument(
         '--mhc-sinkhorn-iterations',
@@ -228,6 +236,6 @@ def _structure(residual: ResidualConfig) -> tuple:
         return (residual.residual_type,)
     fields = dataclasses.asdict(residual)
     names = ['residual_type', 'num_residual_streams', 'stream_merge', 'fixed_mappings']
-    own = {'hc': ['hc_variant', 'hc_tanh'], 'mhc': ['sinkhorn_iterations']}
+    own = {'hc': ['hc_variant', 'hc_tanh'], 'mhc': ['manifold', 'sinkhorn_iterations']}
     names += own[residual.residual_type]
     return tuple(fields[name] for name in names)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megatron_mhc.manifolds.registry import manifold_names, num_logits
+
 RESIDUAL_TYPES = ('standard', 'hc', 'mhc')
 INIT_PRESETS = ('uniform', 'identity')
 STREAM_MERGES = ('mean', 'sum', 'learned')
@@ -17,9 +19,11 @@ RECOMPUTE_BLOCKS = ('none', 'stage', 'auto')
 RECOMPUTE_STREAMS = ('compute', 'high')
 PROJECTION_PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
 
+# What has no effect without Sinkhorn-Knopp, which the fused ops contain.
+_SINKHORN = ('sinkhorn_iterations', 'projection_precision', 'seam_fusion')
 # Settings that the other residual type has to itself.
 _FOREIGN = {
-    'hc': ('sinkhorn_iterations', 'init', 'projection_precision', 'seam_fusion'),
+    'hc': ('manifold', 'init', *_SINKHORN),
     'mhc': ('hc_variant', 'hc_tanh'),
 }
 
@@ -32,7 +36,9 @@ class ResidualConfig:
         residual_type: ``standard`` (x + F(x)), ``hc`` (hyper-connections, arXiv 2409.19606) or
             ``mhc`` (manifold-constrained hyper-connections, arXiv 2512.24880).
         num_residual_streams: n >= 1, the expansion rate (both papers: 4).
-        sinkhorn_iterations: passes of mHC Eq 9 (paper: 20). mhc only.
+        manifold: what H_res is kept on: ``sinkhorn`` (doubly stochastic, the paper's projection),
+            another one of ``megatron_mhc.manifolds``, or the name of an entry point. mhc only.
+        sinkhorn_iterations: passes of mHC Eq 9 (paper: 20). mhc with ``sinkhorn`` only.
         init_gating_factor: initial alpha (both papers: 0.01).
         init: ``uniform`` (zero biases: H_pre = 1/2, H_post = 1, H_res = 1/n) or ``identity`` (H_res
             near I, each sublayer reading and writing mostly one home stream). mhc only.
@@ -65,6 +71,7 @@ class ResidualConfig:
 
     residual_type: str = 'mhc'
     num_residual_streams: int = 4
+    manifold: str = 'sinkhorn'
     sinkhorn_iterations: int = 20
     init_gating_factor: float = 0.01
     init: str = 'uniform'
@@ -103,18 +110,37 @@ class ResidualConfig:
         _one_of('--mhc-stream-merge', self.stream_merge, STREAM_MERGES)
         for mapping in self.fixed_mappings:
             _one_of('--mhc-fixed-mappings', mapping, MAPPINGS)
-        for name in _FOREIGN.get(self.residual_type, ()):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(
-                    f'{name}={getattr(self, name)!r} has no effect with residual_type='
-                    f'{self.residual_type!r}: leave it at its default'
-                )
+        self._refuse_given(_FOREIGN.get(self.residual_type, ()), 'residual_type')
+        self._check_manifold()
         object.__setattr__(self, 'fixed_mappings', tuple(sorted(set(self.fixed_mappings))))
         _one_of('--mhc-mapping-optimizer', self.mapping_optimizer, MAPPING_OPTIMIZERS)
         _one_of('--hc-variant', self.hc_variant, HC_VARIANTS)
         _one_of('--mhc-kernel-backend', self.kernel_backend, KERNEL_BACKENDS)
         _one_of('--mhc-projection-precision', self.projection_precision, PROJECTION_PRECISIONS)
         self._check_recompute()
+
+    def _refuse_given(self, names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} has no effect with {why}='
+                    f'{getattr(self, why)!r}: leave it at its default'
+                )
+
+    def _check_manifold(self) -> None:
+        _one_of('--mhc-manifold', self.manifold, manifold_names())
+        if self.manifold == 'sinkhorn':
+            return
+        if 'res' in self.fixed_mappings:
+            raise ValueError(
+                f'--mhc-manifold {self.manifold} has no effect with --mhc-fixed-mappings res, '
+                'which holds H_res at I; drop one of the two'
+            )
+        self._refuse_given(_SINKHORN, 'manifold')
+        try:
+            num_logits(self.manifold, self.num_residual_streams)
+        except ValueError as error:
+            raise ValueError(f'--mhc-manifold {self.manifold}: {error}') from error
 
     def _check_recompute(self) -> None:
         blocks, stream = self.recompute_layer_num, self.recompute_stream

@@ -53,6 +53,8 @@ def ops_of(residual: ResidualConfig) -> tuple[str, ...]:
     """The ops of ``megatron_mhc.ops`` that the sublayers call."""
     if residual.residual_type == 'hc' or set(residual.fixed_mappings) == set(MAPPINGS):
         return 'pre', 'post_res'
+    if residual.manifold != 'sinkhorn':
+        return 'pre', 'post_res'
     if residual.fixed_mappings:
         return 'mapping', 'pre', 'post_res'
     return ('read', 'write', 'write_read') if residual.seam_fusion else ('read', 'write')

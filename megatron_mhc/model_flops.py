@@ -9,6 +9,8 @@ recomputation: Megatron's convention for its TFLOP/s line, which ``patches/flops
 from __future__ import annotations
 
 from megatron_mhc.config import MAPPINGS, ResidualConfig
+from megatron_mhc.manifolds.registry import num_logits
+from megatron_mhc.manifolds.sizes import matrix_flops
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
 
 # A forward and a backward in units of forwards.
@@ -44,9 +46,9 @@ def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int
 
     Per sublayer, and the merge of streams once::
 
-        mapping, mhc     2 n C (n^2 + 2n) + 2 n C    v phi, and the sum of squares of v
+        mapping, mhc     2 n C (K + 2n) + 2 n C      v phi, and the sum of squares of v
         mapping, hc      2 n C (n + 2) + 2 n C       the same for each stream by itself
-        Sinkhorn, mhc    4 t n^2                     t column and row passes: sums and divisions
+        manifold, mhc    ``manifolds.sizes``         from K logits (Sinkhorn: n^2) to H_res
         F_pre            2 n C                       H_pre x
         F_post,res       2 n^2 C + 2 n C             H_res x + H_post^T y
         merge            n C                         learned: 2 n^2 C + 2 n C for its weights, 2 n C
@@ -63,8 +65,8 @@ def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int
     # Maps that are all constants, or static, are read, not computed.
     if set(residual.fixed_mappings) != set(MAPPINGS):
         if residual.residual_type == 'mhc':
-            mapping = 2 * wide * (n * n + 2 * n) + 2 * wide
-            mapping += 4 * residual.sinkhorn_iterations * n * n
+            mapping = 2 * wide * (num_logits(residual.manifold, n) + 2 * n) + 2 * wide
+            mapping += matrix_flops(residual.manifold, n, residual.sinkhorn_iterations)
         elif residual.hc_variant == 'dynamic':
             mapping = 2 * wide * (n + 2) + 2 * wide
     merge = 2 * wide * n + 4 * wide if residual.stream_merge == 'learned' else wide

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_mhc.config import MAPPINGS, ResidualConfig
+from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
 
 # Held by every tensor-parallel rank as a whole.
@@ -84,14 +85,17 @@ def layer_parameters(shape: ModelShape, layer: int) -> Counter[str]:
 def mapping_parameters(residual: ResidualConfig, hidden: int) -> int:
     """Parameters of one sublayer's maps.
 
-    mHC: phi n C x (n^2 + 2n), b, three alphas. HC: C x (n + 2), b, two scales; static: b only.
+    mHC: phi n C x (K + 2n), b, three alphas, with K = n^2 logits of H_res for Sinkhorn; where K is
+    0, one alpha less. HC: C x (n + 2), b, two scales; static: b only.
     """
     n = residual.num_residual_streams
     if not residual.enabled or set(residual.fixed_mappings) == set(MAPPINGS):
         return 0
-    outputs = n * n + 2 * n
     if residual.residual_type == 'mhc':
-        return outputs * n * hidden + outputs + 3
+        logits = num_logits(residual.manifold, n)
+        outputs = logits + 2 * n
+        return outputs * n * hidden + outputs + 2 + (logits > 0)
+    outputs = n * n + 2 * n
     return outputs + (residual.hc_variant == 'dynamic') * ((n + 2) * hidden + 2)
 
 

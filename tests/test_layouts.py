@@ -20,6 +20,7 @@ FIXED = {'residual_type': 'mhc', 'fixed_mappings': ['pre', 'post', 'res']}
 FULL = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 2}
 CORE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn']}
 BLOCKS = {name: {**MHC, 'recompute_layer_num': name} for name in (1, 3, 'auto')}
+ROTATING_BLOCKS = {**MHC, 'manifold': 'orthogonal', 'recompute_layer_num': 3}
 NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']}
 PP2_FULL, VPP2 = {'layout': {'pp': 2}, 'config': FULL}, {'pp': 2, 'vpp': 2}
 
@@ -33,6 +34,7 @@ MODELS = {
     'tied': {'residual': MHC, 'tied': True},
     'moe': {'residual': MHC, 'config': MOE},
     'fixed': {'residual': FIXED},
+    'rotating': {'residual': {**MHC, 'manifold': 'orthogonal'}},
     'mtp': {'residual': MHC, 'config': {'mtp_num_layers': 1, 'apply_rope_fusion': False}},
 }
 # (case, model, world, changes, bitwise). The reference of a case is its model in one process on the
@@ -54,6 +56,8 @@ CASES = [
     ('pp2-blocks-3', 'mhc', 2, {'layout': {'pp': 2}, 'residual': BLOCKS[3]}, True),
     ('pp2-vpp2-blocks-1', 'mhc', 2, {'layout': VPP2, 'residual': BLOCKS[1]}, True),
     ('pp2-full-blocks', 'mhc', 2, {**PP2_FULL, 'residual': BLOCKS[3]}, True),
+    ('pp2-vpp2-blocks', 'rotating', 2, {'layout': VPP2, 'residual': ROTATING_BLOCKS}, True),
+    ('tp2-sp', 'rotating', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('dp2', 'mhc', 2, {'microbatches': 2}, True),
     ('dp2', 'hc', 2, {'microbatches': 2}, True),
     ('dp2-overlap', 'fixed', 2, {'microbatches': 2, 'overlap': True}, True),

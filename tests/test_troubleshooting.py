@@ -9,8 +9,9 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGE = (ROOT / 'megatron_mhc' / 'TROUBLESHOOTING.md').read_text().partition('## No message of ours')[0]
-QUOTED = re.findall(r'^\| `([^`]+)` \|', PAGE, re.MULTILINE)
+PAGE = (ROOT / 'megatron_mhc' / 'TROUBLESHOOTING.md').read_text()
+OURS = PAGE.partition('## No message of ours')[0]
+QUOTED = re.findall(r'^\| `([^`]+)` \|', OURS, re.MULTILINE)
 
 
 @pytest.fixture(scope='module')

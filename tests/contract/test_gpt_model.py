@@ -230,6 +230,24 @@ def mhc_maps(module, x, n):
     )
 
 
+def kronecker_maps(module, x, n):
+    """Two doubly stochastic 2 x 2 matrices, each of one free number, for four streams."""
+    h = (x / x.square().mean(-1, keepdim=True).sqrt()) @ module.mapping_proj.weight.T
+    pre, post, res = h.split([n, n, 4], -1)
+    b_pre, b_post, b_res = module.bias.split([n, n, 4])
+    logits = module.alpha_res * res + b_res
+    a = torch.sigmoid(logits[..., 0] - logits[..., 1])
+    b = torch.sigmoid(logits[..., 2] - logits[..., 3])
+    # Entry (i, j) is told by the digits in which i and j differ.
+    values = [a * b, a * (1 - b), (1 - a) * b, (1 - a) * (1 - b)]
+    entries = [values[i ^ j] for i in range(4) for j in range(4)]
+    return (
+        torch.sigmoid(module.alpha_pre * pre + b_pre),
+        2 * torch.sigmoid(module.alpha_post * post + b_post),
+        torch.stack(entries, -1).unflatten(-1, (4, 4)),
+    )
+
+
 def hc_maps(module, x, n):
     """The paper's A_m, B and A_r^T, stream by stream."""
     streams = x.unflatten(-1, (n, -1))
@@ -277,9 +295,10 @@ def reference_loss(model, tokens, maps, n, merge):
         ({'residual_type': 'mhc'}, mhc_maps, 'mean'),
         ({'residual_type': 'mhc', 'init': 'identity'}, mhc_maps, 'mean'),
         ({'residual_type': 'mhc', 'num_residual_streams': 3}, mhc_maps, 'mean'),
+        ({'residual_type': 'mhc', 'manifold': 'kronecker'}, kronecker_maps, 'mean'),
         ({'residual_type': 'hc'}, hc_maps, 'sum'),
     ],
-    ids=['mhc', 'mhc-identity', 'mhc-3', 'hc'],
+    ids=['mhc', 'mhc-identity', 'mhc-3', 'mhc-kronecker', 'hc'],
 )
 def test_model_follows_an_independent_reference(build, step, residual, maps, merge):
     model = build(residual).double()  # so that only a different function can differ

@@ -49,6 +49,8 @@ MODELS = {
 RESIDUALS = {
     'mhc': {'residual-type': 'mhc', 'mhc-num-residual-streams': 3},
     'mhc learned': {'residual-type': 'mhc', 'mhc-stream-merge': 'learned'},
+    'mhc permutation': {'residual-type': 'mhc', 'mhc-manifold': 'permutation'},
+    'mhc identity': {'residual-type': 'mhc', 'mhc-manifold': 'identity'},
     'mhc fixed': {'residual-type': 'mhc', 'mhc-fixed-mappings': ('pre', 'post', 'res')},
     'hc': {'residual-type': 'hc'},
     'hc static': {'residual-type': 'hc', 'hc-variant': 'static'},

@@ -1,0 +1,330 @@
+"""Every manifold: exact against an independent fp64 formula, at any logits; own ones."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mhc import ResidualConfig
+from megatron_mhc.config import INIT_PRESETS
+from megatron_mhc.manifolds import registry
+from megatron_mhc.manifolds.manifold import Manifold
+from megatron_mhc.manifolds.sizes import matrix_flops
+from megatron_mhc.mhc import ManifoldHyperConnection
+
+STREAMS = {
+    'sinkhorn': (1, 2, 3, 4, 7, 8),
+    'permutation': (1, 2, 3, 4, 5),
+    'kronecker': (1, 2, 3, 4, 5, 6, 8, 12, 16),
+    'orthogonal': (1, 2, 3, 4, 7, 8),
+    'identity': (1, 2, 4, 8),
+}
+CASES = [(name, n) for name, streams in STREAMS.items() for n in streams]
+# Sums of rows and columns, or H^T H, against 1. Sinkhorn's columns after 20 passes come apart.
+EXACT = {torch.float32: 2e-6, torch.float64: 1e-14}
+
+
+def drawn(manifold, scale=1.0, tokens=6, dtype=torch.float32):
+    return scale * torch.randn(tokens, manifold.num_logits, dtype=dtype)
+
+
+def mixture(logits, n):
+    """Permutation by permutation, of one matrix."""
+    weights = (logits - logits.max()).exp()
+    weights = weights / weights.sum()
+    total = torch.zeros(n, n, dtype=logits.dtype)
+    for weight, image in zip(weights, itertools.permutations(range(n)), strict=True):
+        for row, column in enumerate(image):
+            total[row, column] += weight
+    return total
+
+
+def kronecker(logits, n):
+    total, factors = torch.ones(1, 1, dtype=logits.dtype), []
+    while n > 1:
+        factors.append(next(p for p in range(2, n + 1) if n % p == 0))
+        n //= factors[-1]
+    for size in factors:
+        count = len(list(itertools.permutations(range(size))))
+        total = torch.kron(total, mixture(logits[:count], size))
+        logits = logits[count:]
+    return total
+
+
+def rotations(logits, n):
+    total = torch.eye(n, dtype=logits.dtype)
+    for angle, (i, j) in zip(logits, itertools.combinations(range(n), 2), strict=True):
+        skew = torch.zeros(n, n, dtype=logits.dtype)
+        skew[j, i], skew[i, j] = angle, -angle
+        total = torch.linalg.matrix_exp(skew) @ total
+    return total
+
+
+def scaling(logits, n):
+    matrix = logits.view(n, n).exp()
+    for _ in range(20):
+        matrix = matrix / matrix.sum(0, keepdim=True)
+        matrix = matrix / matrix.sum(1, keepdim=True)
+    return matrix
+
+
+TRUTH = {
+    'sinkhorn': scaling,
+    'permutation': mixture,
+    'kronecker': kronecker,
+    'orthogonal': rotations,
+    'identity': lambda logits, n: torch.eye(n, dtype=logits.dtype),
+}
+
+
+def test_every_manifold_has_a_case():
+    assert set(STREAMS) == set(TRUTH) == set(registry.BUILT_IN)
+
+
+@pytest.mark.parametrize(('name', 'n'), CASES)
+def test_matrix_is_the_formulas(name, n, random_seed):
+    manifold = registry.load(name, n)
+    logits = drawn(manifold, dtype=torch.float64)
+    truth = torch.stack([TRUTH[name](row, n) for row in logits])
+    torch.testing.assert_close(manifold.matrix(logits), truth, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        manifold.matrix(logits.float()), truth.float(), rtol=0, atol=EXACT[torch.float32]
+    )
+
+
+@pytest.mark.parametrize('dtype', EXACT)
+@pytest.mark.parametrize(('name', 'n'), CASES)
+@settings(max_examples=8, deadline=None)
+@given(scale=st.sampled_from([0.0, 0.1, 1.0, 30.0, 1e4, 1e30]), seed=st.integers(0, 2**32))
+def test_the_matrix_stays_on_the_manifold(name, n, dtype, scale, seed):
+    torch.manual_seed(seed)
+    manifold = registry.load(name, n)
+    matrix = manifold.matrix(drawn(manifold, scale, dtype=dtype))
+    assert matrix.dtype == dtype and matrix.isfinite().all()
+    one = torch.ones((), dtype=dtype)
+    if not manifold.doubly_stochastic:
+        square = matrix.transpose(-1, -2) @ matrix
+        torch.testing.assert_close(
+            square, torch.eye(n, dtype=dtype).expand_as(square), rtol=0, atol=4 * EXACT[dtype]
+        )
+        return
+    assert (matrix >= 0).all()
+    sums = [matrix.sum(-1)]
+    if name != 'sinkhorn':
+        sums.append(matrix.sum(-2))
+        assert (torch.linalg.matrix_norm(matrix, 2) <= 1 + EXACT[dtype]).all()
+    for one_sum in sums:
+        torch.testing.assert_close(one_sum, one.expand_as(one_sum), rtol=0, atol=EXACT[dtype])
+
+
+@pytest.mark.parametrize(('name', 'n'), [case for case in CASES if case[1] <= 4])
+def test_gradients(name, n, random_seed):
+    manifold = registry.load(name, n)
+    logits = drawn(manifold, tokens=2, dtype=torch.float64).requires_grad_(manifold.num_logits > 0)
+    if manifold.num_logits:
+        assert torch.autograd.gradcheck(manifold.matrix, (logits,))
+
+
+@pytest.mark.parametrize('preset', INIT_PRESETS)
+@pytest.mark.parametrize(('name', 'n'), CASES)
+def test_presets(name, n, preset):
+    manifold = registry.load(name, n)
+    bias = manifold.bias(preset)
+    assert bias.shape == (manifold.num_logits,) and bias.dtype == torch.float32
+    matrix = manifold.matrix(bias)
+    if preset == 'uniform' and manifold.doubly_stochastic and name != 'identity':
+        torch.testing.assert_close(matrix, torch.full((n, n), 1 / n))
+    else:
+        assert (matrix.diagonal() >= 0.95).all()
+
+
+@pytest.mark.parametrize(('name', 'n'), CASES)
+def test_a_sublayer_reads_and_writes_by_the_equations(name, n, random_seed):
+    """Maps from phi, b and alpha in fp64; gradients reach every parameter."""
+    hidden, tokens = 8, 5
+    residual = ResidualConfig(num_residual_streams=n, manifold=name)
+    module = ManifoldHyperConnection(hidden, residual, 1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(tokens, n * hidden, requires_grad=True)
+    y = torch.randn(tokens, hidden)
+    streams, u, carried = module(x)
+    out = module.post(y, carried)
+
+    size = registry.num_logits(name, n)
+    parameters = {name: p.detach().double() for name, p in module.named_parameters()}
+    v = x.detach().double()
+    logits = (v / v.square().mean(-1, keepdim=True).sqrt()) @ parameters['mapping_proj.weight'].T
+    alpha = [parameters['alpha_pre'], parameters['alpha_post'], parameters.get('alpha_res')]
+    sizes = [n, n, size]
+    parts = [
+        part if factor is None else factor * part + b
+        for factor, part, b in zip(
+            alpha, logits.split(sizes, -1), parameters['bias'].split(sizes), strict=True
+        )
+    ]
+    h_res = torch.stack([TRUTH[name](row, n) for row in parts[2]])
+    v = v.view(tokens, n, hidden)
+    expected_u = torch.einsum('tn,tnc->tc', parts[0].sigmoid(), v)
+    write = torch.einsum('tn,tc->tnc', 2 * parts[1].sigmoid(), y.double())
+    expected = torch.einsum('tij,tjc->tic', h_res, v) + write
+    torch.testing.assert_close(u.double(), expected_u, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.double().view(tokens, n, hidden), expected, rtol=1e-4, atol=1e-4)
+    (u.sum() + (out * torch.randn_like(out)).sum()).backward()
+    for key, parameter in module.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().max() > 0 or n == 1, key
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ({'manifold': 'permutation', 'num_residual_streams': 6}, '720 permutations of 6 streams'),
+        ({'manifold': 'kronecker', 'num_residual_streams': 14}, 'a factor of 7'),
+        ({'manifold': 'birkhoff'}, 'choose one of sinkhorn, permutation'),
+        ({'manifold': 'identity', 'sinkhorn_iterations': 5}, 'has no effect with manifold'),
+        ({'manifold': 'identity', 'seam_fusion': False}, 'has no effect with manifold'),
+        ({'manifold': 'orthogonal', 'fixed_mappings': ('res',)}, '--mhc-fixed-mappings res'),
+        ({'manifold': 'identity', 'residual_type': 'hc'}, 'has no effect with residual_type'),
+    ],
+)
+def test_refusals(flags, message):
+    with pytest.raises(ValueError, match=message):
+        ResidualConfig(**flags)
+
+
+def test_flag_is_resolved_and_compared(parse, refused):
+    args = parse('--residual-type', 'mhc', '--mhc-manifold', 'permutation')
+    assert args.mhc_manifold == 'permutation'
+    assert parse('--residual-type', 'mhc').mhc_manifold == 'sinkhorn'
+    assert '--mhc-manifold' in refused('--residual-type hc --mhc-manifold identity')
+    from megatron_mhc.arguments import same_structure
+
+    assert not same_structure(ResidualConfig(), ResidualConfig(manifold='permutation'))
+
+
+@pytest.mark.parametrize('n', [2, 4, 5])
+def test_operations_are_counted(n):
+    assert matrix_flops('sinkhorn', n, 20) == 80 * n * n
+    count = functools.reduce(lambda a, b: a * b, range(1, n + 1))
+    assert matrix_flops('permutation', n, 20) == count * (3 + 2 * n * n)
+    assert matrix_flops('orthogonal', n, 20) == 3 * n * n * (n - 1)
+    assert matrix_flops('identity', n, 20) == 0
+
+
+class Mean(Manifold):
+    """An own manifold: a learned mixture of I and 1/n."""
+
+    num_logits = 1
+
+    def matrix(self, logits):
+        a = logits.sigmoid().unsqueeze(-1)
+        return a * torch.eye(self.n) + (1 - a) / self.n
+
+    def bias(self, preset):
+        return torch.full((1,), 6.0 if preset == 'identity' else -30.0)
+
+
+class WrongShape(Mean):
+    def matrix(self, logits):
+        return super().matrix(logits)[..., 0]
+
+
+class NotANumber(Mean):
+    def matrix(self, logits):
+        return super().matrix(logits) / 0 * 0
+
+
+class Constant(Mean):
+    def matrix(self, logits):
+        return super().matrix(logits.detach())
+
+
+class Halved(Mean):
+    def matrix(self, logits):
+        return super().matrix(logits) / 2
+
+
+class ShortBias(Mean):
+    def bias(self, preset):
+        return torch.zeros(2)
+
+
+class OnlyThree(Mean):
+    def __init__(self, n):
+        if n != 3:
+            raise ValueError(f'{n} streams: only 3 will do')
+        super().__init__(n)
+
+
+@pytest.fixture
+def offer(monkeypatch):
+    """``offer(name, attribute)``: an installed package declares this entry point."""
+
+    def declare(name, attribute):
+        point = importlib.metadata.EntryPoint(name, f'{__name__}:{attribute}', registry.GROUP)
+        monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+        monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: [point])
+
+    def forget():
+        registry.offered.cache_clear()
+        registry.load.cache_clear()
+
+    forget()
+    yield declare
+    forget()
+
+
+def test_a_manifold_of_another_package(offer, random_seed):
+    offer('mean', 'Mean')
+    module = ManifoldHyperConnection(8, ResidualConfig(manifold='mean'), 0)
+    assert module.mapping_proj.weight.shape == (2 * 4 + 1, 32)
+    x = torch.randn(3, 32)
+    _, _, h_res = module.all_maps(x)
+    torch.testing.assert_close(h_res, torch.full((3, 4, 4), 0.25))
+
+
+@pytest.mark.parametrize(
+    ('attribute', 'message'),
+    [
+        ('WrongShape', 'wanted [2, 3, 4, 4]'),
+        ('NotANumber', 'not finite'),
+        ('Constant', 'cannot be differentiated'),
+        ('Halved', 'do not sum to 1'),
+        ('ShortBias', 'wanted 1 finite values'),
+        ('OnlyThree', 'only 3 will do'),
+        ('Absent', 'AttributeError'),
+        ('drawn', 'AttributeError'),
+    ],
+)
+def test_one_that_does_not_keep_its_word(attribute, message, offer):
+    offer('mine', attribute)
+    with pytest.raises(ValueError) as refused:
+        ResidualConfig(manifold='mine')
+    text = str(refused.value)
+    assert message in text and '--mhc-manifold mine' in text and '\n' not in text
+
+
+def test_a_name_that_is_taken(offer):
+    offer('identity', 'Mean')
+    with pytest.raises(ValueError, match='the name is taken by megatron-mhc'):
+        ResidualConfig(manifold='identity')
+
+
+def test_sizes_need_no_torch():
+    code = (
+        'import sys; sys.modules["torch"] = None\n'
+        'from megatron_mhc.manifolds.registry import BUILT_IN, num_logits\n'
+        'print(*(num_logits(name, 4) for name in BUILT_IN))'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ['16', '24', '4', '6', '0']
