@@ -20,6 +20,7 @@ COMMANDS = {
     'doctor': ('doctor', 'print versions, device, optional packages and the state of every patch'),
     'schedule': ('schedule_cli', 'about pipeline schedules'),
     'recipe': ('recipe_cli', "the mHC paper's models"),
+    'study': ('study', 'which layout trains fastest: step time, memory and messages'),
     'recompute': ('recompute_memory', 'measure the memory of block recompute beside the formula'),
     'report': ('report', 'draw loss, gradient norm, gains and maps of runs with --mhc-monitor'),
     'kernels': ('kernels_cli', 'about the Triton kernels'),
