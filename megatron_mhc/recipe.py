@@ -177,9 +177,9 @@ def recipe_flags(
     return {
         'MODEL_ARGS': _model(recipe, layout),
         'MOE_ARGS': _experts(recipe),
-        'RESIDUAL_ARGS': _residual(residual),
+        'RESIDUAL_ARGS': residual_flags(residual),
         'TRAINING_ARGS': _training(recipe, layout),
-        'PARALLEL_ARGS': _parallel(recipe, layout),
+        'PARALLEL_ARGS': parallel_flags(recipe.layers, layout),
     }
 
 
@@ -242,7 +242,8 @@ def _experts(recipe: Recipe) -> Flags:
     return flags
 
 
-def _residual(residual: ResidualConfig) -> Flags:
+def residual_flags(residual: ResidualConfig) -> Flags:
+    """The residual connections' settings that a study or recipe chooses."""
     flags: Flags = {'residual-type': residual.residual_type}
     if residual.enabled:
         flags['mhc-num-residual-streams'] = residual.num_residual_streams
@@ -275,7 +276,8 @@ def _training(recipe: Recipe, layout: Layout) -> Flags:
     }
 
 
-def _parallel(recipe: Recipe, layout: Layout) -> Flags:
+def parallel_flags(layers: int, layout: Layout) -> Flags:
+    """The ranks, the schedule, and the layers of each stage where they do not divide."""
     flags: Flags = {
         'tensor-model-parallel-size': layout.tp,
         'pipeline-model-parallel-size': layout.pp,
@@ -288,10 +290,8 @@ def _parallel(recipe: Recipe, layout: Layout) -> Flags:
     if layout.pp > 1:
         flags['pipeline-schedule'] = layout.schedule
         flags['mhc-post-stream'] = 'high'
-        if recipe.layers % layout.stages:
-            counts = layer_counts(
-                recipe.layers, layout.pp, layout.placement, layout.stages // layout.pp
-            )
+        if layers % layout.stages:
+            counts = layer_counts(layers, layout.pp, layout.placement, layout.stages // layout.pp)
             flags['pipeline-model-parallel-layout'] = written(counts)
         elif layout.placement == 'interleaved':
             flags['num-virtual-stages-per-pipeline-rank'] = layout.chunks

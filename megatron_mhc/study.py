@@ -12,13 +12,14 @@ from pathlib import Path
 from megatron_mhc.config import RECOMPUTE_BLOCKS, ResidualConfig
 from megatron_mhc.model_shape import ModelShape
 from megatron_mhc.pipeline_config import PIPELINE_SCHEDULES, V_SCHEDULES
-from megatron_mhc.recipe import RECIPES, Recipe, recipe_flags
+from megatron_mhc.recipe import RECIPES
 from megatron_mhc.refusal import refuse
 from megatron_mhc.study_calibrate import as_text, calibration
 from megatron_mhc.study_hardware import PRESETS, Hardware, hardware_of
 from megatron_mhc.study_kernels import BytesModel, Measured
+from megatron_mhc.study_model import own_model, recipe_model
 from megatron_mhc.study_output import flags_text, make_folder, refusals, table, verdict, write
-from megatron_mhc.study_points import Point, Study, best_of, pareto, run_study
+from megatron_mhc.study_points import Study, best_of, pareto, run_study
 from megatron_mhc.study_sweep import Sweep
 
 PROGRAM = 'megatron-mhc study'
@@ -67,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f'{", ".join(RECOMPUTE_BLOCKS)} or sublayers of a block (default: auto)',
     )
     model = parser.add_argument_group('model').add_argument
+    model(
+        '--model',
+        nargs=argparse.REMAINDER,
+        metavar='FLAGS',
+        help='last: a model of your own as Megatron flags, instead of RECIPE; needs Megatron',
+    )
     model('--residual-type', choices=('standard', 'mhc'), default='mhc')
     model('--global-batch-size', type=_count, metavar='N', help="(default: the recipe's)")
 
@@ -83,6 +90,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
+    if options.name or options.model:
+        raise ValueError('--calibrate has models of its own; drop the recipe, or --calibrate')
     rows = calibration()
     if options.json:
         print(json.dumps([row._asdict() | {'error': row.error} for row in rows], indent=1))
@@ -92,25 +101,29 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _study(options: argparse.Namespace) -> int:
-    if options.name is None:
-        raise ValueError(f'argument RECIPE: name one of {", ".join(RECIPES)}, or --calibrate')
+    if (options.name is None) == (options.model is None):
+        raise ValueError(
+            f'name a recipe, {", ".join(RECIPES)}, or give --model with Megatron flags, one of both'
+        )
     hardware = hardware_of(options.hardware, options.set)
     kernels = BytesModel(hardware)
     if options.kernel_times is not None:
         if hardware.post_overlap:
             raise ValueError('--kernel-times: set post_overlap=0; times are measured as they are')
         kernels = Measured(options.kernel_times, hardware)
-    recipe = RECIPES[options.name]
-    if options.global_batch_size is not None:
-        recipe = dataclasses.replace(recipe, batch=options.global_batch_size)
-    shape = recipe.shape(options.residual_type)
-    sweep = sweep_of(options, shape, hardware)
     if options.output is not None:
         make_folder(options.output)
-    study = run_study(shape, recipe.batch, sweep, hardware, kernels, _progress)
+    given = options.global_batch_size, options.residual_type
+    model = recipe_model(options.name, *given) if options.name else own_model(options.model, *given)
+    sweep = sweep_of(options, model.shape, hardware)
+    study = run_study(model.shape, model.batch, sweep, hardware, kernels, _progress)
     best = {n: best_of(points) for n, points in study.streams.items()}
-    flags = {n: flags_text(best_flags(recipe, one)) for n, one in best.items() if one is not None}
-    title = f'{recipe.name}, batch {recipe.batch}, {hardware.name}, kernels: {kernels.source}'
+    flags = {
+        n: flags_text(model.flags(one.layout, one.residual))
+        for n, one in best.items()
+        if one is not None
+    }
+    title = f'{model.name}, batch {model.batch}, {hardware.name}, kernels: {kernels.source}'
     if options.output is not None:
         write(options.output, study, hardware, title, flags)
     if options.json:
@@ -162,11 +175,6 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
     )
 
 
-def best_flags(recipe: Recipe, point: Point) -> dict:
-    """The recipe's flags on the layout of ``point``, by topic, as Megatron and we take them."""
-    return recipe_flags(recipe, point.layout, point.residual)
-
-
 def _plain(study: Study, hardware: Hardware, flags: dict[int, str]) -> dict:
     fronts = {n: pareto(points) for n, points in study.streams.items()}
     return {
@@ -174,8 +182,8 @@ def _plain(study: Study, hardware: Hardware, flags: dict[int, str]) -> dict:
         'points': [point.as_dict() for point in study.points],
         'pareto': [point.as_dict() for front in fronts.values() for point in front],
         'refused': [
-            {'reason': reason, 'remedy': remedy, 'layouts': count}
-            for (reason, remedy), count in study.refused.items()
+            {'reason': reason.words, 'remedy': reason.remedy, 'layouts': count}
+            for reason, count in study.refused.items()
         ],
         'best': [front[0].as_dict() | {'flags': flags[n]} for n, front in fronts.items() if front],
     }

@@ -67,10 +67,10 @@ def refusals(study: Study) -> str:
     """How many layouts do not exist, by reason; empty where all do."""
     lines = [f'{study.refused.total()} more layouts do not exist:'] if study.refused else []
     counts: dict[str, int] = {}
-    for (reason, _), count in study.refused.items():
-        counts[reason] = counts.get(reason, 0) + count
-    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
-        lines.append(f'{count:8}  {reason}')
+    for reason, count in study.refused.items():
+        counts[reason.words] = counts.get(reason.words, 0) + count
+    for why, count in sorted(counts.items(), key=lambda item: -item[1]):
+        lines.append(f'{count:8}  {why}')
     return '\n'.join(lines)
 
 

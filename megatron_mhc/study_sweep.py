@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_mhc.model_memory import Layout
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
@@ -13,8 +14,20 @@ from megatron_mhc.pipeline_config import PIPELINE_SCHEDULES
 from megatron_mhc.schedules.catalog import obstacle
 
 LARGEST = 500_000
-# A reason that is counted, and what to change.
-Reason = tuple[str, str]
+
+
+class Reason(NamedTuple):
+    """Why a layout does not exist.
+
+    Args:
+        check: number of the check; the higher, the closer to a layout that exists.
+        words: without the layout's numbers, so that it can be counted.
+        remedy: what to change.
+    """
+
+    check: int
+    words: str
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ def legal_layouts(
     """All layouts that exist, and how many do not for which first reason.
 
     Raises:
-        ValueError: none exists; says why the most do not and what to change.
+        ValueError: none exists; says why those that come closest do not, and what to change.
     """
     layouts, refused = [], Counter()
     for sizes in sweep.combinations():
@@ -80,17 +93,15 @@ def legal_layouts(
         else:
             refused[reason] += 1
     if not layouts:
-        (reason, remedy), count = refused.most_common(1)[0]
-        raise ValueError(
-            f'none of the {refused.total()} layouts exists; {count} of them: {reason}; {remedy}'
-        )
+        closest = max(refused, key=lambda reason: (reason.check, refused[reason]))
+        raise ValueError(f'no layout exists: {closest.words}; {closest.remedy}')
     return layouts, refused
 
 
 def impossible(
     shape: ModelShape, sequences: int, sizes: dict, dp: tuple[int, ...] = ()
 ) -> Reason | None:
-    """Why a layout cannot be: in words that do not name its numbers, so that they can be counted.
+    """The first reason why a layout cannot be; None where it can.
 
     Args:
         shape: the model.
@@ -98,51 +109,71 @@ def impossible(
         sizes: what ``Layout`` takes.
         dp: data-parallel ranks that are asked for; empty for any.
     """
-    tp, pp, ep, gpus = (sizes[name] for name in ('tp', 'pp', 'ep', 'gpus'))
-    attention, experts = shape.attention, shape.experts
-    grouped = isinstance(attention, GroupedAttention)
-    if gpus % (tp * pp):
-        return 'the GPUs are no multiple of tp x pp', f'change --gpus {gpus}, --tp or --pp'
-    if gpus % (tp * pp * ep):
-        return 'the GPUs are no multiple of tp x pp x ep', f'change --gpus {gpus} or --ep'
-    replicas = gpus // (tp * pp)
-    if dp and replicas not in dp:
-        return 'dp = GPUs / (tp x pp) is not asked for', 'change --dp, or leave it out'
-    if attention.heads % tp or (grouped and attention.groups % tp):
-        return (
-            'the attention heads do not divide by tp',
-            f'choose a --tp that divides {attention.groups if grouped else attention.heads}',
-        )
-    divided = [shape.vocab, shape.sequence, shape.ffn, shape.hidden]
-    if experts:
-        divided += [experts.ffn, experts.shared_ffn]
-    if any(size % tp for size in divided):
-        return 'vocabulary, sequence or widths do not divide by tp', 'choose a smaller --tp'
-    if ep > 1 and experts is None:
-        return 'the model has no experts', 'choose --ep 1'
-    if ep > 1 and experts.count % ep:
-        return 'the experts do not divide by ep', f'choose an --ep that divides {experts.count}'
-    if sequences % (replicas * sizes['micro_batch']):
-        return (
-            'the batch is no multiple of dp x the microbatch',
-            f'change --global-batch-size {sequences}, --micro-batch-size, or --gpus {gpus}',
-        )
-    schedule, chunks = sizes['schedule'], sizes['vpp'] if pp > 1 else 1
-    if pp > 1 and shape.layers < pp * _chunks(schedule, chunks):
-        return (
-            'fewer layers than stages',
-            f'choose a --pp (with --vpp) of at most {shape.layers} stages; a V has 2 a rank',
-        )
-    microbatches = sequences // (replicas * sizes['micro_batch'])
-    if pp > 1 and obstacle(schedule, pp, microbatches, chunks=chunks) is not None:
-        need = 'a multiple of pp' if schedule == 'interleaved' else 'at least 2 x pp'
-        return (
-            f'{schedule} needs {need} microbatches',
-            'choose a smaller --pp or --micro-batch-size, a larger --global-batch-size, or '
-            '--schedule 1f1b or zb-v',
-        )
+    checks = itertools.chain(_of_model(shape, sizes), _of_ranks(sequences, sizes, dp))
+    for number, (wrong, words, remedy) in enumerate(checks):
+        if wrong:
+            return Reason(number, words, remedy)
     return None
 
 
-def _chunks(schedule: str, vpp: int) -> int:
-    return {'1f1b': 1, 'interleaved': vpp}.get(schedule, 2)
+# Whether it is wrong, the words, the remedy; a later check may rely on those before it.
+_Checks = Iterator[tuple[bool, str, str]]
+
+
+def _of_model(shape: ModelShape, sizes: dict) -> _Checks:
+    tp, pp, ep = sizes['tp'], sizes['pp'], sizes['ep']
+    attention, experts = shape.attention, shape.experts
+    heads = attention.groups if isinstance(attention, GroupedAttention) else attention.heads
+    yield (
+        bool(attention.heads % tp or heads % tp),
+        'the attention heads, or their groups, do not divide by tp',
+        f'choose a --tp that divides {heads}',
+    )
+    divided = [shape.vocab, shape.sequence, shape.ffn, shape.hidden]
+    if experts:
+        divided += [experts.ffn, experts.shared_ffn]
+    yield (
+        any(size % tp for size in divided),
+        'vocabulary, sequence or widths do not divide by tp',
+        'choose a smaller --tp',
+    )
+    count = experts.count if experts else 1
+    words = 'the experts do not divide by ep' if experts else 'the model has no experts'
+    yield bool(count % ep), words, f'choose an --ep that divides {count}'
+    yield (
+        shape.layers < _stages(sizes),
+        'fewer layers than stages',
+        f'choose --pp, and --vpp, with at most {shape.layers} stages; a V has 2 a rank',
+    )
+
+
+def _of_ranks(sequences: int, sizes: dict, dp: tuple[int, ...]) -> _Checks:
+    gpus, schedule, pp = sizes['gpus'], sizes['schedule'], sizes['pp']
+    model = sizes['tp'] * pp
+    words = 'the GPUs are no multiple of tp x pp'
+    yield gpus % model > 0, words, f'change --gpus {gpus}, --tp or --pp'
+    yield gpus % (model * sizes['ep']) > 0, f'{words} x ep', f'change --gpus {gpus} or --ep'
+    replicas = gpus // model
+    yield (
+        bool(dp) and replicas not in dp,
+        'dp = GPUs / (tp x pp) is not one that is asked for',
+        f'change --dp or --gpus {gpus}',
+    )
+    together = replicas * sizes['micro_batch']
+    yield (
+        sequences % together > 0,
+        'the batch is no multiple of dp x the microbatch',
+        f'change --global-batch-size {sequences}, --micro-batch-size or --gpus {gpus}',
+    )
+    need = 'a multiple of pp' if schedule == 'interleaved' else 'at least 2 x pp'
+    yield (
+        pp > 1 and obstacle(schedule, pp, sequences // together, chunks=sizes['vpp']) is not None,
+        f'{schedule} needs {need} microbatches',
+        'choose a smaller --pp or --micro-batch-size, a larger --global-batch-size, or --schedule '
+        '1f1b or zb-v',
+    )
+
+
+def _stages(sizes: dict) -> int:
+    pp = sizes['pp']
+    return pp * {'1f1b': 1, 'interleaved': sizes['vpp']}.get(sizes['schedule'], 2) if pp > 1 else 1
