@@ -121,7 +121,7 @@ _Checks = Iterator[tuple[bool, str, str]]
 
 
 def _of_model(shape: ModelShape, sizes: dict) -> _Checks:
-    tp, pp, ep = sizes['tp'], sizes['pp'], sizes['ep']
+    tp, ep = sizes['tp'], sizes['ep']
     attention, experts = shape.attention, shape.experts
     heads = attention.groups if isinstance(attention, GroupedAttention) else attention.heads
     yield (
