@@ -92,9 +92,10 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
             shape = shape_from_args(args)
         except (ArithmeticError, AssertionError, NotImplementedError, TypeError) as error:
             raise ValueError(f'--model: Megatron does not take these flags: {error}') from error
-    batch = batch or args.global_batch_size
-    if batch is None:
+    # Megatron would make one up.
+    if batch is None and not any(word.startswith('--global-batch-size') for word in line):
         raise ValueError('--model: no batch; add --global-batch-size')
+    batch = batch or args.global_batch_size
     if not shape.residual.enabled:
         shape = dataclasses.replace(shape, residual=ResidualConfig(residual_type))
     if shape.residual.residual_type == 'hc':
