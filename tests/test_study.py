@@ -1,14 +1,10 @@
-"""The scaling study: one formula with schedules and memory, sane rankings, speed, its command."""
+"""The scaling study: one formula with schedules and memory, sane rankings, speed."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import random
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,9 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.block_cost import block_size
-from megatron_mhc.cli import main
-from megatron_mhc.model_flops import step_flops
-from megatron_mhc.model_memory import Layout, edge_bytes, rank_memory
+from megatron_mhc.model_flops import step_flops, token_flops
+from megatron_mhc.model_memory import Layout, edge_bytes, rank_memory, stages_of
+from megatron_mhc.model_size import parameters
 from megatron_mhc.recipe import RECIPES
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.lowering import place_recompute
@@ -26,8 +22,9 @@ from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.times import Times
 from megatron_mhc.study_calibrate import calibration
 from megatron_mhc.study_costs import CostModel, Costs
-from megatron_mhc.study_hardware import PRESETS, hardware_of
-from megatron_mhc.study_kernels import BytesModel, Measured
+from megatron_mhc.study_hardware import PRESETS
+from megatron_mhc.study_kernels import BytesModel
+from megatron_mhc.study_links import Group, groups_of
 from megatron_mhc.study_output import breakdown
 from megatron_mhc.study_pipeline import EXACT, Case, run_steps
 from megatron_mhc.study_points import best_of, pareto, run_study
@@ -52,19 +49,6 @@ def study_of(name='27b', batch=256, hardware=H100, residual='mhc', **sizes):
     return run_study(shape, batch, sweep, hardware, BytesModel(hardware))
 
 
-@pytest.fixture
-def command(capsys):
-    """``command(words)``: exit status, stdout and stderr of ``megatron-mhc study words``."""
-
-    def run(line: str):
-        with pytest.raises(SystemExit) as ended:
-            main(['study', *line.split()])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
-
-
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_steps_and_bubbles_are_those_of_the_simulator(schedule, random_seed):
     """All-to-all aside, which the simulator does not know."""
@@ -83,12 +67,14 @@ def test_steps_and_bubbles_are_those_of_the_simulator(schedule, random_seed):
         stages = costs_of(times, layout.stages, layout.chunks)
         cases.append(Case(layout, m, stages, times.hop))
         plan = make_plan(schedule, pp, m, chunks=layout.vpp)
-        expected.append(simulate(place_recompute(plan) if rebuilt else plan, times))
-    for step, timeline in zip(run_steps(cases), expected, strict=True):
+        plan = place_recompute(plan) if rebuilt else plan
+        still = simulate(plan, dataclasses.replace(times, hop=0)).makespan
+        expected.append((simulate(plan, times), still))
+    for step, (timeline, still) in zip(run_steps(cases), expected, strict=True):
         assert step.makespan == pytest.approx(timeline.makespan)
         assert step.work == pytest.approx(timeline.work)
         assert step.bubble_share == pytest.approx(timeline.bubble_share)
-        assert 0 <= step.hops < step.makespan and step.exchange == 0
+        assert step.hops == pytest.approx(timeline.makespan - still) and step.exchange == 0
 
 
 @pytest.mark.parametrize('schedule', SCHEDULES)
@@ -163,6 +149,24 @@ def test_stock_schedules_hold_the_ends_apart():
         assert (ranks[0].weights > ranks[1].weights) == line
 
 
+def test_stages_with_an_end_have_the_least_layers():
+    shape = RECIPES['27b'].shape()
+    line = stages_of(shape, 4, 'line', 1)
+    assert [len(stage) for rank in line for stage in rank] == [7, 8, 8, 7]
+    # Two chunks a rank: stage = chunk x 4 + rank.
+    assert [[len(stage) for stage in rank] for rank in stages_of(shape, 4, 'interleaved', 2)] == [
+        *([3, 4], [4, 4], [4, 4], [4, 3]),
+    ]
+    assert [rank[1][0] for rank in stages_of(shape, 4, 'interleaved', 2)] == [15, 19, 23, 27]
+
+
+def test_a_tenth_of_the_memory_stays_free():
+    needed = study_of(schedule=('1f1b',)).points[0].memory_gib
+    for memory, fits in ((needed / 0.89, True), (needed / 0.91, False)):
+        hardware = dataclasses.replace(H100, memory_gib=memory)
+        assert study_of(schedule=('1f1b',), hardware=hardware).points[0].fits == fits
+
+
 def test_compute_is_the_models_flops(random_seed):
     """Forward and backward of all stages are 3 forwards, but for flash attention's backward."""
     draw = random.Random(random_seed)
@@ -175,8 +179,6 @@ def test_compute_is_the_models_flops(random_seed):
     layout = Layout(2, pp=2, schedule=draw.choice(SCHEDULES))
     stages = model.stages(layout)
     found = sum(stage.forward + stage.input_grad + stage.weight_grad for stage in stages)
-    from megatron_mhc.model_flops import token_flops
-
     extra = 0.5 * token_flops(shape)['attention_core'] * shape.sequence
     assert found * 989e12 == pytest.approx(step_flops(shape, 1) + extra, rel=1e-9)
 
@@ -284,151 +286,43 @@ def test_ten_thousand_layouts_in_a_minute():
     assert time.perf_counter() - start < 60
 
 
-def test_ten_thousand_gpus(command):
-    status, out, _ = command('27b --gpus 10000 --global-batch-size 10000 --json')
-    found = json.loads(out)
-    assert status == 0 and len(found['points']) > 10
-    assert found['best'][0]['gpus'] == 10_000
+def test_groups_leave_their_node_by_all_adapters_in_it():
+    ideal = dataclasses.replace(H100, link_efficiency=1.0, latency_us=0)
+    node, pairs, alone = (Group(ideal, *one) for one in ((8, 1), (8, 4), (8, 8)))
+    assert (node.together, pairs.together, alone.together) == (8, 2, 1)
+    sent = 7 / 8 * 450e9
+    assert node.gather_seconds(450e9) == pytest.approx(sent / 450e9)
+    assert pairs.gather_seconds(450e9) == pytest.approx(sent / 100e9)
+    assert alone.gather_seconds(450e9) == pytest.approx(sent / 50e9)
+    # One of 8 shares stays, one goes by NVLink, six by the network.
+    assert pairs.exchange_seconds(8e9) == pytest.approx(6e9 / 50e9)
+    assert node.exchange_seconds(8e9) == pytest.approx(7e9 / 450e9)
+    assert node.message_seconds(9e9) == 0.02 and alone.message_seconds(9e9) == 0.18
+    assert Group(ideal, 1, 8).gather_seconds(1e9) == 0
 
 
-BENCH = Path(__file__).resolve().parents[1] / 'tools' / 'bench'
+def test_ranks_lie_as_megatron_numbers_them():
+    groups = groups_of(Layout(64, pp=4, ep=2, tp=2), H100)
+    strides = [getattr(groups, name).stride for name in ('tp', 'ep', 'dp', 'expert_dp', 'pp')]
+    assert strides == [1, 2, 2, 4, 16]
 
 
-@pytest.fixture
-def measured(tmp_path, monkeypatch):
-    """``measured(us, **changes)``: a CSV as the bench writes it."""
-    monkeypatch.setattr(sys, 'path', [str(BENCH), *sys.path])
-    from bench_cases import Case as Shape
-    from bench_measure import COLUMNS, status_row
-
-    def write(us: dict[str, float], **changes) -> Path:
-        path = tmp_path / 'results.csv'
-        with path.open('w', newline='') as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for direction, time_us in us.items():
-                row = status_row(Shape(2560, 8192, 4), 'triton', 'layer', 'ok').as_dict()
-                row |= {'direction': direction, 'mode': 'graph', 'median_us': time_us} | changes
-                writer.writerow(row)
-        return path
-
-    return write
+def test_optimizer_and_data_parallelism_count_parameters_once(random_seed):
+    """Adam moves 30 bytes a parameter; a ring sends fp32 gradients and bf16 weights (n - 1) / n."""
+    name = random.Random(random_seed).choice(('3b', '9b'))
+    total = parameters(RECIPES[name].shape('standard')).total()
+    sizes = {'pp': (1,), 'ep': (1,), 'residual': 'standard'}
+    point = study_of(name, 8, gpus=(4,), **sizes).points[0]
+    assert point.optimizer_s * H100.bandwidth == pytest.approx(30 * total / 4)
+    assert point.dp_bytes == pytest.approx(6 * total * 3 / 4)
+    assert study_of(name, 8, gpus=(1,), **sizes).points[0].exposed_dp_s == 0
 
 
-def test_measured_kernels_replace_the_bytes(measured, command):
-    path = measured({'fwd': 100.0, 'bwd': 250.0})
+def test_what_hides_f_post_res_of_the_mlp_takes_half_of_it():
     residual = ResidualConfig('mhc')
-    times = Measured(path, H100).sublayer(residual, 2560, 4096)
-    assert times == pytest.approx((50e-6, 125e-6))
-    line = f'27b --pp 4 --ep 8 --tp 1 --schedule 1f1b --json --kernel-times {path}'
-    slow = measured({'fwd': 1000.0, 'bwd': 2500.0}).rename(path.with_name('slow.csv'))
-    measured({'fwd': 100.0, 'bwd': 250.0})
-    fast = json.loads(command(line)[1])['points'][0]
-    slower = json.loads(command(line.replace(str(path), str(slow)))[1])['points'][0]
-    assert slower['mhc_overhead'] > 5 * fast['mhc_overhead'] > 0
-
-
-@pytest.mark.parametrize(
-    'us, changes, message',
-    [
-        ({'fwd': 1.0}, {}, 'no row of op layer'),
-        ({'fwd': 1.0, 'bwd': 1.0}, {'mode': 'cpu'}, 'no row of op layer'),
-        ({'fwd': 1.0, 'bwd': 1.0}, {'status': 'failed: x'}, 'no row of op layer'),
-        ({'fwd': 1.0, 'bwd': -1.0}, {}, 'not above 0'),
-        ({'fwd': 1.0, 'bwd': 'x'}, {}, 'not a results.csv of tools/bench'),
-        ({'fwd': 1.0, 'bwd': 1.0}, {'hidden': 64}, 'nothing for hidden size 2560 and 4 streams'),
-    ],
-)
-def test_kernel_times_that_do_not_serve_are_refused(measured, command, us, changes, message):
-    status, out, error = command(f'27b --kernel-times {measured(us, **changes)}')
-    assert status == 2 and not out and error.count('\n') == 1
-    assert message in error
-
-
-def test_a_machine_of_ones_own(tmp_path, command):
-    path = tmp_path / 'mine.yaml'
-    path.write_text('preset: h200\nnetwork_gb_s: 25\ntflops: 9e2\n')
-    mine = hardware_of(str(path), ['latency_us=0'])
-    expected = dataclasses.replace(
-        PRESETS['h200'], name='mine', network_gb_s=25, tflops=900, latency_us=0
-    )
-    assert mine == expected
-    found = json.loads(command(f'27b --pp 4 --hardware {path} --json')[1])
-    assert found['hardware']['network_gb_s'] == 25
-
-
-@pytest.mark.parametrize(
-    'text, message',
-    [
-        ('preset: h100\nnvlink: 3\n', "there is no field 'nvlink'"),
-        ('tflops: 100\n', 'memory_gib is missing; add it, or preset: h100'),
-        ('preset: h100\ntflops: fast\n', "tflops='fast': wanted float"),
-        ('preset: h100\ntflops: -1\n', 'tflops=-1.0: give a finite number above 0'),
-        ('preset: h100\ngemm_efficiency: 1.5\n', 'a share; give at most 1'),
-        ('preset: h300\n', 'preset: h300: choose one of a100'),
-        ('- a\n', 'wanted "field: value" lines'),
-        ('a: [\n', 'not YAML'),
-        ('!!python/object/apply:os.getcwd []\n', 'not YAML'),
-    ],
-)
-def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message):
-    path = tmp_path / 'mine.yaml'
-    path.write_text(text)
-    status, out, error = command(f'27b --hardware {path}')
-    assert status == 2 and not out and error.count('\n') == 1
-    assert message in error
-
-
-@pytest.mark.parametrize(
-    'line, message',
-    [
-        ('', 'name a recipe, 3b, 9b'),
-        ('27b --calibrate', '--calibrate has models of its own'),
-        ('27b --hardware h300', '--hardware h300: choose a100, h100'),
-        ('27b --set speed=1', "--set speed=1: there is no field 'speed'"),
-        ('27b --set tflops', '--set tflops: wanted FIELD=VALUE'),
-        ('27b --tp 3', 'do not divide by tp; choose a --tp that divides 32'),
-        ('27b --ep 5', 'do not divide by ep; choose an --ep that divides 72'),
-        ('27b --pp 32', 'fewer layers than stages; choose --pp'),
-        ('27b --gpus 1000', 'change --global-batch-size 1280'),
-        ('27b --gpus 63 --tp 1 --pp 2', 'change --gpus 63, --tp or --pp'),
-        ('27b --gpus 1024 --tp 1 --pp 8 --schedule dualpipev', 'at least 2 x pp microbatches'),
-        ('27b --gpus 1024 --tp 1 --pp 8 --schedule interleaved', 'a multiple of pp microbatches'),
-        ('27b --dp 7', 'change --dp or --gpus 64'),
-        ('27b --vpp 4 --schedule zb-v', '--vpp 4 has no effect with --schedule zb-v'),
-        ('27b --pp 1 --schedule zb-v', '--schedule zb-v has no effect with --pp 1'),
-        ('27b --recompute 0', '--mhc-recompute-layer-num 0: wanted none'),
-        ('27b --residual-type standard --recompute auto', '--recompute has no effect'),
-        ('27b --output /dev/null/x', '--output /dev/null/x: Not a directory'),
-        ('27b --kernel-times /nowhere', '--kernel-times /nowhere: No such file'),
-        ('27b --gpus 0', 'give an integer of at least 1'),
-    ],
-)
-def test_refusals_are_one_line_with_a_remedy(command, line, message):
-    status, out, error = command(line)
-    assert status == 2 and not out and error.count('\n') == 1
-    assert error.startswith('megatron-mhc study: error: ') and message in error
-
-
-def test_what_is_printed(command):
-    status, out, error = command('27b --gpus 64 --top 2 --num-residual-streams 2 4')
-    assert status == 0 and not error
-    assert 'more layouts do not exist:' in out and 'fewer layers than stages' in out
-    assert out.count('best of those that fit') == 2 and '--mhc-num-residual-streams 2' in out
-    status, out, _ = command('27b --gpus 8 --hardware h100 --tp 1 --pp 1 --ep 1')
-    assert status == 1 and 'nothing fits: the least memory is' in out and '--num-layers' not in out
-
-
-def test_files(command, tmp_path):
-    folder = tmp_path / 'new' / 'folder'
-    status, out, _ = command(f'3b --gpus 16 --output {folder} --json')
-    points = json.loads(out)['points']
-    with (folder / 'points.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
-    assert status == 0 and len(rows) == len(points)
-    assert [row['schedule'] for row in rows] == [point['schedule'] for point in points]
-    assert (folder / 'study.png').read_bytes().startswith(b'\x89PNG')
-    assert '--hidden-size 1280' in (folder / 'flags-n4.sh').read_text()
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *('flags-n4.sh', 'pareto.csv', 'points.csv', 'study.png'),
-    ]
+    whole = BytesModel(H100).sublayer(residual, 2560, 4096)
+    hidden = dataclasses.replace(H100, post_overlap=1.0)
+    rest = BytesModel(hidden).sublayer(residual, 2560, 4096)
+    # n = 4: 14 vectors of C forward, of which F_post,res adds 5 to the passes that stay; 28 and 10.
+    assert rest.forward / whole.forward == pytest.approx((14 - 5 / 2) / 14, rel=0.01)
+    assert rest.backward / whole.backward == pytest.approx((28 - 10 / 2) / 28, rel=0.01)
