@@ -15,7 +15,9 @@ def stage_at(rank: int, chunk: int, ranks: int, placement: str) -> int:
 
 
 def layer_counts(layers: int, ranks: int, placement: str, chunks: int) -> list[int]:
-    """Layers per stage, as even as they go; the stages with the ends of the model have the least.
+    """Layers per stage; where they do not divide, no stage has more than the next whole number.
+
+    The last one, with the output layer and the loss, then has the least.
 
     Raises:
         ValueError: fewer layers than stages.
@@ -29,9 +31,12 @@ def layer_counts(layers: int, ranks: int, placement: str, chunks: int) -> list[i
         raise ValueError(f'{layers} layers on pp = {ranks}: {what}; {remedy}')
     if placement == 'v':
         return balanced(layers, ranks)
-    counts = [layers // stages] * stages
-    # The output layer and the loss weigh more than the embedding.
-    order = [*range(1, stages - 1), 0, stages - 1]
-    for stage in order[: layers % stages]:
-        counts[stage] += 1
+    least, left = divmod(layers, stages)
+    counts = [least] * stages
+    if left:
+        # The last stage gives all it can; the first one, with the embedding, comes last.
+        fuller = [*range(1, stages - 1), 0][: left + least - 1]
+        for stage in fuller:
+            counts[stage] += 1
+        counts[-1] -= len(fuller) - left
     return counts

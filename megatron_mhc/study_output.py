@@ -241,4 +241,4 @@ def _bars(axes: Axes, study: Study) -> None:
         start = [a + b for a, b in zip(start, values, strict=True)]
     axes.tick_params(axis='y', labelsize=7)
     axes.set_xlabel('step, s')
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncol=4, loc='lower center', bbox_to_anchor=(0.4, 1.0), frameon=False)

@@ -22,7 +22,7 @@ from megatron_mhc.study_costs import Costs
 if TYPE_CHECKING:
     from numpy import ndarray
 
-EXACT = 8
+EXACT = 16
 # Numbers held at a time: steps of a plan x cases.
 _LARGEST = 4_000_000
 _ROWS = ('forward', 'input_grad', 'weight_grad', 'recompute', 'exchange')

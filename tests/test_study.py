@@ -20,6 +20,7 @@ from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.lowering import place_recompute
 from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.times import Times
+from megatron_mhc.stage_layers import layer_counts
 from megatron_mhc.study_calibrate import calibration
 from megatron_mhc.study_costs import CostModel, Costs
 from megatron_mhc.study_hardware import PRESETS
@@ -149,15 +150,20 @@ def test_stock_schedules_hold_the_ends_apart():
         assert (ranks[0].weights > ranks[1].weights) == line
 
 
-def test_stages_with_an_end_have_the_least_layers():
-    shape = RECIPES['27b'].shape()
-    line = stages_of(shape, 4, 'line', 1)
-    assert [len(stage) for rank in line for stage in rank] == [7, 8, 8, 7]
+def test_the_last_stage_has_the_least_layers_where_they_do_not_divide():
+    """By hand: no stage has more than the next whole number, none has none."""
+    assert layer_counts(30, 4, 'line', 1) == [8, 8, 8, 6]
+    assert layer_counts(30, 4, 'interleaved', 2) == [4, 4, 4, 4, 4, 4, 4, 2]
+    assert layer_counts(18, 8, 'line', 1) == [2, 3, 3, 3, 2, 2, 2, 1]
+    assert layer_counts(9, 8, 'line', 1) == [1, 2, 1, 1, 1, 1, 1, 1]
+    assert layer_counts(32, 8, 'line', 1) == [4] * 8
+    for layers in range(6, 50):
+        counts = layer_counts(layers, 3, 'interleaved', 2)
+        assert sum(counts) == layers and max(counts) == -(-layers // 6)
+        assert min(counts) == counts[-1] >= 1
     # Two chunks a rank: stage = chunk x 4 + rank.
-    assert [[len(stage) for stage in rank] for rank in stages_of(shape, 4, 'interleaved', 2)] == [
-        *([3, 4], [4, 4], [4, 4], [4, 3]),
-    ]
-    assert [rank[1][0] for rank in stages_of(shape, 4, 'interleaved', 2)] == [15, 19, 23, 27]
+    shape = RECIPES['27b'].shape()
+    assert [rank[1][0] for rank in stages_of(shape, 4, 'interleaved', 2)] == [16, 20, 24, 28]
 
 
 def test_a_tenth_of_the_memory_stays_free():
