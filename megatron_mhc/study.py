@@ -23,6 +23,8 @@ from megatron_mhc.study_points import Study, best_of, pareto, run_study
 from megatron_mhc.study_sweep import Sweep
 
 PROGRAM = 'megatron-mhc study'
+_STUDY_ONLY = ('output', 'set', 'kernel_times', 'gpus', 'tp', 'pp', 'vpp', 'ep', 'dp', 'schedule')
+_STUDY_ONLY += ('micro_batch_size', 'num_residual_streams', 'recompute', 'global_batch_size')
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -92,6 +94,10 @@ def main(options: argparse.Namespace) -> int:
 def _calibrate(options: argparse.Namespace) -> int:
     if options.name or options.model:
         raise ValueError('--calibrate has models of its own; drop the recipe, or --calibrate')
+    for name in _STUDY_ONLY:
+        if getattr(options, name):
+            flag = '--' + name.replace('_', '-')
+            raise ValueError(f'{flag} has no effect with --calibrate; drop one of them')
     rows = calibration()
     if options.json:
         print(json.dumps([row._asdict() | {'error': row.error} for row in rows], indent=1))

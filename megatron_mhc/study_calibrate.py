@@ -18,8 +18,8 @@ from megatron_mhc.study_points import run_study
 from megatron_mhc.study_published import DUALPIPE, MHC_OVERHEAD, ZERO_BUBBLE
 from megatron_mhc.study_sweep import Sweep
 
-# What DeepSeek-V3 (arXiv 2412.19437) was trained on: NVLink of 200 GB/s one way, of which the report
-# counts on 160.
+# What DeepSeek-V3 (arXiv 2412.19437) was trained on: NVLink of 200 GB/s one way, of which its
+# report counts on 160.
 H800 = dataclasses.replace(PRESETS['h100'], name='H800', nvlink_gb_s=200)
 _MHC_LAYOUT = Layout(64, pp=4, ep=8)
 

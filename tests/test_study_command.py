@@ -131,6 +131,7 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
     [
         ('', 'name a recipe, 3b, 9b'),
         ('27b --calibrate', '--calibrate has models of its own'),
+        ('--calibrate --set tflops=1', '--set has no effect with --calibrate'),
         ('27b --hardware h300', '--hardware h300: choose a100, h100'),
         ('27b --set speed=1', "--set speed=1: there is no field 'speed'"),
         ('27b --set tflops', '--set tflops: wanted FIELD=VALUE'),
@@ -179,3 +180,11 @@ def test_files(command, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         *('flags-n4.sh', 'pareto.csv', 'points.csv', 'study.png'),
     ]
+
+
+def test_calibration_is_printed_with_its_errors_and_assumptions(command):
+    status, out, _ = command('--calibrate')
+    assert status == 0 and 'ZB table 5: 36 figures, largest error 0.0035' in out
+    assert 'nothing was fitted' in out and '+0.0255' in out
+    rows = json.loads(command('--calibrate --json')[1])
+    assert len(rows) == 36 + 12 + 18 + 4 and all('error' in row for row in rows)
