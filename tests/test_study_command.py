@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import pty
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -188,3 +192,16 @@ def test_calibration_is_printed_with_its_errors_and_assumptions(command):
     assert 'nothing was fitted' in out and '+0.0255' in out
     rows = json.loads(command('--calibrate --json')[1])
     assert len(rows) == 36 + 12 + 18 + 4 and all('error' in row for row in rows)
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_none():
+    terminal, side = pty.openpty()
+    termios.tcsetwinsize(side, (40, 100))
+    command = [sys.executable, '-m', 'megatron_mhc', 'study', '27b', '--gpus', '256']
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=side, check=True, text=True)
+    assert 'best of those that fit' in done.stdout
+    os.set_blocking(terminal, False)
+    assert b'case' in os.read(terminal, 4096)
+    os.close(side)
+    os.close(terminal)
+    assert subprocess.run(command, capture_output=True, check=True).stderr == b''
