@@ -21,6 +21,7 @@ COMMANDS = {
     'patch': ('patch_cli', "put the seams into a user's own Megatron tree"),
     'schedule': ('schedule_cli', 'about pipeline schedules'),
     'recipe': ('recipe_cli', "the mHC paper's models"),
+    'study': ('study', 'which layout trains fastest: step time, memory and messages'),
     'recompute': ('recompute_memory', 'measure the memory of block recompute beside the formula'),
     'report': ('report', 'draw loss, gradient norm, gains and maps of runs with --mhc-monitor'),
     'kernels': ('kernels_cli', 'about the Triton kernels'),

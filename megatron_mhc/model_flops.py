@@ -8,6 +8,8 @@ recomputation: Megatron's convention for its TFLOP/s line, which ``patches/flops
 
 from __future__ import annotations
 
+from collections import Counter
+
 from megatron_mhc.config import MAPPINGS, ResidualConfig
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.manifolds.sizes import matrix_flops
@@ -22,23 +24,32 @@ def step_flops(shape: ModelShape, sequences: int) -> int:
     return STEP * sequences * shape.sequence * sum(token_flops(shape).values())
 
 
-def token_flops(shape: ModelShape) -> dict[str, int]:
+def token_flops(shape: ModelShape) -> Counter[str]:
     """Forward FLOPs of one token by part, on average over a causally masked sequence."""
-    hidden, experts = shape.hidden, shape.experts
     sparse = sum(map(shape.has_experts, range(shape.layers)))
-    projections, core = _attention(shape)
-    parts = {
-        'attention_projections': shape.layers * projections,
-        'attention_core': shape.layers * core,
-        'dense_mlp': (shape.layers - sparse) * _mlp(shape, shape.ffn),
-        'mhc': residual_flops(shape.residual, hidden, shape.sublayers),
-        'head': 2 * hidden * shape.vocab,
-    }
-    if experts:
-        parts['router'] = sparse * 2 * hidden * experts.count
-        parts['routed_experts'] = sparse * experts.top_k * _mlp(shape, experts.ffn)
-        parts['shared_experts'] = sparse * _mlp(shape, experts.shared_ffn)
+    parts = Counter(
+        mhc=residual_flops(shape.residual, shape.hidden, shape.sublayers),
+        head=2 * shape.hidden * shape.vocab,
+    )
+    for kind, layers in ((False, shape.layers - sparse), (True, sparse)):
+        if layers:
+            for part, flops in layer_flops(shape, kind).items():
+                parts[part] += layers * flops
     return parts
+
+
+def layer_flops(shape: ModelShape, sparse: bool) -> dict[str, int]:
+    """The same of one decoder layer, with experts or dense; streams aside."""
+    experts = shape.experts
+    projections, core = _attention(shape)
+    parts = {'attention_projections': projections, 'attention_core': core}
+    if not sparse:
+        return parts | {'dense_mlp': _mlp(shape, shape.ffn)}
+    return parts | {
+        'router': 2 * shape.hidden * experts.count,
+        'routed_experts': experts.top_k * _mlp(shape, experts.ffn),
+        'shared_experts': _mlp(shape, experts.shared_ffn),
+    }
 
 
 def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int:

@@ -8,22 +8,25 @@ dropout. Left out: CUDA context, communication buffers, workspaces, fragmentatio
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from megatron_mhc.block_cost import best_block, kept_cost
-from megatron_mhc.inverted_v_layout import balanced, stage_of
+from megatron_mhc.block_cost import block_size, kept_cost
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
 from megatron_mhc.model_size import REPLICATED, ends, layer_parameters
-from megatron_mhc.schedules.catalog import make_plan
+from megatron_mhc.schedules.catalog import SCHEDULES, make_plan, obstacle
 from megatron_mhc.schedules.validator import live_activations
+from megatron_mhc.stage_layers import layer_counts, stage_at
 
 BF16, FP32 = 2, 4
+# Of a GPU's memory; the rest is for what the estimate leaves out.
+USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share a model; a pipeline runs a schedule on the inverted V.
+    """How ranks share a model.
 
     Args:
         gpus: ranks in all.
@@ -31,7 +34,8 @@ class Layout:
         ep: ranks that share the experts of a layer.
         tp: tensor-parallel ranks, of experts too; with sequence parallelism.
         micro_batch: sequences of a microbatch, b.
-        schedule: of the pipeline.
+        schedule: of the pipeline; means nothing where P = 1.
+        vpp: chunks a rank, of the schedule ``interleaved``; the others have their own number.
 
     Raises:
         ValueError: sizes that do not divide the ranks.
@@ -43,14 +47,32 @@ class Layout:
     tp: int = 1
     micro_batch: int = 1
     schedule: str = 'dualpipev-w'
+    vpp: int = 2
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if name != 'schedule' and value < 1:
                 raise ValueError(f'{name} = {value}: at least 1 is needed')
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f'schedule {self.schedule!r}: there are {", ".join(SCHEDULES)}')
         for names, size in (('tp x pp', self.tp * self.pp), ('tp x pp x ep', self._expert_ranks)):
             if self.gpus % size:
                 raise ValueError(f'{self.gpus} ranks are no multiple of {names} = {size}')
+
+    @property
+    def placement(self) -> str:
+        """Which stages a pipeline rank holds, as ``schedules.catalog`` names it."""
+        return SCHEDULES[self.schedule].placement if self.pp > 1 else 'line'
+
+    @property
+    def chunks(self) -> int:
+        """Stages of a pipeline rank."""
+        return self.vpp if self.placement == 'interleaved' else 2 if self.placement == 'v' else 1
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return self.pp * self.chunks
 
     @property
     def _expert_ranks(self) -> int:
@@ -90,7 +112,7 @@ class RankMemory:
         optimizer: fp32 master weights and two moments, shared out over the replicas.
         live: activations at the peak, in whole forward passes of the rank.
         kept: activations of one such pass, without block recomputation.
-        kept_recompute: with it (mHC, section 4.3.2).
+        kept_recompute: with it (mHC, section 4.3.2), in blocks of the model's L_r, else the best.
         rebuilt: what block recomputation holds at a time, once.
         logits: of the output layer, once.
     """
@@ -127,21 +149,15 @@ def rank_memory(shape: ModelShape, layout: Layout, sequences: int) -> list[RankM
     microbatches = layout.microbatches(sequences)
     live = (1.0,)
     if layout.pp > 1:
-        # A plan counts its V from the rank with both ends; Megatron's last rank has them.
-        live = live_activations(make_plan(layout.schedule, layout.pp, microbatches))[::-1]
-    stages = stages_of(shape, layout.pp)
+        live = live_at_peak(layout.schedule, layout.pp, microbatches, layout.vpp)
+    stages = stages_of(shape, layout.pp, layout.placement, layout.chunks)
     memory = []
-    for rank, held in enumerate(live):
+    for rank, parts in enumerate(rank_parameters(shape, layout)):
         last = rank == layout.pp - 1
-        parts = ends(shape, first=last, last=last)
-        if last and shape.tied:
-            parts['embedding'] -= shape.vocab * shape.hidden
-        for layer in (layer for stage in stages[rank] for layer in stage):
-            parts += layer_parameters(shape, layer)
         memory.append(
             RankMemory(
                 *_states(parts, layout),
-                held,
+                live[rank],
                 *_activations(shape, layout, stages[rank]),
                 # bf16 logits, and the fp32 softmax that cross entropy keeps.
                 last * (BF16 + FP32) * _tokens(shape, layout) * shape.vocab,
@@ -150,25 +166,73 @@ def rank_memory(shape: ModelShape, layout: Layout, sequences: int) -> list[RankM
     return memory
 
 
-def stages_of(shape: ModelShape, pp: int) -> list[list[range]]:
-    """For each pipeline rank the decoder layers of its stages, as the V divides them.
+def live_at_peak(schedule: str, pp: int, microbatches: int, chunks: int) -> tuple[float, ...]:
+    """``live_activations`` of every pipeline rank in Megatron's order.
+
+    Raises:
+        ValueError: the schedule does not exist for these numbers.
+    """
+    reason = obstacle(schedule, pp, microbatches, chunks=chunks)
+    if reason is not None:
+        raise ValueError(reason)
+    # From 2 P + 1 on more microbatches change nothing; a multiple of P suits every schedule.
+    return _live_at_peak(schedule, pp, min(microbatches, 4 * pp), chunks)
+
+
+@functools.cache
+def _live_at_peak(schedule: str, pp: int, microbatches: int, chunks: int) -> tuple[float, ...]:
+    live = live_activations(make_plan(schedule, pp, microbatches, chunks=chunks))
+    # A plan counts its V from the rank with both ends; Megatron's last rank has them.
+    return live[::-1] if SCHEDULES[schedule].placement == 'v' else live
+
+
+def rank_parameters(shape: ModelShape, layout: Layout) -> list[Counter[str]]:
+    """Parameters by part of every pipeline rank's stages, before ``sharing`` divides them.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    return _rank_parameters(shape, layout.pp, layout.placement, layout.chunks)
+
+
+@functools.lru_cache(maxsize=256)
+def _rank_parameters(shape: ModelShape, pp: int, placement: str, chunks: int) -> list[Counter[str]]:
+    found = []
+    for rank, held in enumerate(stages_of(shape, pp, placement, chunks)):
+        last = rank == pp - 1
+        first = last if placement == 'v' else rank == 0
+        parts = ends(shape, first=first, last=last)
+        if first and last and shape.tied:
+            parts['embedding'] -= shape.vocab * shape.hidden
+        for layer in (layer for stage in held for layer in stage):
+            parts += layer_parameters(shape, layer)
+        found.append(parts)
+    return found
+
+
+def sharing(part: str, layout: Layout) -> tuple[int, int]:
+    """How many ranks divide a part of a stage's parameters, and the replicas of each share."""
+    if part == 'routed_experts':
+        return layout.tp * layout.ep, layout.expert_dp
+    return 1 if part in REPLICATED else layout.tp, layout.dp
+
+
+def stages_of(
+    shape: ModelShape, pp: int, placement: str = 'v', chunks: int = 2
+) -> list[list[range]]:
+    """For each pipeline rank the decoder layers of its stages.
 
     Raises:
         ValueError: fewer layers than stages.
     """
     if pp == 1:
         return [[range(shape.layers)]]
-    if shape.layers < 2 * pp:
-        raise ValueError(
-            f'{shape.layers} layers on pp = {pp}: a V has {2 * pp} stages; use at most '
-            f'{shape.layers // 2} pipeline ranks'
-        )
-    counts = balanced(shape.layers, pp)
-    starts = [sum(counts[:stage]) for stage in range(2 * pp)]
+    counts = layer_counts(shape.layers, pp, placement, chunks)
+    starts = [sum(counts[:stage]) for stage in range(pp * chunks)]
     return [
         [
             range(starts[stage], starts[stage] + counts[stage])
-            for stage in (stage_of(rank, chunk, pp) for chunk in (0, 1))
+            for stage in (stage_at(rank, chunk, pp, placement) for chunk in range(chunks))
         ]
         for rank in range(pp)
     ]
@@ -189,10 +253,7 @@ def _states(parts: Counter[str], layout: Layout) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one rank."""
     weights = gradients = optimizer = 0
     for part, whole in parts.items():
-        split = 1 if part in REPLICATED else layout.tp
-        replicas = layout.dp
-        if part == 'routed_experts':
-            split, replicas = layout.tp * layout.ep, layout.expert_dp
+        split, replicas = sharing(part, layout)
         count = -(-whole // split)
         # The mapping is fp32 itself and needs no master copy.
         wide = part == 'mhc'
@@ -217,7 +278,9 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     always = inside + sum(sublayers) * hidden
     around = (n + 2) * hidden
     kept = always + sum(sublayers) * around
-    blocks = [best_block(n, count) for count in sublayers]
+    size = residual.recompute_layer_num
+    size = 'auto' if size == 'none' else size
+    blocks = [block_size(size, n, count) for count in sublayers]
     firsts = sum(kept_cost(n, *pair) for pair in zip(sublayers, blocks, strict=True))
     recomputed = always + firsts * hidden
     return token * kept, token * recomputed, token * max(blocks) * around

@@ -15,9 +15,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_mhc.config import ResidualConfig
-from megatron_mhc.inverted_v_layout import balanced, written
+from megatron_mhc.inverted_v_layout import written
 from megatron_mhc.model_memory import Layout
 from megatron_mhc.model_shape import Experts, LatentAttention, ModelShape
+from megatron_mhc.stage_layers import layer_counts
 
 # A flag's value: True for a flag without one, a tuple for several.
 Flags = dict[str, object]
@@ -84,8 +85,11 @@ class Recipe:
         """Tokens of the whole training."""
         return self.batch * self.steps * self.sequence
 
-    def shape(self, residual_type: str = 'mhc') -> ModelShape:
-        """The model for ``model_size``, ``model_flops`` and ``model_memory``."""
+    def shape(self, residual: str | ResidualConfig = 'mhc') -> ModelShape:
+        """The model for ``model_size``, ``model_flops`` and ``model_memory``.
+
+        ``residual``: its type, or all of its settings.
+        """
         return ModelShape(
             layers=self.layers,
             hidden=self.hidden,
@@ -106,7 +110,7 @@ class Recipe:
                 shared_ffn=self.shared_ffn,
                 layers=(False,) + (True,) * (self.layers - 1),
             ),
-            residual=ResidualConfig(residual_type),
+            residual=ResidualConfig(residual) if isinstance(residual, str) else residual,
         )
 
 
@@ -160,14 +164,22 @@ def scaled_down(recipe: Recipe, layout: Layout) -> tuple[Recipe, Layout]:
     return small, dataclasses.replace(layout, gpus=pp * ep, pp=pp, ep=ep)
 
 
-def recipe_flags(recipe: Recipe, layout: Layout, residual_type: str = 'mhc') -> dict[str, Flags]:
-    """The flags by topic, data and logging aside."""
+def recipe_flags(
+    recipe: Recipe, layout: Layout, residual: str | ResidualConfig = 'mhc'
+) -> dict[str, Flags]:
+    """The flags by topic, data and logging aside.
+
+    ``residual``: its type, with blocks of recomputation of the best size; or its settings.
+    """
+    if isinstance(residual, str):
+        blocks = 'none' if residual == 'standard' else BLOCK_RECOMPUTE['mhc-recompute-layer-num']
+        residual = ResidualConfig(residual, recompute_layer_num=blocks)
     return {
         'MODEL_ARGS': _model(recipe, layout),
         'MOE_ARGS': _experts(recipe),
-        'RESIDUAL_ARGS': _residual(residual_type),
+        'RESIDUAL_ARGS': residual_flags(residual),
         'TRAINING_ARGS': _training(recipe, layout),
-        'PARALLEL_ARGS': _parallel(recipe, layout),
+        'PARALLEL_ARGS': parallel_flags(recipe.layers, layout),
     }
 
 
@@ -230,14 +242,15 @@ def _experts(recipe: Recipe) -> Flags:
     return flags
 
 
-def _residual(residual_type: str) -> Flags:
-    residual = ResidualConfig(residual_type)
-    flags: Flags = {'residual-type': residual_type}
+def residual_flags(residual: ResidualConfig) -> Flags:
+    """The residual connections' settings that a study or recipe chooses."""
+    flags: Flags = {'residual-type': residual.residual_type}
     if residual.enabled:
         flags['mhc-num-residual-streams'] = residual.num_residual_streams
         flags['mhc-init-gating-factor'] = residual.init_gating_factor
-        flags |= BLOCK_RECOMPUTE
-    if residual_type == 'mhc':
+        if residual.recompute_layer_num != 'none':
+            flags['mhc-recompute-layer-num'] = residual.recompute_layer_num
+    if residual.residual_type == 'mhc':
         flags['mhc-sinkhorn-iterations'] = residual.sinkhorn_iterations
     return flags
 
@@ -263,7 +276,8 @@ def _training(recipe: Recipe, layout: Layout) -> Flags:
     }
 
 
-def _parallel(recipe: Recipe, layout: Layout) -> Flags:
+def parallel_flags(layers: int, layout: Layout) -> Flags:
+    """The ranks, the schedule, and the layers of each stage where they do not divide."""
     flags: Flags = {
         'tensor-model-parallel-size': layout.tp,
         'pipeline-model-parallel-size': layout.pp,
@@ -276,7 +290,9 @@ def _parallel(recipe: Recipe, layout: Layout) -> Flags:
     if layout.pp > 1:
         flags['pipeline-schedule'] = layout.schedule
         flags['mhc-post-stream'] = 'high'
-        if recipe.layers % (2 * layout.pp):
-            counts = balanced(recipe.layers, layout.pp)
+        if layers % layout.stages:
+            counts = layer_counts(layers, layout.pp, layout.placement, layout.stages // layout.pp)
             flags['pipeline-model-parallel-layout'] = written(counts)
+        elif layout.placement == 'interleaved':
+            flags['num-virtual-stages-per-pipeline-rank'] = layout.chunks
     return flags

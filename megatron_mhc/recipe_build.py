@@ -54,21 +54,26 @@ def recipe_arguments(recipe: Recipe, residual_type: str = 'mhc') -> argparse.Nam
 
 def model_arguments(flags: Flags, vocab: int) -> argparse.Namespace:
     """Megatron's arguments on one rank, for local layers, with ``vocab`` as the padded size."""
+    args = parsed([word for line in words(flags) for word in line])
+    args.padded_vocab_size = vocab
+    return args
+
+
+def parsed(line: list[str], kind: type = argparse.ArgumentParser) -> argparse.Namespace:
+    """A command line through Megatron's parser, of class ``kind``, and its checks on one rank."""
     from megatron.training import arguments
 
-    flags = flags | {
+    local = {
         'micro-batch-size': 1,
         'transformer-impl': 'local',
         'use-cpu-initialization': True,
         'no-persist-layer-norm': True,
         'no-gradient-accumulation-fusion': True,
     }
-    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    args = parser.parse_args([word for line in words(flags) for word in line])
+    parser = arguments.add_megatron_arguments(kind(allow_abbrev=False))
+    args = parser.parse_args([*line, *(word for flag in words(local) for word in flag)])
     args.rank, args.world_size = 0, 1
-    args = arguments.validate_args(args)
-    args.padded_vocab_size = vocab
-    return args
+    return arguments.validate_args(args)
 
 
 def build(args: argparse.Namespace) -> nn.Module:

@@ -11,14 +11,13 @@ from typing import Any
 
 from megatron_mhc.config import RESIDUAL_TYPES
 from megatron_mhc.model_flops import STEP, step_flops, token_flops
-from megatron_mhc.model_memory import Layout, RankMemory, edge_bytes, rank_memory
+from megatron_mhc.model_memory import USABLE, Layout, RankMemory, edge_bytes, rank_memory
 from megatron_mhc.model_size import PARTS, parameters, summary
 from megatron_mhc.recipe import LAYOUTS, RECIPES, Recipe
 from megatron_mhc.refusal import refuse
 
 TOPICS = ('list', 'show')
 GIB = 2**30
-# Usable memory; a tenth of it is left for what the estimate leaves out.
 GPUS = {'80 GB': 79 * GIB, '141 GB': 139 * GIB}
 _SIZES = ('gpus', 'tp', 'pp', 'ep', 'dp', 'micro_batch')
 
@@ -79,7 +78,7 @@ def describe(recipe: Recipe, layout: Layout, residual_type: str = 'mhc') -> dict
             'microbatches': layout.microbatches(recipe.batch),
         },
         'memory': [{field: getattr(rank, field) for field in fields} for rank in ranks],
-        'fits': [gpu for gpu, size in GPUS.items() if fullest(ranks) <= 0.9 * size],
+        'fits': [gpu for gpu, size in GPUS.items() if fullest(ranks) <= USABLE * size],
         'edge_bytes': edge_bytes(shape, layout) if layout.pp > 1 else 0,
         'flops': {
             'token': STEP * sum(forward.values()),

@@ -1,12 +1,22 @@
-"""Every recipe on every layout is a command line that Megatron and we accept."""
+"""Recipes and what a study prints are command lines that Megatron and we accept."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import random
+import shlex
 
 import pytest
 
+from megatron_mhc.pipeline_config import PIPELINE_SCHEDULES
 from megatron_mhc.recipe import LAYOUTS, RECIPES, recipe_flags, words
+from megatron_mhc.study_hardware import PRESETS
+from megatron_mhc.study_kernels import BytesModel
+from megatron_mhc.study_model import own_model, recipe_model
+from megatron_mhc.study_output import flags_text
+from megatron_mhc.study_points import run_study
+from megatron_mhc.study_sweep import Sweep
 
 CASES = [(name, layout) for name in RECIPES for layout in LAYOUTS[name]]
 # What Megatron refuses at this point only because Transformer Engine is not here.
@@ -27,16 +37,116 @@ def parser(megatron):
 @pytest.mark.parametrize('residual_type', ['standard', 'hc', 'mhc'])
 @pytest.mark.parametrize(('name', 'layout'), CASES)
 def test_flags_are_accepted(parser, name, layout, residual_type, monkeypatch):
-    from megatron.training import arguments
-
     recipe, layout = RECIPES[name], LAYOUTS[name][layout]
     topics = recipe_flags(recipe, layout, residual_type)
     flags = [word for topic in topics.values() for line in words(topic) for word in line]
-    monkeypatch.setenv('WORLD_SIZE', str(layout.gpus))
-    known = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    args = known.parse_args([*flags, *LOCAL, '--mock-data'])
-    args.rank, args.world_size = 0, layout.gpus
-    args = arguments.validate_args(args)
+    args = validated(flags, layout.gpus, monkeypatch)
     assert args.data_parallel_size == layout.dp and args.residual_type == residual_type
     microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     assert microbatches == layout.microbatches(recipe.batch)
+
+
+def validated(flags, gpus, monkeypatch):
+    """The arguments of a process that has parsed no others."""
+    from megatron.training import arguments
+
+    from megatron_mhc.patches import engine
+    from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
+    from megatron_mhc.patches.registry import ALL_PATCHES, RESIDUAL_PATCHES
+
+    kept = (*RESIDUAL_PATCHES, ARGUMENTS_PATCH)
+    engine.revert(tuple(patch for patch in ALL_PATCHES if patch not in kept))
+
+    monkeypatch.setenv('WORLD_SIZE', str(gpus))
+    known = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args = known.parse_args([*flags, *LOCAL, '--mock-data'])
+    args.rank, args.world_size = 0, gpus
+    args = arguments.validate_args(args)
+    # The model's own checks: of the layout, of the pipeline's messages.
+    arguments.core_transformer_config_from_args(args)
+    return args
+
+
+def studied():
+    """The best layout of each schedule and number of pipeline ranks, with several blocks."""
+    hardware, shape = PRESETS['h200'], RECIPES['27b'].shape()
+    sweep = Sweep(
+        gpus=(64,),
+        tp=(1, 2, 4),
+        pp=(1, 2, 3, 4, 5),
+        ep=(1, 4, 8),
+        vpp=(2, 3),
+        micro_batch=(1, 2),
+        streams=(2, 4),
+        recompute=('none', 'auto', 5),
+    )
+    # Divides by 3 and 5 too, with 60 and 64 ranks.
+    points = []
+    for gpus in (60, 64):
+        some = dataclasses.replace(sweep, gpus=(gpus,))
+        points += run_study(shape, 1920, some, hardware, BytesModel(hardware)).points
+    random.Random(0).shuffle(points)
+    found = {}
+    for point in points:
+        layout = point.layout
+        kind = layout.schedule, layout.pp, layout.vpp, point.residual.recompute_layer_num
+        found.setdefault(kind, point)
+    return list(found.values())
+
+
+def test_what_a_study_prints_is_accepted(parser, monkeypatch):
+    found = studied()
+    assert {point.layout.schedule for point in found} == set(PIPELINE_SCHEDULES)
+    assert len(found) > 40
+    for point in found:
+        layout, model = point.layout, recipe_model('27b', 1920, 'mhc')
+        flags = shlex.split(flags_text(model.flags(layout, point.residual)).replace('\\\n', ' '))
+        args = validated(flags, layout.gpus, monkeypatch)
+        assert args.data_parallel_size == layout.dp
+        assert args.mhc_num_residual_streams == point.residual.num_residual_streams
+        blocks = args.mhc_recompute_layer_num
+        assert str(blocks or 'none') == str(point.residual.recompute_layer_num)
+        chunks = args.virtual_pipeline_model_parallel_size or 1
+        assert chunks == layout.chunks
+        microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+        assert microbatches == point.microbatches
+
+
+OWN = (
+    '--num-layers 8 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 8 '
+    '--group-query-attention --num-query-groups 4 --seq-length 128 --max-position-embeddings 128 '
+    '--position-embedding-type rope --swiglu --disable-bias-linear --normalization RMSNorm '
+    '--vocab-size 1000 --global-batch-size 64 --bf16'
+).split()
+
+
+def test_a_model_of_ones_own(parser, monkeypatch):
+    model = own_model(OWN, None, 'mhc')
+    assert (model.shape.hidden, model.shape.vocab, model.batch) == (256, 1024, 64)
+    assert model.shape.tied and model.shape.residual.enabled
+    hardware = PRESETS['h100']
+    sweep = Sweep((8,), (1, 2), (1, 2, 4), (1,))
+    points = run_study(model.shape, model.batch, sweep, hardware, BytesModel(hardware)).points
+    assert {point.layout.schedule for point in points} == set(PIPELINE_SCHEDULES)
+    for point in points:
+        topics = model.flags(point.layout, point.residual)
+        added = [word for topic in topics.values() for line in words(topic) for word in line]
+        args = validated([*OWN, *added], 8, monkeypatch)
+        assert args.data_parallel_size == point.layout.dp
+
+
+@pytest.mark.parametrize(
+    'line, message',
+    [
+        ([*OWN, '--pipeline-model-parallel-size', '2'], 'that is what a study chooses; drop it'),
+        ([*OWN, '--bogus'], 'unrecognized arguments: --bogus'),
+        ([*OWN, '--hidden-size', '250'], 'Megatron does not take these flags'),
+        ([*OWN, '--residual-type', 'hc'], 'a study knows standard and mhc'),
+        ([*OWN, '--mtp-num-layers', '1'], '--mtp-num-layers'),
+        (OWN[: OWN.index('--global-batch-size')], 'no batch; add --global-batch-size'),
+        ([word for word in OWN if word not in ('--vocab-size', '1000')], 'add --vocab-size'),
+    ],
+)
+def test_what_is_no_model_is_refused(parser, line, message):
+    with pytest.raises(ValueError, match=message):
+        own_model(line, None, 'mhc')

@@ -8,6 +8,7 @@ from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.times import Times
+from megatron_mhc.study_published import ZERO_BUBBLE
 
 make_plan = functools.cache(make_plan)
 
@@ -151,26 +152,7 @@ def test_recompute_as_its_own_operation_as_it_is_executed(hop, atomic, slot_w):
         assert simulate(executed, times).makespan == pytest.approx(step, abs=0.05), name
 
 
-# Zero Bubble Pipeline Parallelism, arXiv 2401.10241: p, m and the profiled milliseconds of F, of B
-# (our I), of W and of communication (table 9); layers (table 3), of which 1F1B-I has one a chunk;
-# bubble rates of 1F1B, 1F1B-I and ZB-H1 (table 5).
-PUBLISHED = [
-    (8, 24, (18.522, 18.086, 9.337, 0.601), 24, (0.2431, 0.1055, 0.1585)),
-    (8, 32, (18.513, 18.086, 9.331, 0.626), 24, (0.1985, 0.0818, 0.1242)),
-    (8, 64, (18.546, 18.097, 9.321, 0.762), 24, (0.1240, 0.0443, 0.0674)),
-    (8, 24, (29.718, 29.444, 19.927, 0.527), 32, (0.2347, 0.0808, 0.1323)),
-    (8, 32, (29.802, 29.428, 19.530, 0.577), 32, (0.1898, 0.0628, 0.1045)),
-    (8, 64, (29.935, 29.621, 19.388, 0.535), 32, (0.1091, 0.0320, 0.0554)),
-    (16, 48, (11.347, 11.248, 8.132, 0.377), 48, (0.2552, 0.1104, 0.1397)),
-    (16, 64, (11.307, 11.254, 8.101, 0.379), 48, (0.2082, 0.0852, 0.1088)),
-    (16, 128, (11.325, 11.308, 8.109, 0.378), 48, (0.1251, 0.0445, 0.0576)),
-    (32, 96, (10.419, 10.207, 7.715, 0.408), 64, (0.2646, 0.1493, 0.1421)),
-    (32, 128, (10.408, 10.204, 7.703, 0.408), 64, (0.2168, 0.1164, 0.1106)),
-    (32, 256, (10.402, 10.248, 7.698, 0.460), 64, (0.1352, 0.0624, 0.0594)),
-]
-
-
-@pytest.mark.parametrize('pp, m, profile, layers, rates', PUBLISHED)
+@pytest.mark.parametrize('pp, m, profile, layers, rates', ZERO_BUBBLE)
 def test_zero_bubble_papers_table_5(pp, m, profile, layers, rates):
     times = dict(zip(('forward', 'input_grad', 'weight_grad', 'hop'), profile, strict=True))
     one, interleaved, zero = rates
