@@ -250,8 +250,10 @@ def residual_flags(residual: ResidualConfig) -> Flags:
         flags['mhc-init-gating-factor'] = residual.init_gating_factor
         if residual.recompute_layer_num != 'none':
             flags['mhc-recompute-layer-num'] = residual.recompute_layer_num
-    if residual.residual_type == 'mhc':
+    if residual.residual_type == 'mhc' and residual.manifold == 'sinkhorn':
         flags['mhc-sinkhorn-iterations'] = residual.sinkhorn_iterations
+    elif residual.residual_type == 'mhc':
+        flags['mhc-manifold'] = residual.manifold
     return flags
 
 

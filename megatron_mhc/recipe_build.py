@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from megatron_mhc.arguments import residual_config_from_args
+from megatron_mhc.config import ResidualConfig
 from megatron_mhc.model_memory import Layout
 from megatron_mhc.recipe import BLOCK_RECOMPUTE, Flags, Recipe, recipe_flags, words
 
 ARCHITECTURE = ('MODEL_ARGS', 'MOE_ARGS', 'RESIDUAL_ARGS')
 
 
-def built_summary(recipe: Recipe, residual_type: str = 'mhc') -> dict[str, int]:
+def built_summary(recipe: Recipe, residual: str | ResidualConfig = 'mhc') -> dict[str, int]:
     """``total``, ``active`` and ``mhc`` (as ``model_size.summary``) of the model that is built.
 
     For a process that does nothing else: it chooses the device and opens process groups of its own.
@@ -35,16 +36,16 @@ def built_summary(recipe: Recipe, residual_type: str = 'mhc') -> dict[str, int]:
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         try:
-            args = recipe_arguments(recipe, residual_type)
+            args = recipe_arguments(recipe, residual)
             return counted(build(args), args)
         finally:
             parallel_state.destroy_model_parallel()
             torch.distributed.destroy_process_group()
 
 
-def recipe_arguments(recipe: Recipe, residual_type: str = 'mhc') -> argparse.Namespace:
+def recipe_arguments(recipe: Recipe, residual: str | ResidualConfig = 'mhc') -> argparse.Namespace:
     """The recipe's flags, as far as they shape the model, through Megatron's parser and checks."""
-    topics = recipe_flags(recipe, Layout(1), residual_type)
+    topics = recipe_flags(recipe, Layout(1), residual)
     given = {name: value for topic in ARCHITECTURE for name, value in topics[topic].items()}
     # Nothing runs, so nothing is recomputed; expert by expert the parameters are the same.
     for name in (*BLOCK_RECOMPUTE, 'moe-grouped-gemm'):

@@ -9,9 +9,11 @@ import json
 import sys
 from typing import Any
 
-from megatron_mhc.config import RESIDUAL_TYPES
+from megatron_mhc.config import RESIDUAL_TYPES, ResidualConfig
+from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.model_flops import STEP, step_flops, token_flops
-from megatron_mhc.model_memory import USABLE, Layout, RankMemory, edge_bytes, rank_memory
+from megatron_mhc.model_memory import FP32, USABLE, Layout, RankMemory, edge_bytes, rank_memory
+from megatron_mhc.model_shape import ModelShape
 from megatron_mhc.model_size import PARTS, parameters, summary
 from megatron_mhc.recipe import LAYOUTS, RECIPES, Recipe
 from megatron_mhc.refusal import refuse
@@ -37,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument('name', choices=RECIPES, metavar='NAME', help=', '.join(RECIPES))
     show.add_argument('--residual-type', choices=RESIDUAL_TYPES, default='mhc')
     show.add_argument(
+        '--mhc-manifold', metavar='NAME', help='what H_res is kept on (default: sinkhorn)'
+    )
+    show.add_argument(
         '--build',
         action='store_true',
         help='also build the model with Megatron, on the meta device, and count its parameters',
@@ -55,20 +60,26 @@ def main(options: argparse.Namespace) -> int:
         refuse(f'megatron-mhc recipe {options.topic}', ' '.join(str(error).split()))
 
 
-def describe(recipe: Recipe, layout: Layout, residual_type: str = 'mhc') -> dict[str, Any]:
+def describe(
+    recipe: Recipe, layout: Layout, residual: str | ResidualConfig = 'mhc'
+) -> dict[str, Any]:
     """All figures of a recipe on a layout, as plain values: parameters, bytes and FLOPs.
+
+    Args:
+        residual: the residual type, or all settings.
 
     Raises:
         ValueError: the layout does not fit the model or its batch.
     """
-    shape = recipe.shape(residual_type)
+    shape = recipe.shape(residual)
     ranks = rank_memory(shape, layout, recipe.batch)
     fields = [field.name for field in dataclasses.fields(ranks[0])]
     fields += ['total', 'total_recompute']
     forward = token_flops(shape)
     return {
         'name': recipe.name,
-        'residual_type': residual_type,
+        'residual_type': shape.residual.residual_type,
+        'manifold': _manifold(shape),
         **summary(shape),
         'parameters': {part: parameters(shape)[part] for part in PARTS},
         'layout': {
@@ -86,6 +97,21 @@ def describe(recipe: Recipe, layout: Layout, residual_type: str = 'mhc') -> dict
             'mhc_share': forward['mhc'] / sum(forward.values()),
         },
         'tokens': recipe.tokens,
+    }
+
+
+def _manifold(shape: ModelShape) -> dict[str, Any] | None:
+    """What H_res is kept on and what that costs: mapping parameters, and maps of a sublayer."""
+    residual, n = shape.residual, shape.residual.num_residual_streams
+    if residual.residual_type != 'mhc':
+        return None
+    logits = num_logits(residual.manifold, n)
+    return {
+        'name': residual.manifold,
+        'logits': logits,
+        'parameter_bytes': FP32 * summary(shape)['mhc'],
+        # Logits and maps of pre, post and res.
+        'token_bytes': FP32 * (logits + 2 * n + n * n + 2 * n),
     }
 
 
@@ -146,13 +172,21 @@ def _list(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     recipe = RECIPES[options.name]
-    figures = describe(recipe, layout_of(options), options.residual_type)
+    residual = ResidualConfig(options.residual_type)
+    if options.mhc_manifold:
+        if options.residual_type != 'mhc':
+            raise ValueError(
+                f'--mhc-manifold has no effect with --residual-type {options.residual_type}; drop '
+                'one of the two'
+            )
+        residual = dataclasses.replace(residual, manifold=options.mhc_manifold)
+    figures = describe(recipe, layout_of(options), residual)
     if options.build:
         from megatron_mhc.recipe_build import built_summary
 
         # Megatron prints its arguments.
         with contextlib.redirect_stdout(sys.stderr):
-            figures['built'] = built_summary(recipe, options.residual_type)
+            figures['built'] = built_summary(recipe, residual)
     print(json.dumps(figures, indent=2) if options.json else _text(figures))
     return int('built' in figures and any(figures[k] != n for k, n in figures['built'].items()))
 
@@ -166,6 +200,13 @@ def _text(figures: dict[str, Any]) -> str:
     for key in ('total', 'active', 'mhc'):
         built = f'   built: {figures["built"][key]:,}' if 'built' in figures else ''
         lines.append(f'  {key:24}{figures[key]:18,}{built}')
+    if figures['manifold']:
+        cost = figures['manifold']
+        lines.append(
+            f'  manifold {cost["name"]}: {cost["logits"]} logits of H_res; all maps take '
+            f'{cost["parameter_bytes"] / 2**20:.1f} MiB of fp32 parameters, and '
+            f'{cost["token_bytes"]} bytes a token and sublayer'
+        )
     lines += [
         '',
         f'layout: {layout["gpus"]} ranks = tp {layout["tp"]} x pp {layout["pp"]} x dp '
