@@ -328,3 +328,19 @@ def test_sizes_need_no_torch():
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ['16', '24', '4', '6', '0']
+
+
+def test_table_of_the_guide_can_be_made():
+    """Sums and gradients as the tool measures them, with fewer matrices."""
+    command = [sys.executable, 'tools/manifold_table.py', '--matrices', '200', '--seed', '7']
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in printed.splitlines()]
+    measured = {row[0]: row[1:] for row in rows[2:]}
+    assert list(measured) == list(STREAMS)
+    for name, (logits, *sums, least, norm, gradient) in measured.items():
+        assert int(logits) == registry.num_logits(name, 4)
+        assert float(norm) < 1e-6
+        assert name == 'identity' or float(gradient) < 1e-6
+        if name != 'orthogonal':
+            assert float(least) >= 0
+            assert max(map(float, sums)) < (0.1 if name == 'sinkhorn' else 1e-6)

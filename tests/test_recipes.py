@@ -166,6 +166,23 @@ def test_show_for_people(show):
     assert 'fits GPUs of 80 GB: no and 141 GB: no' in out
 
 
+@pytest.mark.parametrize(
+    ('manifold', 'rows'),
+    [('sinkhorn', 24), ('permutation', 32), ('kronecker', 12), ('orthogonal', 14), ('identity', 8)],
+)
+def test_show_sizes_up_a_manifold(manifold, rows, show):
+    """phi has n C = 10240 columns and that many rows; 60 sublayers."""
+    found = json.loads(show(f'show 27b --mhc-manifold {manifold} --json')[1])
+    alphas = 2 + (manifold != 'identity')
+    assert found['mhc'] == 60 * (rows * 10240 + rows + alphas)
+    assert found['manifold'] == {
+        'name': manifold,
+        'logits': rows - 8,
+        'parameter_bytes': 4 * found['mhc'],
+        'token_bytes': 4 * (rows + 24),
+    }
+
+
 def test_list_names_every_recipe(show):
     assert [row['name'] for row in json.loads(show('list --json')[1])] == list(RECIPES)
     assert all(name in show('list')[1] for name in RECIPES)
@@ -181,6 +198,8 @@ def test_list_names_every_recipe(show):
         ('show 3b --dp 160', 'needs at least 2 x pp = 4 microbatches'),
         ('show 3b --ep 0', 'ep = 0: at least 1 is needed'),
         ('show 4b', "invalid choice: '4b'"),
+        ('show 3b --mhc-manifold birkhoff', 'choose one of sinkhorn, permutation'),
+        ('show 3b --residual-type hc --mhc-manifold identity', 'has no effect with'),
     ],
 )
 def test_wrong_input_is_one_line(show, line, said):
