@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 
-from megatron_mhc.config import RESIDUAL_TYPES
+from megatron_mhc.config import STREAM_TYPES
 from megatron_mhc.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
 from megatron_mhc.recipe_cli import describe, verdict
 
@@ -33,7 +33,7 @@ def parse(argv):
     )
     parser.add_argument('name', choices=RECIPES)
     parser.add_argument('--layout', choices=LAYOUTS['3b'], default='8gpu', help='(default: 8gpu)')
-    parser.add_argument('--residual-type', choices=RESIDUAL_TYPES, default='mhc')
+    parser.add_argument('--residual-type', choices=('standard', *STREAM_TYPES), default='mhc')
     parser.add_argument('--gpus-per-node', type=int, default=8, metavar='N', help='(default: 8)')
     parser.add_argument('--scale-down', action='store_true', help='tiny sizes, 20 iterations')
     parser.add_argument('--print', action='store_true', help='print a bash script, run nothing')

@@ -16,6 +16,7 @@ from megatron_mhc.config import (
     KERNEL_BACKENDS,
     MAPPING_OPTIMIZERS,
     MAPPINGS,
+    MUDD_VARIANTS,
     PROJECTION_PRECISIONS,
     RECOMPUTE_STREAMS,
     RESIDUAL_TYPES,
@@ -37,6 +38,7 @@ FIELDS = {
     'mhc_mapping_optimizer': ('mapping_optimizer', ('hc', 'mhc')),
     'hc_variant': ('hc_variant', ('hc',)),
     'hc_tanh': ('hc_tanh', ('hc',)),
+    'mudd_variant': ('mudd_variant', ('mudd',)),
     'mhc_kernel_backend': ('kernel_backend', ('hc', 'mhc')),
     'mhc_projection_precision': ('projection_precision', ('mhc',)),
     'mhc_seam_fusion': ('seam_fusion', ('mhc',)),
@@ -52,7 +54,8 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     group = parser.add_argument_group(
         'residual connections',
         'Hyper-connections (HC, arXiv 2409.19606) and manifold-constrained hyper-connections '
-        '(mHC, arXiv 2512.24880): n parallel residual streams of the hidden size.',
+        '(mHC, arXiv 2512.24880): n parallel residual streams of the hidden size. Multiway dynamic '
+        'dense connections (MUDD, arXiv 2502.12170): sums of all outputs of earlier layers.',
     )
     group.add_argument(
         '--residual-type',
@@ -139,6 +142,12 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help='leave out the tanh of the dynamic part (default: tanh; hc only)',
     )
     group.add_argument(
+        '--mudd-variant',
+        choices=MUDD_VARIANTS,
+        help='weights of the sums that depend on the token, or static ones (default: dynamic; '
+        'mudd only)',
+    )
+    group.add_argument(
         '--mhc-kernel-backend',
         choices=KERNEL_BACKENDS,
         help='auto: fused Triton kernels where they run (NVIDIA GPU from sm_80, 1, 2, 4 or 8 '
@@ -206,7 +215,8 @@ def residual_config_from_args(args: argparse.Namespace) -> ResidualConfig:
         values[field] = value
     if 'mapping_weight_decay' in values:
         values['mapping_weight_decay'] = values['mapping_weight_decay'] in ('on', True)
-    values['fixed_mappings'] = tuple(values.get('fixed_mappings', ()))
+    if 'fixed_mappings' in values:
+        values['fixed_mappings'] = tuple(values['fixed_mappings'])
     seed = getattr(args, 'seed', None)
     if seed is not None:
         values['seed'] = seed
@@ -234,6 +244,8 @@ def same_structure(a: ResidualConfig, b: ResidualConfig) -> bool:
 def _structure(residual: ResidualConfig) -> tuple:
     if not residual.enabled:
         return (residual.residual_type,)
+    if residual.residual_type == 'mudd':
+        return 'mudd', residual.mudd_variant
     fields = dataclasses.asdict(residual)
     names = ['residual_type', 'num_residual_streams', 'stream_merge', 'fixed_mappings']
     own = {'hc': ['hc_variant', 'hc_tanh'], 'mhc': ['manifold', 'sinkhorn_iterations']}

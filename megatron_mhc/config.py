@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
 
-RESIDUAL_TYPES = ('standard', 'hc', 'mhc')
+RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd')
+# Those with n streams.
+STREAM_TYPES = ('hc', 'mhc')
 INIT_PRESETS = ('uniform', 'identity')
 STREAM_MERGES = ('mean', 'sum', 'learned')
 MAPPINGS = ('pre', 'post', 'res')
-HC_VARIANTS = ('dynamic', 'static')
+HC_VARIANTS = MUDD_VARIANTS = ('dynamic', 'static')
 MAPPING_OPTIMIZERS = ('matrix', 'scalar')
 # The names of megatron_mhc.ops, which needs torch; settings do not.
 KERNEL_BACKENDS = ('auto', 'triton', 'torch')
@@ -22,9 +24,17 @@ PROJECTION_PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
 # What has no effect without Sinkhorn-Knopp, which the fused ops contain.
 _SINKHORN = ('sinkhorn_iterations', 'projection_precision', 'seam_fusion')
 # Settings that the other residual type has to itself.
+_HC = ('hc_variant', 'hc_tanh')
+_MHC = ('manifold', 'init', *_SINKHORN)
+_STREAMS = (
+    *('num_residual_streams', 'init_gating_factor', 'stream_merge', 'fixed_mappings'),
+    *('mapping_weight_decay', 'mapping_lr_mult', 'mapping_optimizer', 'kernel_backend'),
+    *('recompute_layer_num', 'recompute_stream'),
+)
 _FOREIGN = {
-    'hc': ('manifold', 'init', *_SINKHORN),
-    'mhc': ('hc_variant', 'hc_tanh'),
+    'hc': (*_MHC, 'mudd_variant'),
+    'mhc': (*_HC, 'mudd_variant'),
+    'mudd': (*_HC, *_MHC, *_STREAMS),
 }
 
 
@@ -33,8 +43,9 @@ class ResidualConfig:
     """Residual connections of every decoder layer. Plain values only, so that it can be saved.
 
     Args:
-        residual_type: ``standard`` (x + F(x)), ``hc`` (hyper-connections, arXiv 2409.19606) or
-            ``mhc`` (manifold-constrained hyper-connections, arXiv 2512.24880).
+        residual_type: ``standard`` (x + F(x)), ``hc`` (hyper-connections, arXiv 2409.19606),
+            ``mhc`` (manifold-constrained hyper-connections, arXiv 2512.24880) or ``mudd`` (multiway
+            dynamic dense connections, arXiv 2502.12170), which has one stream.
         num_residual_streams: n >= 1, the expansion rate (both papers: 4).
         manifold: what H_res is kept on: ``sinkhorn`` (doubly stochastic, the paper's projection),
             another one of ``megatron_mhc.manifolds``, or the name of an entry point. mhc only.
@@ -48,6 +59,7 @@ class ResidualConfig:
             (mHC, Table 1).
         hc_variant: ``dynamic`` (maps depend on the token) or ``static``. hc only.
         hc_tanh: tanh on the dynamic part of hc.
+        mudd_variant: ``dynamic`` (weights depend on the token) or ``static``. mudd only.
         mapping_weight_decay: apply weight decay to the projection phi. Biases and gating factors
             are never decayed.
         mapping_lr_mult: factor >= 0 on the learning rate of phi, its minimum included.
@@ -79,6 +91,7 @@ class ResidualConfig:
     fixed_mappings: tuple[str, ...] = ()
     hc_variant: str = 'dynamic'
     hc_tanh: bool = True
+    mudd_variant: str = 'dynamic'
     mapping_weight_decay: bool = True
     mapping_lr_mult: float = 1.0
     mapping_optimizer: str = 'matrix'
@@ -104,17 +117,18 @@ class ResidualConfig:
                 'multiplies the learning rate of phi); leave it out for the learning rate of all'
             )
         _one_of('--mhc-init', self.init, INIT_PRESETS)
-        if self.stream_merge is None:
+        self._refuse_given(_FOREIGN.get(self.residual_type, ()), 'residual_type')
+        if self.stream_merge is None and self.residual_type != 'mudd':
             merge = 'sum' if self.residual_type == 'hc' else 'mean'
             object.__setattr__(self, 'stream_merge', merge)
-        _one_of('--mhc-stream-merge', self.stream_merge, STREAM_MERGES)
+        _one_of('--mhc-stream-merge', self.stream_merge, (None, *STREAM_MERGES))
         for mapping in self.fixed_mappings:
             _one_of('--mhc-fixed-mappings', mapping, MAPPINGS)
-        self._refuse_given(_FOREIGN.get(self.residual_type, ()), 'residual_type')
         self._check_manifold()
         object.__setattr__(self, 'fixed_mappings', tuple(sorted(set(self.fixed_mappings))))
         _one_of('--mhc-mapping-optimizer', self.mapping_optimizer, MAPPING_OPTIMIZERS)
         _one_of('--hc-variant', self.hc_variant, HC_VARIANTS)
+        _one_of('--mudd-variant', self.mudd_variant, MUDD_VARIANTS)
         _one_of('--mhc-kernel-backend', self.kernel_backend, KERNEL_BACKENDS)
         _one_of('--mhc-projection-precision', self.projection_precision, PROJECTION_PRECISIONS)
         self._check_recompute()
@@ -164,10 +178,17 @@ class ResidualConfig:
         """Whether anything differs from stock Megatron."""
         return self.residual_type != 'standard'
 
+    @property
+    def streams(self) -> int:
+        """n, or 1 where there is one residual stream."""
+        return self.num_residual_streams if self.residual_type in STREAM_TYPES else 1
+
     def describe(self) -> str:
         """One line for logs and error messages."""
         if not self.enabled:
             return 'standard'
+        if self.residual_type not in STREAM_TYPES:
+            return f'residual_type={self.residual_type} mudd_variant={self.mudd_variant}'
         return ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(self).items())
 
 

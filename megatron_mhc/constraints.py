@@ -153,7 +153,12 @@ def check_constraints(settings: object, residual: ResidualConfig) -> None:
     def get(name: str) -> Any:
         return getattr(settings, name, None)
 
-    for constraint in CONSTRAINTS:
+    table = CONSTRAINTS
+    if residual.residual_type == 'mudd':
+        from megatron_mhc.mudd.constraints import MUDD_CONSTRAINTS
+
+        table += MUDD_CONSTRAINTS
+    for constraint in table:
         if constraint.violated(get):
             raise ValueError(
                 f'{constraint.flag} cannot be combined with --residual-type '

@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from megatron_mhc import cpu_device
-from megatron_mhc.config import MAPPINGS, ResidualConfig
+from megatron_mhc.config import MAPPINGS, STREAM_TYPES, ResidualConfig
 from megatron_mhc.kernels.backend import kernel_obstacle
 from megatron_mhc.refusal import announce
 
@@ -22,7 +22,7 @@ def announce_kernels(args: argparse.Namespace, residual: ResidualConfig) -> None
     Raises:
         ValueError: ``--mhc-kernel-backend triton`` where the kernels cannot run.
     """
-    if not residual.enabled:
+    if residual.residual_type not in STREAM_TYPES:
         return
     on_gpu = torch.cuda.is_available() and not cpu_device.is_installed()
     device = torch.device('cuda' if on_gpu else 'cpu')

@@ -14,6 +14,7 @@ from megatron_mhc.config import MAPPINGS, ResidualConfig
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.manifolds.sizes import matrix_flops
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
+from megatron_mhc.mudd.sizes import mudd_flops
 
 # A forward and a backward in units of forwards.
 STEP = 3
@@ -55,6 +56,8 @@ def layer_flops(shape: ModelShape, sparse: bool) -> dict[str, int]:
 def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int:
     """Forward FLOPs of one token in all that n streams add to a model (mHC, Eqs 3 and 7 to 9).
 
+    Dense connections (mudd): ``mudd.sizes``.
+
     Per sublayer, and the merge of streams once::
 
         mapping, mhc     2 n C (K + 2n) + 2 n C      v phi, and the sum of squares of v
@@ -69,6 +72,8 @@ def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int
         hidden: C.
         sublayers: L.
     """
+    if residual.residual_type == 'mudd':
+        return mudd_flops(hidden, sublayers // 2, residual.mudd_variant == 'dynamic')
     if not residual.enabled:
         return 0
     n, wide = residual.num_residual_streams, residual.num_residual_streams * hidden

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megatron_mhc.config import MAPPINGS, ResidualConfig
+from megatron_mhc.config import MAPPINGS, STREAM_TYPES, ResidualConfig
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
+from megatron_mhc.mudd.sizes import mudd_parameters
 
 # Held by every tensor-parallel rank as a whole.
 REPLICATED = ('norms', 'router', 'mhc')
@@ -33,6 +34,9 @@ def parameters(shape: ModelShape) -> Counter[str]:
         parts['embedding'] -= shape.vocab * shape.hidden
     for layer in range(shape.layers):
         parts += layer_parameters(shape, layer)
+    if shape.residual.residual_type == 'mudd':
+        dynamic = shape.residual.mudd_variant == 'dynamic'
+        parts['mhc'] += mudd_parameters(shape.hidden, shape.layers, dynamic, shape.norm_vectors)
     return parts
 
 
@@ -89,7 +93,7 @@ def mapping_parameters(residual: ResidualConfig, hidden: int) -> int:
     0, one alpha less. HC: C x (n + 2), b, two scales; static: b only.
     """
     n = residual.num_residual_streams
-    if not residual.enabled or set(residual.fixed_mappings) == set(MAPPINGS):
+    if residual.residual_type not in STREAM_TYPES or set(residual.fixed_mappings) == set(MAPPINGS):
         return 0
     if residual.residual_type == 'mhc':
         logits = num_logits(residual.manifold, n)
@@ -101,7 +105,7 @@ def mapping_parameters(residual: ResidualConfig, hidden: int) -> int:
 
 def merge_parameters(residual: ResidualConfig, hidden: int) -> int:
     """Parameters of the n -> 1 merge before the final norm; only the learned one has any."""
-    if not residual.enabled or residual.stream_merge != 'learned':
+    if residual.residual_type not in STREAM_TYPES or residual.stream_merge != 'learned':
         return 0
     n = residual.num_residual_streams
     return n * n * hidden + n + 1

@@ -27,7 +27,7 @@ def transport_for(
         micro_batch_size: sequences of a microbatch, b.
     """
     residual = getattr(config, 'residual_config', None)
-    streams = residual.num_residual_streams if residual is not None and residual.enabled else 1
+    streams = 1 if residual is None else residual.streams
     if config.sequence_parallel:
         sequence //= parallel_state.get_tensor_model_parallel_world_size()
     shape = torch.Size((sequence, micro_batch_size, streams * config.hidden_size))

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from megatron_mhc.config import RESIDUAL_TYPES, ResidualConfig
+from megatron_mhc.config import STREAM_TYPES, ResidualConfig
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.model_flops import STEP, step_flops, token_flops
 from megatron_mhc.model_memory import FP32, USABLE, Layout, RankMemory, edge_bytes, rank_memory
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for parser in (listing, show):
         parser.add_argument('--json', action='store_true', help='print one JSON object')
     show.add_argument('name', choices=RECIPES, metavar='NAME', help=', '.join(RECIPES))
-    show.add_argument('--residual-type', choices=RESIDUAL_TYPES, default='mhc')
+    show.add_argument('--residual-type', choices=('standard', *STREAM_TYPES), default='mhc')
     show.add_argument(
         '--mhc-manifold', metavar='NAME', help='what H_res is kept on (default: sinkhorn)'
     )

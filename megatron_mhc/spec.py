@@ -7,7 +7,7 @@ import dataclasses
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.config import STREAM_TYPES, ResidualConfig
 from megatron_mhc.layer import hyper_connection_layer
 
 Spec = ModuleSpec | TransformerBlockSubmodules
@@ -19,12 +19,12 @@ def with_residual(spec: Spec, residual: ResidualConfig) -> Spec:
     Args:
         spec: a ``ModuleSpec`` of any ``TransformerLayer`` (local or TE, dense or MoE, MLA), a
             ``TransformerBlockSubmodules``, or a ``ModuleSpec`` of a block.
-        residual: the settings. With ``standard`` the spec itself is returned.
+        residual: the settings. Without n streams the spec itself is returned.
 
     Raises:
         ValueError: the spec names no transformer layer.
     """
-    if not residual.enabled:
+    if residual.residual_type not in STREAM_TYPES:
         return spec
     if isinstance(spec, TransformerBlockSubmodules):
         layers = [with_residual(layer, residual) for layer in spec.layer_specs or ()]

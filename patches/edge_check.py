@@ -39,9 +39,7 @@ def agree_on_edges(
     # Each rank builds the same number of models (teachers, for one) in the same order.
     build = next(_BUILDS)
     store = dist.distributed_c10d._get_default_store()
-    edge = (
-        f'{residual.residual_type}, {residual.num_residual_streams} streams of {config.hidden_size}'
-    )
+    edge = f'{residual.residual_type}, {residual.streams} streams of {config.hidden_size}'
     rank = dist.get_rank()
     store.set(_key(build, rank), edge)
     timeout = timeout or default_timeout()

@@ -18,6 +18,7 @@ from megatron_mhc.block import widen_block
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.inverted_v_layout import stage_of
+from megatron_mhc.mudd.layer import connect_densely
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import negotiate_shapes_if_needed
@@ -100,7 +101,9 @@ def _wrap(original: Callable) -> Callable:
             vp_stage = bound.arguments.get('vp_stage')
             bound.arguments['pre_process'] = prepare_pipeline(config, pipeline, vp_stage)
         original(*bound.args, **bound.kwargs)
-        if residual.enabled:
+        if residual.residual_type == 'mudd':
+            connect_densely(self.decoder, residual)
+        elif residual.enabled:
             widen_block(self.decoder, residual)
         if pipeline is not None:
             tie(self)

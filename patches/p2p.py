@@ -21,7 +21,7 @@ def _wrap(original: Callable) -> Callable:
         residual = getattr(self.config, 'residual_config', None)
         if residual is None or not residual.enabled or shapes_are_negotiated(self.config):
             return original(self, tensor_shape=tensor_shape, **kwargs)
-        streams, hidden_size = residual.num_residual_streams, self.config.hidden_size
+        streams, hidden_size = residual.streams, self.config.hidden_size
         for name in ('tensor_send_next', 'tensor_send_prev'):
             tensor = kwargs.get(name)
             if tensor is not None and tensor.shape[-1] != streams * hidden_size:

@@ -16,6 +16,7 @@ from megatron_mhc.block import HyperConnectionBlockMixin
 from megatron_mhc.compat import core_minor, core_version
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.mapping_groups import with_mapping_rules
+from megatron_mhc.mudd.layer import MuddLayerMixin
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.gpt_model import residual_of
 
@@ -42,9 +43,10 @@ def _wrap(original: Callable) -> Callable:
 
 
 def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> None:
-    """Raise RuntimeError for a model without an n-stream block."""
+    """Raise RuntimeError for a model that has neither n streams nor dense connections."""
+    widened = (HyperConnectionBlockMixin, MuddLayerMixin)
     for chunk in chunks:
-        if not any(isinstance(module, HyperConnectionBlockMixin) for module in chunk.modules()):
+        if not any(isinstance(module, widened) for module in chunk.modules()):
             inner = chunk
             while hasattr(inner, 'module'):
                 inner = inner.module

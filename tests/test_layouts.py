@@ -24,6 +24,8 @@ ROTATING_BLOCKS = {**MHC, 'manifold': 'orthogonal', 'recompute_layer_num': 3}
 NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']}
 PP2_FULL, VPP2 = {'layout': {'pp': 2}, 'config': FULL}, {'pp': 2, 'vpp': 2}
 
+# Modules that a residual topology adds to a model.
+OWN = ('hyper_connection', 'stream_merge', 'dense_aggregates')
 MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 
 # model -> what distinguishes it
@@ -35,6 +37,8 @@ MODELS = {
     'moe': {'residual': MHC, 'config': MOE},
     'fixed': {'residual': FIXED},
     'rotating': {'residual': {**MHC, 'manifold': 'orthogonal'}},
+    # RMSNorm, since one vector more on every key changes no softmax: its gradient is 0.
+    'mudd': {'residual': {'residual_type': 'mudd'}, 'config': {'normalization': 'RMSNorm'}},
     'mtp': {'residual': MHC, 'config': {'mtp_num_layers': 1, 'apply_rope_fusion': False}},
 }
 # (case, model, world, changes, bitwise). The reference of a case is its model in one process on the
@@ -65,6 +69,9 @@ CASES = [
     ('tp2-sp', 'mhc', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('tp2-sp', 'hc', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('tp2-sp', 'head', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('tp2', 'mudd', 2, {'layout': {'tp': 2}}, False),
+    ('tp2-sp', 'mudd', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('dp2-overlap', 'mudd', 2, {'microbatches': 2, 'overlap': True}, True),
     ('ep2', 'moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp4', 'mhc', 4, {'layout': {'pp': 4}}, True),
@@ -138,7 +145,7 @@ def test_layout_equals_one_process(runs, tensors, name, model, changes, bitwise)
     assert norms[0] == pytest.approx(norms[1], rel=SPLIT_SUM_TOLERANCE)
     gradients, references = tensors(folder / case), tensors(folder / reference)
     assert gradients.keys() == references.keys()
-    own = [key for key in gradients if 'hyper_connection' in key]
+    own = [key for key in gradients if any(name in key for name in OWN)]
     assert bool(own) == (model != 'fixed')
     whole = torch.stack([gradient.norm() for gradient in references.values()]).norm()
     for key, reference_gradient in references.items():
@@ -170,7 +177,7 @@ def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
 def test_mapping_parameters_get_gradients(runs, tensors):
     """A layout test that compares zeros with zeros would prove nothing."""
     folder, _ = runs
-    for model in ('mhc', 'hc', 'head', 'moe'):
+    for model in ('mhc', 'hc', 'head', 'moe', 'mudd'):
         for key, gradient in tensors(folder / reference_name(model, {})).items():
-            if 'hyper_connection' in key or 'stream_merge' in key:
+            if any(name in key for name in OWN):
                 assert gradient.abs().max() > 1e-8, (model, key)

@@ -152,7 +152,7 @@ def randomise(chunks: list[torch.nn.Module]) -> None:
     """Give every mapping parameter a value that makes all maps matter."""
     generator = torch.Generator().manual_seed(11)
     for name, parameter in sorted(chunks[0].module.named_parameters()):
-        if 'hyper_connection' in name or 'stream_merge' in name:
+        if any(own in name for own in ('hyper_connection', 'stream_merge', 'dense_aggregates')):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * 0.1)
 

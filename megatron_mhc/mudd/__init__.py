@@ -1,0 +1,1 @@
+"""Multiway dynamic dense connections (MUDD, arXiv 2502.12170): ``--residual-type mudd``."""

@@ -1,0 +1,149 @@
+"""A transformer layer whose query, key, value and residual are inputs of their own.
+
+What reaches a layer is its residual way; the three others and all outputs so far travel as an
+attribute of that tensor, so that nothing is kept on a module between two calls. Attention and MLP
+are the layer's own. Only two modules of a built layer get another class: the norm before
+attention, which then norms three ways, and the projection to queries, keys and values, which then
+multiplies each part of its weight with another way.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from megatron_mhc.config import ResidualConfig
+from megatron_mhc.mudd.aggregate import DenseAggregate
+from megatron_mhc.mudd.sizes import ways_after
+
+
+class Carried(NamedTuple):
+    """What comes with the residual way ``[s, b, C]``: the three others, and every output so far."""
+
+    ways: tuple[Tensor, ...]
+    history: tuple[Tensor, ...]
+
+
+def carried_by(x: Tensor) -> Carried | None:
+    return x.__dict__.get('mudd')
+
+
+class ThreeWayNorm:
+    """The norm before attention: ``[s, b, C]`` with what it carries -> ``[s, b, 3C]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        carried = carried_by(x)
+        # The first layer reads the embedding every way.
+        ways = carried.ways if carried else (x, x, x)
+        norms = (super().forward, *self.others)
+        return torch.cat([norm(way) for norm, way in zip(norms, ways, strict=True)], dim=-1)
+
+
+class ThreeWayLinear:
+    """The projection to queries, keys and values: ``[s, b, 3C]`` -> ``[s, b, (q + k + v) / tp]``.
+
+    Its weight keeps Megatron's order, head by head within each query group.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        enter = tensor_parallel.copy_to_tensor_model_parallel_region
+        if self.sequence_parallel:
+            enter = tensor_parallel.gather_from_sequence_parallel_region
+        ways = enter(x).chunk(3, dim=-1)
+        parts = self.weight.unflatten(0, (self.groups, -1, self.head_dim))
+        biases = self.bias
+        if biases is not None:
+            biases = biases.unflatten(0, (self.groups, -1, self.head_dim))
+        outputs = []
+        for way, rows in zip(ways, (slice(0, -2), slice(-2, -1), slice(-1, None)), strict=True):
+            bias = None if biases is None else biases[:, rows].flatten()
+            y = F.linear(way, parts[:, rows].flatten(0, 2), bias)
+            outputs.append(y.unflatten(-1, (self.groups, -1)))
+        return torch.cat(outputs, dim=-1).flatten(-2), None
+
+
+class MuddLayerMixin:
+    """Overrides the layer's forward, before and after which dense connections stand."""
+
+    aggregate: tuple[DenseAggregate, ...] = ()
+
+    def forward(self, *args: object, **kwargs: object) -> tuple:
+        x = kwargs['hidden_states'] if 'hidden_states' in kwargs else args[0]
+        carried = carried_by(x)
+        if carried is None and self.layer_number > 1:
+            raise RuntimeError(
+                f'layer {self.layer_number}: the outputs of earlier layers did not arrive with its '
+                'input; something between the layers replaced the tensor, which --residual-type '
+                'mudd cannot follow'
+            )
+        history = carried.history if carried else (x,)
+        output, *rest = super().forward(*args, **kwargs)
+        history = (*history, output)
+        # In a tuple, or it would be registered as a child of this layer too.
+        *ways, residual = self.aggregate[0](history)
+        if ways:
+            residual.mudd = Carried(tuple(ways), history)
+        return residual, *rest
+
+
+def _copy_of(norm: nn.Module) -> nn.Module:
+    """With parameters of its own, which Megatron's marks come along with."""
+    twin = copy.deepcopy(norm)
+    for new, old in zip(twin.parameters(), norm.parameters(), strict=True):
+        new.__dict__.update(old.__dict__)
+    return twin
+
+
+@functools.cache
+def _with(mixin: type, base: type) -> type:
+    return type(f'{mixin.__name__}{base.__name__}', (mixin, base), {'__doc__': mixin.__doc__})
+
+
+def connect_densely(block: TransformerBlock, residual: ResidualConfig) -> None:
+    """Give a built block its aggregates, and its layers their three further inputs.
+
+    Raises:
+        ValueError: a layer's attention is not one whose inputs can be told apart.
+    """
+    config, layers = block.config, len(block.layers)
+    # Children of the block: each has a shape of its own, which layers that are stacked in a
+    # checkpoint may not have.
+    block.dense_aggregates = nn.ModuleList(
+        DenseAggregate(
+            config.hidden_size,
+            layer,
+            ways_after(layer, layers),
+            residual.mudd_variant == 'dynamic',
+            config.layernorm_epsilon,
+            residual.seed,
+            config.sequence_parallel,
+        )
+        for layer in range(1, layers + 1)
+    )
+    for layer, aggregate in zip(block.layers, block.dense_aggregates, strict=True):
+        attention = layer.self_attention
+        linear = getattr(attention, 'linear_qkv', None)
+        if type(attention) is not SelfAttention or type(linear) is not ColumnParallelLinear:
+            raise ValueError(
+                f'--residual-type mudd: layer {layer.layer_number} has {type(attention).__name__} '
+                f'with {type(linear).__name__}, whose query, key and value cannot get inputs of '
+                'their own; use SelfAttention with --transformer-impl local'
+            )
+        norm = layer.input_layernorm
+        layer.key_layernorm, layer.value_layernorm = _copy_of(norm), _copy_of(norm)
+        norm.__class__ = _with(ThreeWayNorm, type(norm))
+        norm.others = (layer.key_layernorm, layer.value_layernorm)
+        linear.__class__ = _with(ThreeWayLinear, type(linear))
+        linear.groups = attention.num_query_groups_per_partition
+        linear.head_dim = attention.hidden_size_per_attention_head
+        layer.__class__ = _with(MuddLayerMixin, type(layer))
+        layer.aggregate = (aggregate,)
