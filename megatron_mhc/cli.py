@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -53,7 +54,14 @@ def main(argv: list[str] | None = None) -> None:
         if argv[:1] == [name]:
             importlib.import_module(f'megatron_mhc.{module}').add_arguments(command)
     options = parser.parse_args(argv)
-    sys.exit(options.run(options))
+    try:
+        status = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has read enough. What is left would fail again at exit, so it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -218,3 +218,11 @@ def test_compare_refuses_what_factors_do_not_fit(schedule):
     assert {row['schedule'] for row in found['schedules']} == {'gpipe', '1f1b', 'zb-h1', 'dualpipe'}
     reasons = {row['schedule']: row['reason'] for row in found['refused']}
     assert 'stage_scale has 2 factors, the plan 4 stages' in reasons['zb-v']
+
+
+def test_a_reader_that_stops_early_gets_no_traceback():
+    command = [sys.executable, '-m', 'megatron_mhc', *'schedule list'.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ''
+    assert process.wait(timeout=60) == 1
