@@ -32,6 +32,7 @@ FIELDS = {
     'mhc_init_gating_factor': ('init_gating_factor', ('hc', 'mhc')),
     'mhc_init': ('init', ('mhc',)),
     'mhc_stream_merge': ('stream_merge', ('hc', 'mhc')),
+    'mhc_single_pass': ('single_pass', ('mhc',)),
     'mhc_fixed_mappings': ('fixed_mappings', ('hc', 'mhc')),
     'mhc_mapping_weight_decay': ('mapping_weight_decay', ('hc', 'mhc')),
     'mhc_mapping_lr_mult': ('mapping_lr_mult', ('hc', 'mhc')),
@@ -101,6 +102,14 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         choices=STREAM_MERGES,
         help='how n streams become one before the final norm; sum also divides the initial std of '
         'output projections by sqrt(n) (default: sum for hc, its paper; mean for mhc)',
+    )
+    group.add_argument(
+        '--mhc-single-pass',
+        action='store_const',
+        const=True,
+        help='a sublayer reads with the H_pre of the one before it, the first one stream 0, and '
+        'the last H_pre merges the streams, as in DeepSeek-V4.1 (default: each with its own; mhc '
+        'on one pipeline stage)',
     )
     group.add_argument(
         '--mhc-fixed-mappings',
@@ -248,6 +257,9 @@ def _structure(residual: ResidualConfig) -> tuple:
         return 'mudd', residual.mudd_variant
     fields = dataclasses.asdict(residual)
     names = ['residual_type', 'num_residual_streams', 'stream_merge', 'fixed_mappings']
-    own = {'hc': ['hc_variant', 'hc_tanh'], 'mhc': ['manifold', 'sinkhorn_iterations']}
+    own = {
+        'hc': ['hc_variant', 'hc_tanh'],
+        'mhc': ['manifold', 'sinkhorn_iterations', 'single_pass'],
+    }
     names += own[residual.residual_type]
     return tuple(fields[name] for name in names)

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
 
+from megatron_mhc import single_pass
 from megatron_mhc.block_choice import choose_block_size
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.layer import HyperConnectionLayerMixin
@@ -34,6 +35,8 @@ class HyperConnectionBlockMixin:
             if isinstance(hidden_states, WrappedTensor):
                 hidden_states = hidden_states.unwrap()
             hidden_states = expand_streams(hidden_states, self.num_streams)
+            if self.single_pass:
+                single_pass.start(hidden_states, self.num_streams)
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -52,6 +55,7 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     """
     block.__class__ = hyper_connection_block(type(block))
     block.num_streams = residual.num_residual_streams
+    block.single_pass = residual.single_pass
     size = choose_block_size(block, residual)
     for layer in block.layers:
         layer.recompute_block_size = size

@@ -25,7 +25,7 @@ PROJECTION_PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
 _SINKHORN = ('sinkhorn_iterations', 'projection_precision', 'seam_fusion')
 # Settings that the other residual type has to itself.
 _HC = ('hc_variant', 'hc_tanh')
-_MHC = ('manifold', 'init', *_SINKHORN)
+_MHC = ('manifold', 'init', 'single_pass', *_SINKHORN)
 _STREAMS = (
     *('num_residual_streams', 'init_gating_factor', 'stream_merge', 'fixed_mappings'),
     *('mapping_weight_decay', 'mapping_lr_mult', 'mapping_optimizer', 'kernel_backend'),
@@ -54,7 +54,9 @@ class ResidualConfig:
         init: ``uniform`` (zero biases: H_pre = 1/2, H_post = 1, H_res = 1/n) or ``identity`` (H_res
             near I, each sublayer reading and writing mostly one home stream). mhc only.
         stream_merge: how n streams become one before the final norm. None: ``sum`` for hc (its
-            paper), ``mean`` for mhc (its paper does not say).
+            paper), ``mean`` for mhc (its paper does not say); with ``single_pass`` always ``pre``.
+        single_pass: read with the H_pre of the sublayer before, and merge with that of the last
+            (DeepSeek-V4.1). mhc only.
         fixed_mappings: maps held at their ablation values H_pre = 1/n, H_post = 1, H_res = I
             (mHC, Table 1).
         hc_variant: ``dynamic`` (maps depend on the token) or ``static``. hc only.
@@ -88,6 +90,7 @@ class ResidualConfig:
     init_gating_factor: float = 0.01
     init: str = 'uniform'
     stream_merge: str | None = None
+    single_pass: bool = False
     fixed_mappings: tuple[str, ...] = ()
     hc_variant: str = 'dynamic'
     hc_tanh: bool = True
@@ -118,10 +121,7 @@ class ResidualConfig:
             )
         _one_of('--mhc-init', self.init, INIT_PRESETS)
         self._refuse_given(_FOREIGN.get(self.residual_type, ()), 'residual_type')
-        if self.stream_merge is None and self.residual_type != 'mudd':
-            merge = 'sum' if self.residual_type == 'hc' else 'mean'
-            object.__setattr__(self, 'stream_merge', merge)
-        _one_of('--mhc-stream-merge', self.stream_merge, (None, *STREAM_MERGES))
+        self._check_merge()
         for mapping in self.fixed_mappings:
             _one_of('--mhc-fixed-mappings', mapping, MAPPINGS)
         self._check_manifold()
@@ -140,6 +140,19 @@ class ResidualConfig:
                     f'{name}={getattr(self, name)!r} has no effect with {why}='
                     f'{getattr(self, why)!r}: leave it at its default'
                 )
+
+    def _check_merge(self) -> None:
+        if self.single_pass and self.stream_merge not in (None, 'pre'):
+            raise ValueError(
+                f'--mhc-stream-merge {self.stream_merge} has no effect with --mhc-single-pass, '
+                "under which the last sublayer's H_pre merges the streams; drop one of the two"
+            )
+        if self.single_pass:
+            object.__setattr__(self, 'stream_merge', 'pre')
+        elif self.residual_type != 'mudd':
+            merge = self.stream_merge or ('sum' if self.residual_type == 'hc' else 'mean')
+            _one_of('--mhc-stream-merge', merge, STREAM_MERGES)
+            object.__setattr__(self, 'stream_merge', merge)
 
     def _check_manifold(self) -> None:
         _one_of('--mhc-manifold', self.manifold, manifold_names())
@@ -170,6 +183,11 @@ class ResidualConfig:
             raise ValueError(
                 f'--mhc-recompute-stream {stream} has no effect without --mhc-recompute-layer-num: '
                 'nothing is rebuilt; drop it or add --mhc-recompute-layer-num auto'
+            )
+        if self.single_pass and blocks != 'none':
+            raise ValueError(
+                f'--mhc-recompute-layer-num {blocks} with --mhc-single-pass: a block rebuilds its '
+                'reads from the streams alone; drop one of the two'
             )
         _one_of('--mhc-recompute-stream', self.recompute_stream, (None, *RECOMPUTE_STREAMS))
 

@@ -153,15 +153,22 @@ def check_constraints(settings: object, residual: ResidualConfig) -> None:
     def get(name: str) -> Any:
         return getattr(settings, name, None)
 
-    table = CONSTRAINTS
+    kind = f'--residual-type {residual.residual_type}'
+    _check(CONSTRAINTS, get, kind, 'use --residual-type standard')
     if residual.residual_type == 'mudd':
         from megatron_mhc.mudd.constraints import MUDD_CONSTRAINTS
 
-        table += MUDD_CONSTRAINTS
+        _check(MUDD_CONSTRAINTS, get, kind, 'use --residual-type standard')
+    if residual.single_pass:
+        from megatron_mhc.single_pass import SINGLE_PASS_CONSTRAINTS
+
+        _check(SINGLE_PASS_CONSTRAINTS, get, '--mhc-single-pass', 'drop --mhc-single-pass')
+
+
+def _check(table: tuple[Constraint, ...], get: Setting, beside: str, otherwise: str) -> None:
     for constraint in table:
         if constraint.violated(get):
             raise ValueError(
-                f'{constraint.flag} cannot be combined with --residual-type '
-                f'{residual.residual_type}: {constraint.reason}; {constraint.remedy}, or use '
-                '--residual-type standard'
+                f'{constraint.flag} cannot be combined with {beside}: {constraint.reason}; '
+                f'{constraint.remedy}, or {otherwise}'
             )

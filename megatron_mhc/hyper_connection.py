@@ -176,6 +176,9 @@ class HyperConnection(KeepFP32):
         x = self.post(*pending)
         return x, *self.read(x)
 
+    def hand_over(self, x: Tensor, carried: ops.Carried) -> None:
+        """Give the streams that were written what the next sublayer needs beside them."""
+
     def joins(self, carried: ops.Carried) -> bool:
         """Whether a ``Pending`` with these streams is better than their ``post``."""
         return False

@@ -55,7 +55,7 @@ def ops_of(residual: ResidualConfig) -> tuple[str, ...]:
         return 'pre', 'post_res'
     if residual.manifold != 'sinkhorn':
         return 'pre', 'post_res'
-    if residual.fixed_mappings:
+    if residual.fixed_mappings or residual.single_pass:
         return 'mapping', 'pre', 'post_res'
     return ('read', 'write', 'write_read') if residual.seam_fusion else ('read', 'write')
 

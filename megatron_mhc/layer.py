@@ -34,6 +34,7 @@ from megatron_mhc.config import ResidualConfig
 from megatron_mhc.hc import UnconstrainedHyperConnection
 from megatron_mhc.hyper_connection import HyperConnection, Pending
 from megatron_mhc.mhc import ManifoldHyperConnection
+from megatron_mhc.single_pass import SinglePassHyperConnection
 
 # Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
 _TAIL: ContextVar[dict | None] = ContextVar('megatron_mhc_tail', default=None)
@@ -101,7 +102,8 @@ def build_hyper_connection(
             normalization=config.normalization,
             norm_eps=config.layernorm_epsilon,
         )
-    return ManifoldHyperConnection(config.hidden_size, residual, sublayer, config.sequence_parallel)
+    connection = SinglePassHyperConnection if residual.single_pass else ManifoldHyperConnection
+    return connection(config.hidden_size, residual, sublayer, config.sequence_parallel)
 
 
 @contextlib.contextmanager
@@ -255,6 +257,7 @@ def _write(
         return _viewless(x), u, carried
 
     x, u, carried = written(pending) if block is None else block.write(written, pending)
+    connection.hand_over(x, pending.carried)
     if following is not None:
         x.mhc_read_ahead = (following, _state(x), u, carried)
     return x

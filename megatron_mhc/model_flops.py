@@ -65,7 +65,7 @@ def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int
         manifold, mhc    ``manifolds.sizes``         from K logits (Sinkhorn: n^2) to H_res
         F_pre            2 n C                       H_pre x
         F_post,res       2 n^2 C + 2 n C             H_res x + H_post^T y
-        merge            n C                         learned: 2 n^2 C + 2 n C for its weights, 2 n C
+        merge            n C; single pass 2 n C      learned: 2 n^2 C + 2 n C for its weights, 2 n C
 
     Args:
         residual: the settings; 0 FLOPs under ``standard``.
@@ -85,7 +85,7 @@ def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int
             mapping += matrix_flops(residual.manifold, n, residual.sinkhorn_iterations)
         elif residual.hc_variant == 'dynamic':
             mapping = 2 * wide * (n + 2) + 2 * wide
-    merge = 2 * wide * n + 4 * wide if residual.stream_merge == 'learned' else wide
+    merge = {'learned': 2 * wide * n + 4 * wide, 'pre': 2 * wide}.get(residual.stream_merge, wide)
     return sublayers * (mapping + 2 * wide + 2 * wide * n + 2 * wide) + merge
 
 

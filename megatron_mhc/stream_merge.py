@@ -15,6 +15,7 @@ from megatron_mhc.hyper_connection import (
 )
 from megatron_mhc.kernels.reference import scaled_projection_ref
 from megatron_mhc.kernels.reference.precision import at_least_fp32
+from megatron_mhc.single_pass import pre_for
 
 
 def expand_streams(x: Tensor, num_streams: int) -> Tensor:
@@ -25,9 +26,9 @@ def expand_streams(x: Tensor, num_streams: int) -> Tensor:
 class StreamMerge(KeepFP32):
     """n streams ``[..., n*C]`` -> ``[..., C]``, just before the final norm.
 
-    ``mean`` and ``sum`` have no parameters. ``learned`` weighs each stream by
-    sigma(alpha * (v phi) / r + b), computed from all streams of the token as mHC's own maps are
-    (the head of DeepSeek-V4).
+    ``mean``, ``sum`` and ``pre``, the last sublayer's H_pre, have no parameters. ``learned``
+    weighs each stream by sigma(alpha * (v phi) / r + b), computed from all streams of the token as
+    mHC's own maps are (the head of DeepSeek-V4).
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class StreamMerge(KeepFP32):
             scale = self.alpha.expand(self.num_streams)
             logits = scaled_projection_ref(x, self.mapping_proj(), self.bias, scale, ops.NORM_EPS)
             return ops.pre(x, torch.sigmoid(logits), backend=self.residual.kernel_backend)
+        if self.residual.single_pass:
+            return ops.pre(x, pre_for(x), backend=self.residual.kernel_backend)
         streams = at_least_fp32(x).unflatten(-1, (self.num_streams, self.hidden_size))
         total = streams.sum(dim=-2)
         if self.residual.stream_merge == 'mean':

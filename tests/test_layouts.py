@@ -37,6 +37,7 @@ MODELS = {
     'moe': {'residual': MHC, 'config': MOE},
     'fixed': {'residual': FIXED},
     'rotating': {'residual': {**MHC, 'manifold': 'orthogonal'}},
+    'single': {'residual': {**MHC, 'single_pass': True}},
     # RMSNorm, since one vector more on every key changes no softmax: its gradient is 0.
     'mudd': {'residual': {'residual_type': 'mudd'}, 'config': {'normalization': 'RMSNorm'}},
     'mtp': {'residual': MHC, 'config': {'mtp_num_layers': 1, 'apply_rope_fusion': False}},
@@ -62,6 +63,9 @@ CASES = [
     ('pp2-full-blocks', 'mhc', 2, {**PP2_FULL, 'residual': BLOCKS[3]}, True),
     ('pp2-vpp2-blocks', 'rotating', 2, {'layout': VPP2, 'residual': ROTATING_BLOCKS}, True),
     ('tp2-sp', 'rotating', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('core', 'single', 1, {'config': CORE}, True),
+    ('tp2-sp', 'single', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('dp2-overlap', 'single', 2, {'microbatches': 2, 'overlap': True}, True),
     ('dp2', 'mhc', 2, {'microbatches': 2}, True),
     ('dp2', 'hc', 2, {'microbatches': 2}, True),
     ('dp2-overlap', 'fixed', 2, {'microbatches': 2, 'overlap': True}, True),
@@ -177,7 +181,7 @@ def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
 def test_mapping_parameters_get_gradients(runs, tensors):
     """A layout test that compares zeros with zeros would prove nothing."""
     folder, _ = runs
-    for model in ('mhc', 'hc', 'head', 'moe', 'mudd'):
+    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd'):
         for key, gradient in tensors(folder / reference_name(model, {})).items():
             if any(name in key for name in OWN):
                 assert gradient.abs().max() > 1e-8, (model, key)

@@ -260,14 +260,18 @@ def hc_maps(module, x, n):
     return pre, post, res
 
 
-def reference_loss(model, tokens, maps, n, merge):
+def reference_loss(model, tokens, maps, n, merge, single_pass=False):
     """The model's own sublayers, joined by einsum over an explicit stream axis."""
     positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
     h = model.embedding(tokens[:, :-1], positions)
     x = torch.stack([h] * n, dim=-2)
+    left = [torch.eye(n, dtype=x.dtype)[0].expand(*x.shape[:2], n)]
 
     def connect(x, module, sublayer):
         pre, post, res = maps(module, x.flatten(-2), n)
+        left.append(pre)
+        if single_pass:
+            pre = left[-2]
         y, bias = sublayer(torch.einsum('sbn,sbnc->sbc', pre, x))
         y = y if bias is None else y + bias
         return torch.einsum('sbij,sbjc->sbic', res, x) + torch.einsum('sbi,sbc->sbic', post, y)
@@ -285,6 +289,8 @@ def reference_loss(model, tokens, maps, n, merge):
         )
     # Called as a function, the final norm's own pre-hook (the product's merge) stays out.
     merged = x.sum(-2) if merge == 'sum' else x.mean(-2)
+    if single_pass:
+        merged = torch.einsum('sbn,sbnc->sbc', left[-1], x)
     logits, _ = model.output_layer(model.decoder.final_layernorm.forward(merged))
     return model.compute_language_model_loss(tokens[:, 1:].contiguous(), logits)
 
@@ -296,9 +302,10 @@ def reference_loss(model, tokens, maps, n, merge):
         ({'residual_type': 'mhc', 'init': 'identity'}, mhc_maps, 'mean'),
         ({'residual_type': 'mhc', 'num_residual_streams': 3}, mhc_maps, 'mean'),
         ({'residual_type': 'mhc', 'manifold': 'kronecker'}, kronecker_maps, 'mean'),
+        ({'residual_type': 'mhc', 'single_pass': True}, mhc_maps, None),
         ({'residual_type': 'hc'}, hc_maps, 'sum'),
     ],
-    ids=['mhc', 'mhc-identity', 'mhc-3', 'mhc-kronecker', 'hc'],
+    ids=['mhc', 'mhc-identity', 'mhc-3', 'mhc-kronecker', 'mhc-single-pass', 'hc'],
 )
 def test_model_follows_an_independent_reference(build, step, residual, maps, merge):
     model = build(residual).double()  # so that only a different function can differ
@@ -306,7 +313,8 @@ def test_model_follows_an_independent_reference(build, step, residual, maps, mer
     loss, gradients = step(model, seed=1)
     n = residual.get('num_residual_streams', 4)
     tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
-    expected = reference_loss(model, tokens, maps, n, merge)
+    single_pass = residual.get('single_pass', False)
+    expected = reference_loss(model, tokens, maps, n, merge, single_pass)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
     expected.mean().backward()
     # Relative to the whole: the first sublayer's streams are equal, so its H_res has gradient 0.

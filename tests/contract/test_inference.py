@@ -11,6 +11,7 @@ RESIDUALS = {
     'hc': {'residual_type': 'hc'},
     'mhc': {'residual_type': 'mhc', 'init': 'identity', 'kernel_backend': 'torch'},
     'mhc-kernels': {'residual_type': 'mhc', 'num_residual_streams': 2, 'kernel_backend': 'triton'},
+    'mhc-single-pass': {'residual_type': 'mhc', 'single_pass': True},
     'mudd': {'residual_type': 'mudd'},
     'mhc-learned': {'residual_type': 'mhc', 'stream_merge': 'learned'},
 }
@@ -32,8 +33,12 @@ def model(request, build, random_seed):
     generator = torch.Generator().manual_seed(random_seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if any(own in name for own in ('hyper_connection', 'stream_merge', 'dense_agg')):
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator)
+            if 'hyper_connection' in name or 'stream_merge' in name:
+                parameter.add_(0.3 * noise)
+            # Weights of whole outputs: their size multiplies from layer to layer.
+            if 'dense_aggregates' in name:
+                parameter.add_(0.1 * noise)
     return model.eval()
 
 

@@ -25,6 +25,7 @@ CASES = {
     'no-seam-fusion': ({'seam_fusion': False}, {}, 0),
     'learned-merge': ({'stream_merge': 'learned'}, {}, 5),
     'fixed-mappings': ({'fixed_mappings': ('post',)}, {}, 0),
+    'single-pass': ({'single_pass': True, 'init': 'identity'}, {}, 0),
     'hc': ({'residual_type': 'hc'}, {}, 0),
     'dropout': ({}, {'hidden_dropout': 0.3}, 5),
     'moe': ({}, MOE, 5),
