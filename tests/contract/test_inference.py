@@ -70,7 +70,8 @@ def test_prefill_and_decoding_equal_the_whole_sequence(model, mode):
             context.sequence_len_offset += stop - start
             context.enable_decode_mode()
         expected = whole(model, tokens)[:, PROMPT - 1 :]
-    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-5, atol=1e-6)
+    # Sums in another order, which a norm after a cancellation enlarges; logits are about 0.4.
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-5, atol=2e-5)
 
 
 class Letters:
