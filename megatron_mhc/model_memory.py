@@ -240,8 +240,7 @@ def stages_of(
 
 def edge_bytes(shape: ModelShape, layout: Layout) -> int:
     """Bytes from one stage to the next and back, each way, per microbatch: n C a token, bf16."""
-    n = shape.residual.num_residual_streams if shape.residual.enabled else 1
-    return BF16 * _tokens(shape, layout) * n * shape.hidden
+    return BF16 * _tokens(shape, layout) * shape.streams * shape.hidden
 
 
 def _tokens(shape: ModelShape, layout: Layout) -> int:

@@ -17,6 +17,8 @@ from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
 from megatron_mhc.block import widen_block
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.constraints import check_constraints
+from megatron_mhc.engram.arguments import engram_of
+from megatron_mhc.engram.memory import attach, prepare_engram
 from megatron_mhc.inverted_v_layout import stage_of
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
@@ -93,6 +95,9 @@ def _wrap(original: Callable) -> Callable:
             # Ahead of every chunk: tied embeddings are reduced across stages while they are built.
             if not bound.arguments.get('vp_stage'):
                 agree_on_edges(config, residual)
+        engram = engram_of(config)
+        if engram is not None:
+            prepare_engram(config, engram)
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:
@@ -102,6 +107,8 @@ def _wrap(original: Callable) -> Callable:
         original(*bound.args, **bound.kwargs)
         if residual.enabled:
             widen_block(self.decoder, residual)
+        if engram is not None:
+            attach(self, engram, residual.num_residual_streams if residual.enabled else 1)
         if pipeline is not None:
             tie(self)
         if post_stream_of(config) == 'high':
