@@ -48,11 +48,8 @@ class EngramLayer(MegatronModule):
         self.streams = (num_streams, config.hidden_size)
         wide, dtype = num_streams * config.hidden_size, config.params_dtype
         self.table = EngramTable(engram, layer, config, tp_group)
-        # Without values of their own, which would be drawn from the model's random stream.
-        self.key = nn.utils.skip_init(nn.Linear, engram.dim, wide, bias=False, dtype=dtype)
-        self.value = nn.utils.skip_init(
-            nn.Linear, engram.dim, config.hidden_size, bias=False, dtype=dtype
-        )
+        self.key = nn.Parameter(torch.empty(wide, engram.dim, dtype=dtype))
+        self.value = nn.Parameter(torch.zeros(config.hidden_size, engram.dim, dtype=dtype))
         self.hidden_norm = nn.Parameter(torch.ones(wide, dtype=dtype))
         self.key_norm = nn.Parameter(torch.ones(wide, dtype=dtype))
         self.convolution_norm = nn.Parameter(torch.ones(wide, dtype=dtype))
@@ -67,10 +64,10 @@ class EngramLayer(MegatronModule):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """W_K normal with the model's std, W_V zero."""
-        generator = torch.Generator(device=self.key.weight.device).manual_seed(seed)
-        self.key.weight.normal_(0.0, self.config.init_method_std, generator=generator)
-        self.value.weight.zero_()
+        """W_K normal with the model's std, drawn on the CPU and not from the model's own stream."""
+        generator = torch.Generator(device='cpu').manual_seed(seed)
+        values = torch.empty(self.key.shape, device='cpu')
+        self.key.copy_(values.normal_(0.0, self.config.init_method_std, generator=generator))
 
     def forward(self, x: Tensor, found: Tensor, positions: Tensor) -> Tensor:
         """The streams with what was retrieved added.
@@ -81,7 +78,8 @@ class EngramLayer(MegatronModule):
             positions: place of each token of ``x`` in its document, ``[s, b]``.
         """
         retrieved = self.table(found)
-        value, key = self.value(retrieved).unsqueeze(-2), self._by_stream(self.key(retrieved))
+        value = functional.linear(retrieved, self.value).unsqueeze(-2)
+        key = self._by_stream(functional.linear(retrieved, self.key))
         match = self._norm(self._by_stream(x), self.hidden_norm) * self._norm(key, self.key_norm)
         gate = torch.sigmoid(match.sum(-1, keepdim=True) / math.sqrt(self.streams[1]))
         gated = gate * value

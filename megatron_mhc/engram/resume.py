@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_mhc.checkpoint import checkpoint_arguments, loads_optimizer
+from megatron_mhc.checkpoint import loads_optimizer, saved_arguments
 from megatron_mhc.engram.arguments import engram_config_from_args
 from megatron_mhc.engram.config import EngramConfig
 
 
 def check_memory_of(args: argparse.Namespace, engram: EngramConfig | None) -> None:
-    """Raise ValueError where ``--load`` names a checkpoint with another memory, or none."""
-    saved = checkpoint_arguments(args.load, args.ckpt_step) if args.load else None
-    if saved is None:
-        return
-    stored = engram_config_from_args(saved)
-    if _structure(stored) != _structure(engram):
-        raise ValueError(
-            f'--load {args.load}: the checkpoint was trained with the memory [{_shown(stored)}] '
-            f'but this run asks for [{_shown(engram)}]; repeat its --engram flags, or leave out '
-            '--load to train from scratch'
-        )
-    if engram is not None and stored.lr_mult != engram.lr_mult and loads_optimizer(args):
-        raise ValueError(
-            f'--engram-lr-mult {engram.lr_mult}: the optimizer state in --load {args.load} was '
-            f'saved with {stored.lr_mult}, and Megatron finds parameter groups by their settings; '
-            'repeat it, or start with a new optimizer: --no-load-optim'
-        )
+    """Raise ValueError where a checkpoint that Megatron will load has another memory, or none."""
+    for source, saved in saved_arguments(args):
+        stored = engram_config_from_args(saved)
+        if _structure(stored) != _structure(engram):
+            raise ValueError(
+                f'--load {source}: the checkpoint was trained with the memory [{_shown(stored)}] '
+                f'but this run asks for [{_shown(engram)}]; repeat its --engram flags, or leave '
+                'out --load to train from scratch'
+            )
+        if engram is None or not (args.load and loads_optimizer(args)):
+            continue
+        if stored.lr_mult != engram.lr_mult:
+            raise ValueError(
+                f'--engram-lr-mult {engram.lr_mult}: the optimizer state in --load {source} was '
+                f'saved with {stored.lr_mult}, and Megatron finds parameter groups by their '
+                'settings; repeat it, or start with a new optimizer: --no-load-optim'
+            )
 
 
 def _structure(engram: EngramConfig | None) -> tuple | None:

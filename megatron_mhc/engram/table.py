@@ -47,6 +47,8 @@ class EngramTable(VocabParallelEmbedding):
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
         """Normal values, drawn block by block, so that they do not depend on the ranks."""
+        if self.weight.is_meta:
+            return
         size = self.num_embeddings // ROW_BLOCKS
         first = self.vocab_start_index // size
         generator = torch.Generator(device=self.weight.device)

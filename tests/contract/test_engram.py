@@ -63,7 +63,7 @@ def test_start_is_the_plain_model(build, step, with_memory, kind, settings):
     assert {name for name in gradients if not own(name)} == plain[1].keys()
     for name, gradient in plain[1].items():
         assert torch.equal(gradients[name], gradient), name
-    assert gradients['decoder.engram.layer_2.value.weight'].abs().max() > 1e-6
+    assert gradients['decoder.engram.layer_2.value'].abs().max() > 1e-6
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -108,8 +108,8 @@ def reference_addition(model, number, streams, ids, positions):
                     row = number % where.moduli[table] + sum(where.moduli[:table])
                     vectors.append(weight['table.weight'][row])
             retrieved[t, b] = torch.cat(vectors)
-    value = retrieved @ weight['value.weight'].T
-    key = (retrieved @ weight['key.weight'].T).view(length, batch, n, hidden)
+    value = retrieved @ weight['value'].T
+    key = (retrieved @ weight['key'].T).view(length, batch, n, hidden)
     dot = (norm(streams, 'hidden_norm') * norm(key, 'key_norm')).sum(-1) / math.sqrt(hidden)
     gated = torch.sigmoid(dot)[..., None] * value[:, :, None]
     normed, mixed = norm(gated, 'convolution_norm'), torch.zeros_like(gated)
@@ -147,3 +147,120 @@ def test_layers_read_what_the_formulas_say(with_memory, kind, documents, random_
         got = seen[-number].unflatten(-1, (-1, 32))
         assert (expected - streams).abs().max() > 0.1
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def moe_spec(config):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+
+
+def mtp_spec(config):
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
+
+    return get_gpt_mtp_block_spec(config, get_gpt_layer_local_spec(), use_transformer_engine=False)
+
+
+OTHERS = {
+    'moe': {'spec': moe_spec, **MOE},
+    'mtp': {'mtp_spec': mtp_spec, 'mtp_num_layers': 1},
+    'tied': {'tied': True},
+    'fp32-residual': {'fp32_residual_connection': True},
+}
+
+
+@pytest.mark.parametrize('other', OTHERS)
+def test_start_of_other_models(build, step, with_memory, other):
+    plain = step(build(KINDS['mhc'], **OTHERS[other]))
+    loss, gradients = step(with_memory(KINDS['mhc'], **OTHERS[other]))
+    assert torch.equal(loss, plain[0])
+    for name, gradient in plain[1].items():
+        assert torch.equal(gradients[name], gradient), name
+
+
+def assert_same(got, expected):
+    assert torch.equal(got[0], expected[0]) and got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert torch.equal(got[1][name], gradient), name
+
+
+@pytest.fixture
+def changed(step, with_memory):
+    """``changed(residual, **settings)``: a step of a model whose memory matters."""
+
+    def run(residual, **settings):
+        model = with_memory(residual, **settings)
+        randomise(model)
+        return step(model)
+
+    return run
+
+
+@pytest.mark.parametrize('kind', ['standard', 'mhc'])
+def test_selective_recomputation_changes_no_bit(changed, kind):
+    selective = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn', 'mlp']}
+    plain, again = (
+        changed(KINDS[kind], add_bias_linear=False, **settings) for settings in ({}, selective)
+    )
+    assert_same(again, plain)
+
+
+@pytest.mark.parametrize('blocks', [1, 3, 'auto', 'stage'])
+@pytest.mark.parametrize('kind', ['hc', 'mhc'])
+def test_block_recompute_changes_no_bit(changed, kind, blocks):
+    plain = changed(KINDS[kind])
+    assert_same(changed({**KINDS[kind], 'recompute_layer_num': blocks}), plain)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='interpreted: the model is on the CPU')
+def test_kernels_read_streams_after_the_memory(changed):
+    """Nothing is read ahead for a layer with a memory."""
+    torch_path, kernels = (
+        changed({**KINDS['mhc'], 'kernel_backend': backend}) for backend in ('torch', 'triton')
+    )
+    torch.testing.assert_close(kernels[0], torch_path[0], rtol=1e-5, atol=1e-5)
+    whole = torch.cat([g.flatten() for g in torch_path[1].values()]).norm()
+    for name, gradient in torch_path[1].items():
+        assert (kernels[1][name] - gradient).norm() < 2e-6 * whole, name
+
+
+def test_later_tokens_do_not_reach_earlier_ones(with_memory):
+    model = with_memory(KINDS['mhc'])
+    randomise(model)
+    tokens, positions = torch.randint(0, 64, (1, 16)), torch.arange(16)[None]
+    other = tokens.clone()
+    other[0, 11] = (other[0, 11] + 1) % 64
+    a, b = (model(given, positions, None) for given in (tokens, other))
+    assert torch.equal(a[:, :11], b[:, :11]) and not torch.equal(a[:, 11:], b[:, 11:])
+
+
+def test_values_do_not_draw_from_the_models_random_stream(build, with_memory):
+    states = []
+    for make in (build, with_memory):
+        make()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_layers_that_run_without_token_ids_say_so(with_memory):
+    model = with_memory()
+    hidden = model.embedding(torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None])
+    with pytest.raises(RuntimeError, match='layer 2 ran without the ids of its tokens'):
+        model.decoder(hidden, None)
+
+
+def test_inference_with_a_cache_and_packed_sequences_are_refused(with_memory):
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    model = with_memory()
+    tokens, positions = torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None]
+    with pytest.raises(NotImplementedError, match='--engram-layers: inference with a KV cache'):
+        model(tokens, positions, None, inference_context=StaticInferenceContext(1, 16))
+    with pytest.raises(NotImplementedError, match='--engram-layers: packed sequences'):
+        model(tokens, positions, None, packed_seq_params=PackedSeqParams())
+    with pytest.raises(ValueError, match='without input_ids'):
+        model(None, positions, None, decoder_input=torch.zeros(16, 1, 32))
