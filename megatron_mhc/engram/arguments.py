@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.engram.config import EngramConfig, flag
-from megatron_mhc.engram.constraints import check_engram
+from megatron_mhc.engram.constraints import check_engram, check_stage, evenly_divided
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EngramConfig))
 
@@ -102,6 +102,9 @@ def resolve_engram(args: argparse.Namespace) -> EngramConfig | None:
     engram = engram_config_from_args(args)
     if engram is not None:
         check_engram(args, engram)
+        first_stage_layers = evenly_divided(args)
+        if first_stage_layers is not None:
+            check_stage(engram, first_stage_layers)
         for name, value in dataclasses.asdict(engram).items():
             setattr(args, f'engram_{name}', list(value) if isinstance(value, tuple) else value)
     return engram

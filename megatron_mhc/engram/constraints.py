@@ -153,3 +153,27 @@ def check_stage(engram: EngramConfig, first_stage_layers: int) -> None:
             f'{first_stage_layers}, and Megatron gives token ids to the first stage only; name '
             'earlier layers, or give it more with --decoder-first-pipeline-num-layers'
         )
+
+
+# What moves layers between stages: the model's config then knows how many the first one has.
+_MOVING = (
+    'pipeline_model_parallel_layout',
+    'decoder_first_pipeline_num_layers',
+    'decoder_last_pipeline_num_layers',
+    'account_for_embedding_in_pipeline_split',
+    'account_for_loss_in_pipeline_split',
+)
+
+
+def evenly_divided(settings: object) -> int | None:
+    """Layers of the first stage by parsed arguments; None where they do not tell."""
+
+    def get(name: str) -> Any:
+        return getattr(settings, name, None)
+
+    if get('num_layers') is None or any(map(get, _MOVING)):
+        return None
+    layers = get('num_layers') // (get('pipeline_model_parallel_size') or 1)
+    if get('num_layers_per_virtual_pipeline_stage') is not None:
+        return get('num_layers_per_virtual_pipeline_stage')
+    return layers // (get('num_virtual_stages_per_pipeline_rank') or 1)

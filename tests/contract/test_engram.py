@@ -219,7 +219,8 @@ def test_block_recompute_changes_no_bit(changed, kind, blocks):
 def test_kernels_read_streams_after_the_memory(changed):
     """Nothing is read ahead for a layer with a memory."""
     torch_path, kernels = (
-        changed({**KINDS['mhc'], 'kernel_backend': backend}) for backend in ('torch', 'triton')
+        changed({**KINDS['mhc'], 'kernel_backend': backend}, engram={'layers': (2,)}, num_layers=2)
+        for backend in ('torch', 'triton')
     )
     torch.testing.assert_close(kernels[0], torch_path[0], rtol=1e-5, atol=1e-5)
     whole = torch.cat([g.flatten() for g in torch_path[1].values()]).norm()
