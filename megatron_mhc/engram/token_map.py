@@ -19,11 +19,11 @@ def token_map(tokenizer: Any, vocabulary: int) -> Tensor:
     """For each token id the smallest id of an equivalent text, plus 1: ``[vocabulary]`` int64.
 
     Equivalent are texts that are equal after NFKC, lower case and removal of surrounding spaces
-    (Engram section 2: about 23 % fewer ids). Tokens without such a text, with a part of a character
-    or of spaces only stay themselves.
+    (Engram section 2: about 23 % fewer ids). Tokens that cannot be decoded by themselves, with a
+    part of a character or of spaces only stay themselves.
 
     Args:
-        tokenizer: Megatron's, or None. One that cannot decode, or of numbers, maps nothing.
+        tokenizer: Megatron's, or None. One of numbers maps nothing.
         vocabulary: padded size.
     """
     own = torch.arange(1, vocabulary + 1)
@@ -33,19 +33,23 @@ def token_map(tokenizer: Any, vocabulary: int) -> Tensor:
         return own
     first: dict[str, int] = {}
     for token in range(min(vocabulary, tokenizer.vocab_size)):
-        try:
-            text = tokenizer.detokenize([token])
-        except Exception as error:  # decoders of several libraries, each with errors of its own
-            announce(
-                f'Engram: token ids are not compressed, {library} cannot decode token {token} '
-                f'({type(error).__name__})'
-            )
-            return torch.arange(1, vocabulary + 1)
-        text = unicodedata.normalize('NFKC', text).lower().strip()
-        if text and INCOMPLETE not in text:
+        text = _normalised(tokenizer, token)
+        if text:
             own[token] = first.setdefault(text, token + 1)
-    announce(f'Engram: {vocabulary} token ids compressed to {own.unique().numel()}')
+    if first:
+        announce(f'Engram: {vocabulary} token ids compressed to {own.unique().numel()}')
+    else:
+        announce(f'Engram: token ids are not compressed, {library} decodes none of them')
     return own
+
+
+def _normalised(tokenizer: Any, token: int) -> str:
+    """The text that stands for a token; empty for one without."""
+    try:
+        text = tokenizer.detokenize([token])
+    except Exception:  # special and unused ids, with errors of each library's own
+        return ''
+    return '' if INCOMPLETE in text else unicodedata.normalize('NFKC', text).lower().strip()
 
 
 def current_tokenizer() -> Any:

@@ -53,7 +53,9 @@ def randomise(model, seed=3):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('settings', [{}, SWIGLU, {'hidden_dropout': 0.3}], ids=str)
+@pytest.mark.parametrize(
+    'settings', [{}, SWIGLU, {'hidden_dropout': 0.3}, {'layernorm_epsilon': 1e-20}], ids=str
+)
 def test_start_is_the_plain_model(build, step, with_memory, kind, settings):
     """Bit for bit: loss, and the gradients of all that the plain model has."""
     plain = step(build(KINDS[kind], **settings))
@@ -217,7 +219,7 @@ def test_block_recompute_changes_no_bit(changed, kind, blocks):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='interpreted: the model is on the CPU')
 def test_kernels_read_streams_after_the_memory(changed):
-    """Nothing is read ahead for a layer with a memory."""
+    """Nothing is read ahead for a layer with a memory: it would be read again."""
     torch_path, kernels = (
         changed({**KINDS['mhc'], 'kernel_backend': backend}, engram={'layers': (2,)}, num_layers=2)
         for backend in ('torch', 'triton')
@@ -226,6 +228,33 @@ def test_kernels_read_streams_after_the_memory(changed):
     whole = torch.cat([g.flatten() for g in torch_path[1].values()]).norm()
     for name, gradient in torch_path[1].items():
         assert (kernels[1][name] - gradient).norm() < 2e-6 * whole, name
+
+
+def test_nothing_is_read_ahead_for_a_layer_with_a_memory(with_memory):
+    first, second, _ = with_memory(KINDS['mhc'], engram={'layers': (2,)}).decoder.layers
+    assert first.following == () and len(second.following) == 1
+
+
+class Ranks:
+    """Stands in for a process group of two where nothing is sent."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = (lambda: rank), (lambda: size)
+
+
+def test_tables_start_alike_on_any_number_of_ranks(with_memory):
+    from megatron_mhc.engram.table import EngramTable
+
+    model = with_memory()
+    settings = model.decoder.engram.engram
+    whole, *halves = (
+        EngramTable(settings, 2, model.config, Ranks(rank, size)).weight
+        for rank, size in ((0, 1), (0, 2), (1, 2))
+    )
+    assert torch.equal(torch.cat(halves), whole)
+    assert torch.equal(whole, model.decoder.engram.layer_2.table.weight)
+    assert not torch.equal(whole, model.decoder.engram.layer_3.table.weight)
+    assert whole.std().item() == pytest.approx(model.config.init_method_std, rel=0.1)
 
 
 def test_later_tokens_do_not_reach_earlier_ones(with_memory):

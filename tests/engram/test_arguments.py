@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,18 @@ import torch
 from megatron_mhc.engram.arguments import engram_config_from_args
 from megatron_mhc.engram.config import EngramConfig
 from megatron_mhc.engram.constraints import check_engram
+
+
+def test_without_the_flag_nothing_is_patched(parse):
+    """The first test here: what another one applies stays."""
+    from megatron_mhc.patches import engine
+
+    parse()
+    assert not {'gpt-model', 'param-groups', 'flops'} & set(engine.applied())
+    parse('--engram-layers', '1')
+    assert {'gpt-model', 'param-groups', 'flops'} < set(engine.applied())
+    assert 'p2p' not in engine.applied()
+
 
 MEMORY = '--engram-layers 2'
 REFUSED = {
@@ -73,28 +83,6 @@ def test_flags_reach_the_settings_and_survive_a_second_reading(parse):
     for name, value in vars(args).items():
         if name.startswith('engram_'):
             assert isinstance(value, (int, float, list)), name
-
-
-def test_without_the_flag_nothing_is_patched():
-    """In a process of its own, or another test's patches would be seen."""
-    code = (
-        'import argparse\n'
-        'from megatron_mhc import cpu_device; cpu_device.install()\n'
-        'from megatron.training import arguments\n'
-        'from megatron_mhc.patches import engine\n'
-        'from megatron_mhc.patches.arguments import ARGUMENTS_PATCH\n'
-        'engine.apply((ARGUMENTS_PATCH,))\n'
-        'for flags in ([], ["--engram-layers", "1"]):\n'
-        '    arguments.add_megatron_arguments(argparse.ArgumentParser()).parse_args(\n'
-        '        ["--num-layers", "1", *flags])\n'
-        '    print(engine.applied())\n'
-    )
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True
-    )
-    plain, with_memory = done.stdout.splitlines()[-2:]
-    assert plain == "('arguments',)"
-    assert 'gpt-model' in with_memory and 'p2p' not in with_memory
 
 
 def test_checkpoints_of_another_memory_are_refused(parse, tmp_path, capsys):
