@@ -278,8 +278,11 @@ def test_values_do_not_draw_from_the_models_random_stream(build, with_memory):
 def test_layers_that_run_without_token_ids_say_so(with_memory):
     model = with_memory()
     hidden = model.embedding(torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None])
-    with pytest.raises(RuntimeError, match='layer 2 ran without the ids of its tokens'):
-        model.decoder(hidden, None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='layer 2 ran without the ids of its tokens'):
+            model.decoder(hidden, None)
+        # What it leaves has been used up.
+        model(torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None], None)
 
 
 def test_inference_with_a_cache_and_packed_sequences_are_refused(with_memory):

@@ -134,7 +134,7 @@ def tokenizer(*texts, library='huggingface'):
 
 
 def test_equivalent_texts_share_an_id():
-    texts = ('the', ' The', 'THE', 'then', ' ', '  ', '', '\ufffd', 'a\ufffd', 'ﬁ', 'FI', '①', '1')
+    texts = ('the', ' The', 'THE', 'then', ' ', '  ', '', '\ufffd', ' \ufffd', 'ﬁ', 'FI', '①', '1')
     mapped = token_map(tokenizer(*texts), 15)
     assert mapped.tolist() == [1, 1, 1, 4, 5, 6, 7, 8, 9, 10, 10, 12, 12, 14, 15]
 
