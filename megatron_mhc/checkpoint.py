@@ -78,8 +78,8 @@ def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source
         )
 
 
-def check_checkpoints_of(args: argparse.Namespace, residual: ResidualConfig) -> None:
-    """Check the checkpoint that Megatron will load: ``--load``, else ``--pretrained-checkpoint``.
+def saved_arguments(args: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
+    """Source and arguments of what Megatron may load: ``--load``, else ``--pretrained-checkpoint``.
 
     Non-persistent checkpoints lie in a folder of their own, and the newer of the two is loaded.
     """
@@ -96,7 +96,12 @@ def check_checkpoints_of(args: argparse.Namespace, residual: ResidualConfig) -> 
     if not found and getattr(args, 'pretrained_checkpoint', None):
         saved = checkpoint_arguments(args.pretrained_checkpoint)
         found = [(args.pretrained_checkpoint, saved)] if saved is not None else []
-    for source, saved in found:
+    return found
+
+
+def check_checkpoints_of(args: argparse.Namespace, residual: ResidualConfig) -> None:
+    """Check the residual topology of the checkpoint that Megatron will load."""
+    for source, saved in saved_arguments(args):
         check_checkpoint(saved, residual, source)
         if args.load and loads_optimizer(args):
             check_optimizer_state(saved, residual, source)

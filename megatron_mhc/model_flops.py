@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_mhc.config import MAPPINGS, ResidualConfig
+from megatron_mhc.engram.sizes import engram_flops
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.manifolds.sizes import matrix_flops
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
@@ -30,6 +31,7 @@ def token_flops(shape: ModelShape) -> Counter[str]:
     sparse = sum(map(shape.has_experts, range(shape.layers)))
     parts = Counter(
         mhc=residual_flops(shape.residual, shape.hidden, shape.sublayers),
+        engram=engram_flops(shape.engram, shape.hidden, shape.residual.streams),
         head=2 * shape.hidden * shape.vocab,
     )
     for kind, layers in ((False, shape.layers - sparse), (True, sparse)):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from megatron_mhc.arguments import residual_config_from_args
 from megatron_mhc.config import ResidualConfig
+from megatron_mhc.engram.arguments import engram_config_from_args
+from megatron_mhc.engram.config import EngramConfig
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class ModelShape:
         tied: embedding and output layer are one matrix.
         learned_positions: rows of a learned position embedding; 0 for rotary ones.
         residual: residual connections.
+        engram: conditional memory; None for none.
     """
 
     layers: int
@@ -108,6 +111,7 @@ class ModelShape:
     tied: bool = False
     learned_positions: int = 0
     residual: ResidualConfig = ResidualConfig('standard')
+    engram: EngramConfig | None = None
 
     @property
     def sublayers(self) -> int:
@@ -156,6 +160,7 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
         tied=not args.untie_embeddings_and_output_weights,
         learned_positions=args.max_position_embeddings if learned else 0,
         residual=residual_config_from_args(args),
+        engram=engram_config_from_args(args),
     )
 
 

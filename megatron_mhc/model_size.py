@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_mhc.config import MAPPINGS, STREAM_TYPES, ResidualConfig
+from megatron_mhc.engram.sizes import reader_parameters, table_parameters
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
 from megatron_mhc.mudd.sizes import mudd_parameters
 
 # Held by every tensor-parallel rank as a whole.
-REPLICATED = ('norms', 'router', 'mhc')
+REPLICATED = ('norms', 'router', 'mhc', 'engram')
 PARTS = (
     'embedding',
     'attention',
@@ -20,6 +21,8 @@ PARTS = (
     'routed_experts',
     'shared_experts',
     'mhc',
+    'engram',
+    'engram_tables',
     'head',
 )
 
@@ -43,16 +46,18 @@ def parameters(shape: ModelShape) -> Counter[str]:
 def summary(shape: ModelShape) -> dict[str, int]:
     """``total``, ``active`` and ``mhc``: all, those a token uses, those of the residual topology.
 
-    Active leaves out the input embedding, of which a token reads one row, and the experts that it
-    is not sent to; the output layer counts (DeepSeek's way of counting; mHC, Table 5).
+    Active leaves out the input embedding, of which a token reads one row, the tables of a
+    conditional memory, of which it reads a few, and the experts that it is not sent to; the output
+    layer counts (DeepSeek's way of counting; mHC, Table 5).
     """
     parts = parameters(shape)
     idle = 0
     if shape.experts:
         share = shape.experts.count - shape.experts.top_k
         idle = parts['routed_experts'] // shape.experts.count * share
+    idle += parts['embedding'] + parts['engram_tables']
     total = parts.total()
-    return {'total': total, 'active': total - parts['embedding'] - idle, 'mhc': parts['mhc']}
+    return {'total': total, 'active': total - idle, 'mhc': parts['mhc']}
 
 
 def ends(shape: ModelShape, *, first: bool, last: bool) -> Counter[str]:
@@ -76,6 +81,9 @@ def layer_parameters(shape: ModelShape, layer: int) -> Counter[str]:
         norms=2 * shape.norm_vectors * hidden,
         mhc=2 * mapping_parameters(shape.residual, hidden),
     )
+    if shape.engram and layer + 1 in shape.engram.layers:
+        parts['engram'] = reader_parameters(shape.engram, hidden, shape.residual.streams)
+        parts['engram_tables'] = table_parameters(shape.engram)
     if shape.has_experts(layer):
         parts['router'] = experts.count * (hidden + shape.linear_bias)
         parts['routed_experts'] = experts.count * _mlp(shape, experts.ffn)

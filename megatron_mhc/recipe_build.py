@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_mhc.arguments import residual_config_from_args
 from megatron_mhc.config import ResidualConfig
+from megatron_mhc.engram.arguments import engram_config_from_args
 from megatron_mhc.model_memory import Layout
 from megatron_mhc.recipe import BLOCK_RECOMPUTE, Flags, Recipe, recipe_flags, words
 
@@ -85,6 +86,7 @@ def build(args: argparse.Namespace) -> nn.Module:
 
     config = core_transformer_config_from_args(args)
     config.residual_config = residual_config_from_args(args)
+    config.engram_config = engram_config_from_args(args)
     with torch.device('meta'):
         return GPTModel(
             config,
@@ -111,6 +113,6 @@ def counted(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
         idle = per_expert * (args.num_experts - args.moe_router_topk)
     # A tied matrix is the output layer's, which a token does use.
     tied = not args.untie_embeddings_and_output_weights
-    embedding = having('position_embeddings' if tied else 'embedding.')
+    embedding = having('position_embeddings' if tied else 'embedding.', '.table.')
     mhc = having('hyper_connection.', 'stream_merge.')
     return {'total': total, 'active': total - embedding - idle, 'mhc': mhc}

@@ -74,6 +74,12 @@ def start(x: Tensor, num_streams: int) -> None:
     x.mhc_next_pre = first.expand(*x.shape[:-1], num_streams)
 
 
+def hand_on(x: Tensor, changed: Tensor) -> None:
+    """Streams that something beside the sublayers made of ``x`` are read with the same H_pre."""
+    if 'mhc_next_pre' in x.__dict__:
+        changed.mhc_next_pre = x.mhc_next_pre
+
+
 def pre_for(x: Tensor) -> Tensor:
     """The H_pre ``[..., n]`` that came with the streams.
 

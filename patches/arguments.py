@@ -14,6 +14,8 @@ from collections.abc import Callable
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
+from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
+from megatron_mhc.engram.resume import check_memory_of
 from megatron_mhc.kernel_choice import announce_kernels
 from megatron_mhc.lr_steps import add_lr_step_arguments, resolve_lr_steps
 from megatron_mhc.monitor_arguments import add_monitor_arguments, resolve_monitor
@@ -25,6 +27,7 @@ from megatron_mhc.refusal import refuse
 # What adds our argument groups, in the order in which --help shows them.
 GROUPS = (
     add_residual_arguments,
+    add_engram_arguments,
     add_pipeline_arguments,
     add_lr_step_arguments,
     add_monitor_arguments,
@@ -33,6 +36,8 @@ OWN_FLAGS = (
     '--residual-type',
     '--mhc-',
     '--hc-',
+    '--mudd-',
+    '--engram-',
     '--pipeline-schedule',
     '--pipeline-w-placement',
     '--pipeline-verify-steps',
@@ -56,6 +61,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     """Validate the parsed flags and apply the patches that they need."""
     # Imported here: the patches import megatron.core, which --help does not need.
     from megatron_mhc.patches.registry import (
+        ENGRAM_PATCHES,
         GPT_MODEL_PATCH,
         LR_STEPS_PATCH,
         MONITOR_PATCHES,
@@ -72,11 +78,15 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     check_constraints(namespace, residual)
     check_checkpoints_of(namespace, residual)
     announce_kernels(namespace, residual)
+    engram = resolve_engram(namespace)
+    check_memory_of(namespace, engram)
     pipeline = resolve_pipeline(namespace)
     lr_steps = resolve_lr_steps(namespace)
     monitor = resolve_monitor(namespace)
     if residual.enabled:
         apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
+    if engram is not None:
+        apply(ENGRAM_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
         apply(SCHEDULE_PATCHES)
     if lr_steps:

@@ -1,7 +1,7 @@
 """Seam: ``num_floating_point_operations``, from which Megatron's TFLOP/s line is made.
 
-Megatron counts what the stock model does; hyper-connections add their own share, so that the line
-does not call a wider model slower than it is.
+Megatron counts what the stock model does; hyper-connections and the conditional memory add their
+own share, so that the line does not call such a model slower than it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable
 
 from megatron_mhc.arguments import residual_config_from_args
+from megatron_mhc.engram.arguments import engram_config_from_args
+from megatron_mhc.engram.sizes import engram_flops
 from megatron_mhc.model_flops import STEP, residual_flops
 from megatron_mhc.patches.engine import Patch
 
@@ -25,9 +27,10 @@ def _wrap(original: Callable) -> Callable:
         if tokens is None:
             tokens = given['batch_size'] * settings.seq_length
         # Prediction layers (MTP) keep the stock residual.
-        own = residual_flops(
-            residual_config_from_args(settings), settings.hidden_size, 2 * settings.num_layers
-        )
+        residual = residual_config_from_args(settings)
+        own = residual_flops(residual, settings.hidden_size, 2 * settings.num_layers)
+        streams = residual.num_residual_streams if residual.enabled else 1
+        own += engram_flops(engram_config_from_args(settings), settings.hidden_size, streams)
         return original(*args, **kwargs) + STEP * tokens * own
 
     return num_floating_point_operations

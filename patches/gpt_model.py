@@ -17,6 +17,8 @@ from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
 from megatron_mhc.block import widen_block
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.constraints import check_constraints
+from megatron_mhc.engram.arguments import engram_of
+from megatron_mhc.engram.memory import attach, prepare_engram
 from megatron_mhc.inverted_v_layout import stage_of
 from megatron_mhc.mudd.layer import connect_densely
 from megatron_mhc.patches.edge_check import agree_on_edges
@@ -94,6 +96,9 @@ def _wrap(original: Callable) -> Callable:
             # Ahead of every chunk: tied embeddings are reduced across stages while they are built.
             if not bound.arguments.get('vp_stage'):
                 agree_on_edges(config, residual)
+        engram = engram_of(config)
+        if engram is not None:
+            prepare_engram(config, engram)
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:
@@ -105,6 +110,8 @@ def _wrap(original: Callable) -> Callable:
             connect_densely(self.decoder, residual)
         elif residual.enabled:
             widen_block(self.decoder, residual)
+        if engram is not None:
+            attach(self, engram, residual.streams)
         if pipeline is not None:
             tie(self)
         if post_stream_of(config) == 'high':

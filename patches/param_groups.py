@@ -15,6 +15,8 @@ from torch import nn
 from megatron_mhc.block import HyperConnectionBlockMixin
 from megatron_mhc.compat import core_minor, core_version
 from megatron_mhc.config import ResidualConfig
+from megatron_mhc.engram.arguments import engram_of
+from megatron_mhc.engram.groups import require_memory, with_table_rules
 from megatron_mhc.mapping_groups import with_mapping_rules
 from megatron_mhc.mudd.layer import MuddLayerMixin
 from megatron_mhc.patches.engine import Patch, on_every_release
@@ -28,15 +30,18 @@ def _wrap(original: Callable) -> Callable:
     def _get_param_groups(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         chunks = bound.arguments['model_chunks']
-        residual = residual_of(chunks[0].config)
-        if residual.enabled:
-            require_widened(chunks, residual)
+        residual, engram = residual_of(chunks[0].config), engram_of(chunks[0].config)
+        if residual.enabled or engram is not None:
             config, overrides = bound.arguments['config'], bound.arguments['config_overrides']
             if overrides is None and none_means_standard:
                 overrides = get_standard_config_overrides(config)
-            bound.arguments['config_overrides'] = with_mapping_rules(
-                overrides, chunks, config, residual
-            )
+            if residual.enabled:
+                require_widened(chunks, residual)
+                overrides = with_mapping_rules(overrides, chunks, config, residual)
+            if engram is not None:
+                require_memory(chunks, engram)
+                overrides = with_table_rules(overrides, chunks, config, engram)
+            bound.arguments['config_overrides'] = overrides
         return original(*bound.args, **bound.kwargs)
 
     return _get_param_groups

@@ -21,6 +21,7 @@ RESIDUAL_PATCHES = (
     *PARAM_GROUPS_PATCHES,
     *FLOAT_PARAMETER_PATCHES,
 )
+ENGRAM_PATCHES = (GPT_MODEL_PATCH, *PARAM_GROUPS_PATCHES)
 # Megatron's training loop, which a caller of megatron.core alone does not load.
 TRAINING_PATCHES = (FLOPS_PATCH,)
 SCHEDULE_PATCHES = (

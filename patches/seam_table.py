@@ -12,6 +12,7 @@ from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.registry import (
     ALL_PATCHES,
+    ENGRAM_PATCHES,
     LR_STEPS_PATCH,
     MONITOR_PATCHES,
     RESIDUAL_PATCHES,
@@ -46,6 +47,7 @@ def rows() -> list[dict]:
 def _needed_by(patch: Patch) -> str:
     uses = {
         '--residual-type': RESIDUAL_PATCHES + TRAINING_PATCHES,
+        '--engram-layers': ENGRAM_PATCHES + TRAINING_PATCHES,
         '--pipeline-schedule': SCHEDULE_PATCHES,
         '--mhc-monitor': MONITOR_PATCHES,
         '--lr-decay-style step': (LR_STEPS_PATCH,),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_mhc import ResidualConfig
+from megatron_mhc.engram.config import EngramConfig
 
 # pytest imports tests by path.
 sys.path.append(str(pathlib.Path(__file__).parent))
@@ -47,7 +48,14 @@ def build(megatron):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    def make(residual: dict | None = None, spec=None, mtp_spec=None, tied=False, **settings):
+    def make(
+        residual: dict | None = None,
+        spec=None,
+        mtp_spec=None,
+        tied=False,
+        engram: dict | None = None,
+        **settings,
+    ):
         torch.manual_seed(5)
         config = TransformerConfig(
             **{
@@ -67,6 +75,8 @@ def build(megatron):
         )
         if residual is not None:
             config.residual_config = ResidualConfig(**residual)
+        if engram is not None:
+            config.engram_config = EngramConfig(**engram)
         return GPTModel(
             config,
             spec(config) if spec else get_gpt_layer_local_spec(normalization=config.normalization),

@@ -49,6 +49,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+from megatron_mhc.engram.config import EngramConfig  # noqa: E402
 from megatron_mhc.monitor import Monitor  # noqa: E402
 from megatron_mhc.monitor_arguments import MonitorConfig  # noqa: E402
 from megatron_mhc.monitor_reduce import gather  # noqa: E402
@@ -96,6 +97,8 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     )
     if case.get('residual'):
         config.residual_config = ResidualConfig(**case['residual'])
+    if case.get('engram'):
+        config.engram_config = EngramConfig(**case['engram'])
     if case.get('schedule'):
         config.pipeline_config = PipelineConfig(**case['schedule'])
     config.mhc_post_stream = case.get('post_stream', 'compute')
@@ -147,12 +150,15 @@ def weights(chunks: list[torch.nn.Module]) -> dict:
     }
 
 
+OWN = ('hyper_connection', 'stream_merge', 'dense_aggregates', '.engram.')
+
+
 @torch.no_grad()
 def randomise(chunks: list[torch.nn.Module]) -> None:
-    """Give every mapping parameter a value that makes all maps matter."""
+    """Give every parameter of ours a value that makes it matter."""
     generator = torch.Generator().manual_seed(11)
     for name, parameter in sorted(chunks[0].module.named_parameters()):
-        if any(own in name for own in ('hyper_connection', 'stream_merge', 'dense_aggregates')):
+        if any(own in name for own in OWN):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * 0.1)
 

@@ -1,0 +1,188 @@
+"""What the conditional memory cannot be combined with, or has not been tested with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_mhc.constraints import Constraint
+from megatron_mhc.engram.addresses import ROW_BLOCKS
+from megatron_mhc.engram.config import EngramConfig
+
+ENGRAM_CONSTRAINTS = (
+    Constraint(
+        '--context-parallel-size',
+        lambda get: (get('context_parallel_size') or 1) > 1,
+        'an n-gram would end where the next rank has the tokens before it',
+        'use --tensor-model-parallel-size with --sequence-parallel',
+    ),
+    Constraint(
+        '--recompute-granularity full',
+        lambda get: get('recompute_granularity') == 'full',
+        'its backward runs a layer again when the token ids are those of another microbatch',
+        'use --recompute-granularity selective',
+    ),
+    Constraint(
+        '--residual-type mudd',
+        # The parsed arguments have the flag, the model's config the settings.
+        lambda get: (
+            'mudd' in (get('residual_type'), getattr(get('residual_config'), 'residual_type', ''))
+        ),
+        'query, key and value of a layer are inputs of their own, which no memory is defined for',
+        'use --residual-type mhc, hc or standard',
+    ),
+    Constraint(
+        '--tensor-model-parallel-size',
+        lambda get: ROW_BLOCKS % (get('tensor_model_parallel_size') or 1) != 0,
+        f'the rows of the tables, a multiple of {ROW_BLOCKS}, are shared evenly',
+        f'use a divisor of {ROW_BLOCKS}',
+    ),
+    Constraint(
+        '--pipeline-schedule zb-v / dualpipev / dualpipev-w',
+        lambda get: (
+            get('pipeline_schedule') not in (None, '1f1b', 'interleaved')
+            or get('pipeline_config') is not None
+        ),
+        'fused slots run two microbatches in turn, and each has token ids of its own',
+        'use --pipeline-schedule 1f1b or interleaved',
+    ),
+    Constraint(
+        '--mhc-post-stream high',
+        lambda get: get('mhc_post_stream') == 'high',
+        'what the memory adds is not ordered after a second stream',
+        'use --mhc-post-stream compute',
+    ),
+    Constraint(
+        '--overlap-moe-expert-parallel-comm',
+        lambda get: bool(get('overlap_moe_expert_parallel_comm')),
+        'its schedule calls parts of a layer by hand, past the memory',
+        'drop the flag',
+    ),
+    Constraint(
+        '--cuda-graph-impl / --enable-cuda-graph',
+        lambda get: (
+            get('cuda_graph_impl') not in (None, 'none')
+            or bool(get('enable_cuda_graph') or get('external_cuda_graph'))
+        ),
+        'a replayed layer would add what the captured tokens retrieved',
+        'use --cuda-graph-impl none',
+    ),
+    Constraint(
+        '--transformer-impl inference_optimized',
+        lambda get: get('transformer_impl') == 'inference_optimized',
+        'inference with a KV cache does not keep the tokens that n-grams need',
+        'use --transformer-impl transformer_engine or local',
+    ),
+    Constraint(
+        '--sft / --dataloader-inter-document-masking',
+        lambda get: bool(get('sft') or get('dataloader_inter_document_masking')),
+        'packed sequences are not tested',
+        'use --reset-position-ids, which keeps n-grams within documents',
+    ),
+    Constraint(
+        '--cpu-offloading-num-layers / --fine-grained-activation-offloading',
+        lambda get: bool(
+            get('cpu_offloading')
+            or get('cpu_offloading_num_layers')
+            or get('fine_grained_activation_offloading')
+        ),
+        'offloaded activations are not tested with what the memory adds',
+        'use selective recomputation',
+    ),
+    Constraint(
+        '--use-megatron-fsdp / --use-torch-fsdp2',
+        lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
+        'the tables are shared over tensor-parallel ranks only',
+        'use --use-distributed-optimizer',
+    ),
+    Constraint(
+        '--decoupled-lr',
+        lambda get: get('decoupled_lr') is not None,
+        "the only mark by which Megatron keeps the tables from Muon is the embedding's, and with "
+        'it goes the decoupled rate',
+        'drop it; --engram-lr-mult sets the rate of the tables',
+    ),
+    Constraint(
+        '--hybrid-layer-pattern',
+        lambda get: bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern')),
+        'the memory is attached to a GPTModel, not to a HybridModel',
+        'use a GPT layer spec',
+    ),
+    Constraint(
+        '--export-kd-teacher-load',
+        lambda get: bool(get('export_kd_teacher_load')),
+        'the teacher would be built with a memory too',
+        'drop the flag',
+    ),
+    Constraint(
+        '--yaml-cfg',
+        lambda get: get('yaml_cfg') is not None,
+        'a YAML configuration discards every command-line value, the layers among them',
+        'pass the settings as flags',
+    ),
+)
+
+
+def check_engram(settings: object, engram: EngramConfig) -> None:
+    """Raise ValueError for the first refused pair found in ``settings``.
+
+    Args:
+        settings: parsed arguments or a ``TransformerConfig``.
+        engram: the memory.
+    """
+
+    def get(name: str) -> Any:
+        return getattr(settings, name, None)
+
+    for constraint in ENGRAM_CONSTRAINTS:
+        if constraint.violated(get):
+            raise ValueError(
+                f'{constraint.flag} cannot be combined with --engram-layers: {constraint.reason}; '
+                f'{constraint.remedy}, or leave out --engram-layers'
+            )
+    last, layers = engram.layers[-1], get('num_layers')
+    if layers is not None and last > layers:
+        raise ValueError(
+            f'--engram-layers {last}: the model has {layers} layers, counted from 1; name one of '
+            'them'
+        )
+    share = (get('seq_length') or engram.reach) // (get('tensor_model_parallel_size') or 1)
+    if get('sequence_parallel') and get('seq_length') and share < engram.reach:
+        raise ValueError(
+            f'--sequence-parallel leaves {share} tokens to a rank, and the convolution of '
+            f'--engram-layers reads the {engram.reach} before; use fewer tensor-parallel ranks'
+        )
+
+
+def check_stage(engram: EngramConfig, first_stage_layers: int) -> None:
+    """Raise ValueError unless all layers with a memory are in the first pipeline stage."""
+    last = engram.layers[-1]
+    if last > first_stage_layers:
+        raise ValueError(
+            f'--engram-layers {last}: the first pipeline stage ends with layer '
+            f'{first_stage_layers}, and Megatron gives token ids to the first stage only; name '
+            'earlier layers, or give it more with --decoder-first-pipeline-num-layers'
+        )
+
+
+# What moves layers between stages: the model's config then knows how many the first one has.
+_MOVING = (
+    'pipeline_model_parallel_layout',
+    'decoder_first_pipeline_num_layers',
+    'decoder_last_pipeline_num_layers',
+    'account_for_embedding_in_pipeline_split',
+    'account_for_loss_in_pipeline_split',
+)
+
+
+def evenly_divided(settings: object) -> int | None:
+    """Layers of the first stage by parsed arguments; None where they do not tell."""
+
+    def get(name: str) -> Any:
+        return getattr(settings, name, None)
+
+    if get('num_layers') is None or any(map(get, _MOVING)):
+        return None
+    layers = get('num_layers') // (get('pipeline_model_parallel_size') or 1)
+    if get('num_layers_per_virtual_pipeline_stage') is not None:
+        return get('num_layers_per_virtual_pipeline_stage')
+    return layers // (get('num_virtual_stages_per_pipeline_rank') or 1)

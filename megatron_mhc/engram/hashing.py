@@ -1,0 +1,42 @@
+"""Suffix n-grams of token ids to rows of the tables: integer arithmetic on int64 tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.engram.addresses import Addresses
+from megatron_mhc.engram.config import EngramConfig
+
+# In the place of a token that is not there. Real ids begin with 1, so that it is like no other,
+# and as 0 x multiplier = 0 it drops out of the exclusive or.
+ABSENT = 0
+
+
+def hash_ngrams(
+    ids: Tensor, positions: Tensor, engram: EngramConfig, addresses: Addresses
+) -> Tensor:
+    """The row that each token's n-grams have in each table.
+
+    An n-gram's number is the exclusive or of (id x multiplier) over its tokens, and its row in a
+    table that number modulo the table's prime (multiplicative-XOR hash, Engram section 2).
+
+    Args:
+        ids: compressed token ids >= 1, ``[b, s]``, int64.
+        positions: place of each token in its document, ``[b, s]``: an n-gram begins no earlier.
+        engram: orders and heads.
+        addresses: of the layer.
+
+    Returns:
+        ``[b, s, orders * heads]``, rows of the layer's one matrix.
+    """
+    found, mixed = {}, torch.zeros_like(ids)
+    for back, multiplier in enumerate(addresses.multipliers):
+        before = torch.nn.functional.pad(ids, (back, 0), value=ABSENT)[:, : ids.shape[1]]
+        before = torch.where(positions >= back, before, ABSENT)
+        mixed = mixed ^ (before * multiplier)
+        found[back + 1] = mixed
+    numbers = torch.stack([found[order] for order in engram.ngram_orders], dim=-1)
+    numbers = numbers.repeat_interleave(engram.heads, dim=-1)
+    moduli, offsets = (ids.new_tensor(values) for values in (addresses.moduli, addresses.offsets))
+    return numbers % moduli + offsets

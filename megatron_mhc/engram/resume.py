@@ -1,0 +1,41 @@
+"""Refuse a checkpoint whose memory differs from the run's, before a model is built.
+
+Stock Megatron would drop a memory that the run does not ask for without a word, and a table means
+nothing under another hash.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_mhc.checkpoint import loads_optimizer, saved_arguments
+from megatron_mhc.engram.arguments import engram_config_from_args
+from megatron_mhc.engram.config import EngramConfig
+
+
+def check_memory_of(args: argparse.Namespace, engram: EngramConfig | None) -> None:
+    """Raise ValueError where a checkpoint that Megatron will load has another memory, or none."""
+    for source, saved in saved_arguments(args):
+        stored = engram_config_from_args(saved)
+        if _structure(stored) != _structure(engram):
+            raise ValueError(
+                f'--load {source}: the checkpoint was trained with the memory [{_shown(stored)}] '
+                f'but this run asks for [{_shown(engram)}]; repeat its --engram flags, or leave '
+                'out --load to train from scratch'
+            )
+        if engram is None or not (args.load and loads_optimizer(args)):
+            continue
+        if stored.lr_mult != engram.lr_mult:
+            raise ValueError(
+                f'--engram-lr-mult {engram.lr_mult}: the optimizer state in --load {source} was '
+                f'saved with {stored.lr_mult}, and Megatron finds parameter groups by their '
+                'settings; repeat it, or start with a new optimizer: --no-load-optim'
+            )
+
+
+def _structure(engram: EngramConfig | None) -> tuple | None:
+    return None if engram is None else engram.structure()
+
+
+def _shown(engram: EngramConfig | None) -> str:
+    return 'none' if engram is None else engram.describe()

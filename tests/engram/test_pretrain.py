@@ -1,0 +1,56 @@
+"""The real training loop with a memory, through the launcher and an unchanged script."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+SCRIPT = pathlib.Path(__file__).parents[2] / 'examples' / 'pretrain_gpt.py'
+MODEL = (
+    '--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '
+    '--max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 4 --mock-data '
+    '--tokenizer-type NullTokenizer --vocab-size 255 --lr 1e-2 --min-lr 1e-3 --train-iters 6 '
+    '--lr-decay-style cosine --weight-decay 0.1 --eval-iters 1 --eval-interval 100 '
+    '--log-interval 1 --split 98,1,1 --num-workers 0 --hidden-dropout 0 --attention-dropout 0 '
+    '--engram-layers 1 2 --engram-heads 2 --engram-table-size 300 --engram-dim 16'
+).split()
+LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) ')
+
+
+def train(world: int, *flags: str) -> tuple[dict[int, float], str]:
+    """Iteration -> loss, and all that was printed."""
+    start = '-m torch.distributed.run --standalone --nproc-per-node'.split()
+    command = [sys.executable, *start, str(world), '-m', 'megatron_mhc.run', str(SCRIPT), *MODEL]
+    done = subprocess.run(
+        [*command, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {int(i): float(loss) for i, loss in LINE.findall(done.stdout)}, done.stdout
+
+
+def test_mhc_trains_on_two_ranks_and_goes_on_on_one(tmp_path):
+    """bf16 tables of two tensor-parallel ranks and their Adam states reshard to one."""
+    shared = ['--residual-type', 'mhc', '--bf16', '--load', str(tmp_path)]
+    shared += ['--use-distributed-optimizer', '--dist-ckpt-optim-fully-reshardable']
+    two = ['--tensor-model-parallel-size', '2', '--sequence-parallel', '--save', str(tmp_path)]
+    two += ['--save-interval', '3', '--exit-interval', '3']
+    losses, printed = train(2, *shared, *two)
+    assert 'token ids are not compressed, null-text has no texts' in printed
+    more, _ = train(1, *shared)
+    assert sorted(losses) == [1, 2, 3] and sorted(more) == [4, 5, 6]
+    assert all(map(math.isfinite, (*losses.values(), *more.values())))
+    assert more[6] < losses[1]
+
+
+def test_standard_trains():
+    losses, printed = train(1, '--log-throughput')
+    assert sorted(losses) == list(range(1, 7)) and losses[6] < losses[1]
+    assert 'throughput per GPU' in printed
