@@ -29,7 +29,7 @@ def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Na
     Raises:
         ValueError: the checkpoint cannot be read.
     """
-    folder = _folder(pathlib.Path(directory), step)
+    folder = iteration_folder(pathlib.Path(directory), step)
     try:
         if (folder / 'metadata.json').is_file():
             from megatron.core.dist_checkpointing import load_common_state_dict
@@ -50,7 +50,7 @@ def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Na
         ) from error
 
 
-def _folder(root: pathlib.Path, step: int | None) -> pathlib.Path:
+def iteration_folder(root: pathlib.Path, step: int | None) -> pathlib.Path:
     """The iteration's folder, chosen as Megatron chooses it: a release stays one at any step."""
     tracker = root / TRACKER
     written = tracker.read_text().strip() if tracker.is_file() else ''

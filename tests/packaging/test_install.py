@@ -83,7 +83,9 @@ def tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def expected(tree) -> list[str]:
     """What the checkout holds, read from the top-level folders rather than through the links."""
-    files = {p.relative_to(tree / 'megatron_mhc') for p in (tree / 'megatron_mhc').glob('*.py')}
+    package = tree / 'megatron_mhc'
+    # Every folder of the package; the links are not followed.
+    files = {p.relative_to(package) for p in package.rglob('*.py')}
     files |= {p.relative_to(tree) for name in LINKED for p in (tree / name).rglob('*.py')}
     return sorted(map(str, files | {Path('py.typed')}))
 
