@@ -65,7 +65,8 @@ def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source
         if getattr(saved, name, False):
             raise ValueError(
                 f"--load {source}: the checkpoint was trained with Megatron-LM's own {name}, whose "
-                'weights are laid out otherwise; leave out --load to train from scratch'
+                f'weights are laid out otherwise; `megatron-mhc convert {source} NEW --to mhc` '
+                'makes one that fits'
             )
     # Megatron-LM stores flags of the same names in checkpoints that do not use them.
     ours = hasattr(saved, 'residual_type')
@@ -73,9 +74,18 @@ def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source
     if not same_structure(stored, residual):
         raise ValueError(
             f'--load {source}: the checkpoint was trained with residual connections '
-            f'[{stored.describe()}] but this run asks for [{residual.describe()}]; repeat the '
-            "checkpoint's flags, or leave out --load to train from scratch"
+            f'[{stored.describe()}] but this run asks for [{residual.describe()}]; '
+            f'{_remedy(stored, residual, source)}'
         )
+
+
+def _remedy(stored: ResidualConfig, residual: ResidualConfig, source: str) -> str:
+    if not stored.enabled and residual.residual_type == 'mhc':
+        return (
+            'give it streams under which it computes the same: '
+            f'`megatron-mhc convert {source} NEW --to mhc`'
+        )
+    return "repeat the checkpoint's flags, or leave out --load to train from scratch"
 
 
 def check_checkpoints_of(args: argparse.Namespace, residual: ResidualConfig) -> None:

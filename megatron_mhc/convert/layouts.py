@@ -77,13 +77,13 @@ class Layout:
             names = self.names[sublayer]
             yield sublayer, tuple(name.replace('.{layer}', middle) for name in names)
 
-    def owned(self, num_layers: int, stacked: bool) -> list[str]:
-        """Every name of this layout that a model of ``num_layers`` layers has."""
+    def owned(self, num_layers: int, stacked: bool, learned: bool) -> list[str]:
+        """Every name that streams have in this layout."""
         layers = (None,) if stacked else range(num_layers)
         names = [
             name for layer in layers for _, group in self.sublayer_names(layer) for name in group
         ]
-        return [*names, *(self.head or ())]
+        return [*names, *(self.head if learned else ())]
 
 
 def _megatron(sublayer: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from megatron_mhc.arguments import FIELDS, residual_config_from_args, resolve_arguments
+from megatron_mhc.config import ResidualConfig
 from megatron_mhc.convert.layouts import LAYOUTS, Layout, Streams, from_tensors
 from megatron_mhc.convert.source import Source
 
@@ -41,7 +42,9 @@ class Described(NamedTuple):
         return STANDARD if self.layout is None else self.layout.name
 
     def owned(self) -> list[str]:
-        return [] if self.layout is None else self.layout.owned(self.num_layers, self.stacked)
+        if self.layout is None:
+            return []
+        return self.layout.owned(self.num_layers, self.stacked, self.learned)
 
 
 def describe(source: Source, origin: str = 'auto') -> Described:
@@ -69,8 +72,9 @@ def describe(source: Source, origin: str = 'auto') -> Described:
     shape = (args.num_layers, args.hidden_size)
     if layout is None:
         return Described(None, *shape, 0, 0, stacked, False)
+    learned = layout.head_always
     if name == 'mhc':
-        _require_plain_mhc(source)
+        learned = _plain_mhc(source).stream_merge == 'learned'
     if name == 'deepseek-v4':
         config = source.config
         n, iterations, stacked = config['hc_mult'], config['hc_sinkhorn_iters'], False
@@ -81,7 +85,6 @@ def describe(source: Source, origin: str = 'auto') -> Described:
             f'{source.folder}: the saved arguments name no number of streams, so it is no {name} '
             'checkpoint; leave out --from, or name another layout'
         )
-    learned = layout.head is not None and layout.head[0] in source.entries
     return Described(layout, *shape, n, iterations, stacked, learned)
 
 
@@ -99,7 +102,7 @@ def _layout_name(source: Source) -> str:
     return getattr(source.args, 'residual_type', STANDARD)
 
 
-def _require_plain_mhc(source: Source) -> None:
+def _plain_mhc(source: Source) -> ResidualConfig:
     residual = residual_config_from_args(source.args)
     for what, given in (
         (f'--mhc-manifold {residual.manifold}', residual.manifold != 'sinkhorn'),
@@ -111,6 +114,7 @@ def _require_plain_mhc(source: Source) -> None:
                 f'{source.folder} was trained with {what}, which no other layout has: it stays as '
                 'it is'
             )
+    return residual
 
 
 def read_streams(source: Source, described: Described) -> Streams:
@@ -127,7 +131,7 @@ def read_streams(source: Source, described: Described) -> Streams:
         num_layers=described.num_layers,
         iterations=described.iterations,
         stacked=described.stacked,
-        learned=described.learned or described.layout.head_always,
+        learned=described.learned,
     )
 
 
