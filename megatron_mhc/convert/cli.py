@@ -14,16 +14,8 @@ from typing import Any
 from megatron_mhc.convert.conversion import TARGETS, Report, convert
 from megatron_mhc.convert.maps import RMS, TOKENS
 from megatron_mhc.convert.saved_args import STANDARD
+from megatron_mhc.convert.upcycle import FLAGS
 from megatron_mhc.refusal import refuse
-
-# Option -> argument of ``upcycled``.
-UPCYCLING = {
-    'mhc_num_residual_streams': 'num_streams',
-    'mhc_sinkhorn_iterations': 'iterations',
-    'mhc_stream_merge': 'stream_merge',
-    'mhc_init_gating_factor': 'init_gating_factor',
-    'break_symmetry': 'noise',
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +77,8 @@ def main(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = {
         name: value
-        for option, name in UPCYCLING.items()
-        if (value := getattr(options, option)) is not None
+        for name, flag in FLAGS.items()
+        if (value := getattr(options, flag.lstrip('-').replace('-', '_'))) is not None
     }
     started = time.monotonic()
     try:

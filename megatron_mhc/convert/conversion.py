@@ -31,7 +31,7 @@ from megatron_mhc.convert.saved_args import (
     read_streams,
 )
 from megatron_mhc.convert.source import Source, open_source
-from megatron_mhc.convert.upcycle import upcycled
+from megatron_mhc.convert.upcycle import FLAGS, upcycled
 from megatron_mhc.convert.verify import largest_difference
 
 TARGETS = tuple(LAYOUTS)
@@ -115,8 +115,9 @@ def convert(
         raise ValueError(f'--to {to}: {source} is in that layout already')
     if described.layout is not None and upcycling:
         raise ValueError(
-            f'{", ".join(sorted(upcycling))}: only a standard model gets new streams, and {source} '
-            f'is a {described.name} checkpoint, whose own are kept; leave it out'
+            f'{", ".join(FLAGS[name] for name in upcycling)}: only a standard model gets new '
+            f'streams, and {source} is a {described.name} checkpoint, whose own are kept; leave it '
+            'out'
         )
     carried = _carried(opened, described)
     if described.layout is None:

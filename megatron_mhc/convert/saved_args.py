@@ -71,6 +71,7 @@ def describe(source: Source, origin: str = 'auto') -> Described:
     stacked = are_stacked(source.entries)
     shape = (args.num_layers, args.hidden_size)
     if layout is None:
+        _require_decoder(source)
         return Described(None, *shape, 0, 0, stacked, False)
     learned = layout.head_always
     if name == 'mhc':
@@ -100,6 +101,17 @@ def _layout_name(source: Source) -> str:
         if layout.flag and getattr(source.args, layout.flag, False):
             return layout.name
     return getattr(source.args, 'residual_type', STANDARD)
+
+
+def _require_decoder(source: Source) -> None:
+    hybrid = ('hybrid_layer_pattern', 'hybrid_override_pattern')
+    if any(getattr(source.args, name, None) for name in hybrid) or not any(
+        name.startswith('decoder.layers.') for name in source.entries
+    ):
+        raise ValueError(
+            f'{source.folder} has no decoder of attention and MLP layers: only GPT models get '
+            'streams'
+        )
 
 
 def _plain_mhc(source: Source) -> ResidualConfig:

@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ SHAPE = {
     'num_residual_streams': 'hc_mult',
     'mhc_sinkhorn_iterations': 'hc_sinkhorn_iters',
 }
+# Before mapping parameters that transformers saved; DeepSeek's own files have it not.
+PREFIX = re.compile(r'^model\.(?=(layers\.\d+\.)?hc_)')
 # Opaque states, which safetensors keep as bytes.
 OPAQUE = '_extra_state'
 
@@ -252,16 +255,21 @@ class SafetensorsSource(Source):
         for name in sorted(names):
             with one_line(f'{folder / name}', safetensors.SafetensorError):
                 file = safetensors.safe_open(folder / name, framework='pt')
-                self.files |= dict.fromkeys(file.keys(), file)
-        for name, file in self.files.items():
+                for stored in file.keys():
+                    self.files[PREFIX.sub('', stored)] = file, stored
+        for name in self.files:
             # Mapped into memory, not read.
-            self.entries[name] = whole(None if OPAQUE in name else file.get_tensor(name))
+            self.entries[name] = whole(None if OPAQUE in name else self._get(name))
 
     def chunk(self, name: str, chunk: Chunk) -> Tensor:
-        return self.files[name].get_tensor(name)
+        return self._get(name)
 
     def opaque(self, name: str) -> io.BytesIO:
-        return io.BytesIO(self.files[name].get_tensor(name).numpy().tobytes())
+        return io.BytesIO(self._get(name).numpy().tobytes())
+
+    def _get(self, name: str) -> Tensor:
+        file, stored = self.files[name]
+        return file.get_tensor(stored)
 
 
 def require_safetensors() -> Any:

@@ -15,6 +15,14 @@ import torch
 from megatron_mhc.convert.layouts import Parameters, Streams, mean_as_head
 from megatron_mhc.manifolds.sinkhorn import IDENTITY
 
+# Argument -> flag of the command.
+FLAGS = {
+    'num_streams': '--mhc-num-residual-streams',
+    'iterations': '--mhc-sinkhorn-iterations',
+    'stream_merge': '--mhc-stream-merge',
+    'init_gating_factor': '--mhc-init-gating-factor',
+    'noise': '--break-symmetry',
+}
 # Share of its home stream in what a sublayer reads; the others have the rest.
 HOME_SHARE = 0.75
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from megatron_mhc import cli
@@ -228,6 +230,9 @@ def truncate(file: pathlib.Path) -> None:
 
 
 DEV = {'to': 'megatron-dev'}
+MUTE = dict.fromkeys(
+    ('mhc_num_residual_streams', 'mhc_manifold', 'mhc_sinkhorn_iterations', 'mhc_stream_merge')
+)
 BAD = {
     'data cut short': (lambda f: truncate(next(f.glob('*.distcp'))), DEV, 'cannot be read'),
     'metadata cut short': (lambda f: truncate(f / '.metadata'), DEV, r'\.metadata cannot be read'),
@@ -243,7 +248,7 @@ BAD = {
         'stream_merge.* is missing',
     ),
     'streams of which the arguments are mute': (
-        lambda f: edit(f, residual_type='standard', **dict.fromkeys(ResidualArguments)),
+        lambda f: edit(f, residual_type='standard', **MUTE),
         {},
         'hyper_connection.* has no place in the standard layout',
     ),
@@ -255,18 +260,18 @@ BAD = {
     ),
     'the layout it has': (lambda f: None, {}, 'is in that layout already'),
     'a contradiction': (lambda f: None, {**DEV, 'origin': 'standard'}, 'leave out --from'),
+    'no GPT model': (
+        lambda f: edit(f, residual_type='standard', hybrid_layer_pattern='M*-', **MUTE),
+        {},
+        'only GPT models',
+    ),
     'an unknown layout': (lambda f: None, {'to': 'v5'}, '--to v5: unknown layout'),
     'new streams for old': (
         lambda f: None,
         {**DEV, 'upcycling': {'num_streams': 2}},
-        'only a standard model gets new streams',
+        '--mhc-num-residual-streams: only a standard model gets new streams',
     ),
 }
-ResidualArguments = (
-    'mhc_num_residual_streams',
-    'mhc_manifold',
-    'mhc_sinkhorn_iterations',
-)
 
 
 @pytest.mark.parametrize('case', BAD)
@@ -321,6 +326,46 @@ def test_a_checkpoint_of_one_file(standard, tmp_path):
     convert(tmp_path / 'mhc', tmp_path / 'v4', 'deepseek-v4')
     convert(tmp_path / 'v4', tmp_path / 'back')
     assert_same(contents(tmp_path / 'mhc'), contents(tmp_path / 'back'))
+
+
+@pytest.mark.parametrize('prefix', ['', 'model.'])
+def test_a_deepseek_v4_that_megatron_never_saw(tmp_path, prefix):
+    """As transformers saves it, and as it was released; what is not mHC's keeps its name."""
+    n, width = 4, 8
+    parameters = {'fn': (24, n * width), 'base': (24,), 'scale': (3,)}
+    tensors = {
+        f'{prefix}layers.{layer}.hc_{kind}_{name}': torch.randn(shape)
+        for layer in range(2)
+        for kind in ('attn', 'ffn')
+        for name, shape in parameters.items()
+    }
+    head = {'fn': (n, n * width), 'base': (n,), 'scale': (1,)}
+    tensors |= {f'{prefix}hc_head_{name}': torch.randn(shape) for name, shape in head.items()}
+    tensors |= {'mtp.0.hc_attn_fn': torch.randn(3), 'embed.weight': torch.randn(4).bfloat16()}
+    source = tmp_path / 'v4'
+    source.mkdir()
+    safetensors.torch.save_file(tensors, source / 'model.safetensors')
+    config = {'num_hidden_layers': 2, 'hidden_size': width, 'hc_mult': n, 'hc_sinkhorn_iters': 20}
+    (source / 'config.json').write_text(json.dumps(config))
+    convert(source, tmp_path / 'mhc')
+    saved = contents(tmp_path / 'mhc')
+    bias = saved['decoder.layers.mlp_hyper_connection.bias'][1]
+    stored = tensors[f'{prefix}layers.1.hc_ffn_base']
+    assert torch.equal(bias[8:].view(4, 4).T.flatten(), stored[8:])
+    assert saved['embed.weight'].dtype == torch.bfloat16 and 'mtp.0.hc_attn_fn' in saved
+    convert(tmp_path / 'mhc', tmp_path / 'back', 'deepseek-v4')
+    plain = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    assert_same(plain, contents(tmp_path / 'back'))
+    (source / 'config.json').write_text(json.dumps({**config, 'hc_mult': 2}))
+    with pytest.raises(ValueError, match='hc_attn_fn has shape'):
+        convert(source, tmp_path / 'new')
+    (source / 'config.json').write_text('{}')
+    with pytest.raises(ValueError, match='config.json cannot be read .*num_hidden_layers'):
+        convert(source, tmp_path / 'new')
+    truncate(source / 'model.safetensors')
+    (source / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='model.safetensors cannot be read'):
+        convert(source, tmp_path / 'new')
 
 
 def test_refusals_of_a_run_name_the_command(standard):
