@@ -133,6 +133,8 @@ def test_all_other_tensors_keep_every_bit(standard, tmp_path, tensors):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     parts = open_source(tmp_path / 'new').entries['decoder.layers.mlp.linear_fc1.weight'].chunks
     assert len(parts) > 1
+    run, release = (open_source(path).args for path in (standard, tmp_path / 'new'))
+    assert (run.consumed_train_samples, release.consumed_train_samples) == (48, 0)
 
 
 @pytest.mark.parametrize('to', ['megatron-main', 'megatron-dev', 'deepseek-v4'])
