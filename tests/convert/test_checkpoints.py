@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODEL = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --position-embedding-type rope --transformer-impl local
-    --micro-batch-size 1 --global-batch-size 4 --mock-data --tokenizer-type NullTokenizer
+    --micro-batch-size 4 --global-batch-size 4 --mock-data --tokenizer-type NullTokenizer
     --vocab-size 255 --eval-iters 1 --eval-interval 1000 --log-interval 1 --split 98,1,1
     --num-workers 0 --hidden-dropout 0 --attention-dropout 0 --swiglu --normalization RMSNorm
     --untie-embeddings-and-output-weights --ckpt-format torch_dist
