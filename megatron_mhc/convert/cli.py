@@ -43,13 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--step', type=int, help='iteration of SRC (default: the latest, by its tracker file)'
     )
     group = parser.add_argument_group('streams for a standard model, exact at step 0')
-    group.add_argument('--mhc-num-residual-streams', type=int, metavar='N', help='(default: 4)')
-    group.add_argument('--mhc-sinkhorn-iterations', type=int, metavar='T', help='(default: 20)')
     group.add_argument(
-        '--mhc-stream-merge', choices=('mean', 'learned', 'sum'), help='(default: mean)'
+        '--mhc-num-residual-streams', type=int, metavar='N', help='n >= 2 (default: 4)'
     )
     group.add_argument(
-        '--mhc-init-gating-factor', type=float, metavar='ALPHA', help='(default: 0.01)'
+        '--mhc-sinkhorn-iterations', type=int, metavar='T', help='passes (default: 20)'
+    )
+    group.add_argument(
+        '--mhc-stream-merge',
+        choices=('mean', 'learned', 'sum'),
+        help='exact for mean and learned (default: mean)',
+    )
+    group.add_argument(
+        '--mhc-init-gating-factor', type=float, metavar='ALPHA', help='alpha > 0 (default: 0.01)'
     )
     group.add_argument(
         '--break-symmetry',

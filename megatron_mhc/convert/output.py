@@ -115,8 +115,9 @@ class _ByChunk(DefaultSavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return self.content.value(name)
         part = write_item.tensor_data.chunk
-        # A copy: a mapped tensor would be saved with the whole file behind it.
-        return self.content.chunk(name, Chunk(tuple(part.offsets), tuple(part.sizes))).clone()
+        value = self.content.chunk(name, Chunk(tuple(part.offsets), tuple(part.sizes)))
+        # A view, of a mapped file or of all layers, would be saved with all that is behind it.
+        return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def write_distributed(root: pathlib.Path, content: Content) -> None:
