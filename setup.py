@@ -43,6 +43,8 @@ setup(
             'matplotlib',
             'psutil',
             'tqdm',
+            # `megatron-mhc convert`, for DeepSeek-V4's layout.
+            'safetensors',
         ],
         'te': ['transformer-engine[pytorch]'],
         'kernels': ['triton>=3.6'],

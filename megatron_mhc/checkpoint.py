@@ -29,7 +29,7 @@ def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Na
     Raises:
         ValueError: the checkpoint cannot be read.
     """
-    folder = _folder(pathlib.Path(directory), step)
+    folder = iteration_folder(pathlib.Path(directory), step)
     try:
         if (folder / 'metadata.json').is_file():
             from megatron.core.dist_checkpointing import load_common_state_dict
@@ -50,7 +50,7 @@ def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Na
         ) from error
 
 
-def _folder(root: pathlib.Path, step: int | None) -> pathlib.Path:
+def iteration_folder(root: pathlib.Path, step: int | None) -> pathlib.Path:
     """The iteration's folder, chosen as Megatron chooses it: a release stays one at any step."""
     tracker = root / TRACKER
     written = tracker.read_text().strip() if tracker.is_file() else ''
@@ -65,7 +65,8 @@ def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source
         if getattr(saved, name, False):
             raise ValueError(
                 f"--load {source}: the checkpoint was trained with Megatron-LM's own {name}, whose "
-                'weights are laid out otherwise; leave out --load to train from scratch'
+                f'weights are laid out otherwise; `megatron-mhc convert {source} NEW --to mhc` '
+                'makes one that fits'
             )
     # Megatron-LM stores flags of the same names in checkpoints that do not use them.
     ours = hasattr(saved, 'residual_type')
@@ -73,9 +74,34 @@ def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source
     if not same_structure(stored, residual):
         raise ValueError(
             f'--load {source}: the checkpoint was trained with residual connections '
-            f'[{stored.describe()}] but this run asks for [{residual.describe()}]; repeat the '
-            "checkpoint's flags, or leave out --load to train from scratch"
+            f'[{stored.describe()}] but this run asks for [{residual.describe()}]; '
+            f'{_remedy(stored, residual, source)}'
         )
+
+
+def _remedy(stored: ResidualConfig, residual: ResidualConfig, source: str) -> str:
+    n, merge = residual.num_residual_streams, residual.stream_merge
+    upcycled = ResidualConfig(
+        num_residual_streams=n,
+        sinkhorn_iterations=residual.sinkhorn_iterations,
+        stream_merge=merge if merge in ('mean', 'learned') else None,
+    )
+    # Exact streams exist for n >= 2 with Sinkhorn-Knopp and a mean or learned merge.
+    if stored.enabled or n < 2 or not same_structure(upcycled, residual):
+        return "repeat the checkpoint's flags, or leave out --load to train from scratch"
+    flags = ''.join(
+        f' {flag} {value}'
+        for flag, value, usual in (
+            ('--mhc-num-residual-streams', n, 4),
+            ('--mhc-sinkhorn-iterations', residual.sinkhorn_iterations, 20),
+            ('--mhc-stream-merge', merge, 'mean'),
+        )
+        if value != usual
+    )
+    return (
+        'give it streams under which it computes the same: '
+        f'`megatron-mhc convert {source} NEW --to mhc{flags}`'
+    )
 
 
 def saved_arguments(args: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:

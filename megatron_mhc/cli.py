@@ -20,6 +20,7 @@ COMMANDS = {
     'run': ('run', 'run a pretrain script with --residual-type available'),
     'doctor': ('doctor', 'print versions, device, optional packages and the state of every patch'),
     'patch': ('patch_cli', "put the seams into a user's own Megatron tree"),
+    'convert': ('convert.cli', 'give a checkpoint streams, or another layout of them'),
     'schedule': ('schedule_cli', 'about pipeline schedules'),
     'recipe': ('recipe_cli', "the mHC paper's models"),
     'study': ('study', 'which layout trains fastest: step time, memory and messages'),

@@ -140,6 +140,21 @@ def test_refusals_are_one_line_and_name_the_flag(refused, flags):
     assert REFUSED[flags] in refused(flags)
 
 
+@pytest.mark.parametrize(('local_rank', 'said'), [('0', 1), ('3', 0)])
+def test_other_ranks_wait_for_the_first_to_say_why(monkeypatch, capsys, local_rank, said):
+    """torchrun ends the first rank as soon as another one has gone."""
+    from megatron_mhc import refusal
+
+    waited = []
+    monkeypatch.setattr(refusal.time, 'sleep', waited.append)
+    monkeypatch.setenv('RANK', '11')
+    monkeypatch.setenv('LOCAL_RANK', local_rank)
+    with pytest.raises(SystemExit) as stopped:
+        refusal.refuse('pretrain', 'no')
+    assert stopped.value.code == 2 and waited == [refusal.PATIENCE]
+    assert capsys.readouterr().err == said * 'pretrain: error on rank 11: no\n'
+
+
 def test_kernels_are_announced_once_with_the_reason(parse, capsys):
     from megatron_mhc import refusal
 

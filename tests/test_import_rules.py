@@ -23,7 +23,8 @@ EAGER = {
 }
 LAZY = {
     'megatron_mhc': (
-        *('matplotlib', 'megatron.training', 'numpy', 'tensorboard', 'tqdm', 'triton', 'yaml'),
+        *('matplotlib', 'megatron.training', 'numpy', 'safetensors', 'tensorboard', 'tqdm'),
+        *('triton', 'yaml'),
     ),
 }
 # These may need torch: they run a plan instead of describing one.

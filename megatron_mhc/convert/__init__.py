@@ -1,0 +1,1 @@
+"""Checkpoints from one residual topology, or from one layout of it, to another."""

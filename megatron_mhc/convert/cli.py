@@ -1,0 +1,162 @@
+"""``megatron-mhc convert``: give a checkpoint streams, or another layout of those it has."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_mhc.convert.conversion import TARGETS, Report, convert
+from megatron_mhc.convert.maps import RMS, TOKENS
+from megatron_mhc.convert.saved_args import STANDARD
+from megatron_mhc.convert.upcycle import FLAGS
+from megatron_mhc.refusal import refuse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``megatron-mhc convert``."""
+    parser.set_defaults(run=main)
+    parser.description = 'Convert a checkpoint offline. SRC is only read; DST appears when whole.'
+    parser.add_argument(
+        'source',
+        metavar='SRC',
+        type=pathlib.Path,
+        help='what --load names (torch_dist, or torch of one file), or a folder of safetensors',
+    )
+    parser.add_argument('destination', metavar='DST', type=pathlib.Path, help='a new folder')
+    parser.add_argument(
+        '--to', required=True, choices=TARGETS, help='layout of the output: mhc is ours'
+    )
+    parser.add_argument(
+        '--from',
+        dest='origin',
+        default='auto',
+        choices=('auto', STANDARD, *TARGETS),
+        help='layout of SRC (default: auto, by its saved arguments)',
+    )
+    parser.add_argument(
+        '--step', type=int, help='iteration of SRC (default: the latest, by its tracker file)'
+    )
+    group = parser.add_argument_group('streams for a standard model, exact at step 0')
+    group.add_argument(
+        '--mhc-num-residual-streams', type=int, metavar='N', help='n >= 2 (default: 4)'
+    )
+    group.add_argument(
+        '--mhc-sinkhorn-iterations', type=int, metavar='T', help='passes (default: 20)'
+    )
+    group.add_argument(
+        '--mhc-stream-merge',
+        choices=('mean', 'learned', 'sum'),
+        help='exact for mean and learned (default: mean)',
+    )
+    group.add_argument(
+        '--mhc-init-gating-factor', type=float, metavar='ALPHA', help='alpha > 0 (default: 0.01)'
+    )
+    group.add_argument(
+        '--break-symmetry',
+        type=float,
+        metavar='STD',
+        help='add normal noise to the biases of all maps: streams part at once, and the model is '
+        'no longer exact (default: 0; home streams part them from the first step on)',
+    )
+    parser.add_argument(
+        '--dry-run', action='store_true', help='print the mapping table and write nothing'
+    )
+    parser.add_argument(
+        '--verify',
+        action='store_true',
+        help='run both models on random tokens, in fp32 on the CPU, and compare their logits',
+    )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace the checkpoint DST, once the new is whole'
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Convert and tell; 0."""
+    # As on Ctrl-C, what was begun is taken away again.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    given = {
+        name: value
+        for name, flag in FLAGS.items()
+        if (value := getattr(options, flag.lstrip('-').replace('-', '_'))) is not None
+    }
+    started = time.monotonic()
+    try:
+        report = convert(
+            options.source,
+            options.destination,
+            options.to,
+            origin=options.origin,
+            step=options.step,
+            upcycling=given,
+            dry_run=options.dry_run,
+            verify=options.verify,
+            overwrite=options.overwrite,
+            progress=_progress,
+        )
+    except (ValueError, OSError) as error:
+        refuse('megatron-mhc convert', str(error))
+    _print(report)
+    if options.dry_run:
+        print('dry run: nothing was written')
+        return 0
+    print(f'wrote {options.destination} in {time.monotonic() - started:.1f} s')
+    print(_how_to_load(report, options.destination))
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(nbytes: int) -> Iterator[Callable[[int], Any]]:
+    """A bar on a terminal where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield lambda count: None
+        return
+    with tqdm(total=nbytes, unit='B', unit_scale=True, disable=None, leave=False) as bar:
+        yield bar.update
+
+
+def _print(report: Report) -> None:
+    streams = report.streams
+    print(
+        f'{report.origin} -> {report.target}: {len(streams.layers)} layers, n = '
+        f'{streams.num_streams}, C = {streams.hidden_size}, {streams.iterations} iterations, merge '
+        f'{"mean" if streams.head is None else "learned"}'
+    )
+    header = ('from', 'to', 'shape', 'how')
+    table = [header, *((a, b, str(list(shape)), how) for a, b, shape, how in report.rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print('  ' + '  '.join(map(str.ljust, row, widths)).rstrip())
+    print(f'  {report.carried} other entries under their own names; {report.nbytes:,} bytes in all')
+    print(f'  {report.left_out} entries of the run left out: optimizer, random states')
+    off = {name: size for name, size in report.differences.items() if size}
+    if off:
+        sizes = ', '.join(f'{name} {size:.1e}' for name, size in off.items())
+        print(
+            f'not carried over, largest difference on {TOKENS} random tokens of rms {RMS[0]} to '
+            f'{RMS[1]}: {sizes}'
+        )
+    if report.verified:
+        print(
+            'verified: largest difference of {compared} logits {difference:.3e}, the largest of '
+            'which is {largest:.3e}'.format(**report.verified)
+        )
+
+
+def _how_to_load(report: Report, destination: pathlib.Path) -> str:
+    if report.target == 'mhc':
+        streams = report.streams
+        flags = ['--residual-type mhc', f'--mhc-num-residual-streams {streams.num_streams}']
+        flags.append(f'--mhc-sinkhorn-iterations {streams.iterations}')
+        if streams.head is not None:
+            flags.append('--mhc-stream-merge learned')
+        return f'train on with --load {destination} {" ".join(flags)}'
+    return f'a new optimizer starts from iteration 0: {destination} is a release'

@@ -1,0 +1,238 @@
+"""From one checkpoint to another: what is read, what is made of it, what is written and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from megatron_mhc.convert.layouts import LAYOUTS, SUBLAYERS, Layout, Streams, to_tensors
+from megatron_mhc.convert.maps import EPS, differences
+from megatron_mhc.convert.output import (
+    Content,
+    atomic_folder,
+    check_destination,
+    write_distributed,
+    write_file,
+    write_safetensors,
+)
+from megatron_mhc.convert.saved_args import (
+    STANDARD,
+    Described,
+    are_stacked,
+    converted_args,
+    describe,
+    read_streams,
+)
+from megatron_mhc.convert.source import Source, open_source
+from megatron_mhc.convert.upcycle import FLAGS, upcycled
+from megatron_mhc.convert.verify import largest_difference
+
+TARGETS = tuple(LAYOUTS)
+# Upcycling is exact; what is left of the logits' size is fp32 rounding.
+ROUNDING = 1e-4
+PARTS = ('phi', 'b', 'alpha')
+STREAMS = re.compile(r'hyper_connection\.|stream_merge\.|hc_head')
+
+
+class Row(NamedTuple):
+    """A line of the mapping table; ``{layer}`` stands for every layer."""
+
+    source: str
+    target: str
+    shape: tuple[int, ...]
+    how: str
+
+
+@dataclass
+class Report:
+    """What a conversion did, or with ``dry_run`` would do.
+
+    Attributes:
+        origin, target: layouts; rows: the mapping parameters.
+        streams: those parameters; carried: number of entries under their own names, nbytes of all.
+        left_out: entries of the run: optimizer, random states.
+        differences: of H_pre, H_post, H_res and the merge between both layouts.
+        verified: ``difference`` and ``largest`` of the logits, if they were compared.
+    """
+
+    origin: str
+    target: str
+    rows: list[Row]
+    streams: Streams
+    carried: int
+    nbytes: int
+    left_out: int
+    differences: dict[str, float]
+    verified: dict[str, float] = field(default_factory=dict)
+
+
+def convert(
+    source: str | pathlib.Path,
+    destination: str | pathlib.Path,
+    to: str = 'mhc',
+    *,
+    origin: str = 'auto',
+    step: int | None = None,
+    upcycling: dict[str, Any] | None = None,
+    dry_run: bool = False,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], contextlib.AbstractContextManager] | None = None,
+) -> Report:
+    """Convert a checkpoint; needs neither a GPU nor a process group.
+
+    Args:
+        source: what ``--load`` names, one iteration of it, or a folder of safetensors.
+        destination: a folder that is not there yet.
+        to: one of ``TARGETS``.
+        origin: layout of the source: ``auto``, ``standard`` or one of ``TARGETS``.
+        step: an iteration other than the tracker's.
+        upcycling: arguments of ``upcycled`` for a standard model.
+        dry_run: write nothing.
+        verify: run both models on random tokens and compare their logits.
+        overwrite: replace the checkpoint at ``destination``, once the new one is whole.
+        progress: makes a context manager of the number of bytes, which gives a function to be told
+            of those written.
+
+    Raises:
+        ValueError: something cannot be read, fitted or written; the destination is then as it was.
+    """
+    source, destination = pathlib.Path(source), pathlib.Path(destination)
+    if to not in TARGETS:
+        raise ValueError(f'--to {to}: unknown layout; choose one of {", ".join(TARGETS)}')
+    check_destination(destination, source, overwrite)
+    opened = open_source(source, step)
+    described = describe(opened, origin)
+    layout = LAYOUTS[to]
+    if described.layout is layout:
+        raise ValueError(f'--to {to}: {source} is in that layout already')
+    if described.layout is not None and upcycling:
+        raise ValueError(
+            f'{", ".join(FLAGS[name] for name in upcycling)}: only a standard model gets new '
+            f'streams, and {source} is a {described.name} checkpoint, whose own are kept; leave it '
+            'out'
+        )
+    carried = _carried(opened, described)
+    if described.layout is None:
+        streams = upcycled(described.num_layers, described.hidden_size, **(upcycling or {}))
+    else:
+        streams = read_streams(opened, described)
+    stacked = to != 'deepseek-v4' and are_stacked(carried)
+    new = to_tensors(streams, layout, stacked)
+    factor = (upcycling or {}).get('init_gating_factor')
+    args = converted_args(opened.args, streams, layout, factor)
+    content = Content(opened, carried, new, {**opened.common, 'args': args})
+    report = Report(
+        described.name,
+        to,
+        _rows(described, layout, new, stacked),
+        streams,
+        len(carried),
+        content.nbytes,
+        opened.left_out,
+        differences(streams, described.layout or LAYOUTS['mhc'], layout),
+    )
+    if dry_run:
+        return report
+    with atomic_folder(destination) as folder:
+        with (progress or _silent)(content.nbytes) as content.advance:
+            _write(folder, content, streams, layout)
+        if verify:
+            report.verified = largest_difference(opened.folder, folder, origin)
+            exact = described.name == STANDARD and not (upcycling or {}).get('noise')
+            if exact and to == 'mhc' and not _small(report.verified):
+                raise ValueError(
+                    f'--verify: logits differ by {report.verified["difference"]:.2e} where they '
+                    f'are to be equal, so {destination} was not written; please report it'
+                )
+    return report
+
+
+@contextlib.contextmanager
+def _silent(nbytes: int) -> Iterator[Callable[[int], Any]]:
+    yield lambda count: None
+
+
+def _small(verified: dict[str, float]) -> bool:
+    return verified['difference'] <= ROUNDING * verified['largest']
+
+
+def _carried(source: Source, described: Described) -> list[str]:
+    """Names of what stays as it is.
+
+    Raises:
+        ValueError: mapping parameters outside of the decoder, which would be in the wrong order.
+    """
+    owned = set(described.owned())
+    names = [name for name in source.entries if name not in owned]
+    strange = [name for name in names if STREAMS.search(name)]
+    if strange and source.format != 'safetensors':
+        raise ValueError(
+            f'{source.folder}: {strange[0]} has no place in the {described.name} layout that the '
+            'saved arguments tell of; name its layout with --from, or convert a checkpoint without '
+            'multi-token prediction'
+        )
+    return names
+
+
+def _write(folder: pathlib.Path, content: Content, streams: Streams, layout: Layout) -> None:
+    if layout.name == 'deepseek-v4':
+        config = {
+            'num_hidden_layers': len(streams.layers),
+            'hidden_size': streams.hidden_size,
+            'hc_mult': streams.num_streams,
+            'hc_sinkhorn_iters': streams.iterations,
+            'hc_eps': EPS,
+        }
+        write_safetensors(folder, content, {**getattr(content.source, 'config', {}), **config})
+    elif content.source.format == 'torch':
+        write_file(folder, content)
+    else:
+        write_distributed(folder, content)
+
+
+def _rows(described: Described, layout: Layout, new: dict[str, Tensor], stacked: bool) -> list[Row]:
+    rows = []
+    own = described.layout
+    for sublayer in SUBLAYERS:
+        old = _templates(own, sublayer, described.stacked) if own else [[]] * 3
+        for part, before, after in zip(
+            PARTS, old, _templates(layout, sublayer, stacked), strict=True
+        ):
+            how = 'as it is' if own else 'new'
+            if own and own.transposed != layout.transposed and part != 'alpha':
+                how = 'rows of res transposed'
+            if own and len(before) != len(after):
+                how = 'joined' if len(before) > len(after) else 'split'
+            shape = tuple(new[after[0].replace('{layer}', '0')].shape)
+            rows.append(Row(_joined(before), _joined(after), shape, how))
+    if layout.head is not None and layout.head[0] in new:
+        old = described.layout.head if described.layout and described.learned else ('-',) * 3
+        for before, after in zip(old, layout.head, strict=True):
+            how = 'as it is' if described.learned else 'new: the mean'
+            rows.append(Row(before, after, tuple(new[after].shape), how))
+    elif described.learned:
+        rows += [Row(name, '-', (), 'left out: the mean') for name in described.layout.head]
+    return rows
+
+
+def _joined(names: list[str]) -> str:
+    if len(names) < 2:
+        return ''.join(names) or '-'
+    start = os.path.commonprefix(names)
+    return f'{start}{{{",".join(name.removeprefix(start) for name in names)}}}'
+
+
+def _templates(layout: Layout, sublayer: str, stacked: bool) -> list[list[str]]:
+    """Names of phi, of b and of alpha."""
+    names = layout.names[sublayer]
+    if stacked:
+        names = tuple(name.replace('.{layer}', '') for name in names)
+    return [[names[0]], [names[1]], list(names[2:])]

@@ -1,0 +1,121 @@
+"""What each layout computes from the same parameters, written apart from our own modules.
+
+The four agree but for small numbers, which no conversion can carry over:
+
+==============  =====================  ===============  ====================================
+layout          norm of the n*C values gates            H_res
+==============  =====================  ===============  ====================================
+mhc             eps 1e-20              sigma, 2 sigma   columns, then rows
+megatron-main   ``|v|/sqrt(nC) + e``   sigma, 2 sigma   rows, then columns; divisors >= e
+megatron-dev    ``|v|/sqrt(nC) + e``   sigma+e, 2 sigma transposed: rows, then columns; + e
+deepseek-v4     eps e                  sigma+e, 2 sigma transposed: rows, then columns; + e
+==============  =====================  ===============  ====================================
+
+with e = 1e-6. Megatron-LM's are those of August 2026; DeepSeek-V4's those of its released code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.convert.layouts import Layout, Parameters, Streams, to_tensors
+
+EPS = 1e-6
+TOKENS = 64
+# Root mean squares of the streams of those tokens: the embedding's std, and what it grows to.
+RMS = (0.02, 2.0)
+OF = ('H_pre', 'H_post', 'H_res', 'merge')
+
+
+def stored_parameters(get, layout: Layout, layer: int | None, sublayer: int) -> Parameters:
+    """phi, b and the three alpha of one sublayer as ``layout`` stores them."""
+    _, names = tuple(layout.sublayer_names(layer))[sublayer]
+    return Parameters(get(names[0]), get(names[1]), torch.cat([get(name) for name in names[2:]]))
+
+
+def normalised(layout: Layout, x: Tensor) -> Tensor:
+    """``[..., n*C]`` divided by its root mean square."""
+    square = x.square().mean(dim=-1, keepdim=True)
+    if layout.name in ('megatron-main', 'megatron-dev'):
+        return x / (square.sqrt() + EPS)
+    return x * torch.rsqrt(square + (EPS if layout.name == 'deepseek-v4' else 1e-20))
+
+
+def maps(
+    layout: Layout, x: Tensor, stored: Parameters, num_streams: int, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``h_pre [..., n]``, ``h_post [..., n]`` and ``h_res [..., n, n]``, which mixes as H x.
+
+    Args:
+        x: ``[..., n*C]`` streams in fp32.
+        stored: phi, b and alpha in the layout's own order.
+    """
+    n = num_streams
+    scale = stored.alpha.repeat_interleave(torch.tensor([n, n, n * n]))
+    logits = normalised(layout, x) @ stored.phi.T * scale + stored.bias
+    pre, post, res = logits.split([n, n, n * n], dim=-1)
+    res = res.unflatten(-1, (n, n))
+    pre, post = torch.sigmoid(pre), 2 * torch.sigmoid(post)
+    if layout.name == 'mhc':
+        m = torch.exp(res - res.amax(dim=(-2, -1), keepdim=True))
+        for _ in range(iterations):
+            m = m / m.sum(-2, keepdim=True)
+            m = m / m.sum(-1, keepdim=True)
+        return pre, post, m
+    if layout.name == 'megatron-main':
+        m = torch.exp(res - res.amax(dim=-1, keepdim=True))
+        for _ in range(iterations):
+            m = m / m.sum(-1, keepdim=True).clamp(min=EPS)
+            m = m / m.sum(-2, keepdim=True).clamp(min=EPS)
+        return pre, post, m
+    m = torch.softmax(res, dim=-1) + EPS
+    m = m / (m.sum(-2, keepdim=True) + EPS)
+    for _ in range(iterations - 1):
+        m = m / (m.sum(-1, keepdim=True) + EPS)
+        m = m / (m.sum(-2, keepdim=True) + EPS)
+    return pre + EPS, post, m.mT
+
+
+def merge_gates(layout: Layout, x: Tensor, head: Parameters | None, num_streams: int) -> Tensor:
+    """Weights ``[..., n]`` of the streams in what the final norm gets."""
+    if head is None:
+        return torch.full((*x.shape[:-1], num_streams), 1 / num_streams)
+    gates = torch.sigmoid(normalised(layout, x) @ head.phi.T * head.alpha + head.bias)
+    return gates if layout.name == 'mhc' else gates + EPS
+
+
+def differences(streams: Streams, first: Layout, second: Layout) -> dict[str, float]:
+    """The largest difference between the maps of two layouts of ``streams`` on random tokens."""
+    n, width = streams.num_streams, streams.num_streams * streams.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    rms = torch.logspace(*torch.tensor(RMS).log10().tolist(), TOKENS)
+    x = torch.randn(TOKENS, width, generator=generator) * rms[:, None]
+    sides = [(layout, to_tensors(streams, layout, stacked=False)) for layout in (first, second)]
+    largest = dict.fromkeys(OF, 0.0)
+
+    def compare(name: str, a: Tensor, b: Tensor) -> None:
+        largest[name] = max(largest[name], (a - b).abs().max().item())
+
+    for layer in range(len(streams.layers)):
+        for sublayer in range(2):
+            both = [
+                maps(layout, x, stored_parameters(tensors.get, layout, layer, sublayer), n, it)
+                for layout, tensors in sides
+                for it in (streams.iterations,)
+            ]
+            for name, a, b in zip(OF, *both, strict=False):
+                compare(name, a, b)
+    gates = [
+        merge_gates(layout, x, stored_head(tensors.get, layout, tensors), n)
+        for layout, tensors in sides
+    ]
+    compare('merge', *gates)
+    return largest
+
+
+def stored_head(get, layout: Layout, names) -> Parameters | None:
+    """The learned merge that ``layout`` stores; None where the mean is taken."""
+    if layout.head is None or layout.head[0] not in names:
+        return None
+    return Parameters(*map(get, layout.head))

@@ -1,0 +1,214 @@
+"""Write a checkpoint that appears whole or not at all, one piece of a tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from megatron_mhc.checkpoint import TRACKER
+from megatron_mhc.convert.plain import without_group_warning
+from megatron_mhc.convert.source import (
+    COMMON_FILE,
+    CONFIG,
+    INDEX,
+    MODEL,
+    TORCH_FILE,
+    Chunk,
+    Entry,
+    Source,
+    require_safetensors,
+    whole,
+)
+
+# Training starts anew from a release: iteration 0, with a new optimizer.
+RELEASE = 'release'
+SHARD_BYTES = 4 << 30
+
+
+@dataclasses.dataclass
+class Content:
+    """What a checkpoint is to hold: tensors of the source under their names, and new ones.
+
+    Args:
+        source: whose tensors are carried; carried: their names.
+        new: name -> tensor; common: plain state, with the arguments.
+        advance: told of the bytes written.
+    """
+
+    source: Source
+    carried: list[str]
+    new: dict[str, Tensor]
+    common: dict[str, Any]
+    advance: Callable[[int], Any] = lambda count: None
+
+    def entries(self) -> dict[str, Entry]:
+        carried = {name: self.source.entries[name] for name in self.carried}
+        return carried | {name: whole(value) for name, value in self.new.items()}
+
+    def chunk(self, name: str, chunk: Chunk) -> Tensor:
+        value = self.new[name] if name in self.new else self.source.chunk(name, chunk)
+        self.advance(value.nbytes)
+        return value
+
+    def value(self, name: str) -> Tensor | io.BytesIO | None:
+        """A whole tensor, or an opaque state."""
+        if name not in self.new and self.source.entries[name].shape is None:
+            return self.source.opaque(name)
+        value = self.new[name] if name in self.new else self.source.tensor(name)
+        self.advance(value.nbytes)
+        return value
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries().values())
+
+
+class _ByChunk(DefaultSavePlanner):
+    """Saves in the pieces that the source has, each read when it is its turn."""
+
+    def __init__(self, content: Content) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.content = content
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, (shape, dtype, chunks) in self.content.entries().items():
+            if shape is None:
+                items.append(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO))
+            for chunk in chunks:
+                offsets, sizes = map(torch.Size, chunk)
+                data = TensorWriteData(
+                    ChunkStorageMetadata(offsets, sizes),
+                    TensorProperties(dtype=dtype),
+                    torch.Size(shape),
+                )
+                index = MetadataIndex(name, offsets)
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        name = write_item.index.fqn
+        if write_item.type == WriteItemType.BYTE_IO:
+            return self.content.value(name)
+        part = write_item.tensor_data.chunk
+        value = self.content.chunk(name, Chunk(tuple(part.offsets), tuple(part.sizes)))
+        # A view, of a mapped file or of all layers, would be saved with all that is behind it.
+        return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
+def write_distributed(root: pathlib.Path, content: Content) -> None:
+    """A ``torch_dist`` checkpoint; with ``common.pt``, as every supported release reads it."""
+    folder = root / RELEASE
+    folder.mkdir()
+    try:
+        with without_group_warning():
+            writer = FileSystemWriter(folder)
+            save({}, storage_writer=writer, planner=_ByChunk(content), no_dist=True)
+    except CheckpointException as error:
+        # Of all ranks, in several paragraphs; there is one.
+        raise next(iter(error.failures.values()))[0] from None
+    torch.save(content.common, folder / COMMON_FILE)
+    (folder / 'metadata.json').write_text(
+        json.dumps({'sharded_backend': 'torch_dist', 'sharded_backend_version': 1})
+    )
+    (root / TRACKER).write_text(RELEASE)
+
+
+def write_file(root: pathlib.Path, content: Content) -> None:
+    """A ``torch`` checkpoint of one rank, held in memory as a whole."""
+    file = root / RELEASE / TORCH_FILE
+    file.parent.mkdir(parents=True)
+    model = {name: content.value(name) for name in content.entries()}
+    torch.save({**content.common, 'iteration': 0, 'model': model}, file)
+    (root / TRACKER).write_text(RELEASE)
+
+
+def write_safetensors(root: pathlib.Path, content: Content, config: dict[str, Any]) -> None:
+    """A folder of safetensors, at most 4 GB each where tensors allow it, with their index.
+
+    Megatron's arguments lie beside them, so that the way back finds them.
+    """
+    library = require_safetensors()
+    shards, size = [[]], 0
+    for name, entry in content.entries().items():
+        if shards[-1] and size + entry.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.nbytes
+    files = {}
+    for number, names in enumerate(shards, 1):
+        file = MODEL
+        if len(shards) > 1:
+            file = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
+        tensors = {name: _as_tensor(content.value(name)) for name in names}
+        library.torch.save_file(tensors, root / file, metadata={'format': 'pt'})
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {'metadata': {'total_size': content.nbytes}, 'weight_map': files}
+        (root / INDEX).write_text(json.dumps(index, indent=2))
+    (root / CONFIG).write_text(json.dumps(config, indent=2))
+    torch.save(content.common, root / COMMON_FILE)
+
+
+def _as_tensor(value: Tensor | io.BytesIO | None) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    data = b'' if value is None else value.getvalue()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
+
+
+def check_destination(path: pathlib.Path, source: pathlib.Path, overwrite: bool) -> None:
+    """Raise ValueError unless ``path`` may be written, and replaced if it is there."""
+    own, other = path.resolve(), source.resolve()
+    if own == other or own in other.parents or other in own.parents:
+        raise ValueError(f'DST {path}: it and SRC {source} lie within each other; choose another')
+    if not path.parent.is_dir():
+        raise ValueError(f'DST {path}: there is no folder {path.parent} to write it to')
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ValueError(f'DST {path} exists; choose another, or add --overwrite')
+    if path.is_dir() and not any((path / name).exists() for name in (TRACKER, CONFIG)):
+        raise ValueError(f'DST {path} exists and is no checkpoint, so it stays; choose another')
+
+
+@contextlib.contextmanager
+def atomic_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside ``path`` that takes its place when the block ends well, and else is gone."""
+    made = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
+    new, old = made / 'new', made / 'old'
+    try:
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(made, ignore_errors=True)

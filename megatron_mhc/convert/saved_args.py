@@ -1,0 +1,188 @@
+"""From the saved arguments of a checkpoint to its layout, and what the output is to say instead."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from megatron_mhc.arguments import FIELDS, residual_config_from_args, resolve_arguments
+from megatron_mhc.config import ResidualConfig
+from megatron_mhc.convert.layouts import LAYOUTS, Layout, Streams, from_tensors
+from megatron_mhc.convert.source import Source
+
+STANDARD = 'standard'
+ITERATIONS = 'mhc_sinkhorn_iterations'
+SAMPLES = ('consumed_train', 'consumed_valid', 'skipped_train')
+# How far the run had come: the output is a release, from which training starts anew.
+PROGRESS = ('iteration', *(f'{kind}_samples' for kind in SAMPLES))
+
+
+class Described(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        layout: None for a standard model, and then n and iterations are 0.
+        stacked: all layers in one tensor, as distributed checkpoints have equal ones.
+        learned: a learned merge.
+    """
+
+    layout: Layout | None
+    num_layers: int
+    hidden_size: int
+    num_streams: int
+    iterations: int
+    stacked: bool
+    learned: bool
+
+    @property
+    def name(self) -> str:
+        return STANDARD if self.layout is None else self.layout.name
+
+    def owned(self) -> list[str]:
+        if self.layout is None:
+            return []
+        return self.layout.owned(self.num_layers, self.stacked, self.learned)
+
+
+def describe(source: Source, origin: str = 'auto') -> Described:
+    """The layout of ``source``, by its arguments, and by ``origin`` (``--from``) if they are mute.
+
+    Raises:
+        ValueError: ``origin`` contradicts the arguments, or the residual connections are of a kind
+            that no other layout has.
+    """
+    args = source.args
+    said = _layout_name(source)
+    name = said if origin == 'auto' else origin
+    if said not in (name, STANDARD) or (said == STANDARD and name in ('mhc', 'deepseek-v4')):
+        raise ValueError(
+            f'--from {origin}: {source.folder} is a {said} checkpoint by its saved arguments; '
+            'leave out --from'
+        )
+    if name in ('hc', 'mudd'):
+        raise ValueError(
+            f'{source.folder} has residual connections of type {name}, which no other layout has; '
+            'only standard and mhc checkpoints are converted'
+        )
+    if getattr(args, 'engram_layers', None):
+        raise ValueError(
+            f'{source.folder} has a memory (--engram-layers), whose keys belong to its streams and '
+            'which no other layout has: it stays as it is'
+        )
+    layout = LAYOUTS.get(name)
+    stacked = are_stacked(source.entries)
+    shape = (args.num_layers, args.hidden_size)
+    if layout is None:
+        _require_decoder(source)
+        return Described(None, *shape, 0, 0, stacked, False)
+    learned = layout.head_always
+    if name == 'mhc':
+        learned = _plain_mhc(source).stream_merge == 'learned'
+    if name == 'deepseek-v4':
+        config = source.config
+        n, iterations, stacked = config['hc_mult'], config['hc_sinkhorn_iters'], False
+    else:
+        n, iterations = getattr(args, layout.streams, None), getattr(args, ITERATIONS, None)
+    if not isinstance(n, int) or not isinstance(iterations, int):
+        raise ValueError(
+            f'{source.folder}: the saved arguments name no number of streams, so it is no {name} '
+            'checkpoint; leave out --from, or name another layout'
+        )
+    return Described(layout, *shape, n, iterations, stacked, learned)
+
+
+def are_stacked(names: Iterable[str]) -> bool:
+    """Whether all layers are in one tensor each, as distributed checkpoints have equal ones."""
+    return not any(re.match(r'decoder\.layers\.\d', name) for name in names)
+
+
+def _layout_name(source: Source) -> str:
+    if source.format == 'safetensors':
+        return 'deepseek-v4'
+    for layout in LAYOUTS.values():
+        if layout.flag and getattr(source.args, layout.flag, False):
+            return layout.name
+    return getattr(source.args, 'residual_type', STANDARD)
+
+
+def _require_decoder(source: Source) -> None:
+    hybrid = ('hybrid_layer_pattern', 'hybrid_override_pattern')
+    if any(getattr(source.args, name, None) for name in hybrid) or not any(
+        name.startswith('decoder.layers.') for name in source.entries
+    ):
+        raise ValueError(
+            f'{source.folder} has no decoder of attention and MLP layers: only GPT models get '
+            'streams'
+        )
+
+
+def _plain_mhc(source: Source) -> ResidualConfig:
+    residual = residual_config_from_args(source.args)
+    for what, given in (
+        (f'--mhc-manifold {residual.manifold}', residual.manifold != 'sinkhorn'),
+        (f'--mhc-fixed-mappings {" ".join(residual.fixed_mappings)}', residual.fixed_mappings),
+        ('--mhc-stream-merge sum', residual.stream_merge == 'sum'),
+        ('--mhc-single-pass', residual.single_pass),
+    ):
+        if given:
+            raise ValueError(
+                f'{source.folder} was trained with {what}, which no other layout has: it stays as '
+                'it is'
+            )
+    return residual
+
+
+def read_streams(source: Source, described: Described) -> Streams:
+    """The mapping parameters of ``source``.
+
+    Raises:
+        ValueError: tensors are missing, or of other shapes than the arguments say.
+    """
+    return from_tensors(
+        source.tensor,
+        described.layout,
+        num_streams=described.num_streams,
+        hidden_size=described.hidden_size,
+        num_layers=described.num_layers,
+        iterations=described.iterations,
+        stacked=described.stacked,
+        learned=described.learned,
+    )
+
+
+def converted_args(
+    args: argparse.Namespace, streams: Streams, layout: Layout, init_gating_factor: float | None
+) -> argparse.Namespace:
+    """The arguments of a run that would have saved ``streams`` in ``layout``."""
+    args = copy.copy(args)
+    for name in PROGRESS:
+        setattr(args, name, 0)
+    factor = init_gating_factor or getattr(args, 'mhc_init_gating_factor', None)
+    # Ours, theirs, and by all their names: what is not set below was never given.
+    for name in ('residual_type', *FIELDS, *_theirs()):
+        if hasattr(args, name):
+            delattr(args, name)
+    values: dict[str, Any] = {
+        layout.streams: streams.num_streams,
+        ITERATIONS: streams.iterations,
+        'mhc_init_gating_factor': 0.01 if factor is None else factor,
+    }
+    if layout.name == 'mhc':
+        values |= {
+            'residual_type': 'mhc',
+            'mhc_stream_merge': 'mean' if streams.head is None else 'learned',
+        }
+    if layout.flag:
+        values[layout.flag] = True
+    for name, value in values.items():
+        setattr(args, name, value)
+    if layout.name == 'mhc':
+        resolve_arguments(args)
+    return args
+
+
+def _theirs() -> list[str]:
+    return [name for layout in LAYOUTS.values() for name in (layout.flag, layout.streams) if name]

@@ -1,0 +1,93 @@
+"""Streams for a standard model under which it computes what it did: exact at step 0.
+
+The streams start as n copies of the embedding, and stay equal as long as each row of H_res sums to
+1 and H_post is 1 on all of them. A sublayer then reads its old input if H_pre sums to 1, and the
+mean of the streams is the old hidden state.
+
+Equal streams with equal reads would have equal gradients, and stay n copies for ever. So each
+sublayer reads mostly one of them, its home: the sums are the same, the gradients are not.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_mhc.convert.layouts import Parameters, Streams, mean_as_head
+from megatron_mhc.manifolds.sinkhorn import IDENTITY
+
+# Argument -> flag of the command.
+FLAGS = {
+    'num_streams': '--mhc-num-residual-streams',
+    'iterations': '--mhc-sinkhorn-iterations',
+    'stream_merge': '--mhc-stream-merge',
+    'init_gating_factor': '--mhc-init-gating-factor',
+    'noise': '--break-symmetry',
+}
+# Share of its home stream in what a sublayer reads; the others have the rest.
+HOME_SHARE = 0.75
+
+
+def upcycled(
+    num_layers: int,
+    hidden_size: int,
+    *,
+    num_streams: int = 4,
+    iterations: int = 20,
+    init_gating_factor: float = 0.01,
+    stream_merge: str = 'mean',
+    noise: float = 0.0,
+    seed: int = 1234,
+) -> Streams:
+    """The mapping parameters of a standard model of ``num_layers`` layers.
+
+    phi = 0 makes every map its bias: b_post = 0 is H_post = 1, b_res = 6 I a doubly stochastic
+    matrix near I, and b_pre has sigma(b_pre) sum to 1. alpha is not 0, so that phi has a gradient
+    from the first step on (HC, arXiv 2409.19606, section 3.1, starts its dynamic part likewise).
+
+    Args:
+        num_streams: n >= 2; iterations: passes of Sinkhorn-Knopp.
+        init_gating_factor: alpha > 0.
+        stream_merge: ``mean``, or ``learned`` with the gates of the mean.
+        noise: std of a normal draw added to all biases; not exact then.
+        seed: of that draw.
+
+    Raises:
+        ValueError: a value under which no exact form exists, or none that trains.
+    """
+    n = num_streams
+    if n < 2:
+        raise ValueError(
+            f'--mhc-num-residual-streams {n}: one stream has nothing to mix, and H_pre = sigma(b) '
+            'is 1 only where its gradient is gone; choose 2 or more'
+        )
+    if iterations < 1:
+        raise ValueError(f'--mhc-sinkhorn-iterations {iterations}: wanted 1 or more; mHC has 20')
+    if not 0 < init_gating_factor < float('inf'):
+        raise ValueError(
+            f'--mhc-init-gating-factor {init_gating_factor}: phi starts at 0, so with alpha = 0 '
+            'neither would ever get a gradient; choose a number > 0 (both papers: 0.01)'
+        )
+    if stream_merge not in ('mean', 'learned'):
+        raise ValueError(
+            f'--mhc-stream-merge {stream_merge}: n equal streams sum to n times the hidden state, '
+            'which the final norm undoes only up to its eps, so the model would change; choose '
+            'mean or learned'
+        )
+    if not 0 <= noise < float('inf'):
+        raise ValueError(f'--break-symmetry {noise}: wanted a standard deviation >= 0, such as 0.1')
+
+    def parameters(sublayer: int) -> Parameters:
+        pre = torch.full((n,), (1 - HOME_SHARE) / (n - 1))
+        pre[sublayer % n] = HOME_SHARE
+        bias = torch.cat([pre.logit(), torch.zeros(n), IDENTITY * torch.eye(n).flatten()])
+        if noise:
+            generator = torch.Generator().manual_seed((seed << 20) + sublayer)
+            bias += noise * torch.randn(bias.shape, generator=generator)
+        phi = torch.zeros(n * n + 2 * n, n * hidden_size)
+        return Parameters(phi, bias, torch.full((3,), init_gating_factor))
+
+    layers = tuple((parameters(2 * i), parameters(2 * i + 1)) for i in range(num_layers))
+    head = None
+    if stream_merge == 'learned':
+        head = mean_as_head(n, hidden_size)._replace(alpha=torch.full((1,), init_gating_factor))
+    return Streams(n, hidden_size, iterations, layers, head)
