@@ -28,6 +28,7 @@ from megatron_mhc.convert.saved_args import (
     are_stacked,
     converted_args,
     describe,
+    norm_eps_of,
     read_streams,
 )
 from megatron_mhc.convert.source import Source, open_source
@@ -137,7 +138,7 @@ def convert(
         len(carried),
         content.nbytes,
         opened.left_out,
-        differences(streams, described.layout or LAYOUTS['mhc'], layout),
+        differences(streams, described.layout or LAYOUTS['mhc'], layout, norm_eps_of(opened.args)),
     )
     if dry_run:
         return report

@@ -11,7 +11,9 @@ megatron-dev    ``|v|/sqrt(nC) + e``   sigma+e, 2 sigma transposed: rows, then c
 deepseek-v4     eps e                  sigma+e, 2 sigma transposed: rows, then columns; + e
 ==============  =====================  ===============  ====================================
 
-with e = 1e-6. Megatron-LM's are those of August 2026; DeepSeek-V4's those of its released code.
+with e = 1e-6. A learned merge of the last two is sigma+e with eps e in its norm; in dev e is there
+the eps of the model's norms. Megatron-LM's are those of August 2026; DeepSeek-V4's those of its
+released code.
 """
 
 from __future__ import annotations
@@ -77,15 +79,26 @@ def maps(
     return pre + EPS, post, m.mT
 
 
-def merge_gates(layout: Layout, x: Tensor, head: Parameters | None, num_streams: int) -> Tensor:
-    """Weights ``[..., n]`` of the streams in what the final norm gets."""
+def merge_gates(
+    layout: Layout, x: Tensor, head: Parameters | None, num_streams: int, norm_eps: float
+) -> Tensor:
+    """Weights ``[..., n]`` of the streams in what the final norm gets.
+
+    Args:
+        norm_eps: eps of the model's norms, which Megatron's dev branch takes here too.
+    """
     if head is None:
         return torch.full((*x.shape[:-1], num_streams), 1 / num_streams)
-    gates = torch.sigmoid(normalised(layout, x) @ head.phi.T * head.alpha + head.bias)
-    return gates if layout.name == 'mhc' else gates + EPS
+    if layout.name == 'mhc':
+        return torch.sigmoid(normalised(layout, x) @ head.phi.T * head.alpha + head.bias)
+    eps = norm_eps if layout.name == 'megatron-dev' else EPS
+    normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+    return torch.sigmoid(normed @ head.phi.T * head.alpha + head.bias) + eps
 
 
-def differences(streams: Streams, first: Layout, second: Layout) -> dict[str, float]:
+def differences(
+    streams: Streams, first: Layout, second: Layout, norm_eps: float
+) -> dict[str, float]:
     """The largest difference between the maps of two layouts of ``streams`` on random tokens."""
     n, width = streams.num_streams, streams.num_streams * streams.hidden_size
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +120,7 @@ def differences(streams: Streams, first: Layout, second: Layout) -> dict[str, fl
             for name, a, b in zip(OF, *both, strict=False):
                 compare(name, a, b)
     gates = [
-        merge_gates(layout, x, stored_head(tensors.get, layout, tensors), n)
+        merge_gates(layout, x, stored_head(tensors.get, layout, tensors), n, norm_eps)
         for layout, tensors in sides
     ]
     compare('merge', *gates)

@@ -135,6 +135,12 @@ def _plain_mhc(source: Source) -> ResidualConfig:
     return residual
 
 
+def norm_eps_of(args: argparse.Namespace) -> float:
+    """eps of the model's norms, whose flag has had two names; Megatron's default where absent."""
+    given = (getattr(args, name, None) for name in ('layernorm_epsilon', 'norm_epsilon'))
+    return next((value for value in given if value is not None), 1e-5)
+
+
 def read_streams(source: Source, described: Described) -> Streams:
     """The mapping parameters of ``source``.
 

@@ -224,9 +224,9 @@ def _use_maps(model: nn.Module, source: Source, described: Described) -> None:
     for layer, module in enumerate(model.decoder.layers):
         use(module.self_attention_hyper_connection, layer, 0)
         use(module.mlp_hyper_connection, layer, 1)
-    head = stored_head(source.tensor, layout, source.entries)
+    head, eps = stored_head(source.tensor, layout, source.entries), model.config.layernorm_epsilon
     model.decoder.stream_merge.forward = lambda x: ops.pre(
-        x, merge_gates(layout, x, head, n), backend='torch'
+        x, merge_gates(layout, x, head, n, eps), backend='torch'
     )
 
 
