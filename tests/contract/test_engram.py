@@ -55,7 +55,9 @@ def randomise(model, seed=3):
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
-    'settings', [{}, SWIGLU, {'hidden_dropout': 0.3}, {'layernorm_epsilon': 1e-20}], ids=str
+    'settings',
+    [{}, SWIGLU, {'hidden_dropout': 0.3}, {'layernorm_epsilon': 1e-20}],
+    ids=['dense', 'swiglu', 'dropout', 'tiny-eps'],
 )
 def test_start_is_the_plain_model(build, step, with_memory, kind, settings):
     """Bit for bit: loss, and the gradients of all that the plain model has."""
