@@ -97,6 +97,16 @@ def install() -> None:
         print(NOTICE, flush=True)
 
 
+def end_collectives() -> None:
+    """Leave the process groups of a run that has come to its end; nothing on a real device.
+
+    Megatron leaves them to the interpreter's exit. A thread of gloo's that drops the last reference
+    to a tensor then waits for an interpreter that is gone, and aborts a run that was done.
+    """
+    if _installed and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _device_count() -> int:
     # Zero would make Megatron skip the set-up of its parallel groups.
     return int(os.environ.get('LOCAL_WORLD_SIZE') or os.environ.get('WORLD_SIZE') or 1)

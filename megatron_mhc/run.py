@@ -13,23 +13,24 @@ import runpy
 import socket
 import sys
 
-from megatron_mhc.arguments import add_residual_arguments
+from megatron_mhc import cpu_device
 from megatron_mhc.bootstrap import DEVICES, prepare
-from megatron_mhc.monitor_arguments import add_monitor_arguments
-from megatron_mhc.pipeline_arguments import add_pipeline_arguments
 from megatron_mhc.refusal import refuse
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The launcher's own options stand before SCRIPT; everything after it is the script's."""
+    # Imported here: a run imports it only after the device is chosen.
+    from megatron_mhc.patches.arguments import GROUPS
+
     flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    for add_arguments in GROUPS:
+        add_arguments(flags)
     parser = argparse.ArgumentParser(
         prog=prog,
         description='Run a Megatron pretrain script, unmodified, with hyper-connections available.',
         epilog='flags that SCRIPT gains (SCRIPT --help lists them beside its own):\n'
-        + add_monitor_arguments(
-            add_pipeline_arguments(add_residual_arguments(flags))
-        ).format_help(),
+        + flags.format_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run'
     # As `python SCRIPT` has it: the script's own folder first.
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name='__main__')
+    cpu_device.end_collectives()
 
 
 def _single_process_defaults() -> None:

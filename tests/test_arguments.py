@@ -262,6 +262,25 @@ def test_launcher_help_needs_no_megatron():
     assert done.returncode == 0, done.stderr
     for text in ('--device', '--residual-type', '--mhc-num-residual-streams', 'default: 20'):
         assert text in done.stdout
+    for text in ('--engram-layers', '--pipeline-schedule', '--lr-step-rates', '--mhc-monitor'):
+        assert text in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a real device is left to its script')
+def test_launcher_leaves_the_process_groups_at_the_end(tmp_path):
+    """A thread of gloo's may otherwise abort a run that is done, as the interpreter exits."""
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import torch\n'
+        "torch.distributed.init_process_group('gloo')\n"
+        'print(torch.distributed.is_initialized())'
+    )
+    done = run_python(
+        f'from megatron_mhc.run import main; main([{str(script)!r}])\n'
+        'import torch; print(torch.distributed.is_initialized())'
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ['True', 'False']
 
 
 def test_launcher_names_what_is_missing(tmp_path):
