@@ -38,6 +38,25 @@ def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
     return interleaved and get('pipeline_model_parallel_size') == 2 and bool(batched)
 
 
+def cuda_graphs(get: Setting) -> bool:
+    """By the names of every release."""
+    older = get('enable_cuda_graph') or get('external_cuda_graph')
+    return get('cuda_graph_impl') not in (None, 'none') or bool(older)
+
+
+def offloads(get: Setting) -> bool:
+    whole_layers = get('cpu_offloading') or get('cpu_offloading_num_layers')
+    return bool(whole_layers or get('fine_grained_activation_offloading'))
+
+
+def shards_parameters(get: Setting) -> bool:
+    return bool(get('use_megatron_fsdp') or get('use_torch_fsdp2'))
+
+
+def hybrid_model(get: Setting) -> bool:
+    return bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern'))
+
+
 DECOUPLED = '--decoupled-lr with --mhc-mapping-optimizer scalar'
 WHY_NOT_DECOUPLED = (
     "the only mark by which Megatron keeps a matrix from Muon is the embedding's, and marked phi "
@@ -59,10 +78,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         '--cuda-graph-impl / --enable-cuda-graph',
-        lambda get: (
-            get('cuda_graph_impl') not in (None, 'none')
-            or bool(get('enable_cuda_graph') or get('external_cuda_graph'))
-        ),
+        cuda_graphs,
         'captured layers use static inputs of one stream',
         'use --cuda-graph-impl none',
     ),
@@ -95,7 +111,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         '--use-megatron-fsdp / --use-torch-fsdp2',
-        lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
+        shards_parameters,
         'fully sharded parameters are not tested with fp32 mapping parameters',
         'use --use-distributed-optimizer',
     ),
@@ -115,7 +131,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         '--hybrid-layer-pattern',
-        lambda get: bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern')),
+        hybrid_model,
         'only GPTModel is widened to n streams, not HybridModel',
         'use a GPT layer spec',
     ),

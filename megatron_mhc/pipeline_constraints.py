@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_mhc.constraints import Constraint
+from megatron_mhc.constraints import (
+    Constraint,
+    cuda_graphs,
+    hybrid_model,
+    offloads,
+    shards_parameters,
+)
 
 V_CONSTRAINTS = (
     Constraint(
@@ -13,16 +19,13 @@ V_CONSTRAINTS = (
     ),
     Constraint(
         '--cuda-graph-impl / --enable-cuda-graph',
-        lambda get: (
-            get('cuda_graph_impl') not in (None, 'none')
-            or bool(get('enable_cuda_graph') or get('external_cuda_graph'))
-        ),
+        cuda_graphs,
         'graphs are captured in the order of the stock schedules',
         'use --cuda-graph-impl none',
     ),
     Constraint(
         '--use-megatron-fsdp / --use-torch-fsdp2',
-        lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
+        shards_parameters,
         'parameters are gathered and freed by hooks that expect a whole backward',
         'use --use-distributed-optimizer',
     ),
@@ -105,11 +108,7 @@ V_CONSTRAINTS = (
     ),
     Constraint(
         '--fine-grained-activation-offloading / --cpu-offloading-num-layers',
-        lambda get: bool(
-            get('fine_grained_activation_offloading')
-            or get('cpu_offloading')
-            or get('cpu_offloading_num_layers')
-        ),
+        offloads,
         'offloaded activations are fetched in the order of the stock schedules',
         'use selective recomputation',
     ),
@@ -127,7 +126,7 @@ V_CONSTRAINTS = (
     ),
     Constraint(
         '--hybrid-layer-pattern',
-        lambda get: bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern')),
+        hybrid_model,
         'a hybrid model divides its layers by another rule',
         'use a GPT layer spec',
     ),

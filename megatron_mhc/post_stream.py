@@ -23,7 +23,7 @@ from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
-from megatron_mhc.constraints import Constraint
+from megatron_mhc.constraints import Constraint, cuda_graphs, offloads
 from megatron_mhc.layer import HyperConnectionLayerMixin
 from megatron_mhc.schedules.executor_lanes import yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import Launched, launch, side_stream
@@ -42,20 +42,13 @@ POST_STREAM_CONSTRAINTS = (
     ),
     Constraint(
         '--cuda-graph-impl / --enable-cuda-graph',
-        lambda get: (
-            get('cuda_graph_impl') not in (None, 'none')
-            or bool(get('enable_cuda_graph') or get('external_cuda_graph'))
-        ),
+        cuda_graphs,
         'a replayed layer does not wait for its input',
         'use --cuda-graph-impl none',
     ),
     Constraint(
         '--fine-grained-activation-offloading / --cpu-offloading-num-layers',
-        lambda get: bool(
-            get('fine_grained_activation_offloading')
-            or get('cpu_offloading')
-            or get('cpu_offloading_num_layers')
-        ),
+        offloads,
         'the residual would be offloaded while F_post,res still reads it',
         'use selective recomputation',
     ),

@@ -1,4 +1,4 @@
-"""Loss and gradients of hc and mhc are the same in every parallel layout as in one process.
+"""Loss and gradients of every topology are the same in every parallel layout as in one process.
 
 The work is done by ``layouts/worker.py`` under torchrun, one launch per world size, since importing
 Megatron costs seconds per process. Pipeline and data parallelism only move whole operations, so
@@ -25,7 +25,9 @@ NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']
 PP2_FULL, VPP2 = {'layout': {'pp': 2}, 'config': FULL}, {'pp': 2, 'vpp': 2}
 
 # Modules that a residual topology adds to a model.
-OWN = ('hyper_connection', 'stream_merge', 'dense_aggregates')
+OWN = ('hyper_connection', 'stream_merge', 'dense_aggregates', '.engram.')
+# 32 tokens: with sequence parallelism 16 a rank, of which the convolution reads 9 from the other.
+ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
 MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 
 # model -> what distinguishes it
@@ -40,6 +42,9 @@ MODELS = {
     'single': {'residual': {**MHC, 'single_pass': True}},
     # RMSNorm, since one vector more on every key changes no softmax: its gradient is 0.
     'mudd': {'residual': {'residual_type': 'mudd'}, 'config': {'normalization': 'RMSNorm'}},
+    'engram-standard': {'engram': ENGRAM},
+    'engram': {'engram': ENGRAM, 'residual': MHC},
+    'engram-moe': {'engram': ENGRAM, 'residual': MHC, 'config': MOE},
     'mtp': {'residual': MHC, 'config': {'mtp_num_layers': 1, 'apply_rope_fusion': False}},
 }
 # (case, model, world, changes, bitwise). The reference of a case is its model in one process on the
@@ -76,6 +81,13 @@ CASES = [
     ('tp2', 'mudd', 2, {'layout': {'tp': 2}}, False),
     ('tp2-sp', 'mudd', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('dp2-overlap', 'mudd', 2, {'microbatches': 2, 'overlap': True}, True),
+    # Tables are written by one process and read by ranks, whose gradients are read whole again.
+    ('dp2', 'engram', 2, {'microbatches': 2}, True),
+    ('pp2', 'engram', 2, {'layout': {'pp': 2}}, True),
+    ('pp2', 'engram-standard', 2, {'layout': {'pp': 2}}, True),
+    ('tp2', 'engram-standard', 2, {'layout': {'tp': 2}}, False),
+    ('tp2-sp', 'engram', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('ep2', 'engram-moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('ep2', 'moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp4', 'mhc', 4, {'layout': {'pp': 4}}, True),
@@ -107,7 +119,7 @@ def runs(tmp_path_factory) -> tuple[pathlib.Path, dict]:
         case = {'weights': f'{model}-weights', **MODELS[model], **changes}
         case['config'] = {**MODELS[model].get('config', {}), **changes.get('config', {})}
         by_world[world].append({**case, 'name': f'{name}-{model}'})
-    for model in ('mhc', 'hc'):
+    for model in ('mhc', 'hc', 'engram'):
         for kind in ('plain', 'dist'):
             by_world[2].append(
                 {
@@ -167,7 +179,7 @@ def test_forward_only_equals_training_losses(runs, name):
     assert flat == losses[reference_name('mhc', {})]['losses'][0]
 
 
-@pytest.mark.parametrize('model', ['mhc', 'hc'])
+@pytest.mark.parametrize('model', ['mhc', 'hc', 'engram'])
 def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
     folder, _ = runs
     plain, sharded = tensors(folder / f'plain-step-{model}'), tensors(folder / f'dist-step-{model}')
@@ -181,7 +193,7 @@ def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
 def test_mapping_parameters_get_gradients(runs, tensors):
     """A layout test that compares zeros with zeros would prove nothing."""
     folder, _ = runs
-    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd'):
+    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd', 'engram'):
         for key, gradient in tensors(folder / reference_name(model, {})).items():
             if any(name in key for name in OWN):
                 assert gradient.abs().max() > 1e-8, (model, key)

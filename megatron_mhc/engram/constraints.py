@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mhc.constraints import Constraint
+from megatron_mhc.constraints import (
+    Constraint,
+    cuda_graphs,
+    hybrid_model,
+    offloads,
+    shards_parameters,
+)
 from megatron_mhc.engram.addresses import ROW_BLOCKS
 from megatron_mhc.engram.config import EngramConfig
 
@@ -59,10 +65,7 @@ ENGRAM_CONSTRAINTS = (
     ),
     Constraint(
         '--cuda-graph-impl / --enable-cuda-graph',
-        lambda get: (
-            get('cuda_graph_impl') not in (None, 'none')
-            or bool(get('enable_cuda_graph') or get('external_cuda_graph'))
-        ),
+        cuda_graphs,
         'a replayed layer would add what the captured tokens retrieved',
         'use --cuda-graph-impl none',
     ),
@@ -80,17 +83,13 @@ ENGRAM_CONSTRAINTS = (
     ),
     Constraint(
         '--cpu-offloading-num-layers / --fine-grained-activation-offloading',
-        lambda get: bool(
-            get('cpu_offloading')
-            or get('cpu_offloading_num_layers')
-            or get('fine_grained_activation_offloading')
-        ),
+        offloads,
         'offloaded activations are not tested with what the memory adds',
         'use selective recomputation',
     ),
     Constraint(
         '--use-megatron-fsdp / --use-torch-fsdp2',
-        lambda get: bool(get('use_megatron_fsdp') or get('use_torch_fsdp2')),
+        shards_parameters,
         'the tables are shared over tensor-parallel ranks only',
         'use --use-distributed-optimizer',
     ),
@@ -103,7 +102,7 @@ ENGRAM_CONSTRAINTS = (
     ),
     Constraint(
         '--hybrid-layer-pattern',
-        lambda get: bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern')),
+        hybrid_model,
         'the memory is attached to a GPTModel, not to a HybridModel',
         'use a GPT layer spec',
     ),
