@@ -19,6 +19,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -50,6 +51,8 @@ _FACTORIES = (
     'randperm tensor tril_indices triu_indices zeros zeros_like'
 ).split()
 _TENSOR_METHODS = 'to new_empty new_empty_strided new_full new_ones new_tensor new_zeros'.split()
+
+PATIENCE = 10.0  # seconds
 
 _installed = False
 _current_device = 0
@@ -101,10 +104,13 @@ def end_collectives() -> None:
     """Leave the process groups of a run that has come to its end; nothing on a real device.
 
     Megatron leaves them to the interpreter's exit. A thread of gloo's that drops the last reference
-    to a tensor then waits for an interpreter that is gone, and aborts a run that was done.
+    to a tensor then waits for an interpreter that is gone, and aborts a run that was done. What is
+    still under way after PATIENCE seconds, for a peer that is gone, is left to the exit after all.
     """
     if _installed and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        leaving = threading.Thread(target=torch.distributed.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(PATIENCE)
 
 
 def _device_count() -> int:

@@ -65,7 +65,12 @@ def main(argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run'
     sys.argv = [str(script), *options.arguments]
     # As `python SCRIPT` has it: the script's own folder first.
     sys.path.insert(0, str(script.resolve().parent))
-    runpy.run_path(str(script), run_name='__main__')
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except SystemExit:
+        cpu_device.end_collectives()
+        raise
+    # Not after an error: peers that lose their connection would end this rank before it tells.
     cpu_device.end_collectives()
 
 

@@ -267,19 +267,21 @@ def test_launcher_help_needs_no_megatron():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a real device is left to its script')
-def test_launcher_leaves_the_process_groups_at_the_end(tmp_path):
+@pytest.mark.parametrize(('end', 'status'), [('', 0), ('\nraise SystemExit(3)', 3)])
+def test_launcher_leaves_the_process_groups_at_the_end(tmp_path, end, status):
     """A thread of gloo's may otherwise abort a run that is done, as the interpreter exits."""
     script = tmp_path / 'script.py'
     script.write_text(
         'import torch\n'
         "torch.distributed.init_process_group('gloo')\n"
-        'print(torch.distributed.is_initialized())'
+        'print(torch.distributed.is_initialized())' + end
     )
     done = run_python(
-        f'from megatron_mhc.run import main; main([{str(script)!r}])\n'
-        'import torch; print(torch.distributed.is_initialized())'
+        'import atexit, torch\n'
+        'atexit.register(lambda: print(torch.distributed.is_initialized()))\n'
+        f'from megatron_mhc.run import main; main([{str(script)!r}])'
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     assert done.stdout.split()[-2:] == ['True', 'False']
 
 
