@@ -63,7 +63,8 @@ class Resources:
     (spill stores and loads as they stand in the code) per thread. ``loads``, ``copies`` (to shared
     memory) and ``stores`` count global accesses by their width in bits. ``narrowest`` is the
     narrowest access in bits to the tensor of each pointer parameter. ``mma`` names the matrix
-    instructions, or is ``-``.
+    instructions, or is ``-``. ``tensor_columns`` is what a block takes of the 512 columns of tensor
+    memory that an SM of Blackwell has.
     """
 
     registers: int
@@ -76,6 +77,7 @@ class Resources:
     stores: dict[int, int]
     narrowest: dict[str, int]
     mma: str
+    tensor_columns: int
 
 
 def require_compiler() -> None:
@@ -191,6 +193,7 @@ def _compile(job: Job) -> Resources:
         stores=_widths(instructions, 'STG'),
         narrowest=_narrowest(ptx, [n for n, kind in job.signature.items() if kind != 'constexpr']),
         mma=' '.join(sorted({f'{unit}.{kind}' for unit, kind in MMA.findall(ptx)})) or '-',
+        tensor_columns=getattr(compiled.metadata, 'tmem_size', 0) or 0,
     )
 
 

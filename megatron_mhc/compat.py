@@ -19,6 +19,7 @@ CORE_SPECIFIER = '>=0.17,<0.20'
 # Release -> how far it is tested here. "full": the whole suite through the real training loop.
 # "contract": import, patch contract, and a tiny forward and backward equal to a plain reference.
 TESTED = {'0.19.2': 'full', '0.18.2': 'contract', '0.17.1': 'contract'}
+TRITON_TESTED = ('3.6.0', '3.7.0', '3.8.0', '3.9.0')
 
 
 def core_version() -> str | None:

@@ -1,7 +1,8 @@
 """``megatron-mhc kernels report``: what every shipped kernel takes on a GPU, found without one.
 
-Compiles the kernels of a training step and holds them against ``kernels/ceilings.json``, then
-prints what each form of the residual reads and writes (mHC, Table 2, and ours).
+Compiles the kernels of a training step with the Triton that Python finds, judges them (spills,
+room, vector width, matrix units, occupancy beside ``kernels/record.json``), then prints what each
+form of the residual reads and writes (mHC, Table 2, and ours).
 """
 
 from __future__ import annotations
@@ -18,8 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_mhc.kernels.backend import KERNEL_STREAMS
-from megatron_mhc.kernels.traffic import Traffic, arguments, our_forms, paper_forms, stream_names
-from megatron_mhc.kernels.traffic import variant as variant_of
+from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
+from megatron_mhc.kernels.verdict import (
+    MULTIPROCESSORS,
+    VECTOR_BITS,
+    judge,
+    label,
+    recorded,
+    resident_warps,
+)
 from megatron_mhc.refusal import refuse
 
 if TYPE_CHECKING:
@@ -28,12 +36,7 @@ if TYPE_CHECKING:
 
 PROGRAM = 'megatron-mhc kernels report'
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
-# KiB of shared memory that one block may take, by architecture (CUDA programming guide).
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-CEILINGS = Path(__file__).parent / 'kernels' / 'ceilings.json'
-VECTOR_BITS = 128
-# Triton takes an integer for aligned only if 16 divides it.
-ALIGNED_CHANNELS = 16
+RECORD = Path(__file__).parent / 'kernels' / 'record.json'
 
 
 def add_parser(commands: Any) -> None:
@@ -45,25 +48,21 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add('--arch', type=_arch, nargs='+', default=[80, 90, 100], help='compute capabilities')
-    add('--num-streams', type=_streams, nargs='+', default=[2, 4], help='n')
+    add('--arch', type=_arch, nargs='+', default=[*MULTIPROCESSORS], help='compute capabilities')
+    add('--num-streams', type=_streams, nargs='+', default=[1, 2, 4], help='n')
     add('--hidden-size', type=_positive, default=4096, help='C')
     add('--tokens', type=_positive, default=8192, help='T, sequence times microbatch')
     add('--dtype', type=_dtype, default='bf16', help='of the streams: bf16, fp16 or fp32')
     add('--kernel', nargs='+', default=None, help='only kernels whose name begins like this')
-    add('--ceilings', type=Path, default=CEILINGS, help='JSON file with ceilings')
+    add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
     add('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the report; 1 when a kernel exceeds a ceiling, else 0."""
+    """Print the report; 1 when a kernel is not as it should be, else 0."""
     try:
-        ceilings = json.loads(options.ceilings.read_text())
-    except (OSError, ValueError) as error:
-        refuse(PROGRAM, f'argument --ceilings: {options.ceilings}: {error}; leave it out')
-    try:
-        found = report(options, ceilings)
+        found = report(options)
     except ModuleNotFoundError as error:
         if error.name != 'triton':
             raise
@@ -77,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
     return int(not found['ok'])
 
 
-def report(options: argparse.Namespace, ceilings: dict) -> dict:
+def report(options: argparse.Namespace) -> dict:
     """The report as plain values.
 
     Raises:
@@ -99,15 +98,19 @@ def report(options: argparse.Namespace, ceilings: dict) -> dict:
             raise ValueError(f'argument --kernel: {wanted}: no such kernel; one of {names}')
     pairs = [(launch, arch) for launch in launches for arch in options.arch]
     start = time.perf_counter()
-    print(f'{PROGRAM}: {len(pairs)} to compile, Triton {triton.__version__}', file=sys.stderr)
+    place = Path(triton.__file__).parent
+    print(f'{PROGRAM}: {len(pairs)} to compile', file=sys.stderr)
     results = _progress(compile_launches(pairs), len(pairs))
     rows = [
-        _row(launch, arch, result, ceilings, options.dtype)
+        _row(launch, arch, result, options.record, triton.__version__, options.dtype)
         for (launch, arch), result in zip(pairs, results, strict=True)
     ]
     itemsize = DTYPES[options.dtype].itemsize
     return {
         'triton': triton.__version__,
+        'triton_path': str(place),
+        'torch': torch.__version__,
+        'on_record': options.record['triton'],
         'hidden_size': options.hidden_size,
         'tokens': options.tokens,
         'dtype': options.dtype,
@@ -122,58 +125,22 @@ def report(options: argparse.Namespace, ceilings: dict) -> dict:
     }
 
 
-def check(
-    launch: Launch, arch: int, found: Resources, ceilings: dict, dtype: str
-) -> tuple[list[str], list[str]]:
-    """Problems of a compiled kernel with their remedies, and reasons why others are none."""
-    n, kernel = launch.constants['N'], variant_of(launch)
-    problems = []
-    if found.spill_bytes or found.stack_bytes:
-        spilled = found.spill_bytes or found.stack_bytes
-        problems.append(('spill', spilled, f'spills {spilled} bytes: smaller tile or more warps'))
-    room = SHARED_KIB[arch] * 1024
-    if found.shared_bytes > room:
-        text = f'{found.shared_bytes} bytes of shared memory, sm_{arch} has {room}: smaller tile'
-        problems.append(('room', found.shared_bytes, text + ' or fewer stages'))
-    if arguments(launch).get('C', 1) % ALIGNED_CHANNELS == 0:
-        narrow = {name: found.narrowest.get(name, VECTOR_BITS) for name in stream_names(launch)}
-        if narrow and min(narrow.values()) < VECTOR_BITS:
-            names = ' '.join(name for name, bits in narrow.items() if bits < VECTOR_BITS)
-            bits = min(narrow.values())
-            text = f'{names}: {bits} bits an access, not {VECTOR_BITS}: wider tile or fewer warps'
-            problems.append(('vector', -bits, text))
-    limits = ceilings['kernels'].get(kernel, {}).get(str(n), {}).get(str(arch))
-    # Masked tails and other dtypes compile to other code than the ceilings were measured on.
-    if limits and dtype == ceilings['dtype'] and launch.constants.get('EVEN', True):
-        for what in ('registers', 'shared_bytes'):
-            value = getattr(found, what)
-            if value > limits[what]:
-                text = f'{what} {value}, ceiling {limits[what]}: mend it, or raise the ceiling'
-                problems.append((what, value, text))
-        if not set(found.mma.split()) <= set(limits['mma'].split()):
-            text = f'matrix instructions {found.mma}, not {limits["mma"]}: operands changed type'
-            problems.append(('mma', 0, text))
-    excused = {}
-    for rule, value, text in problems:
-        for noted in ceilings['exceptions']:
-            known = kernel.startswith(noted['kernel']) and rule == noted['rule']
-            known = known and n in noted['num_streams'] and arch in noted['arch']
-            # Of an access a limit says how narrow it may be, of all else how much there may be.
-            if known and value <= noted['limit'] * (-1 if rule == 'vector' else 1):
-                excused[text] = f'{text} ({noted["reason"]})'
-    return [text for _, _, text in problems if text not in excused], list(excused.values())
-
-
 def _row(
-    launch: Launch, arch: int, found: Resources | RuntimeError, ceilings: dict, dtype: str
+    launch: Launch,
+    arch: int,
+    found: Resources | RuntimeError,
+    record: dict,
+    version: str,
+    dtype: str,
 ) -> dict:
-    flags = [name for name in ('HAS_BIAS', 'DROPOUT') if launch.constants.get(name)]
-    words = ' '.join([variant_of(launch), *flags]).replace('HAS_', '').replace('WRITE_', '')
-    row = {'kernel': words.lower(), 'num_streams': launch.constants['N'], 'arch': arch}
+    row = {'kernel': label(launch), 'num_streams': launch.constants['N'], 'arch': arch}
     if isinstance(found, RuntimeError):
         return row | {'problems': [str(found)], 'notes': []}
-    problems, notes = check(launch, arch, found, ceilings, dtype)
-    return row | asdict(found) | {'problems': problems, 'notes': notes}
+    wanted = recorded(launch, arch, record, version, dtype)
+    problems, notes = judge(launch, arch, found, record, wanted)
+    warps = resident_warps(arch, found, launch.options['num_warps'])
+    row |= asdict(found) | {'warps': warps, 'compared': wanted is not None}
+    return row | {'problems': problems, 'notes': notes}
 
 
 def _traffic(name: str, n: int, form: Traffic, total: int) -> dict:
@@ -201,19 +168,24 @@ def _count(results: Iterable, total: int) -> Iterator:
 
 def _print(found: dict) -> None:
     rows = found['kernels']
-    header = ('kernel', 'n', 'sm', 'regs', 'spills', 'shared KB', '128-bit loads', 'stores', 'MMA')
-    layout = '{:34} {:>2} {:>4} {:>5} {:>6} {:>9} {:>13} {:>7} {:16} {}'
-    print(layout.format(*header, 'verdict'))
+    # Said first: which Triton an overlay on PYTHONPATH brings is easily mistaken.
+    print(f'Triton {found["triton"]} from {found["triton_path"]}, torch {found["torch"]}')
+    header = ('kernel', 'n', 'sm', 'regs', 'spills', 'shared KB', 'warps', '128-bit loads')
+    header += ('stores', 'MMA', 'verdict')
+    layout = '{:34} {:>2} {:>4} {:>5} {:>6} {:>9} {:>5} {:>13} {:>7} {:16} {}'
+    print(layout.format(*header))
     for row in rows:
         verdict = 'FAIL' if row['problems'] else 'noted' if row['notes'] else 'ok'
         start = (row['kernel'], row['num_streams'], row['arch'])
         if 'registers' not in row:
-            print(layout.format(*start, *'------', verdict))
+            print(layout.format(*start, *'-------', verdict))
             continue
         loads = _wide(row['loads'], row['copies'])
         middle = (row['registers'], row['spill_bytes'], f'{row["shared_bytes"] / 1024:.1f}')
-        print(layout.format(*start, *middle, loads, _wide(row['stores']), row['mma'], verdict))
-    print(f'\n{len(rows)} compiled in {found["seconds"]} s with Triton {found["triton"]}')
+        end = (row['warps'], loads, _wide(row['stores']), row['mma'], verdict)
+        print(layout.format(*start, *middle, *end))
+    compiled = f'{len(rows)} compiled in {found["seconds"]} s with Triton {found["triton"]}'
+    print(f'\n{compiled}: {_sum(found)}')
     for title, key in (('noted', 'notes'), ('out of bounds', 'problems')):
         listed = {}
         for row in rows:
@@ -234,6 +206,23 @@ def _print(found: dict) -> None:
         print(layout.format(row['form'], row['num_streams'], *numbers, megabytes))
 
 
+def _sum(found: dict) -> str:
+    """What was found in one line, and what was not looked at."""
+    rows = found['kernels']
+    spilling = sum(bool(row.get('spill_bytes') or row.get('stack_bytes')) for row in rows)
+    failing = sum(bool(row['problems']) for row in rows)
+    text = f'{spilling or "none"} spilling, {failing or "none"} out of bounds'
+    missing = sum(not row.get('compared') for row in rows)
+    if not missing:
+        return text
+    known = ' '.join(found['on_record']) or 'no version'
+    what = 'no row has a record' if missing == len(rows) else f'{missing} rows have no record'
+    return (
+        f'{text}\n{what} of this Triton, dtype and shape ({known} on record): of them only '
+        'spills, room, vectors and types of matrix products were judged, not occupancy'
+    )
+
+
 def _wide(*counts: dict[int, int]) -> str:
     """``5/9``: accesses of a vector's width or more, of all."""
     merged = [(int(bits), count) for part in counts for bits, count in part.items()]
@@ -242,7 +231,7 @@ def _wide(*counts: dict[int, int]) -> str:
 
 
 def _arch(text: str) -> int:
-    return _one_of(text, SHARED_KIB, 'the kernels are checked for sm_80 and later')
+    return _one_of(text, MULTIPROCESSORS, 'the kernels are checked for sm_80 and later')
 
 
 def _streams(text: str) -> int:
@@ -258,6 +247,20 @@ def _one_of(text: str, known: Iterable, why: str) -> Any:
     if text not in found:
         raise argparse.ArgumentTypeError(f'{text}: {why}; take one of {" ".join(found)}')
     return found[text]
+
+
+def _record(text: str) -> dict:
+    try:
+        record = json.loads(Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f'{text}: {error}; leave it out') from None
+    keys = {'triton', 'dtype', 'kernels', 'exceptions'}
+    if not isinstance(record, dict) or not keys <= record.keys():
+        wanted = ', '.join(sorted(keys))
+        raise argparse.ArgumentTypeError(
+            f'{text}: no record, which has the keys {wanted}; tools/kernel_record.py makes one'
+        )
+    return record
 
 
 def _positive(text: str) -> int:

@@ -19,12 +19,17 @@ _RECORD: ContextVar[list[Launch] | None] = ContextVar('megatron_mhc_launches', d
 
 @dataclass(frozen=True)
 class Tile:
-    """The block that one program works on, and the warps that share it."""
+    """The block that one program works on, and the warps that share it.
+
+    ``registers`` is the most that a thread may take. Without it the assembler squeezes a kernel
+    that needs a few more registers than the next step of occupancy has, and may spill for that.
+    """
 
     tokens: int
     channels: int = 0
     num_warps: int = 4
     num_stages: int = 2
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def launch(
         # Said, because Triton's default changes: stored streams must not depend on it.
         'enable_fp_fusion': True,
     }
+    if tile.registers is not None:
+        options['maxnreg'] = tile.registers
     record = _RECORD.get()
     if record is not None:
         record.append(Launch(kernel, grid, arguments, constants, options))

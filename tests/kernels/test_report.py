@@ -1,5 +1,6 @@
-"""The byte model against the paper and the launches, and the compile report with its ceilings."""
+"""The byte model against the paper and the launches, and the compile report with its verdict."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,10 +14,12 @@ from megatron_mhc.kernels.traffic import Traffic, kernel_forms, our_forms, paper
 
 pytest.importorskip('triton')
 
-from megatron_mhc.kernels import shipped, traffic  # noqa: E402
+from megatron_mhc import kernels_cli  # noqa: E402
+from megatron_mhc.kernels import shipped, traffic, verdict  # noqa: E402
+from megatron_mhc.kernels.offline import Resources  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-CEILINGS = ROOT / 'kernels' / 'ceilings.json'
+RECORD = json.loads((ROOT / 'kernels' / 'record.json').read_text())
 # One channel count that fills tiles, and one that needs masked tails and odd-sized blocks.
 CHANNELS = (4096, 100)
 
@@ -85,7 +88,7 @@ def report(*options: str, code: str = '', **environment: str) -> subprocess.Comp
     )
 
 
-def test_shipped_kernels_keep_their_ceilings():
+def test_shipped_kernels_are_as_they_should_be():
     """n = 4 on sm_90: no spills, 128-bit streams, matrix units on bf16."""
     result = report('--arch', '90', '--num-streams', '4', '--json')
     assert result.returncode == 0, result.stdout + result.stderr
@@ -96,23 +99,107 @@ def test_shipped_kernels_keep_their_ceilings():
     rows = {row['kernel']: row for row in found['kernels']}
     assert rows['projection mix']['mma'].endswith('bf16')
     assert rows['pre_forward']['loads']['128'] == 4 and rows['pre_forward']['stores'] == {'128': 1}
-    assert set(traffic.kernel_forms(4)) - {'read_backward HAS_U'} <= set(
-        json.loads(CEILINGS.read_text())['kernels']
-    )
     assert {'num_streams': 4, 'form': 'HC: total', 'elements': 34}.items() <= next(
         row for row in found['traffic'] if row['form'] == 'HC: total'
     ).items()
 
 
-def test_a_lowered_ceiling_is_noticed(tmp_path):
-    ceilings = json.loads(CEILINGS.read_text())
-    ceilings['kernels']['pre_forward']['4']['90']['registers'] = 16
-    path = tmp_path / 'ceilings.json'
-    path.write_text(json.dumps(ceilings))
-    options = ('--arch', '90', '--num-streams', '4', '--kernel', 'pre_forward')
-    result = report(*options, '--ceilings', str(path))
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert 'ceiling 16' in result.stdout and 'pre_forward (n=4, sm_90)' in result.stdout
+# One kernel on one architecture as the record of whatever Triton is installed has it.
+PRE = ('--arch', '90', '--num-streams', '4', '--kernel', 'pre_forward')
+
+
+def report_against(path: Path, state: object, versions: list[str]) -> subprocess.CompletedProcess:
+    kernels = {'pre_forward 4': {'90': state}}
+    path.write_text(json.dumps(RECORD | {'triton': versions, 'kernels': kernels}))
+    return report(*PRE, '--record', str(path))
+
+
+def test_what_is_lost_beside_the_record_is_noticed(tmp_path):
+    """Occupancy and the matrix unit, of this version and of no other."""
+    import triton
+
+    here = '.'.join(triton.__version__.split('.')[:2])
+    path, versions = tmp_path / 'record.json', ['3.5', here]
+    for state, words in (
+        ('65 -', '64 warps an SM'),
+        (['1 -', '65 -'], '65 on record'),
+        ('64 wgmma.bf16', 'matrix instructions -, wgmma.bf16 on record'),
+    ):
+        result = report_against(path, state, versions)
+        assert result.returncode == 1, result.stdout + result.stderr
+        assert words in result.stdout and 'pre_forward (n=4, sm_90)' in result.stdout
+    for state in ('64 -', '16 -', ['65 -', '64 -']):
+        result = report_against(path, state, versions)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert 'no row has a record' not in result.stdout
+
+
+def test_a_version_without_a_record_says_so(tmp_path):
+    result = report_against(tmp_path / 'record.json', ['65 -', '65 -'], ['3.4', '3.5'])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'no row has a record of this Triton' in result.stdout
+    assert '3.4 3.5 on record' in result.stdout and 'not occupancy' in result.stdout
+
+
+def test_the_report_says_which_triton_it_ran_on():
+    import triton
+
+    first = report(*PRE).stdout.splitlines()[0]
+    assert first.startswith(f'Triton {triton.__version__} from {Path(triton.__file__).parent}')
+    assert f'torch {torch.__version__}' in first
+
+
+def test_everything_supported_is_looked_at_by_default():
+    parser = argparse.ArgumentParser()
+    kernels_cli.add_arguments(parser)
+    options = parser.parse_args(['report'])
+    assert options.arch == [80, 86, 89, 90, 100, 120] == [*verdict.MULTIPROCESSORS]
+    assert options.num_streams == [1, 2, 4] and options.kernel is None
+
+
+@pytest.mark.parametrize(
+    ('arch', 'registers', 'shared', 'columns', 'num_warps', 'warps'),
+    [
+        (90, 32, 0, 0, 4, 64),
+        (86, 32, 0, 0, 4, 48),
+        # 128 registers: 16 warps; one more a thread: 136, and 12.
+        (90, 128, 0, 0, 4, 16),
+        (90, 129, 0, 0, 4, 12),
+        (90, 129, 0, 0, 8, 8),
+        # 64 KiB and 1 KiB of the system's: three times in 228 KiB, once in 100.
+        (90, 32, 65536, 0, 8, 24),
+        (120, 32, 65536, 0, 8, 8),
+        (86, 32, 99 * 1024, 0, 8, 8),
+        (86, 32, 99 * 1024 + 1, 0, 8, 0),
+        # At most 16 blocks on sm_86 and 32 on sm_90, and 512 columns of tensor memory.
+        (86, 16, 0, 0, 1, 16),
+        (90, 16, 0, 0, 1, 32),
+        (100, 32, 0, 128, 4, 16),
+    ],
+)
+def test_resident_warps(arch, registers, shared, columns, num_warps, warps):
+    """As the occupancy calculator of the CUDA toolkit counts them."""
+    found = Resources(registers, 0, 0, shared, 0, {}, {}, {}, {}, '-', columns)
+    assert verdict.resident_warps(arch, found, num_warps) == warps
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'mma', 'fine'),
+    [
+        (torch.bfloat16, 'wgmma.bf16', True),
+        (torch.bfloat16, 'mma.bf16 tcgen05.f16', True),
+        (torch.bfloat16, 'mma.tf32', False),
+        (torch.bfloat16, '-', False),
+        (torch.float32, 'mma.tf32', True),
+        (torch.float32, 'mma.bf16', False),
+    ],
+)
+def test_operands_that_changed_type_are_noticed(dtype, mma, fine):
+    launches = shipped.shipped_launches(2, 64, 64, dtype)
+    launch = next(launch for launch in launches if launch.name == 'projection_kernel')
+    found = Resources(32, 0, 0, 0, 0, {}, {}, {}, {}, mma, 0)
+    problems, _ = verdict.judge(launch, 90, found, RECORD, None)
+    assert bool(problems) != fine and all('operands' in text for text in problems)
 
 
 def test_spills_and_narrow_accesses_are_noticed():
@@ -138,7 +225,8 @@ def test_spills_and_narrow_accesses_are_noticed():
         (('--hidden-size', '0'), ('--hidden-size: 0', 'at least 1')),
         (('--dtype', 'int8'), ('--dtype: int8', 'bf16')),
         (('--kernel', 'prex'), ('--kernel: prex', 'pre_forward')),
-        (('--ceilings', 'absent.json'), ('--ceilings: absent.json',)),
+        (('--record', 'absent.json'), ('--record: absent.json',)),
+        (('--record', str(ROOT / 'pyproject.toml')), ('--record:', 'leave it out')),
     ],
 )
 def test_wrong_input_is_one_line(options, words):
@@ -146,6 +234,15 @@ def test_wrong_input_is_one_line(options, words):
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and not result.stdout
     assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_a_file_that_is_no_record_is_one_line(tmp_path):
+    path = tmp_path / 'record.json'
+    path.write_text('{"kernels": {}}')
+    result = report('--record', str(path))
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert f'--record: {path}' in result.stderr.replace('argument ', '')
+    assert 'kernel_record.py' in result.stderr
 
 
 def test_interpreter_is_one_line():
