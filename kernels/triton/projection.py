@@ -30,7 +30,7 @@ from megatron_mhc.kernels.triton.post_res import post_res
 # mantissa go through three-term TF32, which takes twice the registers and shared memory.
 TILE = {
     1: Tile(32, 64),
-    2: Tile(32, 64),
+    2: Tile(64, 32, num_warps=8, num_stages=3, registers=128),
     4: Tile(64, 32, num_warps=8, num_stages=3),
     8: Tile(32, 16, num_warps=8),
 }

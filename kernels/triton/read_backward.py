@@ -19,7 +19,7 @@ from megatron_mhc.kernels.triton.projection import PROGRAMS, resolved_precision
 # Few tokens a step: in the layout of the matrix product a thread holds rows of several of them.
 TILE = {
     1: Tile(16, 128, num_warps=8, num_stages=3),
-    2: Tile(16, 128, num_warps=8, num_stages=3),
+    2: Tile(16, 64, num_stages=3, registers=168),
     4: Tile(16, 64, num_warps=8, num_stages=3),
     8: Tile(16, 16, num_warps=8),
 }
