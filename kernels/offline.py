@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_mhc.kernels.traffic import arguments
+from megatron_mhc.kernels.triton.alignment import DIVISOR, excess_bytes
 from megatron_mhc.kernels.triton.launch import Launch, interpreted
 
 POINTERS = {
@@ -131,14 +132,14 @@ def specialization(value: object) -> tuple[str, bool]:
         return 'constexpr', False
     if isinstance(value, torch.Tensor):
         # Allocators align to more than this; a view that starts elsewhere compiles to other code.
-        return POINTERS[value.dtype], True
+        return POINTERS[value.dtype], excess_bytes(value) == 0
     if isinstance(value, bool):
         return 'u1', False
     if isinstance(value, float):
         return 'fp32', False
     if value == 1:
         return 'constexpr', False
-    return 'i32' if -(2**31) <= value < 2**31 else 'i64', value % 16 == 0
+    return 'i32' if -(2**31) <= value < 2**31 else 'i64', value % DIVISOR == 0
 
 
 def _job(launch: Launch, arch: int) -> Job:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_mhc.kernels.traffic import arguments, stream_names, variant
+from megatron_mhc.kernels.triton.alignment import DIVISOR
 
 if TYPE_CHECKING:
     from megatron_mhc.kernels.offline import Resources
     from megatron_mhc.kernels.triton.launch import Launch
 
 VECTOR_BITS = 128
-# Triton takes an integer for aligned only if 16 divides it.
-ALIGNED_CHANNELS = 16
 # From so many channels on no tile is narrowed to them, so that code is as it was recorded.
 WIDE_CHANNELS = 512
 WARP = 32
@@ -129,7 +128,7 @@ def _always(launch: Launch, arch: int, found: Resources) -> list[Problem]:
     if found.shared_bytes > room:
         text = f'{found.shared_bytes} bytes of shared memory, sm_{arch} has {room}: smaller tile'
         problems.append(Problem('room', found.shared_bytes, text + ' or fewer stages'))
-    if arguments(launch).get('C', 1) % ALIGNED_CHANNELS == 0:
+    if arguments(launch).get('C', 1) % DIVISOR == 0:
         widths = {name: found.narrowest.get(name, VECTOR_BITS) for name in stream_names(launch)}
         narrow = {name: bits for name, bits in widths.items() if bits < VECTOR_BITS}
         if narrow:

@@ -193,7 +193,7 @@ def post_res(
         return reference.post_res_ref(x, y, h_post, h_res, bias, dropout, seed)
     from megatron_mhc.kernels.autograd.ops import PostRes
 
-    x_new = PostRes.apply(*_write_arguments(x, y, h_post, h_res), bias, dropout, seed)
+    x_new = PostRes.apply(*_write_arguments(x, y, h_post, h_res), _vector(bias), dropout, seed)
     return x_new.view(x.shape)
 
 
@@ -257,9 +257,8 @@ def write(
         seed = dropout_seed(x.device)
     from megatron_mhc.kernels.autograd.seam import Write
 
-    return Write.apply(*_write_arguments(*_streams_first(y, carried)), bias, dropout, seed).view(
-        x.shape
-    )
+    arguments = _write_arguments(*_streams_first(y, carried))
+    return Write.apply(*arguments, _vector(bias), dropout, seed).view(x.shape)
 
 
 def write_read(
@@ -317,7 +316,7 @@ def write_read(
 
     settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
     x_new, *outputs = WriteRead.apply(
-        *(*_write_arguments(*_streams_first(y, carried)), y_bias, dropout, seed),
+        *(*_write_arguments(*_streams_first(y, carried)), _vector(y_bias), dropout, seed),
         *(*_parameters(weight, bias, alpha), settings),
     )
     return x_new.view(x.shape), *_read_outputs(x, n, *outputs)
@@ -326,6 +325,11 @@ def write_read(
 def _rows(tensor: Tensor, *tail: int) -> Tensor:
     """The leading dimensions flattened to T, as the kernels take it."""
     return tensor.reshape(-1, *tail).contiguous()
+
+
+def _vector(bias: Tensor | None) -> Tensor | None:
+    """The kernels read a bias value after value, whatever view it is."""
+    return None if bias is None else bias.contiguous()
 
 
 def _parameters(*parameters: Tensor) -> tuple[Tensor, ...]:

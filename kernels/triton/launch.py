@@ -14,6 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
+from megatron_mhc.kernels.triton.alignment import say_what_is_slow
+
+# A thread can have so many; as a cap it keeps the assembler from squeezing.
+MOST_REGISTERS = 255
 _RECORD: ContextVar[list[Launch] | None] = ContextVar('megatron_mhc_launches', default=None)
 
 
@@ -22,7 +26,8 @@ class Tile:
     """The block that one program works on, and the warps that share it.
 
     ``registers`` is the most that a thread may take. Without it the assembler squeezes a kernel
-    that needs a few more registers than the next step of occupancy has, and may spill for that.
+    that needs a few more registers than the next step of occupancy has, and may spill for that;
+    255 is all that a thread can have.
     """
 
     tokens: int
@@ -88,14 +93,20 @@ def launch(
         return
     device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
     # Triton launches on the current device, which need not be the tensors'.
+    say_what_is_slow(kernel, arguments)
     guard = torch.cuda.device(device) if device.type == 'cuda' else contextlib.nullcontext()
     with guard:
         kernel[grid](*arguments, **constants, **options)
 
 
 def fitted(tile: Tile, channels: int) -> Tile:
-    """``tile``, no wider than ``channels`` need."""
-    return replace(tile, channels=max(16, min(tile.channels, power_of_two(channels))))
+    """``tile``, no wider than ``channels`` need.
+
+    Masked tails take more registers than full tiles: a cap that was chosen for these is lifted.
+    """
+    width = max(16, min(tile.channels, power_of_two(channels)))
+    cap = tile.registers and (MOST_REGISTERS if channels % width else tile.registers)
+    return replace(tile, channels=width, registers=cap)
 
 
 def cdiv(a: int, b: int) -> int:
