@@ -47,7 +47,7 @@ setup(
             'safetensors',
         ],
         'te': ['transformer-engine[pytorch]'],
-        'kernels': ['triton>=3.6'],
+        'kernels': ['triton>=' + COMPAT['core_minor'](COMPAT['TRITON_TESTED'][0])],
         'test': [
             'build',
             'emerging-optimizers>=0.3',
@@ -62,6 +62,7 @@ setup(
     entry_points={'console_scripts': ['megatron-mhc = megatron_mhc.cli:main']},
     classifiers=[
         'Programming Language :: Python :: 3 :: Only',
+        *(f'Programming Language :: Python :: {version}' for version in COMPAT['PYTHON_TESTED']),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
 )

@@ -1,11 +1,12 @@
-"""Supported Megatron-Core releases: the one place where the range is written.
+"""Supported and tested versions: the one place where they are written.
 
-The code, ``setup.py``, the README table (checked by a test) and CI all read this file. It uses the
+The code, ``setup.py``, the README tables (checked by a test) and CI all read this file. It uses the
 standard library alone, so that ``setup.py`` can execute it before anything is installed.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import pathlib
 import runpy
@@ -20,6 +21,11 @@ CORE_SPECIFIER = '>=0.17,<0.20'
 # "contract": import, patch contract, and a tiny forward and backward equal to a plain reference.
 TESTED = {'0.19.2': 'full', '0.18.2': 'contract', '0.17.1': 'contract'}
 TRITON_TESTED = ('3.6.0', '3.7.0', '3.8.0', '3.9.0')
+# Oldest first. CI has the whole suite on the one that pip takes, ops, kernels and contract on the
+# ends of the range.
+TORCH_TESTED = ('2.11.0', '2.14.1', '2.15.0')
+PYTHON_TESTED = ('3.12', '3.13')
+RANGES = {'Python': PYTHON_TESTED, 'torch': TORCH_TESTED, 'triton': TRITON_TESTED}
 
 
 def core_version() -> str | None:
@@ -36,6 +42,27 @@ def core_version() -> str | None:
         return None
     info = runpy.run_path(str(pathlib.Path(spec.origin).with_name('package_info.py')))
     return info['__shortversion__']
+
+
+def untested() -> list[str]:
+    """What is installed outside of the tested range, e.g. ``torch 2.9.1 (tested: 2.11 - 2.15)``."""
+    found = {'Python': '.'.join(map(str, sys.version_info[:2]))}
+    for name in ('torch', 'triton'):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    said = []
+    for name, version in found.items():
+        tested = RANGES[name]
+        low, high = core_minor(tested[0]), core_minor(tested[-1])
+        if not _numbers(low) <= _numbers(core_minor(version)) <= _numbers(high):
+            said.append(f'{name} {version} (tested: {low} - {high})')
+    return said
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split('.')))
 
 
 def core_minor(version: str) -> str:

@@ -13,7 +13,13 @@ import warnings
 import torch
 
 import megatron_mhc
-from megatron_mhc.compat import CORE_SPECIFIER, TESTED, core_version, require_supported_core
+from megatron_mhc.compat import (
+    CORE_SPECIFIER,
+    TESTED,
+    core_version,
+    require_supported_core,
+    untested,
+)
 from megatron_mhc.kernels.backend import kernel_obstacle
 
 OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
@@ -37,6 +43,8 @@ def report() -> dict:
         'torch': torch.__version__,
         'megatron-core': core_version() or 'not installed',
         'supported': f'{CORE_SPECIFIER}, tested: {tested}',
+        # Nothing is refused for it: what runs may well be right, but nobody has looked.
+        'untested': '; '.join(untested()) or None,
         'device': _device(),
         'kernels': _kernels(),
         'optional': optional,

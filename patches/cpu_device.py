@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_mhc.patches.cpu_arguments import CPU_ARGUMENTS_PATCH
+from megatron_mhc.patches.cpu_groups import CPU_GROUPS_PATCH
 from megatron_mhc.patches.cpu_optimizer import CPU_OPTIMIZER_PATCHES
 from megatron_mhc.patches.engine import Patch, on_every_release
 
@@ -122,6 +123,7 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         fingerprints={'0.17': 'd2c56f52', '0.18': '650a2e0f', '0.19': '625d0daa'},
     ),
     CPU_ARGUMENTS_PATCH,
+    CPU_GROUPS_PATCH,
     Patch(
         id='cpu-alltoall-splits',
         target='megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu',

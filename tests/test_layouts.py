@@ -11,7 +11,7 @@ import pathlib
 
 import pytest
 import torch
-from layout_cases import MOE, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 HC = {'residual_type': 'hc'}
@@ -170,6 +170,12 @@ def test_layout_equals_one_process(runs, tensors, name, model, changes, bitwise)
         error = (gradients[key] - reference_gradient).norm()
         assert error <= SPLIT_SUM_TOLERANCE * whole, (key, error / whole)
         assert error <= OWN_NORM_TOLERANCE * reference_gradient.norm(), key
+
+
+def test_no_case_leaves_threads_to_the_next(runs):
+    """Each group keeps three that wake for ever; hundreds starve the ranks."""
+    left = {name: result['threads'] for name, result in runs[1].items()}
+    assert max(left.values()) <= MOST_THREADS, left
 
 
 @pytest.mark.parametrize('name', ['eval-pp2', 'eval-pp2-vpp2'])

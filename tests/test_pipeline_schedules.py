@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layout_cases import MOE, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
@@ -184,6 +184,12 @@ def test_evaluation_has_the_losses_of_training(runs, name, reference):
     _, results = runs
     flat = [loss for rank in results[f'{name}-{reference}']['losses'] for loss in rank]
     assert flat == results[reference]['losses'][0]
+
+
+def test_no_case_leaves_threads_to_the_next(runs):
+    """Each group keeps three that wake for ever; hundreds starve the ranks."""
+    left = {name: result['threads'] for name, result in runs[1].items()}
+    assert max(left.values()) <= MOST_THREADS, left
 
 
 def test_a_step_changes_the_weights(runs, tensors):

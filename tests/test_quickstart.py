@@ -1,7 +1,6 @@
 """The tools behind ``make train``: corpus, supervision of the ranks, checkpoints, plot."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -203,27 +202,3 @@ def test_losses_are_read_back_and_plotted(tmp_path):
     (tmp_path / 'none').mkdir()
     with pytest.raises(ValueError, match='no TensorBoard scalar'):
         plot_losses.read_losses(tmp_path / 'none')
-
-
-def find_python(**env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [TOOLS / 'find_python.sh'], env=os.environ | env, capture_output=True, text=True
-    )
-
-
-def test_a_python_that_does_not_run_is_passed_over(tmp_path):
-    shim = tmp_path / 'python3.12'
-    shim.write_text('#!/bin/sh\necho "not found" >&2\nexit 127\n')
-    shim.chmod(0o755)
-    good = tmp_path / 'pyenv/versions/3.12.9/bin/python3.12'
-    good.parent.mkdir(parents=True)
-    good.symlink_to(sys.executable)
-    system = '/usr/bin:/bin'
-    later = find_python(PYTHON='', PATH=f'{tmp_path}:{good.parent}:{system}', PYENV_ROOT='/none')
-    assert later.stdout.strip() == str(good)
-    if shutil.which('python3.12', path=system) is None:
-        pyenv = str(tmp_path / 'pyenv')
-        found = find_python(PYTHON='', PATH=f'{tmp_path}:{system}', PYENV_ROOT=pyenv)
-        assert found.stdout.strip() == str(good)
-    named = find_python(PYTHON=str(shim))
-    assert named.returncode == 1 and f'PYTHON={shim} cannot be used' in named.stderr

@@ -5,8 +5,21 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+import sys
 
-from megatron_mhc.compat import CORE_BELOW, CORE_MIN, CORE_SPECIFIER, PYTHON_MIN, TESTED
+from megatron_mhc.compat import (
+    CORE_BELOW,
+    CORE_MIN,
+    CORE_SPECIFIER,
+    PYTHON_MIN,
+    PYTHON_TESTED,
+    RANGES,
+    TESTED,
+    TORCH_TESTED,
+    TRITON_TESTED,
+    untested,
+)
+from megatron_mhc.doctor import report
 from megatron_mhc.patches.arguments import GROUPS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -21,6 +34,22 @@ def test_compatibility_table():
     assert f'Python >= {PYTHON_MIN[0]}.{PYTHON_MIN[1]}' in README
     low, high = ('.'.join(map(str, bound)) for bound in (CORE_MIN, CORE_BELOW))
     assert f'>={low},<{high}' == CORE_SPECIFIER
+    versions = {'Python': PYTHON_TESTED, 'torch': TORCH_TESTED, 'Triton': TRITON_TESTED}
+    tested = '; '.join(f'{name} {", ".join(seen)}' for name, seen in versions.items())
+    assert f'tested: {tested}.' in ' '.join(README.split())
+
+
+def test_doctor_names_what_nobody_has_tested(monkeypatch):
+    assert untested() == [] and report()['untested'] is None
+    installed = {'torch': '2.16.0+cu131', 'triton': '3.5.9'}
+    monkeypatch.setattr('importlib.metadata.version', lambda name: installed.get(name, '1'))
+    monkeypatch.setitem(RANGES, 'Python', ('3.6', '3.7'))
+    assert untested() == [
+        f'Python {sys.version_info[0]}.{sys.version_info[1]} (tested: 3.6 - 3.7)',
+        'torch 2.16.0+cu131 (tested: 2.11 - 2.15)',
+        'triton 3.5.9 (tested: 3.6 - 3.9)',
+    ]
+    assert report()['untested'] == '; '.join(untested())
 
 
 def documented(page):

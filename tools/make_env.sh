@@ -6,6 +6,23 @@ set -euo pipefail
 env=$1
 start=$SECONDS
 
+here=$(cd "$(dirname "$0")/.." && pwd -P)
+# An environment whose package is another checkout, which would find itself replaced.
+other=$("$env/bin/python" -I - <<'END' 2>/dev/null || true
+import importlib.metadata, json, pathlib, urllib.parse, urllib.request
+origin = importlib.metadata.distribution('megatron-mhc').read_text('direct_url.json')
+url = urllib.parse.urlparse(json.loads(origin)['url'])
+root = pathlib.Path(urllib.request.url2pathname(url.path)).resolve()
+if (root / 'megatron_mhc').is_dir():
+    print(root)
+END
+)
+if [ -n "$other" ] && [ "$other" != "$here" ]; then
+    echo "VENV=$env has megatron-mhc from $other, not from $here: name another VENV, or hand it" \
+        "over with $env/bin/python -m pip uninstall --yes megatron-mhc" >&2
+    exit 1
+fi
+
 if [ -e "$env/.made-here" ] && [ ! -e "$env/.installed" ]; then
     echo "$env was left half made; it is made again."
     rm -rf "$env"

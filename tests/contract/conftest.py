@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pathlib
 import sys
 
@@ -39,6 +40,8 @@ def megatron(tmp_path_factory):
     engine.revert(device_patches + RESIDUAL_PATCHES)
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+    # Threads of the groups end with the last reference, which models hold in cycles.
+    gc.collect()
 
 
 @pytest.fixture

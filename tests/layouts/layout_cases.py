@@ -13,6 +13,8 @@ WORKER = pathlib.Path(__file__).parent / 'worker.py'
 # held to 1e-6 of the whole gradient, and each to its own norm only by what a wrong sum would show.
 SPLIT_SUM_TOLERANCE = 1e-6
 OWN_NORM_TOLERANCE = 1e-3
+# A rank's groups hold 8 x 3 threads of gloo's; those of a case must be gone when it has ended.
+MOST_THREADS = 20
 
 MOE = {
     'num_moe_experts': 4,

@@ -1,0 +1,115 @@
+"""``.ci/run``, dry: every tested version has its turn, and the first failure ends it by name."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mhc.compat import TESTED, TORCH_TESTED, TRITON_TESTED
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Stands for the environment's Python: notes what it is asked for, and installs names only.
+PYTHON = f"""#!{sys.executable} -S
+import os, pathlib, sys
+root = pathlib.Path(__file__).parents[2]
+sys.path.append(str(root / 'site'))
+arguments = sys.argv[1:]
+if arguments[0] == '-c':
+    sys.argv = ['-c', *arguments[2:]]
+    exec(arguments[1])
+    sys.exit()
+over = sorted(p.name for p in pathlib.Path(os.environ.get('PYTHONPATH', '/none')).glob('*-info'))
+with open(root / 'log', 'a') as log:
+    print(*arguments, *over, file=log)
+if os.environ.get('FAILS', 'nothing') in ' '.join(arguments):
+    sys.exit(7)
+if 'install' in arguments:
+    target = pathlib.Path(arguments[arguments.index('--target') + 1])
+    name, _, version = arguments[-1].replace('-', '_').partition('==')
+    for release in (f'{{name}}-{{version}}', *(['triton-3.1.4'] if name == 'torch' else [])):
+        info = target / f'{{release}}.dist-info'
+        info.mkdir(parents=True)
+        name, _, version = release.rpartition('-')
+        text = f'Metadata-Version: 2.1\\nName: {{name}}\\nVersion: {{version}}\\n'
+        (info / 'METADATA').write_text(text)
+"""
+MAKE = """#!/bin/sh
+echo "make $*" >> log
+mkdir -p .cache/ci-runs/train
+echo x > .cache/ci-runs/train/losses.png
+echo 'resuming at iteration 20'
+"""
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    root = tmp_path / 'clone'
+    for name in ('.ci/run', 'megatron_mhc/compat.py'):
+        (root / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, root / name)
+    for path, text in ((root / '.venv/bin/python', PYTHON), (tmp_path / 'bin/make', MAKE)):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    return root
+
+
+def run(clone: Path, torch: str, **env: str) -> subprocess.CompletedProcess:
+    installed = {'torch': f'{torch}+cu1', 'triton': '3.8.0', 'megatron-core': next(iter(TESTED))}
+    for name, version in installed.items():
+        info = clone / 'site' / f'{name.replace("-", "_")}-{version}.dist-info'
+        info.mkdir(parents=True)
+        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+    path = f'{clone.parent / "bin"}:{os.environ["PATH"]}'
+    return subprocess.run(
+        [clone / '.ci' / 'run'],
+        env=os.environ | {'PATH': path} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize('torch', TORCH_TESTED[1:])
+def test_every_version_has_its_turn(clone, torch):
+    done = run(clone, torch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (clone / 'log').read_text().splitlines()
+    assert 'make test ARGS=--durations=10' in log
+    assert [line.split()[-1] for line in log if 'kernels report' in line] == [
+        f'triton-{version}.dist-info' for version in TRITON_TESTED
+    ]
+    tests = [line.split(' tests/')[-1] for line in log if line.startswith('-m pytest')]
+    cores = [f'contract megatron_core-{version}.dist-info' for version in list(TESTED)[1:]]
+    ends = [
+        f'contract torch-{version}.dist-info triton-3.1.4.dist-info'
+        for version in (TORCH_TESTED[0], TORCH_TESTED[-1])
+        if version != torch
+    ]
+    assert tests == cores + ends
+    # Nothing is left of what was laid over, and the end tells what was run.
+    assert not list((clone / '.cache').glob('ci-overlay*'))
+    said = done.stdout.partition('all passed in')[2]
+    assert f'torch {torch}, Triton 3.8.0, megatron-core' in said and 'Python 3.' in said
+    for version in (*TRITON_TESTED, TORCH_TESTED[0], TORCH_TESTED[-1], *TESTED):
+        assert version in said
+
+
+def test_the_first_failure_ends_it_by_name(clone):
+    done = run(clone, TORCH_TESTED[1], FAILS='kernels report')
+    assert done.returncode == 7 and 'all passed' not in done.stdout
+    (last,) = done.stderr.strip().splitlines()
+    assert last.startswith('=== FAILED after ')
+    assert f'spills and bytes on Triton {TRITON_TESTED[0]} (exit status 7)' in last
+    assert (clone / 'log').read_text().count('kernels report') == 1
+    assert not list((clone / '.cache').glob('ci-overlay*'))
+
+
+def test_nothing_depends_on_one_machine():
+    for path in (ROOT / '.ci/run', ROOT / 'Makefile', *(ROOT / 'tools').glob('*.sh')):
+        for word in ('/work', '/home/', '/root', '/opt/', 'index-url http'):
+            assert word not in path.read_text(), (path, word)
