@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from megatron_mhc import schedule_trace
 from megatron_mhc.refusal import refuse
-from megatron_mhc.schedules.catalog import SCHEDULES, make_plan
+from megatron_mhc.schedules.catalog import SCHEDULES, make_plan, too_many
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.plan import COMMUNICATION, Plan
 from megatron_mhc.schedules.plan_text import read_plan, write_csv
@@ -42,7 +43,6 @@ _HELP = {
 }
 # Enough for the sums of a step; the digits behind are rounding.
 _DIGITS = 9
-_LARGEST = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,10 +107,16 @@ def main(options: argparse.Namespace) -> int:
         'simulate': _simulate,
         'compare': _compare,
     }[options.topic]
+    # A plan is millions of tuples without cycles, which collecting would walk through in vain.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         run(options)
     except (ValueError, RuntimeError) as error:
         refuse(f'{PROGRAM} {options.topic}', ' '.join(str(error).split()))
+    finally:
+        if collects:
+            gc.enable()
     return 0
 
 
@@ -177,7 +183,7 @@ def _validate(options: argparse.Namespace) -> None:
     if not any(op.kind in COMMUNICATION for _, _, op in plan.leaves()):
         plan = lower(plan)
         validate(plan)
-    counts = Counter(str(leaf.kind) for _, _, leaf in plan.leaves())
+    counts = Counter(leaf.kind for _, _, leaf in plan.leaves())
     if options.json:
         print(json.dumps(_names(plan) | {'valid': True, 'operations': counts}))
         return
@@ -210,7 +216,9 @@ def _simulate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    _check_size(options)
+    reason = too_many(options.pp, options.microbatches, options.chunks)
+    if reason is not None:
+        raise ValueError(reason)
     times = _times(options)
     rows, refused = [], []
     for name in SCHEDULES:
@@ -254,20 +262,9 @@ def _plan(options: argparse.Namespace) -> Plan:
     elif None in numbers:
         raise ValueError(f'--schedule {options.schedule} needs --pp and --microbatches')
     else:
-        _check_size(options)
         plan = make_plan(options.schedule, *numbers, chunks=options.chunks)
     validate(plan)
     return _lower(plan, options)
-
-
-def _check_size(options: argparse.Namespace) -> None:
-    size = options.pp * options.microbatches * options.chunks
-    if size > _LARGEST:
-        raise ValueError(
-            f'{options.pp} ranks x {options.microbatches} microbatches x {options.chunks} chunks '
-            f'are more than {_LARGEST} forward passes: too many to follow singly; give fewer, the '
-            'bubble does not grow with the microbatches'
-        )
 
 
 def _read(path: Path) -> Plan:
