@@ -17,7 +17,9 @@ def operations(stages, directions):
     passes = [kind for kind in Kind if kind not in COMMUNICATION | COLLECTIVE | {Kind.FUSE}]
 
     def of(kinds, number=microbatch, payload=none):
-        return st.builds(Op, st.sampled_from(sorted(kinds)), stage, number, direction, payload)
+        kind = st.sampled_from(sorted(kinds))
+        # Hypothesis would make up the parts of a named tuple.
+        return st.builds(Op, kind, stage, number, direction, payload, st.just(()))
 
     return st.one_of(
         of(passes),
