@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_mhc.inverted_v_layout import even_layout
+from megatron_mhc.inverted_v_layout import CHUNKS, check_layout, even_layout
+from megatron_mhc.model_memory import live_at_peak
 from megatron_mhc.pipeline_config import (
     PIPELINE_SCHEDULES,
     STOCK_SCHEDULES,
@@ -15,8 +16,7 @@ from megatron_mhc.pipeline_config import (
     PipelineConfig,
 )
 from megatron_mhc.pipeline_constraints import V_CONSTRAINTS
-from megatron_mhc.refusal import announce
-from megatron_mhc.schedules.validator import live_activations
+from megatron_mhc.refusal import announce, is_first_rank
 
 # Compute, high priority, expert and stage communication, with room for data parallelism.
 ENOUGH_CONNECTIONS = 8
@@ -142,12 +142,17 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     ranks = args.pipeline_model_parallel_size
     recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
     for microbatches in _microbatch_counts(args):
-        plan = pipeline.plan(ranks, microbatches, recompute=recompute)
-    announce(
-        f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
-        f'layers {args.pipeline_model_parallel_layout} in stage order, at most '
-        f'{max(live_activations(plan)):g} live activations a rank'
-    )
+        pipeline.check(ranks, microbatches)
+        # No rank begins a step without the first one, which has proved the plan by then.
+        if is_first_rank():
+            pipeline.prove(ranks, microbatches, recompute=recompute)
+    if is_first_rank():
+        live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS)
+        announce(
+            f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
+            f'layers {args.pipeline_model_parallel_layout} in stage order, at most {max(live):g} '
+            'live activations a rank'
+        )
     return pipeline
 
 
@@ -178,25 +183,33 @@ def check_pipeline_constraints(settings: object, pipeline: PipelineConfig) -> No
 
 def _lay_out(args: argparse.Namespace) -> None:
     args.num_virtual_stages_per_pipeline_rank = None
+    ranks, predicted = args.pipeline_model_parallel_size, args.mtp_num_layers or 0
     if args.pipeline_model_parallel_layout is not None:
+        check_layout(args.pipeline_model_parallel_layout, ranks, args.num_layers, predicted)
         return
     if args.num_layers is None:
         raise ValueError(
             f'--pipeline-schedule {args.pipeline_schedule} divides the layers before a checkpoint '
             'is read: give --num-layers, or --pipeline-model-parallel-layout'
         )
-    first, last = 'E', 'm' * (args.mtp_num_layers or 0) + 'L'
+    first, last = 'E', 'm' * predicted + 'L'
     # Megatron counts embedding and loss as a layer each where these flags are set.
     extra = (args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split)
     args.account_for_embedding_in_pipeline_split = False
     args.account_for_loss_in_pipeline_split = False
     args.pipeline_model_parallel_layout = even_layout(
-        args.num_layers, args.pipeline_model_parallel_size, first, last, *map(int, extra)
+        args.num_layers, ranks, first, last, *map(int, extra)
     )
 
 
 def _microbatch_counts(args: argparse.Namespace) -> list[int]:
     """Microbatches of a step: with a batch size that ramps up, of the smallest one too."""
+    for name in ('micro_batch_size', 'global_batch_size', 'tensor_model_parallel_size'):
+        size = getattr(args, name)
+        if size is None and name == 'micro_batch_size' or size is not None and size < 1:
+            raise ValueError(
+                f'{_flag(name)} {size}: a plan counts microbatches by it; give at least 1'
+            )
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     model *= getattr(args, 'context_parallel_size', 1)
     replicas = max(1, int(os.environ.get('WORLD_SIZE', '1')) // model)

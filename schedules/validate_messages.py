@@ -32,9 +32,7 @@ def messages(index: Index) -> Iterator[str]:
                         yield f'rank {rank}, {op} {way} rank {receive}: {why}'
 
 
-def _receiving(
-    posted: int | None, awaited: int | None, used: int | None
-) -> list[tuple[Kind, str]]:
+def _receiving(posted: int | None, awaited: int | None, used: int | None) -> list[tuple[Kind, str]]:
     """What is wrong with the positions of a tensor's receive, wait and use."""
     found = []
     if posted is None:
