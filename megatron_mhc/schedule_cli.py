@@ -14,8 +14,8 @@ from megatron_mhc import schedule_trace
 from megatron_mhc.refusal import refuse
 from megatron_mhc.schedules.catalog import SCHEDULES, make_plan, too_many
 from megatron_mhc.schedules.lowering import lower
-from megatron_mhc.schedules.plan import COMMUNICATION, Plan
-from megatron_mhc.schedules.plan_text import read_plan, write_csv
+from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Plan
+from megatron_mhc.schedules.plan_text import read_plan, write_csv, write_text
 from megatron_mhc.schedules.render_svg import render_svg
 from megatron_mhc.schedules.render_text import render_text
 from megatron_mhc.schedules.render_trace import render_trace
@@ -25,7 +25,8 @@ from megatron_mhc.schedules.times import RECOMPUTE_STREAMS, Times
 from megatron_mhc.schedules.validator import validate
 
 PROGRAM = 'megatron-mhc schedule'
-FORMATS = ('text', 'csv', 'svg', 'png', 'trace')
+# The first two are plan files, the others pictures of its timeline.
+FORMATS = ('text', 'csv', 'drawing', 'svg', 'png', 'trace')
 _TIMES = {
     'forward': 'F, the forward of a microbatch through all stages of a rank',
     'input-grad': 'I, the gradient of the activations',
@@ -41,6 +42,9 @@ _HELP = {
     'simulate': 'step time, bubble and live activations of a schedule',
     'compare': 'a table of all schedules for these ranks and microbatches',
 }
+_FORMAT = 'of the output; text and csv are what --plan reads, the others pictures'
+# A file of the largest plan that can be followed, and operations that can be given times singly.
+_MOST_BYTES, _MOST_TIMED = 2**28, 2**20
 # Enough for the sums of a step; the digits behind are rounding.
 _DIGITS = 9
 
@@ -77,10 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
             _add_times(parser)
         if topic == 'show':
-            parser.add_argument('--format', choices=FORMATS, default='text', help='of the output')
+            parser.add_argument('--format', choices=FORMATS, default='drawing', help=_FORMAT)
             parser.add_argument('--output', type=Path, metavar='FILE', help='instead of stdout')
             parser.add_argument(
-                '--width', type=_width, help='columns of text, 0 for all (default: the terminal)'
+                '--width',
+                type=_width,
+                help='columns of a drawing, 0 for all (default: terminal)',
             )
     schedule_trace.add_parser(topics)
 
@@ -144,10 +150,11 @@ def _show(options: argparse.Namespace) -> None:
         ranks = [[str(op) for op in ops] for ops in plan.ranks]
         print(json.dumps(_names(plan) | {'placement': plan.placement, 'ranks': ranks}))
         return
-    if options.format == 'csv':
-        content: str | bytes = write_csv(plan)
+    if options.format in ('text', 'csv'):
+        write = write_csv if options.format == 'csv' else write_text
+        content: str | bytes = write(plan)
     else:
-        timeline = simulate(plan, _times(options))
+        timeline = _timeline(plan, options)
         content = _draw(timeline, options)
     if options.output is None:
         if isinstance(content, bytes):
@@ -180,8 +187,8 @@ def _draw(timeline: Timeline, options: argparse.Namespace) -> str | bytes:
 
 def _validate(options: argparse.Namespace) -> None:
     plan = _plan(options)
-    if not any(op.kind in COMMUNICATION for _, _, op in plan.leaves()):
-        plan = lower(plan)
+    if plan.kinds.isdisjoint(COMMUNICATION):
+        plan = lower(plan, reduce=Kind.REDUCE not in plan.kinds)
         validate(plan)
     counts = Counter(leaf.kind for _, _, leaf in plan.leaves())
     if options.json:
@@ -195,7 +202,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 def _simulate(options: argparse.Namespace) -> None:
     plan = _plan(options)
-    timeline = simulate(plan, _times(options))
+    timeline = _timeline(plan, options)
     found = _numbers(timeline, options.hop)
     if options.json:
         print(json.dumps(found))
@@ -219,14 +226,15 @@ def _compare(options: argparse.Namespace) -> None:
     reason = too_many(options.pp, options.microbatches, options.chunks)
     if reason is not None:
         raise ValueError(reason)
-    times = _times(options)
+    # What is wrong with the times is wrong with all schedules.
+    _times(options)
     rows, refused = [], []
     for name in SCHEDULES:
         try:
             plan = make_plan(name, options.pp, options.microbatches, chunks=options.chunks)
             if plan.forward_only:
                 continue
-            timeline = simulate(_lower(plan, options), times)
+            timeline = _timeline(_lower(plan, options), options)
         except ValueError as error:
             refused.append({'schedule': name, 'reason': str(error)})
             continue
@@ -269,6 +277,14 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _read(path: Path) -> Plan:
     try:
+        # A device or a pipe may never end.
+        if path.exists() and not path.is_file():
+            raise ValueError('not a file; give a text or CSV file of operations')
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(
+                f'{path.stat().st_size} bytes, at most {_MOST_BYTES}: more operations than can be '
+                'followed singly; give fewer microbatches'
+            )
         return read_plan(path.read_text())
     except OSError as error:
         raise ValueError(f'argument --plan: {path}: {error.strerror}') from error
@@ -279,9 +295,21 @@ def _read(path: Path) -> Plan:
 def _lower(plan: Plan, options: argparse.Namespace) -> Plan:
     if not getattr(options, 'lowered', False):
         return plan
-    lowered = lower(plan, recompute=options.recompute > 0)
+    reduces = Kind.REDUCE not in plan.kinds
+    lowered = lower(plan, recompute=options.recompute > 0, reduce=reduces)
     validate(lowered)
     return lowered
+
+
+def _timeline(plan: Plan, options: argparse.Namespace) -> Timeline:
+    """The simulated plan."""
+    count = sum(map(len, plan.ranks))
+    if count > _MOST_TIMED:
+        raise ValueError(
+            f'{count} operations are too many to give times singly, at most {_MOST_TIMED}; give '
+            'fewer microbatches, the bubble does not grow with them'
+        )
+    return simulate(plan, _times(options))
 
 
 def _times(options: argparse.Namespace) -> Times:

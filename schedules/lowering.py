@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_mhc.schedules.plan import COMMUNICATION, COMPUTE, Kind, Op, Plan, fuse
+from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Op, Plan, fuse
 
 # What a computation takes from the neighbouring stage, and gives to the next.
 PAYLOAD = {Kind.F: 'F', Kind.B: 'B', Kind.I: 'B'}
@@ -67,11 +67,11 @@ def place_communication(plan: Plan) -> Plan:
 
 
 def _crossing(plan: Plan) -> dict[tuple[Kind, int, int], tuple[str, bool, bool]]:
-    """Of a computation and stage: its payload, and whether that crosses ranks before and after."""
+    """Of a kind and stage: its payload, and whether that crosses ranks before and after."""
     found = {}
     for direction, holders in enumerate(plan.placement):
         for stage, here in enumerate(holders):
-            for kind in COMPUTE:
+            for kind in Kind:
                 payload = PAYLOAD.get(kind, '')
                 ends = (
                     plan.peer(Op(message, stage, 0, direction, payload)) not in (None, here)

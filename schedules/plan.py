@@ -39,8 +39,8 @@ COMMUNICATION = frozenset({Kind.SEND, Kind.RECV, Kind.WAIT})
 COLLECTIVE = frozenset({Kind.REDUCE, Kind.PARAM_SYNC})
 
 _LEAF = re.compile(
-    r'(?P<stage>\d+)(?P<kind>REDUCE|PARAM_SYNC|F|B|I|W|R(?!E)|SEND_|RECV_|WAIT_)'
-    r"(?P<payload>(?<=_)[FB])?(?P<microbatch>\d+)?(?P<tick>')?$",
+    r'(?P<stage>\d{1,9})(?P<kind>REDUCE|PARAM_SYNC|F|B|I|W|R(?!E)|SEND_|RECV_|WAIT_)'
+    r"(?P<payload>(?<=_)[FB])?(?P<microbatch>\d{1,9})?(?P<tick>')?$",
     re.ASCII,
 )
 
