@@ -118,7 +118,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     pipeline = pipeline_config_from_args(args)
     check_recompute_stream(getattr(args, 'mhc_recompute_stream', None), pipeline)
     if pipeline is not None or getattr(args, 'mhc_post_stream', None) == 'high':
-        _advise_on_connections()
+        _advise_on_connections(args)
     chunked = (
         getattr(args, 'num_layers_per_virtual_pipeline_stage', None) is not None
         or getattr(args, 'num_virtual_stages_per_pipeline_rank', None) is not None
@@ -156,13 +156,24 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     return pipeline
 
 
-def _advise_on_connections() -> None:
+def _advise_on_connections(args: argparse.Namespace) -> None:
     connections = os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS', '8')
     if connections.isdigit() and int(connections) < ENOUGH_CONNECTIONS:
+        remedy = f'set it to {ENOUGH_CONNECTIONS} or more (32 is common)'
+        shared = [
+            name
+            for name in ('tensor_model_parallel_size', 'context_parallel_size')
+            if (getattr(args, name, None) or 1) > 1
+        ]
+        if connections == '1' and shared:
+            remedy = (
+                f'from Blackwell on {remedy}; on GPUs before it Megatron demands 1 for '
+                f'{" and ".join(map(_flag, shared))}, so use 1 there, with more pipeline or expert '
+                'ranks in its place, or do without the overlap'
+            )
         announce(
             f'CUDA_DEVICE_MAX_CONNECTIONS={connections}: streams share that many hardware queues, '
-            'so stage communication and F_post,res can be stuck behind other compute; set it to '
-            f'{ENOUGH_CONNECTIONS} or more (32 is common), unless tensor parallelism asks for 1'
+            f'so stage communication and F_post,res can be stuck behind other compute; {remedy}'
         )
 
 

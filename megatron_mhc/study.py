@@ -17,8 +17,18 @@ from megatron_mhc.refusal import refuse
 from megatron_mhc.study_calibrate import as_text, calibration
 from megatron_mhc.study_hardware import PRESETS, Hardware, hardware_of
 from megatron_mhc.study_kernels import BytesModel, Measured
-from megatron_mhc.study_model import own_model, recipe_model
-from megatron_mhc.study_output import flags_text, make_folder, refusals, table, verdict, write
+from megatron_mhc.study_model import STUDIED, only_studied, own_model, recipe_model
+from megatron_mhc.study_output import (
+    CONNECTIONS,
+    connections,
+    flags_text,
+    make_folder,
+    queues,
+    refusals,
+    table,
+    verdict,
+    write,
+)
 from megatron_mhc.study_points import Study, best_of, pareto, run_study
 from megatron_mhc.study_sweep import Sweep
 
@@ -76,10 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='FLAGS',
         help='last: a model of your own as Megatron flags, instead of RECIPE; needs Megatron',
     )
-    model('--residual-type', choices=('standard', 'mhc'), default='mhc')
+    model('--residual-type', type=_residual, metavar='TYPE', default='mhc', help=_TYPES)
     model('--global-batch-size', type=_count, metavar='N', help="(default: the recipe's)")
 
 
+_TYPES = f'{" or ".join(STUDIED)} (default: mhc)'
 _SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: all)'
 
 
@@ -125,7 +136,7 @@ def _study(options: argparse.Namespace) -> int:
     study = run_study(model.shape, model.batch, sweep, hardware, kernels, _progress)
     best = {n: best_of(points) for n, points in study.streams.items()}
     flags = {
-        n: flags_text(model.flags(one.layout, one.residual))
+        n: flags_text(model.flags(one.layout, one.residual, one.one_queue))
         for n, one in best.items()
         if one is not None
     }
@@ -191,7 +202,12 @@ def _plain(study: Study, hardware: Hardware, flags: dict[int, str]) -> dict:
             {'reason': reason.words, 'remedy': reason.remedy, 'layouts': count}
             for reason, count in study.refused.items()
         ],
-        'best': [front[0].as_dict() | {'flags': flags[n]} for n, front in fronts.items() if front],
+        'best': [
+            front[0].as_dict()
+            | {'flags': flags[n], 'environment': {CONNECTIONS: connections(front[0])}}
+            for n, front in fronts.items()
+            if front
+        ],
     }
 
 
@@ -209,6 +225,7 @@ def _print(study: Study, hardware: Hardware, flags: dict[int, str], title: str, 
         print(verdict(points, hardware))
         if n in flags:
             print('    ' + flags[n])
+            print(queues(best_of(points), hardware))
 
 
 def _progress(total: int) -> Callable[[int], object]:
@@ -230,6 +247,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text}: a number; give an integer of at least 1')
     return int(text)
+
+
+def _residual(text: str) -> str:
+    if text not in STUDIED:
+        raise argparse.ArgumentTypeError(f'{text}: {only_studied(text)}')
+    return text
 
 
 def _blocks(text: str) -> int | str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from megatron_mhc import refusal
 from megatron_mhc.bootstrap import asks_for_a_v
 from megatron_mhc.inverted_v_layout import balanced, check_layout, even_layout, holder_of, stage_of
-from megatron_mhc.pipeline_arguments import pipeline_config_from_args
+from megatron_mhc.pipeline_arguments import pipeline_config_from_args, resolve_pipeline
 from megatron_mhc.pipeline_config import PipelineConfig
 
 PP4 = '--num-layers 16 --pipeline-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 8'
@@ -100,7 +102,7 @@ def test_refusals_are_one_line_with_the_alternative(refused, flags):
 
 # On two ranks, with four layers.
 LAYOUTS = {
-    'x': "'x' is no layer; E is",
+    'x': "'x' is no layer",
     'E|t|t|t|tL': '5 stages, but a V on 2 pipeline ranks has 4; give 4 stages separated by |, such',
     'Ettt|tL': '2 stages, but',
     'Et|t|t|L': '3 layers t, but --num-layers 4; give 4 stages separated by |, such as Et|t|t|tL',
@@ -158,7 +160,21 @@ def test_hardware_queues_are_advised_on(parse, monkeypatch, capsys):
         refusal.announce.cache_clear()
         monkeypatch.setenv('CUDA_DEVICE_MAX_CONNECTIONS', connections)
         parse('--mhc-post-stream', 'high')
-        assert ('CUDA_DEVICE_MAX_CONNECTIONS=1' in capsys.readouterr().out) == advised
+        out = capsys.readouterr().out
+        assert ('CUDA_DEVICE_MAX_CONNECTIONS=1' in out) == advised
+        assert ('behind other compute; set it to 8 or more' in out) == advised
+
+
+@pytest.mark.parametrize('flag', ['--tensor-model-parallel-size', '--context-parallel-size'])
+def test_no_advice_that_megatron_refuses(monkeypatch, capsys, flag):
+    """Before Blackwell it ends a run with more queues."""
+    refusal.announce.cache_clear()
+    monkeypatch.setenv('CUDA_DEVICE_MAX_CONNECTIONS', '1')
+    name = flag.removeprefix('--').replace('-', '_')
+    resolve_pipeline(argparse.Namespace(mhc_post_stream='high', **{name: 2}))
+    out = capsys.readouterr().out
+    assert f'Megatron demands 1 for {flag}, so use 1 there' in out
+    assert 'from Blackwell on set it to 8 or more' in out
 
 
 @pytest.mark.parametrize('ranks', [1, 2, 3, 8])
