@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
@@ -114,6 +113,8 @@ class _State:
         self._cpu = torch.get_rng_state()
         self._device = torch.cuda.get_rng_state()
         self._tracker = get_cuda_rng_tracker().get_states()
+        import numpy
+
         self._host = random.getstate(), numpy.random.get_state()
         self._trackers = Trackers()
 
@@ -136,6 +137,8 @@ class _State:
         torch.set_rng_state(self._cpu)
         torch.cuda.set_rng_state(self._device)
         get_cuda_rng_tracker().set_states(self._tracker)
+        import numpy
+
         random.setstate(self._host[0])
         numpy.random.set_state(self._host[1])
         self._trackers.restore()
