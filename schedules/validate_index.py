@@ -46,7 +46,8 @@ class Index:
         for position, op in enumerate(self.plan.ranks[rank]):
             if op.parts:
                 self.slots.append((rank, position, op))
-            for kind, stage, microbatch, direction, payload, _ in op.leaves:
+            # The leaves, without a call for each of a million operations.
+            for kind, stage, microbatch, direction, payload, _ in op.parts or (op,):
                 head = kind, payload, stage, direction
                 column = found.get(head)
                 if column is None:

@@ -337,3 +337,22 @@ def test_torch_csv_is_a_plan(name):
     assert messages == {
         op for _, _, op in place_communication(ours).leaves() if op.kind is Kind.WAIT
     }
+
+
+@pytest.mark.parametrize('pp, m, chunks', [('2', 4, 2), (2.0, 4, 2), (True, 4, 2), (2, '4', 2),
+                                           (2, 4.0, 2), (2, 4, None), (None, 4, 2)])  # fmt: skip
+def test_what_is_no_number_is_refused(pp, m, chunks):
+    with pytest.raises(ValueError, match='not a number of anything; give an integer'):
+        make_plan('zb-v', pp, m, chunks=chunks)
+
+
+@pytest.mark.parametrize('pp, m', [(2, 10**8), (256, 2049), (10**5, 10)])
+def test_more_than_anyone_can_follow_is_refused(pp, m):
+    with pytest.raises(ValueError, match='more than 1048576 forward passes: too many'):
+        make_plan('zb-v', pp, m)
+
+
+@pytest.mark.parametrize('name', list(SCHEDULES))
+def test_some_ranks_only(name):
+    whole, part = make_plan(name, 4, 8), make_plan(name, 4, 8, only={1, 2})
+    assert part.ranks == ((), *whole.ranks[1:3], ()) and part.placement == whole.placement
