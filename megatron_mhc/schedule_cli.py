@@ -23,6 +23,7 @@ from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.timeline import COMPUTE_LANE, HIGH_LANE, LANES, Timeline
 from megatron_mhc.schedules.times import RECOMPUTE_STREAMS, Times
 from megatron_mhc.schedules.validator import validate
+from megatron_mhc.whole_number import count
 
 PROGRAM = 'megatron-mhc schedule'
 # The first two are plan files, the others pictures of its timeline.
@@ -70,11 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
             which.add_argument('--plan', type=Path, metavar='FILE', help='operations, text or CSV')
         required = topic == 'compare'
-        which.add_argument('--pp', type=_count, metavar='P', required=required, help='ranks')
+        which.add_argument('--pp', type=count, metavar='P', required=required, help='ranks')
         which.add_argument(
-            '--microbatches', type=_count, metavar='M', required=required, help='of one step'
+            '--microbatches', type=count, metavar='M', required=required, help='of one step'
         )
-        which.add_argument('--chunks', type=_count, default=2, help='a rank, of interleaved')
+        which.add_argument('--chunks', type=count, default=2, help='a rank, of interleaved')
         if topic != 'validate':
             which.add_argument(
                 '--lowered', action='store_true', help='with communication, as it is executed'
@@ -344,13 +345,5 @@ def _hops(plan: Plan) -> int:
     return sum(a != b for a, b in zip(holders, holders[1:], strict=False))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text}: a number; give an integer of at least 1')
-    return int(text)
-
-
 def _width(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text}: columns; give an integer, 0 for all')
-    return int(text)
+    return count(text, least=0)

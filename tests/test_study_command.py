@@ -178,6 +178,13 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('27b --output /dev/null/x', '--output /dev/null/x: Not a directory'),
         ('27b --kernel-times /nowhere', '--kernel-times /nowhere: No such file'),
         ('27b --gpus 0', 'give an integer of at least 1'),
+        *(
+            (f'27b {flag} {digits}', '99999999999999999999...: a number; give an integer')
+            for digits in ('9' * 400, '9' * 5000)
+            for flag in ('--gpus', '--vpp', '--top', '--num-residual-streams', '--recompute')
+        ),
+        (f'27b --global-batch-size {"9" * 400}', 'give an integer of at least 1 and at most'),
+        ('27b --gpus ²', '²: a number; give an integer'),
         ('27b --hardware /dev/zero.yaml', '--hardware /dev/zero.yaml: No such file'),
         (f'27b --set gpus_per_node={"9" * 400}', "gpus_per_node='9999"),
         ('27b --set gpus_per_node=8.5', "gpus_per_node='8.5': wanted int"),
