@@ -7,7 +7,8 @@ import torch.distributed as dist
 from megatron_mhc.pipeline_config import PipelineConfig
 from megatron_mhc.schedules.plan import Plan
 
-# What the ranks of a group have been told is right; they ask in the same order.
+# What the ranks of a group have been told is right; they ask in the same order. By their numbers: a
+# group that is kept here would outlive its end.
 _proved: set[tuple] = set()
 
 
@@ -35,7 +36,8 @@ def proved_plan(
     """
     settings = group.size(), microbatches, evaluating, recompute
     plan = pipeline.plan(group.rank(), *settings)
-    key = pipeline.schedule, group, *settings
+    ranks = tuple(dist.get_process_group_ranks(group))
+    key = pipeline.schedule, group.rank(), ranks, *settings
     if key not in _proved:
         wrong: list[str | None] = [None]
         if group.rank() == 0:
