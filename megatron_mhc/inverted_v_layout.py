@@ -8,7 +8,14 @@ first stage has moved, from the first pipeline rank to the last.
 
 from __future__ import annotations
 
+import re
+
 CHUNKS = 2
+_FLAG = '--pipeline-model-parallel-layout'
+# Characters of a layout when its multiplications are written out; no model has so many layers.
+_LONGEST = 100_000
+# ``(tt|)*3`` and ``t*4``, innermost first, as Megatron reads them.
+_TIMES = (re.compile(r'\(([^()]+)\)\*(\d+)'), re.compile(r'(.)\*(\d+)'))
 
 
 def stage_of(rank: int, chunk: int, ranks: int) -> int:
@@ -76,3 +83,63 @@ def written(counts: list[int], first: str = 'E', last: str = 'L') -> str:
     """A layout in Megatron's notation, one entry a stage in forward order: ``Et|tt|tt|tL``."""
     stages = ['t' * count for count in counts]
     return first + '|'.join(stages) + last
+
+
+def check_layout(layout: str, ranks: int, layers: int | None, prediction_layers: int) -> None:
+    """Raise for a layout that a V on ``ranks`` pipeline ranks cannot have.
+
+    Args:
+        layout: one entry a stage in forward order, in Megatron's notation.
+        ranks: P; the layout has 2 P stages.
+        layers: decoder layers of the model; None where a checkpoint will say.
+        prediction_layers: of multi-token prediction.
+
+    Raises:
+        ValueError: names the flag, what is wrong and a layout that works.
+    """
+    last = 'm' * prediction_layers + 'L'
+    example = written(balanced(max(layers or 0, CHUNKS * ranks), ranks), last=last)
+    remedy = f'give {CHUNKS * ranks} stages separated by |, such as {example}'
+    if layers is not None and layers < CHUNKS * ranks:
+        remedy += f' for {CHUNKS * ranks} layers'
+    wrong = _wrong(_written_out(layout), ranks, layers, prediction_layers)
+    if wrong is not None:
+        raise ValueError(f'{_FLAG} {layout}: {wrong}; {remedy}')
+
+
+def _written_out(layout: str) -> str:
+    found = layout.replace(',', '')
+    for pattern in _TIMES:
+        # A number of many digits is not even read.
+        parts = [(len(part), int(times[:9])) for part, times in pattern.findall(found)]
+        if sum(size * times for size, times in parts) > _LONGEST:
+            raise ValueError(
+                f'{_FLAG} {layout}: longer than {_LONGEST} layers and stages; give smaller factors'
+            )
+        found = pattern.sub(lambda match: match[1] * int(match[2]), found)
+    return found
+
+
+def _wrong(layout: str, ranks: int, layers: int | None, prediction_layers: int) -> str | None:
+    odd = sorted(set(layout) - set('EtmL|'))
+    if odd:
+        return (
+            f'{odd[0]!r} is no layer: E is the embedding, t a layer, m a prediction layer, L loss'
+        )
+    stages = layout.split('|')
+    if len(stages) != CHUNKS * ranks:
+        return f'{len(stages)} stages, but a V on {ranks} pipeline ranks has {CHUNKS * ranks}'
+    if layout.count('E') != 1 or layout[0] != 'E':
+        return 'the embedding E stands once, at the beginning'
+    if layout.count('L') != 1 or layout[-1] != 'L':
+        return 'the loss L stands once, at the end'
+    if layers is not None and layout.count('t') != layers:
+        return f'{layout.count("t")} layers t, but --num-layers {layers}'
+    if layout.count('m') != prediction_layers:
+        return f'{layout.count("m")} prediction layers m, but --mtp-num-layers {prediction_layers}'
+    with_m = [number for number, stage in enumerate(stages) if 'm' in stage]
+    if len(with_m) > 1:
+        return 'all prediction layers m belong to one stage'
+    if with_m and (with_m[0] < ranks or 't' in layout[layout.index('m') :]):
+        return 'prediction layers m come after all layers t, in the second half of the V'
+    return None

@@ -19,7 +19,7 @@ from megatron_mhc.schedules.catalog import SCHEDULES, make_plan, obstacle
 from megatron_mhc.schedules.validator import live_activations
 from megatron_mhc.stage_layers import layer_counts, stage_at
 
-BF16, FP32 = 2, 4
+FP32 = 4
 # Of a GPU's memory; the rest is for what the estimate leaves out.
 USABLE = 0.9
 
@@ -107,9 +107,10 @@ class RankMemory:
     """Bytes of one pipeline rank.
 
     Args:
-        weights: bf16, mapping parameters fp32.
+        weights: of the model's width, mapping parameters fp32.
         gradients: fp32.
-        optimizer: fp32 master weights and two moments, shared out over the replicas.
+        optimizer: two moments, and fp32 master weights of narrower ones, shared out over the
+            replicas.
         live: activations at the peak, in whole forward passes of the rank.
         kept: activations of one such pass, without block recomputation.
         kept_recompute: with it (mHC, section 4.3.2), in blocks of the model's L_r, else the best.
@@ -156,11 +157,11 @@ def rank_memory(shape: ModelShape, layout: Layout, sequences: int) -> list[RankM
         last = rank == layout.pp - 1
         memory.append(
             RankMemory(
-                *_states(parts, layout),
+                *_states(parts, layout, shape.value_bytes),
                 live[rank],
                 *_activations(shape, layout, stages[rank]),
-                # bf16 logits, and the fp32 softmax that cross entropy keeps.
-                last * (BF16 + FP32) * _tokens(shape, layout) * shape.vocab,
+                # Logits, and the fp32 softmax that cross entropy keeps.
+                last * (shape.value_bytes + FP32) * _tokens(shape, layout) * shape.vocab,
             )
         )
     return memory
@@ -239,8 +240,8 @@ def stages_of(
 
 
 def edge_bytes(shape: ModelShape, layout: Layout) -> int:
-    """Bytes from one stage to the next and back, each way, per microbatch: n C a token, bf16."""
-    return BF16 * _tokens(shape, layout) * shape.residual.streams * shape.hidden
+    """Bytes from one stage to the next and back, each way, per microbatch: n C values a token."""
+    return shape.value_bytes * _tokens(shape, layout) * shape.residual.streams * shape.hidden
 
 
 def _tokens(shape: ModelShape, layout: Layout) -> int:
@@ -248,15 +249,15 @@ def _tokens(shape: ModelShape, layout: Layout) -> int:
     return layout.micro_batch * shape.sequence // layout.tp
 
 
-def _states(parts: Counter[str], layout: Layout) -> tuple[int, int, int]:
+def _states(parts: Counter[str], layout: Layout, width: int) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one rank."""
     weights = gradients = optimizer = 0
     for part, whole in parts.items():
         split, replicas = sharing(part, layout)
         count = -(-whole // split)
         # The mapping is fp32 itself and needs no master copy.
-        wide = part == 'mhc'
-        weights += count * (FP32 if wide else BF16)
+        wide = part == 'mhc' or width == FP32
+        weights += count * (FP32 if wide else width)
         gradients += count * FP32
         optimizer += -(-count * (2 if wide else 3) * FP32 // replicas)
     return weights, gradients, optimizer
@@ -267,7 +268,7 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     hidden, residual = shape.hidden, shape.residual
     inside = sum(_inside(shape, layer) for stage in stages for layer in stage)
     sublayers = [2 * len(stage) for stage in stages]
-    token = BF16 * _tokens(shape, layout)
+    token = shape.value_bytes * _tokens(shape, layout)
     if not residual.enabled:
         # Input and output of the norm.
         kept = token * (inside + sum(sublayers) * 2 * hidden)
@@ -286,14 +287,17 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
 
 
 def _inside(shape: ModelShape, layer: int) -> int:
-    """bf16 values a token that attention and MLP of a layer keep, behind their norms."""
+    """Values a token that attention and MLP of a layer keep, behind their norms."""
     attention, experts = shape.attention, shape.experts
+    # What is fp32 in any model counts as so many values.
+    wide = FP32 // shape.value_bytes
     heads = attention.heads
     # Inputs and output of flash attention, and the fp32 logarithm of its sums.
     if isinstance(attention, GroupedAttention):
-        values = 2 * (heads + attention.groups) * attention.head_dim + 2 * heads
+        values = 2 * (heads + attention.groups) * attention.head_dim + wide * heads
     else:
-        values = heads * 2 * (attention.qk_dim + attention.rope_dim + attention.v_dim + 1)
+        values = heads * 2 * (attention.qk_dim + attention.rope_dim + attention.v_dim)
+        values += wide * heads
         latents = attention.kv_rank + (attention.q_rank or 0)
         values += (1 + attention.latent_norm) * latents + attention.rope_dim
     # Before and behind the activation function.
@@ -302,4 +306,4 @@ def _inside(shape: ModelShape, layer: int) -> int:
         return values + inner * shape.ffn
     # Dispatched tokens; router logits and scores in fp32.
     values += experts.top_k * (shape.hidden + inner * experts.ffn) + inner * experts.shared_ffn
-    return values + 4 * experts.count
+    return values + 2 * wide * experts.count

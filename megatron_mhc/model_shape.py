@@ -96,6 +96,8 @@ class ModelShape:
         learned_positions: rows of a learned position embedding; 0 for rotary ones.
         residual: residual connections.
         engram: conditional memory; None for none.
+        value_bytes: of a weight, an activation and what ranks send of them: 2 for bf16 and fp16, 4
+            for fp32, as Megatron trains without ``--bf16`` and ``--fp16``.
     """
 
     layers: int
@@ -112,6 +114,7 @@ class ModelShape:
     learned_positions: int = 0
     residual: ResidualConfig = ResidualConfig('standard')
     engram: EngramConfig | None = None
+    value_bytes: int = 2
 
     @property
     def sublayers(self) -> int:
@@ -161,6 +164,7 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
         learned_positions=args.max_position_embeddings if learned else 0,
         residual=residual_config_from_args(args),
         engram=engram_config_from_args(args),
+        value_bytes=2 if args.bf16 or args.fp16 else 4,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_mhc.inverted_v_layout import even_layout
+from megatron_mhc.inverted_v_layout import CHUNKS, check_layout, even_layout
+from megatron_mhc.model_memory import live_at_peak
 from megatron_mhc.pipeline_config import (
     PIPELINE_SCHEDULES,
     STOCK_SCHEDULES,
@@ -15,8 +16,7 @@ from megatron_mhc.pipeline_config import (
     PipelineConfig,
 )
 from megatron_mhc.pipeline_constraints import V_CONSTRAINTS
-from megatron_mhc.refusal import announce
-from megatron_mhc.schedules.validator import live_activations
+from megatron_mhc.refusal import announce, is_first_rank
 
 # Compute, high priority, expert and stage communication, with room for data parallelism.
 ENOUGH_CONNECTIONS = 8
@@ -118,7 +118,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     pipeline = pipeline_config_from_args(args)
     check_recompute_stream(getattr(args, 'mhc_recompute_stream', None), pipeline)
     if pipeline is not None or getattr(args, 'mhc_post_stream', None) == 'high':
-        _advise_on_connections()
+        _advise_on_connections(args)
     chunked = (
         getattr(args, 'num_layers_per_virtual_pipeline_stage', None) is not None
         or getattr(args, 'num_virtual_stages_per_pipeline_rank', None) is not None
@@ -142,22 +142,38 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     ranks = args.pipeline_model_parallel_size
     recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
     for microbatches in _microbatch_counts(args):
-        plan = pipeline.plan(ranks, microbatches, recompute=recompute)
-    announce(
-        f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
-        f'layers {args.pipeline_model_parallel_layout} in stage order, at most '
-        f'{max(live_activations(plan)):g} live activations a rank'
-    )
+        pipeline.check(ranks, microbatches)
+        # No rank begins a step without the first one, which has proved the plan by then.
+        if is_first_rank():
+            pipeline.prove(ranks, microbatches, recompute=recompute)
+    if is_first_rank():
+        live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS)
+        announce(
+            f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
+            f'layers {args.pipeline_model_parallel_layout} in stage order, at most {max(live):g} '
+            'live activations a rank'
+        )
     return pipeline
 
 
-def _advise_on_connections() -> None:
+def _advise_on_connections(args: argparse.Namespace) -> None:
     connections = os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS', '8')
     if connections.isdigit() and int(connections) < ENOUGH_CONNECTIONS:
+        remedy = f'set it to {ENOUGH_CONNECTIONS} or more (32 is common)'
+        shared = [
+            name
+            for name in ('tensor_model_parallel_size', 'context_parallel_size')
+            if (getattr(args, name, None) or 1) > 1
+        ]
+        if connections == '1' and shared:
+            remedy = (
+                f'from Blackwell on {remedy}; on GPUs before it Megatron demands 1 for '
+                f'{" and ".join(map(_flag, shared))}, so use 1 there, with more pipeline or expert '
+                'ranks in its place, or do without the overlap'
+            )
         announce(
             f'CUDA_DEVICE_MAX_CONNECTIONS={connections}: streams share that many hardware queues, '
-            'so stage communication and F_post,res can be stuck behind other compute; set it to '
-            f'{ENOUGH_CONNECTIONS} or more (32 is common), unless tensor parallelism asks for 1'
+            f'so stage communication and F_post,res can be stuck behind other compute; {remedy}'
         )
 
 
@@ -178,25 +194,33 @@ def check_pipeline_constraints(settings: object, pipeline: PipelineConfig) -> No
 
 def _lay_out(args: argparse.Namespace) -> None:
     args.num_virtual_stages_per_pipeline_rank = None
+    ranks, predicted = args.pipeline_model_parallel_size, args.mtp_num_layers or 0
     if args.pipeline_model_parallel_layout is not None:
+        check_layout(args.pipeline_model_parallel_layout, ranks, args.num_layers, predicted)
         return
     if args.num_layers is None:
         raise ValueError(
             f'--pipeline-schedule {args.pipeline_schedule} divides the layers before a checkpoint '
             'is read: give --num-layers, or --pipeline-model-parallel-layout'
         )
-    first, last = 'E', 'm' * (args.mtp_num_layers or 0) + 'L'
+    first, last = 'E', 'm' * predicted + 'L'
     # Megatron counts embedding and loss as a layer each where these flags are set.
     extra = (args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split)
     args.account_for_embedding_in_pipeline_split = False
     args.account_for_loss_in_pipeline_split = False
     args.pipeline_model_parallel_layout = even_layout(
-        args.num_layers, args.pipeline_model_parallel_size, first, last, *map(int, extra)
+        args.num_layers, ranks, first, last, *map(int, extra)
     )
 
 
 def _microbatch_counts(args: argparse.Namespace) -> list[int]:
     """Microbatches of a step: with a batch size that ramps up, of the smallest one too."""
+    for name in ('micro_batch_size', 'global_batch_size', 'tensor_model_parallel_size'):
+        size = getattr(args, name)
+        if size is None and name == 'micro_batch_size' or size is not None and size < 1:
+            raise ValueError(
+                f'{_flag(name)} {size}: a plan counts microbatches by it; give at least 1'
+            )
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     model *= getattr(args, 'context_parallel_size', 1)
     replicas = max(1, int(os.environ.get('WORLD_SIZE', '1')) // model)

@@ -22,6 +22,7 @@ from megatron_mhc.chunk_stage import ChunkStage
 from megatron_mhc.inverted_v_layout import CHUNKS, stage_of
 from megatron_mhc.pipeline_config import PipelineConfig
 from megatron_mhc.pipeline_edges import transport_for
+from megatron_mhc.pipeline_proof import proved_plan
 from megatron_mhc.pipeline_verify import run_twice
 from megatron_mhc.schedules.executor import in_turn, run_plan
 from megatron_mhc.schedules.executor_lanes import run_lanes
@@ -68,7 +69,8 @@ def run_pipeline_step(
         group, context_size = p2p_communicator.pp_group, pg_collection.cp.size()
     rank, ranks = group.rank(), group.size()
     recompute_stream = getattr(getattr(config, 'residual_config', None), 'recompute_stream', None)
-    plan = pipeline.plan(ranks, num_microbatches, forward_only, recompute_stream is not None)
+    rebuilds = recompute_stream is not None
+    plan = proved_plan(pipeline, group, num_microbatches, forward_only, rebuilds)
     transport = transport_for(config, plan, group, seq_length // context_size, micro_batch_size)
     # Only where something is launched on a side stream is there a reason to take turns.
     takes_turns = config.num_moe_experts or config.mhc_post_stream == 'high'

@@ -6,12 +6,16 @@ read a tensor before it was written or after it was freed.
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
+
+from megatron_mhc.pipeline_trackers import Trackers
 
 
 class Replayed:
@@ -44,7 +48,7 @@ def run_twice(
 ) -> list:
     """``step(iterators, synchronous, reduce early)`` twice from one state; returns its losses.
 
-    Gradients are not reduced before they are compared.
+    Gradients are not reduced before they are compared. What a step leaves behind is there once.
 
     Raises:
         RuntimeError: losses or gradients of the two runs differ; names the first that does.
@@ -57,7 +61,8 @@ def run_twice(
     for source in replayed:
         if source is not None:
             source.rewind()
-    again = step(replayed, True, False)
+    with _unwatched(model):
+        again = step(replayed, True, False)
     for name, tensor in _State(model).gradients.items():
         if not _same(tensor, first.gradients[name]):
             raise RuntimeError(
@@ -73,33 +78,75 @@ def run_twice(
     return again
 
 
+@contextlib.contextmanager
+def _unwatched(model: list[nn.Module]) -> Iterator[None]:
+    """Without the probes of ``--mhc-monitor``, which have seen the step."""
+    probes = [
+        (module, module.probe)
+        for chunk in model
+        for module in chunk.modules()
+        if getattr(module, 'probe', None) is not None
+    ]
+    for module, _ in probes:
+        module.probe = None
+    try:
+        yield
+    finally:
+        for module, probe in probes:
+            module.probe = probe
+
+
 class _State:
-    """Gradients, module buffers and random number generators of one moment."""
+    """Gradients, module buffers, random number generators and trackers of one moment.
+
+    Buffers have what routers count: tokens of experts, of a step and of a batch.
+    """
 
     def __init__(self, model: list[nn.Module]) -> None:
         self._model = model
         self.gradients = {
-            f'chunk {index}: {name}': parameter.main_grad.clone()
-            for index, chunk in enumerate(model)
-            for name, parameter in chunk.named_parameters()
-            if getattr(parameter, 'main_grad', None) is not None
+            key: gradient.clone()
+            for key, parameter in self._parameters()
+            if (gradient := _gradient(parameter)) is not None
         }
         self._buffers = [[b.clone() for b in _buffers(chunk)] for chunk in model]
         self._cpu = torch.get_rng_state()
         self._device = torch.cuda.get_rng_state()
         self._tracker = get_cuda_rng_tracker().get_states()
+        import numpy
+
+        self._host = random.getstate(), numpy.random.get_state()
+        self._trackers = Trackers()
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for index, chunk in enumerate(self._model):
+            for name, parameter in chunk.named_parameters():
+                yield f'chunk {index}: {name}', parameter
 
     @torch.no_grad()
     def restore(self) -> None:
+        for key, parameter in self._parameters():
+            if key in self.gradients:
+                _gradient(parameter).copy_(self.gradients[key])
+            else:
+                # Without Megatron's buffers a first backward makes the gradient.
+                parameter.grad = None
         for index, chunk in enumerate(self._model):
-            for name, parameter in chunk.named_parameters():
-                if getattr(parameter, 'main_grad', None) is not None:
-                    parameter.main_grad.copy_(self.gradients[f'chunk {index}: {name}'])
             for buffer, value in zip(_buffers(chunk), self._buffers[index], strict=True):
                 buffer.copy_(value)
         torch.set_rng_state(self._cpu)
         torch.cuda.set_rng_state(self._device)
         get_cuda_rng_tracker().set_states(self._tracker)
+        import numpy
+
+        random.setstate(self._host[0])
+        numpy.random.set_state(self._host[1])
+        self._trackers.restore()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    main = getattr(parameter, 'main_grad', None)
+    return parameter.grad if main is None else main
 
 
 def _buffers(chunk: nn.Module) -> list[Tensor]:

@@ -165,12 +165,21 @@ def scaled_down(recipe: Recipe, layout: Layout) -> tuple[Recipe, Layout]:
 
 
 def recipe_flags(
-    recipe: Recipe, layout: Layout, residual: str | ResidualConfig = 'mhc'
+    recipe: Recipe,
+    layout: Layout,
+    residual: str | ResidualConfig = 'mhc',
+    one_queue: bool | None = None,
 ) -> dict[str, Flags]:
     """The flags by topic, data and logging aside.
 
-    ``residual``: its type, with blocks of recomputation of the best size; or its settings.
+    Args:
+        recipe: the model.
+        layout: the ranks.
+        residual: its type, with blocks of recomputation of the best size; or its settings.
+        one_queue: as for ``parallel_flags``; None for a GPU that nobody has named.
     """
+    if one_queue is None:
+        one_queue = layout.tp > 1
     if isinstance(residual, str):
         blocks = 'none' if residual == 'standard' else BLOCK_RECOMPUTE['mhc-recompute-layer-num']
         residual = ResidualConfig(residual, recompute_layer_num=blocks)
@@ -179,7 +188,7 @@ def recipe_flags(
         'MOE_ARGS': _experts(recipe),
         'RESIDUAL_ARGS': residual_flags(residual),
         'TRAINING_ARGS': _training(recipe, layout),
-        'PARALLEL_ARGS': parallel_flags(recipe.layers, layout),
+        'PARALLEL_ARGS': parallel_flags(recipe.layers, layout, one_queue),
     }
 
 
@@ -278,8 +287,15 @@ def _training(recipe: Recipe, layout: Layout) -> Flags:
     }
 
 
-def parallel_flags(layers: int, layout: Layout) -> Flags:
-    """The ranks, the schedule, and the layers of each stage where they do not divide."""
+def parallel_flags(layers: int, layout: Layout, one_queue: bool) -> Flags:
+    """The ranks, the schedule, and the layers of each stage where they do not divide.
+
+    Args:
+        layers: of the model.
+        layout: the ranks.
+        one_queue: all streams share a hardware queue, as Megatron demands of tensor parallelism
+            before Blackwell: then a stream of its own hides nothing.
+    """
     flags: Flags = {
         'tensor-model-parallel-size': layout.tp,
         'pipeline-model-parallel-size': layout.pp,
@@ -291,7 +307,8 @@ def parallel_flags(layers: int, layout: Layout) -> Flags:
         flags['sequence-parallel'] = True
     if layout.pp > 1:
         flags['pipeline-schedule'] = layout.schedule
-        flags['mhc-post-stream'] = 'high'
+        if not one_queue:
+            flags['mhc-post-stream'] = 'high'
         if layers % layout.stages:
             counts = layer_counts(layers, layout.pp, layout.placement, layout.stages // layout.pp)
             flags['pipeline-model-parallel-layout'] = written(counts)

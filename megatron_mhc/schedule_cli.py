@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -11,10 +12,10 @@ from pathlib import Path
 
 from megatron_mhc import schedule_trace
 from megatron_mhc.refusal import refuse
-from megatron_mhc.schedules.catalog import SCHEDULES, make_plan
+from megatron_mhc.schedules.catalog import SCHEDULES, make_plan, too_many
 from megatron_mhc.schedules.lowering import lower
-from megatron_mhc.schedules.plan import COMMUNICATION, Plan
-from megatron_mhc.schedules.plan_text import read_plan, write_csv
+from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Plan
+from megatron_mhc.schedules.plan_text import read_plan, write_csv, write_text
 from megatron_mhc.schedules.render_svg import render_svg
 from megatron_mhc.schedules.render_text import render_text
 from megatron_mhc.schedules.render_trace import render_trace
@@ -22,9 +23,11 @@ from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.timeline import COMPUTE_LANE, HIGH_LANE, LANES, Timeline
 from megatron_mhc.schedules.times import RECOMPUTE_STREAMS, Times
 from megatron_mhc.schedules.validator import validate
+from megatron_mhc.whole_number import count
 
 PROGRAM = 'megatron-mhc schedule'
-FORMATS = ('text', 'csv', 'svg', 'png', 'trace')
+# The first two are plan files, the others pictures of its timeline.
+FORMATS = ('text', 'csv', 'drawing', 'svg', 'png', 'trace')
 _TIMES = {
     'forward': 'F, the forward of a microbatch through all stages of a rank',
     'input-grad': 'I, the gradient of the activations',
@@ -40,9 +43,11 @@ _HELP = {
     'simulate': 'step time, bubble and live activations of a schedule',
     'compare': 'a table of all schedules for these ranks and microbatches',
 }
+_FORMAT = 'of the output; text and csv are what --plan reads, the others pictures'
+# A file of the largest plan that can be followed, and operations that can be given times singly.
+_MOST_BYTES, _MOST_TIMED = 2**28, 2**20
 # Enough for the sums of a step; the digits behind are rounding.
 _DIGITS = 9
-_LARGEST = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,21 +71,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
             which.add_argument('--plan', type=Path, metavar='FILE', help='operations, text or CSV')
         required = topic == 'compare'
-        which.add_argument('--pp', type=_count, metavar='P', required=required, help='ranks')
+        which.add_argument('--pp', type=count, metavar='P', required=required, help='ranks')
         which.add_argument(
-            '--microbatches', type=_count, metavar='M', required=required, help='of one step'
+            '--microbatches', type=count, metavar='M', required=required, help='of one step'
         )
-        which.add_argument('--chunks', type=_count, default=2, help='a rank, of interleaved')
+        which.add_argument('--chunks', type=count, default=2, help='a rank, of interleaved')
         if topic != 'validate':
             which.add_argument(
                 '--lowered', action='store_true', help='with communication, as it is executed'
             )
             _add_times(parser)
         if topic == 'show':
-            parser.add_argument('--format', choices=FORMATS, default='text', help='of the output')
+            parser.add_argument('--format', choices=FORMATS, default='drawing', help=_FORMAT)
             parser.add_argument('--output', type=Path, metavar='FILE', help='instead of stdout')
             parser.add_argument(
-                '--width', type=_width, help='columns of text, 0 for all (default: the terminal)'
+                '--width',
+                type=_width,
+                help='columns of a drawing, 0 for all (default: terminal)',
             )
     schedule_trace.add_parser(topics)
 
@@ -107,10 +114,16 @@ def main(options: argparse.Namespace) -> int:
         'simulate': _simulate,
         'compare': _compare,
     }[options.topic]
+    # A plan is millions of tuples without cycles, which collecting would walk through in vain.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         run(options)
     except (ValueError, RuntimeError) as error:
         refuse(f'{PROGRAM} {options.topic}', ' '.join(str(error).split()))
+    finally:
+        if collects:
+            gc.enable()
     return 0
 
 
@@ -138,10 +151,11 @@ def _show(options: argparse.Namespace) -> None:
         ranks = [[str(op) for op in ops] for ops in plan.ranks]
         print(json.dumps(_names(plan) | {'placement': plan.placement, 'ranks': ranks}))
         return
-    if options.format == 'csv':
-        content: str | bytes = write_csv(plan)
+    if options.format in ('text', 'csv'):
+        write = write_csv if options.format == 'csv' else write_text
+        content: str | bytes = write(plan)
     else:
-        timeline = simulate(plan, _times(options))
+        timeline = _timeline(plan, options)
         content = _draw(timeline, options)
     if options.output is None:
         if isinstance(content, bytes):
@@ -174,10 +188,10 @@ def _draw(timeline: Timeline, options: argparse.Namespace) -> str | bytes:
 
 def _validate(options: argparse.Namespace) -> None:
     plan = _plan(options)
-    if not any(op.kind in COMMUNICATION for _, _, op in plan.leaves()):
-        plan = lower(plan)
+    if plan.kinds.isdisjoint(COMMUNICATION):
+        plan = lower(plan, reduce=Kind.REDUCE not in plan.kinds)
         validate(plan)
-    counts = Counter(str(leaf.kind) for _, _, leaf in plan.leaves())
+    counts = Counter(leaf.kind for _, _, leaf in plan.leaves())
     if options.json:
         print(json.dumps(_names(plan) | {'valid': True, 'operations': counts}))
         return
@@ -189,7 +203,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 def _simulate(options: argparse.Namespace) -> None:
     plan = _plan(options)
-    timeline = simulate(plan, _times(options))
+    timeline = _timeline(plan, options)
     found = _numbers(timeline, options.hop)
     if options.json:
         print(json.dumps(found))
@@ -210,15 +224,18 @@ def _simulate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    _check_size(options)
-    times = _times(options)
+    reason = too_many(options.pp, options.microbatches, options.chunks)
+    if reason is not None:
+        raise ValueError(reason)
+    # What is wrong with the times is wrong with all schedules.
+    _times(options)
     rows, refused = [], []
     for name in SCHEDULES:
         try:
             plan = make_plan(name, options.pp, options.microbatches, chunks=options.chunks)
             if plan.forward_only:
                 continue
-            timeline = simulate(_lower(plan, options), times)
+            timeline = _timeline(_lower(plan, options), options)
         except ValueError as error:
             refused.append({'schedule': name, 'reason': str(error)})
             continue
@@ -254,24 +271,21 @@ def _plan(options: argparse.Namespace) -> Plan:
     elif None in numbers:
         raise ValueError(f'--schedule {options.schedule} needs --pp and --microbatches')
     else:
-        _check_size(options)
         plan = make_plan(options.schedule, *numbers, chunks=options.chunks)
     validate(plan)
     return _lower(plan, options)
 
 
-def _check_size(options: argparse.Namespace) -> None:
-    size = options.pp * options.microbatches * options.chunks
-    if size > _LARGEST:
-        raise ValueError(
-            f'{options.pp} ranks x {options.microbatches} microbatches x {options.chunks} chunks '
-            f'are more than {_LARGEST} forward passes: too many to follow singly; give fewer, the '
-            'bubble does not grow with the microbatches'
-        )
-
-
 def _read(path: Path) -> Plan:
     try:
+        # A device or a pipe may never end.
+        if path.exists() and not path.is_file():
+            raise ValueError('not a file; give a text or CSV file of operations')
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(
+                f'{path.stat().st_size} bytes, at most {_MOST_BYTES}: more operations than can be '
+                'followed singly; give fewer microbatches'
+            )
         return read_plan(path.read_text())
     except OSError as error:
         raise ValueError(f'argument --plan: {path}: {error.strerror}') from error
@@ -282,9 +296,21 @@ def _read(path: Path) -> Plan:
 def _lower(plan: Plan, options: argparse.Namespace) -> Plan:
     if not getattr(options, 'lowered', False):
         return plan
-    lowered = lower(plan, recompute=options.recompute > 0)
+    reduces = Kind.REDUCE not in plan.kinds
+    lowered = lower(plan, recompute=options.recompute > 0, reduce=reduces)
     validate(lowered)
     return lowered
+
+
+def _timeline(plan: Plan, options: argparse.Namespace) -> Timeline:
+    """The simulated plan."""
+    count = sum(map(len, plan.ranks))
+    if count > _MOST_TIMED:
+        raise ValueError(
+            f'{count} operations are too many to give times singly, at most {_MOST_TIMED}; give '
+            'fewer microbatches, the bubble does not grow with them'
+        )
+    return simulate(plan, _times(options))
 
 
 def _times(options: argparse.Namespace) -> Times:
@@ -319,13 +345,5 @@ def _hops(plan: Plan) -> int:
     return sum(a != b for a, b in zip(holders, holders[1:], strict=False))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text}: a number; give an integer of at least 1')
-    return int(text)
-
-
 def _width(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text}: columns; give an integer, 0 for all')
-    return int(text)
+    return count(text, least=0)

@@ -17,10 +17,21 @@ from megatron_mhc.refusal import refuse
 from megatron_mhc.study_calibrate import as_text, calibration
 from megatron_mhc.study_hardware import PRESETS, Hardware, hardware_of
 from megatron_mhc.study_kernels import BytesModel, Measured
-from megatron_mhc.study_model import own_model, recipe_model
-from megatron_mhc.study_output import flags_text, make_folder, refusals, table, verdict, write
+from megatron_mhc.study_model import STUDIED, only_studied, own_model, recipe_model
+from megatron_mhc.study_output import (
+    CONNECTIONS,
+    connections,
+    flags_text,
+    make_folder,
+    queues,
+    refusals,
+    table,
+    verdict,
+    write,
+)
 from megatron_mhc.study_points import Study, best_of, pareto, run_study
 from megatron_mhc.study_sweep import Sweep
+from megatron_mhc.whole_number import count
 
 PROGRAM = 'megatron-mhc study'
 _STUDY_ONLY = ('output', 'set', 'kernel_times', 'gpus', 'tp', 'pp', 'vpp', 'ep', 'dp', 'schedule')
@@ -40,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--calibrate', action='store_true', help='published figures beside ours, and the error')
     add('--json', action='store_true', help='print one JSON object')
     add('--output', type=Path, metavar='DIR', help='write CSV, flags and a picture there')
-    add('--top', type=_count, default=12, metavar='N', help='lines of the table (default: 12)')
+    add('--top', type=count, default=12, metavar='N', help='lines of the table (default: 12)')
     machine = parser.add_argument_group('machine').add_argument
     machine('--hardware', default='h100', metavar='NAME', help=f'{", ".join(PRESETS)} or FILE.yaml')
     machine(
@@ -53,15 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='results.csv of make bench (default: mHC kernels from the bytes that they move)',
     )
     ranks = parser.add_argument_group('what to combine; several values each').add_argument
-    ranks('--gpus', type=_count, nargs='+', metavar='N', help='ranks in all (default: 64)')
-    ranks('--tp', type=_count, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
-    ranks('--pp', type=_count, nargs='+', metavar='N', help='(default: powers of 2)')
-    ranks('--vpp', type=_count, nargs='+', metavar='N', help='of interleaved (default: 2)')
-    ranks('--ep', type=_count, nargs='+', metavar='N', help='(default: divisors of the experts)')
-    ranks('--dp', type=_count, nargs='+', metavar='N', help='keep only these (default: all)')
+    ranks('--gpus', type=count, nargs='+', metavar='N', help='ranks in all (default: 64)')
+    ranks('--tp', type=count, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
+    ranks('--pp', type=count, nargs='+', metavar='N', help='(default: powers of 2)')
+    ranks('--vpp', type=count, nargs='+', metavar='N', help='of interleaved (default: 2)')
+    ranks('--ep', type=count, nargs='+', metavar='N', help='(default: divisors of the experts)')
+    ranks('--dp', type=count, nargs='+', metavar='N', help='keep only these (default: all)')
     ranks('--schedule', nargs='+', choices=PIPELINE_SCHEDULES, metavar='NAME', help=_SCHEDULES)
-    ranks('--micro-batch-size', type=_count, nargs='+', metavar='B', help='(default: 1)')
-    ranks('--num-residual-streams', type=_count, nargs='+', metavar='N', help='n (default: 4)')
+    ranks('--micro-batch-size', type=count, nargs='+', metavar='B', help='(default: 1)')
+    ranks('--num-residual-streams', type=count, nargs='+', metavar='N', help='n (default: 4)')
     ranks(
         '--recompute',
         type=_blocks,
@@ -76,10 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='FLAGS',
         help='last: a model of your own as Megatron flags, instead of RECIPE; needs Megatron',
     )
-    model('--residual-type', choices=('standard', 'mhc'), default='mhc')
-    model('--global-batch-size', type=_count, metavar='N', help="(default: the recipe's)")
+    model('--residual-type', type=_residual, metavar='TYPE', default='mhc', help=_TYPES)
+    model('--global-batch-size', type=count, metavar='N', help="(default: the recipe's)")
 
 
+_TYPES = f'{" or ".join(STUDIED)} (default: mhc)'
 _SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: all)'
 
 
@@ -125,7 +137,7 @@ def _study(options: argparse.Namespace) -> int:
     study = run_study(model.shape, model.batch, sweep, hardware, kernels, _progress)
     best = {n: best_of(points) for n, points in study.streams.items()}
     flags = {
-        n: flags_text(model.flags(one.layout, one.residual))
+        n: flags_text(model.flags(one.layout, one.residual, one.one_queue))
         for n, one in best.items()
         if one is not None
     }
@@ -191,7 +203,12 @@ def _plain(study: Study, hardware: Hardware, flags: dict[int, str]) -> dict:
             {'reason': reason.words, 'remedy': reason.remedy, 'layouts': count}
             for reason, count in study.refused.items()
         ],
-        'best': [front[0].as_dict() | {'flags': flags[n]} for n, front in fronts.items() if front],
+        'best': [
+            front[0].as_dict()
+            | {'flags': flags[n], 'environment': {CONNECTIONS: connections(front[0])}}
+            for n, front in fronts.items()
+            if front
+        ],
     }
 
 
@@ -209,6 +226,7 @@ def _print(study: Study, hardware: Hardware, flags: dict[int, str], title: str, 
         print(verdict(points, hardware))
         if n in flags:
             print('    ' + flags[n])
+            print(queues(best_of(points), hardware))
 
 
 def _progress(total: int) -> Callable[[int], object]:
@@ -226,14 +244,14 @@ def _unique(values) -> tuple:
     return tuple(dict.fromkeys(values))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text}: a number; give an integer of at least 1')
-    return int(text)
+def _residual(text: str) -> str:
+    if text not in STUDIED:
+        raise argparse.ArgumentTypeError(f'{text}: {only_studied(text)}')
+    return text
 
 
 def _blocks(text: str) -> int | str:
-    value = int(text) if text.isdecimal() else text
+    value = count(text, least=0) if text.isdecimal() else text
     try:
         ResidualConfig(recompute_layer_num=value)
     except ValueError as error:

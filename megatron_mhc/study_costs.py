@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from megatron_mhc.block_cost import block_size
 from megatron_mhc.model_flops import layer_flops, token_flops
 from megatron_mhc.model_memory import (
-    BF16,
     FP32,
     Layout,
     edge_bytes,
@@ -24,14 +23,14 @@ from megatron_mhc.model_memory import (
 from megatron_mhc.model_shape import ModelShape
 from megatron_mhc.stage_layers import stage_at
 from megatron_mhc.study_hardware import Hardware
-from megatron_mhc.study_kernels import BytesModel, Measured
+from megatron_mhc.study_kernels import BytesModel, Measured, Sublayer
 from megatron_mhc.study_links import Groups, groups_of
 
 # A backward of flash attention has 5 products of matrices, a forward 2 (arXiv 2307.08691).
 CORE_BACKWARD = 2.5
-# Bytes a parameter in Adam: gradient, master weight and two moments read, the latter three
-# written, and the bf16 weight.
-ADAM = 7 * FP32 + BF16
+# Bytes a parameter in Adam: gradient, (master) weight and two moments read, the latter three
+# written; the weight of the model as well where that is narrower.
+ADAM = 7 * FP32
 
 
 @dataclass
@@ -103,6 +102,9 @@ class CostModel:
             for sparse in {shape.has_experts(layer) for layer in range(shape.layers)}
         }
         self.head_flops = token_flops(shape)['head']
+        peak = hardware.peak(shape.value_bytes)
+        self.linear_flops = peak * hardware.gemm_efficiency
+        self.attention_flops = peak * hardware.attention_efficiency
         self.layer_costs: dict[tuple, Costs] = {}
 
     def stages(self, layout: Layout) -> list[Costs]:
@@ -127,7 +129,8 @@ class CostModel:
 
     def step(self, layout: Layout, stages: list[Costs]) -> RankCosts:
         """What comes on top of the pipeline."""
-        groups = groups_of(layout, self.hardware)
+        groups, width = groups_of(layout, self.hardware), self.shape.value_bytes
+        adam_bytes = ADAM + (width if width < FP32 else 0)
         reduce, gather, optimizer, data = [], [], [], []
         for rank, parts in enumerate(rank_parameters(self.shape, layout)):
             shares = {groups.dp: 0, groups.expert_dp: 0}
@@ -136,7 +139,7 @@ class CostModel:
                 split, replicas = sharing(part, layout)
                 group = groups.expert_dp if part == 'routed_experts' else groups.dp
                 shares[group] += whole / split
-                adam += ADAM * whole / split / replicas
+                adam += adam_bytes * whole / split / replicas
             backward = sum(
                 stages[s].input_grad + stages[s].weight_grad
                 for s in (
@@ -147,10 +150,10 @@ class CostModel:
             sums = sum(group.gather_seconds(FP32 * count) for group, count in shares.items())
             reduce.append(max(0.0, sums - backward))
             gather.append(
-                sum(group.gather_seconds(BF16 * count) for group, count in shares.items())
+                sum(group.gather_seconds(width * count) for group, count in shares.items())
             )
             optimizer.append(adam / self.hardware.bandwidth)
-            data.append(sum(group.sent((FP32 + BF16) * count) for group, count in shares.items()))
+            data.append(sum(group.sent((FP32 + width) * count) for group, count in shares.items()))
         return RankCosts(max(reduce), max(gather), max(optimizer), max(data))
 
     def _layer(self, layout: Layout, sparse: bool) -> Costs:
@@ -164,12 +167,12 @@ class CostModel:
         groups, tokens = groups_of(layout, hardware), self._tokens(layout)
         own = tokens // layout.tp
         flops = dict(self.flops[sparse])
-        core = flops.pop('attention_core') * tokens / layout.tp / hardware.attention_flops
-        linear = sum(flops.values()) * tokens / layout.tp / hardware.flops
-        residual = self.kernels.sublayer(shape.residual, shape.hidden, own)
+        core = flops.pop('attention_core') * tokens / layout.tp / self.attention_flops
+        linear = sum(flops.values()) * tokens / layout.tp / self.linear_flops
+        residual = self._sublayer(layout)
         exchanged = 0
         if sparse:
-            exchanged = BF16 * own * shape.experts.top_k * shape.hidden
+            exchanged = shape.value_bytes * own * shape.experts.top_k * shape.hidden
         # Dispatch and combine.
         exchange = 2 * groups.ep.exchange_seconds(exchanged)
         collectives, sent = self._collectives(groups, tokens, sparse)
@@ -186,7 +189,7 @@ class CostModel:
     def _collectives(self, groups: Groups, tokens: int, sparse: bool) -> tuple[float, float]:
         """Seconds and bytes of a layer's all-gathers and reduce-scatters, of its forward."""
         shape = self.shape
-        wide = BF16 * tokens * shape.hidden
+        wide = shape.value_bytes * tokens * shape.hidden
         # One of each for attention, and for the MLP or the shared experts; dispatched tokens too.
         sizes = [wide, wide]
         if not sparse or shape.experts.shared_ffn:
@@ -204,8 +207,7 @@ class CostModel:
         size = block_size(residual.recompute_layer_num, residual.num_residual_streams, sublayers)
         if not residual.enabled or not size:
             return
-        own = self._tokens(layout) // layout.tp
-        forward = self.kernels.sublayer(residual, self.shape.hidden, own).forward
+        forward = self._sublayer(layout).forward
         ahead = (sublayers - 1) % size + 1 if layout.placement == 'v' else 0
         stage.recompute = ahead * forward
         stage.input_grad += (sublayers - ahead) * forward
@@ -213,11 +215,13 @@ class CostModel:
     def _head(self, layout: Layout) -> Costs:
         """Output layer and loss."""
         shape, tokens = self.shape, self._tokens(layout)
-        linear = self.head_flops * tokens / layout.tp / self.hardware.flops
-        # bf16 logits are read and the fp32 softmax is written, and the other way round.
-        loss = (BF16 + FP32) * tokens * shape.vocab / layout.tp / self.hardware.bandwidth
+        linear = self.head_flops * tokens / layout.tp / self.linear_flops
+        # Logits are read and the fp32 softmax is written, and the other way round.
+        loss = (
+            (shape.value_bytes + FP32) * tokens * shape.vocab / layout.tp / self.hardware.bandwidth
+        )
         tp = groups_of(layout, self.hardware).tp
-        wide = BF16 * tokens * shape.hidden
+        wide = shape.value_bytes * tokens * shape.hidden
         gather = tp.gather_seconds(wide)
         return Costs(
             forward=linear + loss + gather,
@@ -225,6 +229,14 @@ class CostModel:
             weight_grad=linear,
             collectives=2 * gather,
             tensor_bytes=2 * tp.sent(wide),
+        )
+
+    def _sublayer(self, layout: Layout) -> Sublayer:
+        """Residual connections of a sublayer, of a microbatch on one rank."""
+        tokens = self._tokens(layout) // layout.tp
+        shape, overlaps = self.shape, not self.hardware.one_queue(layout.tp)
+        return self.kernels.sublayer(
+            shape.residual, shape.hidden, tokens, shape.value_bytes, overlaps
         )
 
     def _tokens(self, layout: Layout) -> int:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.kernels.traffic import Traffic, kernel_forms, our_forms, paper_forms
-from megatron_mhc.model_memory import BF16
 from megatron_mhc.study_hardware import Hardware
 
 # Of ``tools/bench``: its headline, per sublayer, as the layers use the kernels.
@@ -39,14 +38,29 @@ class BytesModel:
         self.bandwidth, self.hidden_post = hardware.bandwidth, hardware.post_overlap
         self.source = f'bytes at {hardware.kernel_efficiency:.0%} of {hardware.memory_gb_s:g} GB/s'
 
-    def sublayer(self, residual: ResidualConfig, hidden: int, tokens: int) -> Sublayer:
-        """Seconds for T tokens of width C."""
+    def sublayer(
+        self,
+        residual: ResidualConfig,
+        hidden: int,
+        tokens: int,
+        value_bytes: int = 2,
+        overlaps: bool = True,
+    ) -> Sublayer:
+        """Seconds for T tokens of width C.
+
+        Args:
+            residual: n and what it is.
+            hidden: C.
+            tokens: T.
+            value_bytes: of a stream's value.
+            overlaps: whether streams can run side by side, so that F_post,res can be hidden.
+        """
         n = residual.num_residual_streams if residual.enabled else 0
         whole, rest = (
-            [one.bytes(tokens, hidden, BF16) / self.bandwidth for one in forms]
+            [one.bytes(tokens, hidden, value_bytes) / self.bandwidth for one in forms]
             for forms in _forms(n)
         )
-        half = self.hidden_post / 2
+        half = self.hidden_post / 2 if overlaps else 0.0
         return Sublayer(*(w - half * (w - r) for w, r in zip(whole, rest, strict=True)))
 
 
@@ -118,14 +132,26 @@ class Measured:
             ) from error
         return rows
 
-    def sublayer(self, residual: ResidualConfig, hidden: int, tokens: int) -> Sublayer:
+    def sublayer(
+        self,
+        residual: ResidualConfig,
+        hidden: int,
+        tokens: int,
+        value_bytes: int = 2,
+        overlaps: bool = True,
+    ) -> Sublayer:
         """Seconds for T tokens of width C: in proportion to the nearest T that was measured.
 
         Raises:
-            ValueError: this C and n were not measured.
+            ValueError: this C and n, or this width of values, were not measured.
         """
         if not residual.enabled:
-            return self.bytes.sublayer(residual, hidden, tokens)
+            return self.bytes.sublayer(residual, hidden, tokens, value_bytes)
+        if value_bytes != 2:
+            raise ValueError(
+                f'--kernel-times {self.path}: times of {DTYPE}, but the model is fp32; add --bf16 '
+                'behind --model, or drop the flag'
+            )
         n = residual.num_residual_streams
         found = self.times.get((hidden, n))
         if not found:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.config import RESIDUAL_TYPES, ResidualConfig
 from megatron_mhc.model_memory import Layout
 from megatron_mhc.model_shape import ModelShape
 from megatron_mhc.recipe import RECIPES, Flags, parallel_flags, recipe_flags, residual_flags
@@ -21,7 +21,6 @@ _CHOSEN = (
     '--pipeline-model-parallel-size',
     '--expert-model-parallel-size',
     '--expert-tensor-parallel-size',
-    '--context-parallel-size',
     '--num-virtual-stages-per-pipeline-rank',
     '--num-layers-per-virtual-pipeline-stage',
     '--pipeline-model-parallel-layout',
@@ -33,6 +32,17 @@ _CHOSEN = (
 _ABSENT = ('--moe-grouped-gemm',)
 
 
+# Types of residual connections that a study has the costs of.
+STUDIED = ('standard', 'mhc')
+
+
+def only_studied(residual_type: str) -> str:
+    """Why a study does not take another type, and what to use."""
+    known = residual_type in RESIDUAL_TYPES
+    why = 'a study does not know its kernels and memory' if known else 'there is no such type'
+    return f'{why}; use {" or ".join(STUDIED)}'
+
+
 @dataclass(frozen=True)
 class Model:
     """What is studied.
@@ -41,13 +51,13 @@ class Model:
         name: for people.
         shape: its sizes.
         batch: sequences of a step.
-        flags: by topic, of a layout and residual connections.
+        flags: by topic, of a layout, residual connections, and whether there is one queue.
     """
 
     name: str
     shape: ModelShape
     batch: int
-    flags: Callable[[Layout, ResidualConfig], dict[str, Flags]]
+    flags: Callable[[Layout, ResidualConfig, bool], dict[str, Flags]]
 
 
 def recipe_model(name: str, batch: int | None, residual_type: str) -> Model:
@@ -59,7 +69,7 @@ def recipe_model(name: str, batch: int | None, residual_type: str) -> Model:
         name,
         recipe.shape(residual_type),
         recipe.batch,
-        lambda layout, residual: recipe_flags(recipe, layout, residual),
+        lambda *chosen: recipe_flags(recipe, *chosen),
     )
 
 
@@ -81,6 +91,11 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
     for flag in _CHOSEN:
         if any(word.partition('=')[0] == flag for word in line):
             raise ValueError(f'--model {flag}: that is what a study chooses; drop it')
+    if any(word.partition('=')[0] == '--context-parallel-size' for word in line):
+        raise ValueError(
+            '--model --context-parallel-size: a study has no context parallelism, which like '
+            'tensor parallelism takes CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell; drop it'
+        )
     # Megatron prints its arguments.
     with contextlib.redirect_stdout(sys.stderr):
         prepare('auto')
@@ -98,15 +113,16 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
     batch = batch or args.global_batch_size
     if not shape.residual.enabled:
         shape = dataclasses.replace(shape, residual=ResidualConfig(residual_type))
-    if shape.residual.residual_type == 'hc':
-        raise ValueError('--model --residual-type hc: a study knows standard and mhc; use one')
+    kind = shape.residual.residual_type
+    if kind not in STUDIED:
+        raise ValueError(f'--model --residual-type {kind}: {only_studied(kind)}')
 
-    def flags(layout: Layout, residual: ResidualConfig) -> dict[str, Flags]:
+    def flags(layout: Layout, residual: ResidualConfig, one_queue: bool) -> dict[str, Flags]:
         sizes: Flags = {'micro-batch-size': layout.micro_batch, 'global-batch-size': batch}
         return {
             'RESIDUAL_ARGS': residual_flags(residual),
             'TRAINING_ARGS': sizes,
-            'PARALLEL_ARGS': parallel_flags(shape.layers, layout),
+            'PARALLEL_ARGS': parallel_flags(shape.layers, layout, one_queue),
         }
 
     return Model('own model', shape, batch, flags)

@@ -18,6 +18,7 @@ from megatron_mhc.study_points import Point, Study, best_of, pareto
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+CONNECTIONS = 'CUDA_DEVICE_MAX_CONNECTIONS'
 CSV, PARETO, PICTURE, FLAGS = 'points.csv', 'pareto.csv', 'study.png', 'flags-n{}.sh'
 # Column -> its head, width and format.
 _COLUMNS = {
@@ -87,6 +88,26 @@ def verdict(points: list[Point], hardware: Hardware) -> str:
         f'best of those that fit: {best.step_s:.4g} s a step, {best.tokens_per_gpu_s:.0f} tokens a '
         f'second and GPU, MFU {best.mfu:.1%}, mHC {best.mhc_overhead:+.1%}, {best.memory_gib:.1f} '
         f'of {limit:.1f} GiB'
+    )
+
+
+def connections(point: Point) -> str:
+    """What ``CUDA_DEVICE_MAX_CONNECTIONS`` is to be for a layout."""
+    return '1' if point.one_queue else '32'
+
+
+def queues(point: Point, hardware: Hardware) -> str:
+    """What to export beside the flags of a layout; where streams cannot overlap, the way out."""
+    setting = f'with {CONNECTIONS}={connections(point)}'
+    if not point.one_queue:
+        return setting
+    out = 'a layout with --tp 1 has more queues, and so has a GPU from Blackwell on (b200)'
+    if point.layout.ep > 1 and not point.residual.enabled:
+        # Megatron only warns of it, and of FSDP; n streams take neither.
+        out += '; with --overlap-moe-expert-parallel-comm and a stock schedule it may be 32 too'
+    return (
+        f'{setting}, which Megatron 0.17 to 0.19 demands of tensor parallelism on {hardware.name}: '
+        f'streams do not overlap, and nothing here counts on it; {out}'
     )
 
 

@@ -40,6 +40,7 @@ class Point:
         mhc_overhead: by which share the step is longer than with standard residual connections.
         memory_gib: estimated, of the fullest rank.
         fits: within ``USABLE`` of a GPU.
+        one_queue: needs ``CUDA_DEVICE_MAX_CONNECTIONS=1``, so that no streams overlap.
         pp_bytes, tp_bytes, ep_bytes, dp_bytes: sent.
     """
 
@@ -58,6 +59,7 @@ class Point:
     mhc_overhead: float
     memory_gib: float
     fits: bool
+    one_queue: bool
     pp_bytes: float
     tp_bytes: float
     ep_bytes: float
@@ -145,7 +147,8 @@ def run_study(
         model = models[residual]
         microbatches = layout.microbatches(sequences)
         stages, hop = model.stages(layout), model.hop(layout)
-        cases.append(Case(layout, microbatches, stages, hop, hardware.slot_overlap))
+        overlap = 0.0 if hardware.one_queue(layout.tp) else hardware.slot_overlap
+        cases.append(Case(layout, microbatches, stages, hop, overlap))
         advance(1)
     steps = run_steps(cases, advance)
     sizes = zip(pairs, cases, steps, strict=True)
@@ -205,7 +208,7 @@ def _point(
     ranks = rank_memory(shape, layout, sequences)
     kept = shape.residual.enabled and shape.residual.recompute_layer_num != 'none'
     memory = max(rank.total_recompute if kept else rank.total for rank in ranks)
-    peak = layout.gpus * hardware.tflops * 1e12
+    peak = layout.gpus * hardware.peak(shape.value_bytes)
     return Point(
         layout=layout,
         residual=shape.residual,
@@ -222,6 +225,7 @@ def _point(
         mhc_overhead=seconds / plain - 1,
         memory_gib=memory / 2**30,
         fits=memory <= USABLE * hardware.memory,
+        one_queue=hardware.one_queue(layout.tp),
         pp_bytes=m * _edges(layout) * edge_bytes(shape, layout),
         tp_bytes=m * _largest(case, lambda stage: stage.tensor_bytes),
         ep_bytes=m * _largest(case, lambda stage: stage.expert_bytes),

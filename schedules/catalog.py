@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from megatron_mhc.schedules.generate_dualpipe import dualpipe
 from megatron_mhc.schedules.generate_interleaved import interleaved
-from megatron_mhc.schedules.generate_line import forward_only, gpipe, one_f_one_b, zb_h1
+from megatron_mhc.schedules.generate_line import Placement, forward_only, gpipe, one_f_one_b, zb_h1
 from megatron_mhc.schedules.generate_v import dualpipev, dualpipev_w, zb_v
-from megatron_mhc.schedules.plan import Plan
+from megatron_mhc.schedules.plan import Op, Plan
 
 # (pp, microbatches, chunks) -> what is out of range and what to do, or None.
 Check = Callable[[int, int, int], str | None]
+# (rank, pp, microbatches, chunks) -> what the rank does.
+Operations = Callable[[int, int, int, int], tuple[Op, ...]]
+
+# Forward passes of a plan, all ranks together: P = 256 with m = 2048 and two chunks a rank.
+MOST_PASSES = 2**20
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Schedule:
     Args:
         name: as on the command line.
         description: one line.
-        generate: ``(pp, microbatches, chunks) -> Plan``.
+        operations: of one rank, ``(rank, pp, microbatches, chunks)``; None where they follow from
+            the placement, as in evaluation.
         check: what is wrong with ``(pp, microbatches, chunks)``; None if nothing is.
         source: where it is described.
         splits_backward: whether it runs input and weight gradients apart.
@@ -32,7 +38,7 @@ class Schedule:
 
     name: str
     description: str
-    generate: Callable[[int, int, int], Plan]
+    operations: Operations | None
     check: Check
     source: str
     splits_backward: bool = False
@@ -86,14 +92,14 @@ _ALL = (
     Schedule(
         'gpipe',
         'all forward passes, then all backward passes',
-        lambda pp, m, _: gpipe(pp, m),
+        lambda rank, pp, m, _: gpipe(rank, pp, m),
         _any,
         'arXiv 1811.06965',
     ),
     Schedule(
         '1f1b',
         'one forward, one backward in turn; stock Megatron',
-        lambda pp, m, _: one_f_one_b(pp, m),
+        lambda rank, pp, m, _: one_f_one_b(rank, pp, m),
         _any,
         'arXiv 2104.04473',
     ),
@@ -109,7 +115,7 @@ _ALL = (
     Schedule(
         'zb-h1',
         '1F1B with weight gradients in its bubbles, at the memory of 1F1B',
-        lambda pp, m, _: zb_h1(pp, m),
+        lambda rank, pp, m, _: zb_h1(rank, pp, m),
         _any,
         'arXiv 2401.10241',
         splits_backward=True,
@@ -117,7 +123,7 @@ _ALL = (
     Schedule(
         'zb-v',
         'two chunks a rank in a V, no bubble in span if F = I = W',
-        lambda pp, m, _: zb_v(pp, m),
+        lambda rank, pp, m, _: zb_v(rank, pp, m),
         _any,
         'arXiv 2405.15362',
         splits_backward=True,
@@ -126,7 +132,7 @@ _ALL = (
     Schedule(
         'dualpipev',
         'V whose slots run F of one chunk with B of the other',
-        lambda pp, m, _: dualpipev(pp, m),
+        lambda rank, pp, m, _: dualpipev(rank, pp, m),
         _twice('dualpipev'),
         'github.com/deepseek-ai/DualPipe',
         splits_backward=True,
@@ -136,7 +142,7 @@ _ALL = (
     Schedule(
         'dualpipev-w',
         'dualpipev with weight gradients after the slot, so that both hops start earlier',
-        lambda pp, m, _: dualpipev_w(pp, m),
+        lambda rank, pp, m, _: dualpipev_w(rank, pp, m),
         _twice('dualpipev-w'),
         'this package',
         splits_backward=True,
@@ -146,7 +152,7 @@ _ALL = (
     Schedule(
         'dualpipe',
         'two model copies, microbatches from both ends',
-        lambda pp, m, _: dualpipe(pp, m),
+        lambda rank, pp, m, _: dualpipe(rank, pp, m),
         _bidirectional,
         'arXiv 2412.19437',
         splits_backward=True,
@@ -156,7 +162,7 @@ _ALL = (
     Schedule(
         'forward-only',
         'evaluation, one stage a rank',
-        lambda pp, m, _: forward_only((tuple(range(pp)),), m),
+        None,
         _any,
         'this package',
     ),
@@ -164,10 +170,24 @@ _ALL = (
 SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in _ALL}
 
 
+def placement_of(kind: str, pp: int, chunks: int = 2) -> Placement:
+    """Who holds which stage, by the ``placement`` of a schedule."""
+    down = tuple(range(pp))
+    return {
+        'line': (down,),
+        'interleaved': (down * chunks,),
+        'v': (down + down[::-1],),
+        'bidirectional': (down, down[::-1]),
+    }[kind]
+
+
 def obstacle(name: str, pp: int, microbatches: int, *, chunks: int = 2) -> str | None:
     """Why a schedule does not exist for these numbers and what to use instead; None if it does."""
     if name not in SCHEDULES:
         return f'schedule {name!r}: no such schedule; there are {", ".join(SCHEDULES)}'
+    for what, value in (('pp', pp), ('microbatches', microbatches), ('chunks', chunks)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            return f'{what} = {value!r}: not a number of anything; give an integer'
     if pp < 1:
         return f'pp = {pp}: at least one pipeline rank is needed'
     if microbatches < 1:
@@ -175,7 +195,25 @@ def obstacle(name: str, pp: int, microbatches: int, *, chunks: int = 2) -> str |
     return SCHEDULES[name].check(pp, microbatches, chunks)
 
 
-def make_plan(name: str, pp: int, microbatches: int, *, chunks: int = 2) -> Plan:
+def too_many(pp: int, microbatches: int, chunks: int) -> str | None:
+    """Why nobody makes a plan of so many operations; None if it is not too large."""
+    if pp * microbatches * chunks <= MOST_PASSES:
+        return None
+    return (
+        f'{pp} ranks x {microbatches} microbatches x {chunks} chunks are more than {MOST_PASSES} '
+        'forward passes: too many to follow singly; give fewer, the bubble does not grow with the '
+        'microbatches'
+    )
+
+
+def make_plan(
+    name: str,
+    pp: int,
+    microbatches: int,
+    *,
+    chunks: int = 2,
+    only: Collection[int] | None = None,
+) -> Plan:
     """The plan of one step, computation only (``lowering`` places communication).
 
     Args:
@@ -183,11 +221,22 @@ def make_plan(name: str, pp: int, microbatches: int, *, chunks: int = 2) -> Plan
         pp: pipeline ranks P.
         microbatches: m of one step.
         chunks: model chunks a rank; for ``interleaved`` only.
+        only: the ranks whose operations are wanted; all of them by default.
 
     Raises:
-        ValueError: the schedule does not exist for these numbers; says what to use instead.
+        ValueError: the schedule does not exist for these numbers, or would be larger than anyone
+            can follow; says what to use instead.
     """
     reason = obstacle(name, pp, microbatches, chunks=chunks)
+    reason = reason or too_many(pp, microbatches, SCHEDULES[name].chunks or chunks)
     if reason is not None:
         raise ValueError(reason)
-    return SCHEDULES[name].generate(pp, microbatches, chunks)
+    schedule = SCHEDULES[name]
+    placement = placement_of(schedule.placement, pp, chunks)
+    if schedule.operations is None:
+        return forward_only(placement, microbatches, only=only)
+    ranks = tuple(
+        schedule.operations(rank, pp, microbatches, chunks) if only is None or rank in only else ()
+        for rank in range(pp)
+    )
+    return Plan(name, microbatches, placement, ranks)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_mhc.schedules.plan import Kind, Op, Plan
+from megatron_mhc.schedules.plan import Kind, Op
 
 
-def interleaved(pp: int, microbatches: int, chunks: int = 2) -> Plan:
+def interleaved(rank: int, pp: int, microbatches: int, chunks: int = 2) -> tuple[Op, ...]:
     """Microbatches in groups of P through one chunk after the other, as Megatron orders them.
 
     Args:
+        rank: whose operations.
         pp: pipeline ranks P.
         microbatches: a multiple of P.
         chunks: stages a rank.
@@ -19,14 +20,10 @@ def interleaved(pp: int, microbatches: int, chunks: int = 2) -> Plan:
         for chunk in range(chunks)
         for mb in range(first, first + pp)
     ]
-    ranks = []
-    for rank in range(pp):
-        warmup = min((pp - 1 - rank) * 2 + (chunks - 1) * pp, len(order))
-        forward = [Op(Kind.F, chunk * pp + rank, mb) for chunk, mb in order]
-        backward = [Op(Kind.B, (chunks - 1 - chunk) * pp + rank, mb) for chunk, mb in order]
-        ops = forward[:warmup]
-        for f, b in zip(forward[warmup:], backward, strict=False):
-            ops += [f, b]
-        ranks.append((*ops, *backward[len(order) - warmup :]))
-    placement = (tuple(stage % pp for stage in range(chunks * pp)),)
-    return Plan('interleaved', microbatches, placement, tuple(ranks))
+    warmup = min((pp - 1 - rank) * 2 + (chunks - 1) * pp, len(order))
+    forward = [Op(Kind.F, chunk * pp + rank, mb) for chunk, mb in order]
+    backward = [Op(Kind.B, (chunks - 1 - chunk) * pp + rank, mb) for chunk, mb in order]
+    ops = forward[:warmup]
+    for f, b in zip(forward[warmup:], backward, strict=False):
+        ops += [f, b]
+    return (*ops, *backward[len(order) - warmup :])

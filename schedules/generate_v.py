@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from megatron_mhc.schedules.plan import Kind, Op, Plan, fuse
-
-
-def v_placement(pp: int) -> tuple[tuple[int, ...], ...]:
-    """Who holds which of the 2 P stages."""
-    down = tuple(range(pp))
-    return (down + down[::-1],)
+from megatron_mhc.schedules.plan import Kind, Op, fuse
 
 
 class Rank:
@@ -112,57 +106,47 @@ def eight_steps(this: Rank, rank: int, ranks: int, microbatches: int) -> tuple[O
     return tuple(this.ops)
 
 
-def dualpipev(pp: int, microbatches: int) -> Plan:
+def dualpipev(rank: int, pp: int, microbatches: int) -> tuple[Op, ...]:
     """DualPipeV (DeepSeek): a fused slot runs F of one chunk with B of the other."""
-    return _dualpipev('dualpipev', pp, microbatches, late_weights=False)
+    return eight_steps(_on_v(rank, pp), rank, pp, microbatches)
 
 
-def dualpipev_w(pp: int, microbatches: int) -> Plan:
+def dualpipev_w(rank: int, pp: int, microbatches: int) -> tuple[Op, ...]:
     """DualPipeV whose slots are (F & I), then W: what a slot sends leaves before its W."""
-    return _dualpipev('dualpipev-w', pp, microbatches, late_weights=True)
-
-
-def _dualpipev(name: str, pp: int, microbatches: int, late_weights: bool) -> Plan:
-    ranks = tuple(
-        eight_steps(_on_v(rank, pp, late_weights), rank, pp, microbatches) for rank in range(pp)
-    )
-    return Plan(name, microbatches, v_placement(pp), ranks)
+    return eight_steps(_on_v(rank, pp, late_weights=True), rank, pp, microbatches)
 
 
 def _on_v(rank: int, pp: int, late_weights: bool = False) -> Rank:
     return Rank(((rank, 0), (2 * pp - 1 - rank, 0)), late_weights)
 
 
-def zb_v(pp: int, microbatches: int) -> Plan:
+def zb_v(rank: int, pp: int, microbatches: int) -> tuple[Op, ...]:
     """ZB-V (arXiv 2405.15362): the memory of 1F1B on every rank, no bubble in span if F = I = W."""
     # The order needs this many to reach its steady state; those that do not exist are left out.
     enough = max(microbatches, 2 * pp - 1)
-    ranks = []
-    for rank in range(pp):
-        this = _on_v(rank, pp)
-        for _ in range(2 * (pp - rank) - 1):
+    this = _on_v(rank, pp)
+    for _ in range(2 * (pp - rank) - 1):
+        this.forward(0)
+    for _ in range(rank):
+        this.forward(1)
+        this.forward(0)
+    for _ in range(pp - rank):
+        this.forward(1)
+        this.split_backward(1)
+    while this.count('F', 1) < this.count('F', 0) or this.count('F', 0) < enough:
+        if this.count('F', 0) < enough:
             this.forward(0)
-        for _ in range(rank):
-            this.forward(1)
-            this.forward(0)
-        for _ in range(pp - rank):
-            this.forward(1)
-            this.split_backward(1)
-        while this.count('F', 1) < this.count('F', 0) or this.count('F', 0) < enough:
-            if this.count('F', 0) < enough:
-                this.forward(0)
-            this.split_backward(0)
-            this.forward(1)
-            this.split_backward(1)
-        for _ in range(rank):
-            this.input_gradient(0)
-            this.input_gradient(1)
-        for _ in range(pp - rank):
-            this.input_gradient(0)
-            this.weight(0)
-        for _ in range(rank):
-            this.weight(1)
-        for _ in range(rank):
-            this.weight(0)
-        ranks.append(tuple(op for op in this.ops if op.microbatch < microbatches))
-    return Plan('zb-v', microbatches, v_placement(pp), tuple(ranks))
+        this.split_backward(0)
+        this.forward(1)
+        this.split_backward(1)
+    for _ in range(rank):
+        this.input_gradient(0)
+        this.input_gradient(1)
+    for _ in range(pp - rank):
+        this.input_gradient(0)
+        this.weight(0)
+    for _ in range(rank):
+        this.weight(1)
+    for _ in range(rank):
+        this.weight(0)
+    return tuple(op for op in this.ops if op.microbatch < microbatches)

@@ -6,7 +6,6 @@ pass that places operations refuses a plan that has such operations already.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Op, Plan, fuse
@@ -46,28 +45,39 @@ def place_communication(plan: Plan) -> Plan:
         ValueError: the plan has messages already.
     """
     _without(plan, COMMUNICATION, 'messages')
+    crossing = _crossing(plan)
     ranks = []
     for ops in plan.ranks:
-        receives = [_messages(plan, Kind.RECV, op) for op in ops] + [[]]
-        lowered = list(receives[0])
-        for position, op in enumerate(ops):
-            lowered += receives[position + 1]
-            lowered += _messages(plan, Kind.WAIT, op)
-            lowered.append(op)
-            lowered += _messages(plan, Kind.SEND, op)
-        ranks.append(lowered)
+        lowered: list[Op] = []
+        # A computation with its waits and sends, which the receives of the next one go before.
+        held: list[Op] = []
+        for op in ops:
+            waits, sends = [], []
+            for kind, stage, mb, direction, _, _ in op.leaves:
+                payload, receives, gives = crossing[kind, stage, direction]
+                if receives:
+                    lowered.append(Op(Kind.RECV, stage, mb, direction, payload))
+                    waits.append(Op(Kind.WAIT, stage, mb, direction, payload))
+                if gives:
+                    sends.append(Op(Kind.SEND, stage, mb, direction, payload))
+            lowered += held
+            held = [*waits, op, *sends]
+        ranks.append(lowered + held)
     return _with(plan, ranks)
 
 
-def _messages(plan: Plan, kind: Kind, op: Op) -> list[Op]:
-    """The messages of a kind that ``op`` needs; none for what stays on its rank."""
-    found = []
-    for leaf in op.leaves:
-        if leaf.kind in PAYLOAD:
-            message = Op(kind, *leaf.key, PAYLOAD[leaf.kind])
-            here = plan.rank_of(leaf.stage, leaf.direction)
-            if plan.peer(message) not in (None, here):
-                found.append(message)
+def _crossing(plan: Plan) -> dict[tuple[Kind, int, int], tuple[str, bool, bool]]:
+    """Of a kind and stage: its payload, and whether that crosses ranks before and after."""
+    found = {}
+    for direction, holders in enumerate(plan.placement):
+        for stage, here in enumerate(holders):
+            for kind in Kind:
+                payload = PAYLOAD.get(kind, '')
+                ends = (
+                    plan.peer(Op(message, stage, 0, direction, payload)) not in (None, here)
+                    for message in (Kind.RECV, Kind.SEND)
+                )
+                found[kind, stage, direction] = payload, *(bool(payload) and end for end in ends)
     return found
 
 
@@ -102,20 +112,23 @@ def place_reductions(plan: Plan) -> Plan:
     """
     _without(plan, {Kind.REDUCE}, 'reductions')
     ranks = []
-    for ops in plan.ranks:
-        last = {
-            (leaf.stage, leaf.direction): position
-            for position, op in enumerate(ops)
-            for leaf in op.leaves
-            if leaf.kind in (Kind.B, Kind.W)
-        }
-        after: dict[int, list[Op]] = defaultdict(list)
-        for (stage, direction), position in last.items():
-            # The sends of the operation go first: another rank waits for them.
-            while position + 1 < len(ops) and ops[position + 1].kind is Kind.SEND:
-                position += 1
-            after[position].append(Op(Kind.REDUCE, stage, direction=direction))
-        ranks.append([new for n, op in enumerate(ops) for new in (op, *after.get(n, ()))])
+    for rank, ops in enumerate(plan.ranks):
+        left = set(plan.chunks[rank])
+        lowered = list(ops)
+        # From the end, so that what is inserted moves nothing that is still to be looked at.
+        for position in reversed(range(len(ops))):
+            for leaf in ops[position].leaves:
+                chunk = leaf.stage, leaf.direction
+                if leaf.kind in (Kind.B, Kind.W) and chunk in left:
+                    left.remove(chunk)
+                    after = position + 1
+                    # The sends of the operation go first: another rank waits for them.
+                    while after < len(lowered) and lowered[after].kind is Kind.SEND:
+                        after += 1
+                    lowered.insert(after, Op(Kind.REDUCE, leaf.stage, direction=leaf.direction))
+            if not left:
+                break
+        ranks.append(lowered)
     return _with(plan, ranks)
 
 
@@ -201,5 +214,5 @@ def _with(plan: Plan, ranks: Iterable[list[Op]]) -> Plan:
 
 
 def _without(plan: Plan, kinds: set[Kind] | frozenset[Kind], what: str) -> None:
-    if any(op.kind in kinds for _, _, op in plan.leaves()):
+    if not plan.kinds.isdisjoint(kinds):
         raise ValueError(f'plan {plan.schedule} has {what} already: lower a plan of computations')

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
+from operator import attrgetter
+from typing import NamedTuple
 
 
 class Kind(StrEnum):
@@ -37,15 +39,14 @@ COMMUNICATION = frozenset({Kind.SEND, Kind.RECV, Kind.WAIT})
 COLLECTIVE = frozenset({Kind.REDUCE, Kind.PARAM_SYNC})
 
 _LEAF = re.compile(
-    r'(?P<stage>\d+)(?P<kind>REDUCE|PARAM_SYNC|F|B|I|W|R(?!E)|SEND_|RECV_|WAIT_)'
-    r"(?P<payload>(?<=_)[FB])?(?P<microbatch>\d+)?(?P<tick>')?$",
+    r'(?P<stage>\d{1,9})(?P<kind>REDUCE|PARAM_SYNC|F|B|I|W|R(?!E)|SEND_|RECV_|WAIT_)'
+    r"(?P<payload>(?<=_)[FB])?(?P<microbatch>\d{1,9})?(?P<tick>')?$",
     re.ASCII,
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
-    """One operation of one rank.
+class Op(NamedTuple):
+    """One operation of one rank; a tuple, since a large plan has millions of them.
 
     Args:
         kind: what is done.
@@ -129,7 +130,8 @@ class Plan:
         schedule: name of the generator, for messages.
         microbatches: of the whole step, over both directions.
         placement: ``placement[direction][stage]`` is the rank that holds the stage.
-        ranks: the operations of each rank, in order.
+        ranks: the operations of each rank, in order. A part of a plan, as a rank needs it that runs
+            its own operations, has none for the others.
     """
 
     schedule: str
@@ -165,10 +167,20 @@ class Plan:
             for rank in range(self.pp)
         )
 
+    @cached_property
+    def kinds(self) -> frozenset[Kind]:
+        """Of all operations, fused slots and their parts."""
+        found: set[Kind] = set()
+        for ops in self.ranks:
+            found.update(map(attrgetter('kind'), ops))
+        if Kind.FUSE in found:
+            found |= {part.kind for ops in self.ranks for op in ops for part in op.parts}
+        return frozenset(found)
+
     @property
     def forward_only(self) -> bool:
         """Whether no rank runs a backward."""
-        return not any(op.kind in (Kind.B, Kind.I) for _, _, op in self.leaves())
+        return self.kinds.isdisjoint((Kind.B, Kind.I))
 
     def microbatches_of(self, direction: int) -> int:
         """How many microbatches run in ``direction``; direction 0 takes the odd one."""

@@ -5,14 +5,25 @@ A line of words, or of comma-separated cells, for each of: ``schedule`` NAME, ``
 operations of each rank in order, ``3F5 3SEND_F5 (3F6;12B1)FUSE ...``. Where the first three are
 left out, as in the CSV files of torch's pipeline schedules, they follow from the forward passes.
 A ``#`` begins a comment.
+
+Of torch's own words, ``OVERLAP_F_B`` is a fused slot and ``REDUCE_GRAD`` is ``REDUCE``. Those of
+sharded parameters (``UNSHARD``, ``RESHARD``) and waits for what is sent or reduced have no place in
+a plan, where ranks hold whole parameters, and are left out. A file without a ``schedule`` line that
+receives and never waits gets its waits before each use, as torch does it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
+from megatron_mhc.schedules.catalog import MOST_PASSES
+from megatron_mhc.schedules.lowering import PAYLOAD
 from megatron_mhc.schedules.plan import Kind, Op, Plan
 
+# What torch writes and a plan has not; its other words, and ours.
+_ABSENT = re.compile(r'\d+(UNSHARD|RESHARD|WAIT_REDUCE_GRAD|WAIT_SEND_[FB]\d+)')
+_WORDS = {'OVERLAP_F_B': 'FUSE', 'REDUCE_GRAD': 'REDUCE'}
 _UNNAMED = 'from a file'
 
 
@@ -53,7 +64,7 @@ def read_plan(text: str) -> Plan:
             elif words and words[0] == 'placement':
                 placement.append(_holders(words[1:], placement))
             elif words:
-                ranks.append(tuple(Op.parse(word) for word in words if word != '-'))
+                ranks.append(tuple(_operations(words)))
         except ValueError as error:
             raise ValueError(f'line {number}: {error}') from error
     if not any(ranks):
@@ -63,7 +74,37 @@ def read_plan(text: str) -> Plan:
         raise ValueError(f'placement: names a rank that has no operations; there are {len(ranks)}')
     _check_stages(ranks, placement)
     microbatches = counts[0] if counts else _microbatches(ranks)
-    return Plan(names[0] if names else _UNNAMED, microbatches, tuple(placement), tuple(ranks))
+    if microbatches * len(placement[0]) > MOST_PASSES:
+        raise ValueError(
+            f'microbatches {microbatches}: through {len(placement[0])} stages they are more than '
+            f'{MOST_PASSES} forward passes, too many to follow singly; give fewer'
+        )
+    plan = Plan(names[0] if names else _UNNAMED, microbatches, tuple(placement), tuple(ranks))
+    if names or Kind.RECV not in plan.kinds or Kind.WAIT in plan.kinds:
+        return plan
+    return plan.with_ranks(tuple(map(_with_waits, plan.ranks)))
+
+
+def _operations(words: list[str]) -> Iterator[Op]:
+    for word in words:
+        for theirs, ours in _WORDS.items():
+            if word.endswith(theirs) and not _ABSENT.fullmatch(word):
+                word = word.removesuffix(theirs) + ours
+        if word != '-' and not _ABSENT.fullmatch(word):
+            yield Op.parse(word)
+
+
+def _with_waits(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Each receive waited for by the operation that uses what it brings."""
+    posted = {(op.payload, *op.key) for op in ops if op.kind is Kind.RECV}
+    found: list[Op] = []
+    for op in ops:
+        for leaf in op.leaves:
+            payload = PAYLOAD.get(leaf.kind, '')
+            if (payload, *leaf.key) in posted:
+                found.append(Op(Kind.WAIT, *leaf.key, payload))
+        found.append(op)
+    return tuple(found)
 
 
 def _once[T](value: T, earlier: list[T], name: str) -> T:

@@ -12,108 +12,112 @@ and NCCL's do for a rank that only posts its sends, just take waits away.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterable
+from itertools import repeat
+from typing import NamedTuple
 
-from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Op, Plan
-
-
-def stuck(plan: Plan) -> list[str]:
-    """The operations at which ranks wait for ever; empty if all ranks finish."""
-    return _Execution(plan).run()
+from megatron_mhc.schedules.plan import Kind, Op
+from megatron_mhc.schedules.validate_index import Index
 
 
-class _Execution:
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.lowered = any(op.kind in COMMUNICATION for _, _, op in plan.leaves())
-        self.at = [0] * plan.pp
-        # Results of computations by (payload, stage, microbatch, direction); of messages, ('sent',
-        # channel, microbatch) and ('posted', channel, how many).
-        self.done: set[tuple] = set()
-        self.sent: dict[tuple, int] = defaultdict(int)
-        self.posted: dict[tuple, int] = defaultdict(int)
-        # What a rank waits for -> the ranks to look at when it happens.
-        self.waiting: dict[tuple, list[int]] = {}
-        self.ready = list(range(plan.pp))
+class Need(NamedTuple):
+    """The operation at ``here`` of a rank waits for that at ``there`` of rank ``other``."""
 
-    def run(self) -> list[str]:
-        blocked: dict[int, tuple] = {}
-        while self.ready:
-            rank = self.ready.pop()
-            blocked.pop(rank, None)
-            ops = self.plan.ranks[rank]
-            while self.at[rank] < len(ops):
-                op = ops[self.at[rank]]
-                event = self._missing(op)
-                if event is not None:
-                    self.waiting.setdefault(event, []).append(rank)
-                    blocked[rank] = event
-                    break
-                self.at[rank] += 1
-                self._finish(op)
-        return [
-            f'rank {rank}, operation {self.at[rank]}, {self.plan.ranks[rank][self.at[rank]]}: '
-            f'waits for ever for {self._name(event)}'
-            for rank, event in sorted(blocked.items())
-        ]
+    here: int
+    other: int
+    there: int
 
-    def _missing(self, op: Op) -> tuple | None:
-        """What ``op`` has to wait for, if anything."""
-        kind = op.kind
-        if kind is Kind.SEND:
-            channel = self.plan.channel(op)
-            before = self.sent[channel]
-            return None if self.posted[channel] >= before else ('posted', channel, before)
-        if kind is Kind.WAIT:
-            message = 'sent', self.plan.channel(op), op.microbatch
-            return None if message in self.done else message
-        for leaf in op.leaves:
-            needed = self._input(leaf)
-            if needed is not None and needed not in self.done:
-                return needed
-        return None
 
-    def _input(self, op: Op) -> tuple | None:
-        """The computation whose result ``op`` takes without a message."""
-        kind, stage, holders = op.kind, op.stage, self.plan.placement[op.direction]
-        if kind is Kind.F and stage > 0:
-            payload, source = 'F', stage - 1
-        elif (kind is Kind.B or kind is Kind.I) and stage + 1 < len(holders):
-            payload, source = 'B', stage + 1
+def stuck(index: Index) -> list[str]:
+    """The operations at which ranks wait for ever; empty if all ranks finish.
+
+    Args:
+        index: of a whole plan that has every pass and, if any, every message, in one order.
+    """
+    needs = _needs(index)
+    # Per rank how many of its needs are met, and the operation that it has got to.
+    met, reached = [0] * len(needs), [0] * len(needs)
+    # Per rank, what others wait for: the operation, and who waits.
+    watched: list[list[tuple[int, int]]] = [[] for _ in needs]
+    ready = list(range(len(needs)))
+    while ready:
+        rank = ready.pop()
+        mine, number = needs[rank], met[rank]
+        while number < len(mine) and mine[number][2] < reached[mine[number][1]]:
+            number += 1
+        met[rank] = number
+        if number < len(mine):
+            reached[rank], other, there = mine[number]
+            watched[other].append((there, rank))
         else:
-            return None
-        if self.lowered and holders[source] != holders[stage]:
-            return None
-        return payload, source, op.microbatch, op.direction
+            reached[rank] = len(index.plan.ranks[rank])
+        if watched[rank]:
+            now = reached[rank]
+            ready += [waiter for there, waiter in watched[rank] if there < now]
+            watched[rank] = [watch for watch in watched[rank] if watch[0] >= now]
+    return [
+        _waiting(index, rank, needs[rank][number])
+        for rank, number in enumerate(met)
+        if number < len(needs[rank])
+    ]
 
-    def _finish(self, op: Op) -> None:
-        kind = op.kind
-        if kind is Kind.SEND:
-            channel = self.plan.channel(op)
-            self.sent[channel] += 1
-            self._announce(('sent', channel, op.microbatch))
-        elif kind is Kind.RECV:
-            channel = self.plan.channel(op)
-            self.posted[channel] += 1
-            self._announce(('posted', channel, self.posted[channel]))
-        else:
-            for leaf in op.leaves:
-                if leaf.kind is Kind.F:
-                    self._announce(('F', *leaf.key))
-                elif leaf.kind is Kind.B or leaf.kind is Kind.I:
-                    self._announce(('B', *leaf.key))
 
-    def _announce(self, event: tuple) -> None:
-        self.done.add(event)
-        if event in self.waiting:
-            self.ready += self.waiting.pop(event)
+def _needs(index: Index) -> list[list[Need]]:
+    """Of every rank, in the order of its operations."""
+    needs: list[list[Need]] = [[] for _ in index.ranks]
+    for rank, stage, direction in index.chunks():
+        for payload, source in (('F', stage - 1), ('B', stage + 1)):
+            if not 0 <= source < index.plan.stages:
+                continue
+            other = index.plan.rank_of(source, direction)
+            if other != rank and index.lowered:
+                waits = index.at(Kind.WAIT, payload, stage, direction)
+                sent = index.order.get((Kind.SEND, payload, source, direction))
+                if sent is None:
+                    # A plan without a backward.
+                    continue
+                needs[rank] += _all(waits, other, index.at(Kind.SEND, payload, source, direction))
+                posted = index.order[Kind.RECV, payload, stage, direction]
+                # A message leaves when the one before it was asked for.
+                needs[other] += _all(sent.positions[1:], rank, posted.positions)
+            else:
+                made = index.computed_at(payload, source, direction)
+                used = index.computed_at(payload, stage, direction)
+                if used[0] is None:
+                    continue
+                found = _all(used, other, made)
+                if other == rank:
+                    # What stands before it has happened.
+                    found = [need for need in found if need[2] >= need[0]]
+                needs[rank] += found
+    for mine in needs:
+        mine.sort()
+    return needs
 
-    def _name(self, event: tuple) -> str:
-        if event[0] == 'posted':
-            (_, target, *_), number = event[1:]
-            return f'rank {target} to post the receive of message {number - 1}'
-        if event[0] == 'sent':
-            (rank, _, payload, stage, direction), mb = event[1:]
-            return f'{Op(Kind.SEND, stage, mb, direction, payload)} of rank {rank}'
-        op = Op(Kind(event[0]), *event[1:])
-        return f'{op} of rank {self.plan.rank_of(op.stage, op.direction)}'
+
+def _all(here: Iterable[int], other: int, there: Iterable[int]) -> Iterable[Need]:
+    return zip(here, repeat(other), there, strict=False)
+
+
+def _waiting(index: Index, rank: int, need: Need) -> str:
+    here, other, there = need
+    op, awaited = index.plan.ranks[rank][here], index.plan.ranks[other][there]
+    if awaited.kind is Kind.RECV:
+        column = index.order[Kind.RECV, awaited.payload, awaited.stage, awaited.direction]
+        number = column.positions.index(there)
+        what = f'rank {other} to post the receive of message {number}'
+    else:
+        what = f'{_given(op, awaited)} of rank {other}'
+    return f'rank {rank}, operation {here}, {op}: waits for ever for {what}'
+
+
+def _given(op: Op, awaited: Op) -> Op:
+    """The part of ``awaited`` whose result a part of ``op`` takes."""
+    for taker in op.leaves:
+        for giver in awaited.leaves:
+            onwards = giver.stage + (1 if giver.kind is Kind.F else -1)
+            if (onwards, giver.microbatch, giver.direction) == taker.key and (
+                (giver.kind is Kind.F) == (taker.kind is Kind.F)
+            ):
+                return giver
+    return awaited

@@ -13,52 +13,37 @@ def messages(index: Index) -> Iterator[str]:
     plan = index.plan
     for rank, stage, direction in index.chunks():
         for payload in 'F' if plan.forward_only else 'FB':
+            computed = index.computed_at(payload, stage, direction)
             send = plan.peer(Op(Kind.SEND, stage, 0, direction, payload))
             receive = plan.peer(Op(Kind.RECV, stage, 0, direction, payload))
-            for mb in range(plan.microbatches_of(direction)):
-                key = stage, mb, direction
-                if send not in (None, rank):
-                    yield from _sending(index, rank, send, payload, key)
-                if receive not in (None, rank):
-                    yield from _receiving(index, rank, receive, payload, key)
+            if send not in (None, rank):
+                sent = index.at(Kind.SEND, payload, stage, direction)
+                for mb, (made, at) in enumerate(zip(computed, sent, strict=True)):
+                    if at is None or (made is not None and at < made):
+                        op = Op(Kind.SEND, stage, mb, direction, payload)
+                        why = 'missing' if at is None else 'stands before its tensor is made'
+                        yield f'rank {rank}, {op} to rank {send}: {why}'
+            if receive not in (None, rank):
+                columns = (index.at(k, payload, stage, direction) for k in (Kind.RECV, Kind.WAIT))
+                for mb, positions in enumerate(zip(*columns, computed, strict=True)):
+                    for kind, why in _receiving(*positions):
+                        way = 'from' if kind is Kind.RECV else 'for'
+                        op = Op(kind, stage, mb, direction, payload)
+                        yield f'rank {rank}, {op} {way} rank {receive}: {why}'
 
 
-def _computation(index: Index, payload: str, key: tuple) -> int | None:
-    """Position of what makes or uses a tensor."""
-    if payload == 'F':
-        return index.at.get((Kind.F, '', *key))
-    whole = index.at.get((Kind.B, '', *key))
-    return index.at.get((Kind.I, '', *key)) if whole is None else whole
-
-
-def _sending(index: Index, rank: int, peer: int, payload: str, key: tuple) -> Iterator[str]:
-    made = _computation(index, payload, key)
-    sent = index.at.get((Kind.SEND, payload, *key))
-    if sent is None:
-        yield f'rank {rank}, {Op(Kind.SEND, *key, payload)} to rank {peer}: missing'
-    elif made is not None and sent < made:
-        yield (
-            f'rank {rank}, {Op(Kind.SEND, *key, payload)} to rank {peer}: stands before its tensor '
-            'is made'
-        )
-
-
-def _receiving(index: Index, rank: int, peer: int, payload: str, key: tuple) -> Iterator[str]:
-    used = _computation(index, payload, key)
-    posted = index.at.get((Kind.RECV, payload, *key))
-    awaited = index.at.get((Kind.WAIT, payload, *key))
+def _receiving(posted: int | None, awaited: int | None, used: int | None) -> list[tuple[Kind, str]]:
+    """What is wrong with the positions of a tensor's receive, wait and use."""
+    found = []
     if posted is None:
-        yield f'rank {rank}, {Op(Kind.RECV, *key, payload)} from rank {peer}: missing'
+        found.append((Kind.RECV, 'missing'))
     if awaited is None:
-        yield f'rank {rank}, {Op(Kind.WAIT, *key, payload)} for rank {peer}: missing'
-        return
+        return [*found, (Kind.WAIT, 'missing')]
     if posted is not None and awaited < posted:
-        yield f'rank {rank}, {Op(Kind.WAIT, *key, payload)} for rank {peer}: stands before its RECV'
+        found.append((Kind.WAIT, 'stands before its RECV'))
     if used is not None and awaited > used:
-        yield (
-            f'rank {rank}, {Op(Kind.WAIT, *key, payload)} for rank {peer}: stands after its tensor '
-            'is used'
-        )
+        found.append((Kind.WAIT, 'stands after its tensor is used'))
+    return found
 
 
 def queues(index: Index) -> Iterator[str]:
@@ -68,8 +53,11 @@ def queues(index: Index) -> Iterator[str]:
         if kind is not Kind.SEND:
             continue
         target = stage + (1 if payload == 'F' else -1)
-        received = index.order.get((Kind.RECV, payload, target, direction), ())
-        for number, (here, there) in enumerate(zip(sent, received, strict=False)):
+        received = index.order.get((Kind.RECV, payload, target, direction))
+        if received is None or sent.microbatches == received.microbatches:
+            continue
+        both = zip(sent.microbatches, received.microbatches, strict=False)
+        for number, (here, there) in enumerate(both):
             if here != there:
                 send = Op(Kind.SEND, stage, here, direction, payload)
                 receive = Op(Kind.RECV, target, there, direction, payload)

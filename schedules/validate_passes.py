@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from megatron_mhc.schedules.plan import Kind, Op
 from megatron_mhc.schedules.validate_index import Index, standing
@@ -12,28 +13,44 @@ PASSES = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.R)
 
 def repetitions(index: Index) -> Iterator[str]:
     """Nothing is done twice."""
-    for rank, position, op in index.repeated:
-        yield f'{standing(rank, position, op)}: stands there a second time'
+    for rank in index.ranks:
+        for (kind, payload, stage, direction), column in index.columns[rank].items():
+            if len(set(column.microbatches)) == len(column.microbatches):
+                continue
+            seen = set()
+            for mb, position in zip(*column, strict=True):
+                if mb in seen:
+                    op = Op(kind, stage, mb, direction, payload)
+                    yield f'{standing(rank, position, op)}: stands there a second time'
+                seen.add(mb)
 
 
 def passes(index: Index) -> Iterator[str]:
     """Each microbatch goes forward once, and back once (B, or I and W) unless none goes back."""
     backward = not index.plan.forward_only
-    rebuilds = Kind.R in index.kinds
+    rebuilds = Kind.R in index.plan.kinds
     for rank, stage, direction in index.chunks():
-        for mb in range(index.plan.microbatches_of(direction)):
-            key = stage, mb, direction
-            f, b, i, w, r = (index.at.get((kind, '', *key)) for kind in PASSES)
+        columns = (index.at(kind, '', stage, direction) for kind in PASSES)
+        for mb, (f, b, i, w, r) in enumerate(zip(*columns, strict=True)):
             wrong = [] if f is not None else [(Kind.F, 'missing')]
-            if backward:
+            if backward and not _right(f, b, i, w):
                 wrong += _backward(f, b, i, w)
             if rebuilds:
                 wrong += _rebuilding(f, r, i if b is None else b)
             for kind, why in wrong:
-                yield f'rank {rank}, {Op(kind, *key)}: {why}'
+                yield f'rank {rank}, {Op(kind, stage, mb, direction)}: {why}'
 
 
 # The functions below get positions on the rank; None: missing.
+def _right(f: int | None, b: int | None, i: int | None, w: int | None) -> bool:
+    """Whether ``_backward`` has nothing to find: it is asked a million times."""
+    if f is None:
+        return False
+    if b is None:
+        return i is not None and w is not None and f < i < w
+    return i is None and w is None and f < b
+
+
 def _backward(
     f: int | None, b: int | None, i: int | None, w: int | None
 ) -> Iterator[tuple[Kind, str]]:
@@ -60,21 +77,30 @@ def _rebuilding(f: int | None, r: int | None, backward: int | None) -> Iterator[
         yield Kind.R, 'stands after the backward that needs it'
 
 
+def _gradients(index: Index, stage: int, direction: int) -> list[tuple[int, int, Kind]]:
+    """What adds to the weight gradients of a stage, in order: position, microbatch, kind."""
+    return sorted(
+        (position, mb, kind)
+        for kind in (Kind.B, Kind.W)
+        for mb, position in enumerate(index.at(kind, '', stage, direction))
+        if position is not None
+    )
+
+
 def accumulation(index: Index) -> Iterator[str]:
     """Weight gradients are added in ascending order of microbatches, as one process adds them.
 
     Input gradients too: what they leave to W waits in a queue per module.
     """
     for rank, stage, direction in index.chunks():
-        split = index.order[Kind.I, '', stage, direction]
-        for ops in (
-            index.gradients[stage, direction],
-            [Op(Kind.I, stage, mb, direction) for mb in split],
-        ):
-            for before, op in zip(ops, ops[1:], strict=False):
-                if op.microbatch < before.microbatch:
+        split = index.at(Kind.I, '', stage, direction)
+        inputs = sorted((at, mb, Kind.I) for mb, at in enumerate(split) if at is not None)
+        for ops in (_gradients(index, stage, direction), inputs):
+            for (_, before, earlier), (_, mb, kind) in pairwise(ops):
+                if mb < before:
                     yield (
-                        f'rank {rank}, {op}: stands after {before}; gradients of a stage must be '
+                        f'rank {rank}, {Op(kind, stage, mb, direction)}: stands after '
+                        f'{Op(earlier, stage, before, direction)}; gradients of a stage must be '
                         'added in ascending order of microbatches'
                     )
 
@@ -87,7 +113,7 @@ def slots(index: Index) -> Iterator[str]:
     """
     for rank, position, op in index.slots:
         forward, backward = op.parts
-        if (forward.microbatch, forward.direction) == (backward.microbatch, backward.direction):
+        if forward.microbatch == backward.microbatch and forward.direction == backward.direction:
             yield f'{standing(rank, position, op)}: its backward needs its forward'
 
 
@@ -95,21 +121,21 @@ def collectives(index: Index) -> Iterator[str]:
     """A reduction follows all gradients of its stage, a gather leads; in all stages or none."""
     for rank, stage, direction in index.chunks():
         for kind in (Kind.REDUCE, Kind.PARAM_SYNC):
-            if kind not in index.kinds:
+            if kind not in index.plan.kinds:
                 continue
             op = Op(kind, stage, direction=direction)
-            position = index.position(op)
-            if position is None:
+            column = index.order.get((kind, '', stage, direction))
+            if column is None:
                 yield f'rank {rank}, {op}: missing, though other stages have it'
                 continue
+            position = column.positions[0]
             if kind is Kind.REDUCE:
-                late = [
-                    g for g in index.gradients[stage, direction] if index.position(g) > position
-                ]
-                if late:
-                    yield f'rank {rank}, {op}: stands before {late[0]}, which adds a gradient'
+                late = [g for g in _gradients(index, stage, direction)[-1:] if g[0] > position]
+                for _, mb, gradient in late:
+                    last = Op(gradient, stage, mb, direction)
+                    yield f'rank {rank}, {op}: stands before {last}, which adds a gradient'
             else:
-                started = index.order[Kind.F, '', stage, direction]
-                first = Op(Kind.F, stage, started[0], direction) if started else op
-                if index.position(first) < position:
+                started = index.order.get((Kind.F, '', stage, direction))
+                if started is not None and started.positions[0] < position:
+                    first = Op(Kind.F, stage, started.microbatches[0], direction)
                     yield f'rank {rank}, {op}: stands after {first}, which needs its parameters'

@@ -6,9 +6,11 @@ and links: ``validate_execution`` says what is assumed of a channel.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from megatron_mhc.schedules.plan import Kind, Plan
 from megatron_mhc.schedules.validate_execution import stuck
-from megatron_mhc.schedules.validate_index import Index, senseless
+from megatron_mhc.schedules.validate_index import Index
 from megatron_mhc.schedules.validate_messages import messages, queues
 from megatron_mhc.schedules.validate_passes import (
     accumulation,
@@ -17,6 +19,7 @@ from megatron_mhc.schedules.validate_passes import (
     repetitions,
     slots,
 )
+from megatron_mhc.schedules.validate_sense import senseless, wrong_placement
 
 # Findings in one error; a plan that is wrong is usually wrong in many places.
 SHOWN = 3
@@ -26,17 +29,21 @@ class PlanError(ValueError):
     """A plan that must not run."""
 
 
-def validate(plan: Plan, *, live_bound: float | None = None) -> None:
+def validate(
+    plan: Plan, *, live_bound: float | None = None, ranks: Collection[int] | None = None
+) -> None:
     """Raise for a plan that must not run.
 
     Args:
         plan: computations only, or lowered.
         live_bound: most activations that a rank may hold, in whole forward passes of a rank.
+        ranks: look at these only, whose operations a part of a plan has. That none of them waits
+            for ever is then left unproved, and so is the other end of channels to other ranks.
 
     Raises:
         PlanError: names rank, operation and peer of the first findings.
     """
-    found = problems(plan, live_bound=live_bound)
+    found = problems(plan, live_bound=live_bound, ranks=ranks)
     if found:
         more = f' (and {len(found) - SHOWN} more)' if len(found) > SHOWN else ''
         raise PlanError(
@@ -45,23 +52,29 @@ def validate(plan: Plan, *, live_bound: float | None = None) -> None:
         )
 
 
-def problems(plan: Plan, *, live_bound: float | None = None) -> list[str]:
+def problems(
+    plan: Plan, *, live_bound: float | None = None, ranks: Collection[int] | None = None
+) -> list[str]:
     """Everything that is wrong with ``plan``, one line each; empty for a valid plan.
 
     Args:
         plan: computations only, or lowered; one message makes it a lowered plan, with all of them.
-        live_bound: as for ``validate``.
+        live_bound, ranks: as for ``validate``.
     """
-    found = list(senseless(plan))
+    found = wrong_placement(plan)
     if found:
         return found
-    index = Index(plan)
+    index = Index(plan, ranks)
+    found = senseless(index)
+    if found:
+        return found
     checks = [repetitions, passes, accumulation, slots, collectives]
     if index.lowered:
         checks += [messages, queues]
     found = [finding for check in checks for finding in check(index)]
     # What is missing makes others wait: no use in saying that too.
-    found = found or stuck(plan)
+    if index.whole and not found:
+        found = stuck(index)
     if live_bound is not None:
         found += [
             f'rank {rank} holds {live:g} activations at once, more than {live_bound:g}'

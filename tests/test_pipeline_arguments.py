@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from megatron_mhc import refusal
 from megatron_mhc.bootstrap import asks_for_a_v
-from megatron_mhc.inverted_v_layout import balanced, even_layout, holder_of, stage_of
-from megatron_mhc.pipeline_arguments import pipeline_config_from_args
+from megatron_mhc.inverted_v_layout import balanced, check_layout, even_layout, holder_of, stage_of
+from megatron_mhc.pipeline_arguments import pipeline_config_from_args, resolve_pipeline
+from megatron_mhc.pipeline_config import PipelineConfig
 
 PP4 = '--num-layers 16 --pipeline-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 8'
 V = f'{PP4} --pipeline-schedule dualpipev'
@@ -83,6 +86,11 @@ REFUSED = {
     f'{PP4} --pipeline-verify-steps 1': '--pipeline-verify-steps has no effect with',
     f'{PP4} --pipeline-schedule interleaved': 'add --num-virtual-stages-per-pipeline-rank 2',
     f'{PP4} --pipeline-schedule 1f1b --num-virtual-stages-per-pipeline-rank 2': 'use --pipeline-',
+    f'{V} --global-batch-size 100000000': '100000000 microbatches x 2 chunks are more than 1048576',
+    f'{V} --micro-batch-size 0': '--micro-batch-size 0: a plan counts microbatches by it',
+    f'{V} --micro-batch-size -1': '--micro-batch-size -1',
+    f'{V} --global-batch-size -8': '--global-batch-size -8',
+    f'{V} --tensor-model-parallel-size 0': '--tensor-model-parallel-size 0',
     f'{PP4} --pipeline-schedule dualpipe': 'argument --pipeline-schedule: invalid choice',
 }
 
@@ -92,12 +100,81 @@ def test_refusals_are_one_line_with_the_alternative(refused, flags):
     assert REFUSED[flags] in refused(flags)
 
 
+# On two ranks, with four layers.
+LAYOUTS = {
+    'x': "'x' is no layer",
+    'E|t|t|t|tL': '5 stages, but a V on 2 pipeline ranks has 4; give 4 stages separated by |, such',
+    'Ettt|tL': '2 stages, but',
+    'Et|t|t|L': '3 layers t, but --num-layers 4; give 4 stages separated by |, such as Et|t|t|tL',
+    'Et|t|t|t': 'the loss L stands once, at the end',
+    't|t|t|tL': 'the embedding E stands once, at the beginning',
+    'EEt|t|t|tL': 'the embedding E stands once',
+    'Et|t|L|t': 'the loss L stands once',
+    'Et|t|t|tmL': '1 prediction layers m, but --mtp-num-layers 0',
+    'E(t|)*4L': '5 stages',
+    'Et|t|t|t*2L': '5 layers t',
+    'Et|t|t*99999999999999999999|L': 'longer than 100000',
+    '(t*1000)*1000': 'longer than 100000',
+    '|||': 'the embedding E stands once',
+    '': '1 stages',
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts_that_a_v_cannot_have(layout):
+    with pytest.raises(ValueError) as caught:
+        check_layout(layout, 2, 4, 0)
+    text = str(caught.value)
+    assert text.startswith(f'--pipeline-model-parallel-layout {layout}: ') and '\n' not in text
+    assert LAYOUTS[layout] in text
+
+
+def test_layouts_of_prediction_layers():
+    for right in ('Et|t|t|tmL', 'Et|t|tt|mL', 'Et,t|t|tm|L', 'E(t|)*3tmL'):
+        check_layout(right, 2, None, 1)
+    for wrong, why in (('Etm|t|t|tL', 'second half'), ('Et|t|m|tL', 'after all layers t')):
+        with pytest.raises(ValueError, match=why):
+            check_layout(wrong, 2, None, 1)
+    with pytest.raises(ValueError, match='belong to one stage'):
+        check_layout('Et|tt|tm|mL', 2, 4, 2)
+
+
+@pytest.mark.parametrize('layout', ['x', 'E|t|t|t|tL', 'Et|t|t|L', 'Ettt|tL'])
+def test_a_layout_is_refused_with_the_arguments(refused, layout):
+    flags = V.replace('-size 4', '-size 2', 1).replace('--num-layers 16', '--num-layers 4')
+    assert layout in refused(f'{flags} --pipeline-model-parallel-layout {layout}')
+
+
+@pytest.mark.parametrize('rank', ['0', '3'])
+def test_one_rank_proves_the_whole_plan(parse, monkeypatch, rank):
+    """The others start with what they can see, in a time that does not grow with the ranks."""
+    asked = []
+    monkeypatch.setenv('RANK', rank)
+    monkeypatch.setattr(PipelineConfig, 'prove', lambda *args, **kwargs: asked.append(args))
+    parse(*V.split())
+    assert bool(asked) == (rank == '0')
+
+
 def test_hardware_queues_are_advised_on(parse, monkeypatch, capsys):
     for connections, advised in (('1', True), ('32', False)):
         refusal.announce.cache_clear()
         monkeypatch.setenv('CUDA_DEVICE_MAX_CONNECTIONS', connections)
         parse('--mhc-post-stream', 'high')
-        assert ('CUDA_DEVICE_MAX_CONNECTIONS=1' in capsys.readouterr().out) == advised
+        out = capsys.readouterr().out
+        assert ('CUDA_DEVICE_MAX_CONNECTIONS=1' in out) == advised
+        assert ('behind other compute; set it to 8 or more' in out) == advised
+
+
+@pytest.mark.parametrize('flag', ['--tensor-model-parallel-size', '--context-parallel-size'])
+def test_no_advice_that_megatron_refuses(monkeypatch, capsys, flag):
+    """Before Blackwell it ends a run with more queues."""
+    refusal.announce.cache_clear()
+    monkeypatch.setenv('CUDA_DEVICE_MAX_CONNECTIONS', '1')
+    name = flag.removeprefix('--').replace('-', '_')
+    resolve_pipeline(argparse.Namespace(mhc_post_stream='high', **{name: 2}))
+    out = capsys.readouterr().out
+    assert f'Megatron demands 1 for {flag}, so use 1 there' in out
+    assert 'from Blackwell on set it to 8 or more' in out
 
 
 @pytest.mark.parametrize('ranks', [1, 2, 3, 8])

@@ -16,8 +16,12 @@ import pytest
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.cli import main
+from megatron_mhc.model_memory import Layout, rank_memory
+from megatron_mhc.recipe import RECIPES
 from megatron_mhc.study_hardware import PRESETS, hardware_of
-from megatron_mhc.study_kernels import Measured
+from megatron_mhc.study_kernels import BytesModel, Measured
+from megatron_mhc.study_points import run_study
+from megatron_mhc.study_sweep import Sweep
 
 H100 = PRESETS['h100']
 
@@ -116,10 +120,30 @@ def test_a_machine_of_ones_own(tmp_path, command):
         ('preset: h100\ntflops: fast\n', "tflops='fast': wanted float"),
         ('preset: h100\ntflops: -1\n', 'tflops=-1.0: give a finite number above 0'),
         ('preset: h100\ngemm_efficiency: 1.5\n', 'a share; give at most 1'),
-        ('preset: h300\n', 'preset: h300: choose one of a100'),
+        ('preset: h300\n', "preset: 'h300': choose one of a100"),
         ('- a\n', 'wanted "field: value" lines'),
         ('a: [\n', 'not YAML'),
         ('!!python/object/apply:os.getcwd []\n', 'not YAML'),
+        ('preset: h100\ngpus_per_node: .inf\n', 'gpus_per_node=inf: wanted int'),
+        ('preset: h100\ngpus_per_node: .nan\n', 'gpus_per_node=nan: wanted int'),
+        ('preset: h100\ngpus_per_node: 8.5\n', 'gpus_per_node=8.5: wanted int'),
+        ('preset: h100\ngpus_per_node: [8]\n', 'gpus_per_node=[8]: wanted int'),
+        ('preset: h100\ngpus_per_node: yes\n', 'gpus_per_node=True: wanted int'),
+        (f'preset: h100\ngpus_per_node: {"9" * 400}\n', 'gpus_per_node: no machine has more than'),
+        (f'preset: h100\ntflops: {"9" * 400}\n', f'tflops={"9" * 60}...: wanted float'),
+        (f'preset: h100\ntflops: {"9" * 5000}\n', 'a value that cannot be: Exceeds the limit'),
+        (f'preset: h100\ntflops: "{"9" * 5000}"\n', f"tflops='{'9' * 59}...: wanted float"),
+        ('preset: h100\ntflops: 1.0e+300\n', 'tflops: no machine has more than 1e+30'),
+        ('preset: h100\ntflops: .inf\n', 'tflops: no machine has more than 1e+30'),
+        ('preset: h100\ntflops: .nan\n', 'tflops=nan: wanted float'),
+        ('preset: h100\ntflops: null\n', 'tflops=None: wanted float'),
+        ('preset: h100\ntflops: 2026-13-45\n', 'a value that cannot be: month must be'),
+        ('preset: [h100]\n', "preset: ['h100']: choose one of a100"),
+        ('preset: {h100: 1}\n', "preset: {'h100': 1}: choose one of a100"),
+        ('preset: h100\nname: [a]\n', "name=['a']: wanted str"),
+        ('preset: h100\n[1, 2]: 3\n', 'not YAML'),
+        ('preset: h100\n7: 3\n', 'there is no field 7'),
+        ('[' * 5000, 'a value that cannot be: maximum recursion depth'),
     ],
 )
 def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message):
@@ -154,6 +178,20 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('27b --output /dev/null/x', '--output /dev/null/x: Not a directory'),
         ('27b --kernel-times /nowhere', '--kernel-times /nowhere: No such file'),
         ('27b --gpus 0', 'give an integer of at least 1'),
+        *(
+            (f'27b {flag} {digits}', '99999999999999999999...: a number; give an integer')
+            for digits in ('9' * 400, '9' * 5000)
+            for flag in ('--gpus', '--vpp', '--top', '--num-residual-streams', '--recompute')
+        ),
+        (f'27b --global-batch-size {"9" * 400}', 'give an integer of at least 1 and at most'),
+        ('27b --gpus ²', '²: a number; give an integer'),
+        ('27b --hardware /dev/zero.yaml', '--hardware /dev/zero.yaml: No such file'),
+        (f'27b --set gpus_per_node={"9" * 400}', "gpus_per_node='9999"),
+        ('27b --set gpus_per_node=8.5', "gpus_per_node='8.5': wanted int"),
+        ('27b --set tflops=inf', 'tflops: no machine has more than'),
+        ('27b --residual-type mudd', '--residual-type: mudd: a study does not know its kernels'),
+        ('27b --residual-type hc', '--residual-type: hc: a study does not know its kernels'),
+        ('27b --residual-type x', '--residual-type: x: there is no such type; use standard or mhc'),
     ],
 )
 def test_refusals_are_one_line_with_a_remedy(command, line, message):
@@ -205,3 +243,78 @@ def test_a_terminal_gets_a_bar_and_a_pipe_none():
     os.close(side)
     os.close(terminal)
     assert subprocess.run(command, capture_output=True, check=True).stderr == b''
+
+
+LAYOUT = '27b --gpus 64 --tp {} --pp 4 --ep 8 --schedule dualpipev --hardware {} --set {}'
+
+
+@pytest.mark.parametrize('machine, tp, alone', [('h100', 2, True), ('h100', 1, False)] + [
+    ('a100', 2, True), ('b200', 2, False)
+])  # fmt: skip
+def test_what_megatron_demands_is_not_contradicted(command, machine, tp, alone):
+    """One hardware queue: nothing overlaps, no flag asks for it, and the line says what else."""
+    line = LAYOUT.format(tp, machine, 'post_overlap=0.5')
+    (best,) = json.loads(command(f'{line} --json')[1])['best']
+    connections = best['environment']['CUDA_DEVICE_MAX_CONNECTIONS']
+    assert (connections, best['one_queue']) == (('1', True) if alone else ('32', False))
+    assert ('--mhc-post-stream high' in best['flags']) != alone
+    out = command(line)[1]
+    assert f'with CUDA_DEVICE_MAX_CONNECTIONS={connections}' in out
+    assert ('a layout with --tp 1 has more queues' in out) == alone
+    # With more queues the same layout is faster: slots hide the all-to-all, a stream F_post,res.
+    newer = command(f'{line} compute_capability=10 --json')[1]
+    (other,) = json.loads(newer)['best']
+    assert (other['step_s'] < 0.99 * best['step_s']) == alone
+    assert (other['exposed_ep_s'] < 0.9 * best['exposed_ep_s']) == alone
+
+
+def test_a_way_out_that_streams_cannot_take_is_not_given(command):
+    line = LAYOUT.format(2, 'h100', 'latency_us=10')
+    flag = '--overlap-moe-expert-parallel-comm'
+    assert flag not in command(line)[1]
+    assert flag in command(f'{line} --residual-type standard')[1]
+
+
+def test_a_pipe_is_no_machine(tmp_path, command):
+    os.mkfifo(tmp_path / 'mine.yaml')
+    assert 'not a file' in command(f'27b --hardware {tmp_path}/mine.yaml')[2]
+
+
+def test_fp32_is_twice_as_wide_and_slower():
+    """Bytes of activations, messages and gathers, and fp32's products of matrices."""
+    sweep = Sweep((8,), (2,), (2,), (1,), schedule=('1f1b',))
+    wide, narrow = (
+        run_study(
+            dataclasses.replace(RECIPES['3b'].shape(), experts=None, value_bytes=width),
+            *(320, sweep, H100, BytesModel(H100)),
+        ).points[0]
+        for width in (4, 2)
+    )
+    for key in ('pp_bytes', 'tp_bytes'):
+        assert getattr(wide, key) == 2 * getattr(narrow, key) > 0
+    # fp32 gradients are reduced in either case, and weights gathered.
+    assert wide.dp_bytes == pytest.approx(8 / 6 * narrow.dp_bytes)
+    assert wide.step_s > 5 * narrow.step_s and wide.memory_gib > narrow.memory_gib
+    assert 0 < wide.mfu < 1
+    unknown = dataclasses.replace(H100, fp32_tflops=0)
+    with pytest.raises(ValueError, match='fp32_tflops=0: unknown, but the model is fp32; add'):
+        run_study(wide_shape(), 320, sweep, unknown, BytesModel(unknown))
+
+
+def wide_shape():
+    return dataclasses.replace(RECIPES['3b'].shape(), value_bytes=4)
+
+
+def test_states_of_a_model_in_fp32_need_no_master_copy():
+    width = {4: (4, 4, 8), 2: (2, 4, 12)}
+    for value_bytes, (weight, gradient, optimizer) in width.items():
+        shape = dataclasses.replace(RECIPES['3b'].shape('standard'), value_bytes=value_bytes)
+        (rank,) = rank_memory(shape, Layout(1), 320)
+        count = rank.gradients / gradient
+        assert (rank.weights, rank.optimizer) == (weight * count, optimizer * count)
+
+
+def test_kernel_times_are_of_bf16(measured):
+    times = Measured(measured({'fwd': 100.0, 'bwd': 250.0}), H100)
+    with pytest.raises(ValueError, match='times of bf16, but the model is fp32; add --bf16'):
+        times.sublayer(ResidualConfig('mhc'), 2560, 4096, value_bytes=4)

@@ -123,13 +123,15 @@ OWN = (
 def test_a_model_of_ones_own(parser, monkeypatch):
     model = own_model(OWN, None, 'mhc')
     assert (model.shape.hidden, model.shape.vocab, model.batch) == (256, 1024, 64)
-    assert model.shape.tied and model.shape.residual.enabled
+    assert model.shape.tied and model.shape.residual.enabled and model.shape.value_bytes == 2
+    assert own_model(OWN[:-1], None, 'mhc').shape.value_bytes == 4
+    assert own_model([*OWN[:-1], '--fp16'], None, 'mhc').shape.value_bytes == 2
     hardware = PRESETS['h100']
     sweep = Sweep((8,), (1, 2), (1, 2, 4), (1,))
     points = run_study(model.shape, model.batch, sweep, hardware, BytesModel(hardware)).points
     assert {point.layout.schedule for point in points} == set(PIPELINE_SCHEDULES)
     for point in points:
-        topics = model.flags(point.layout, point.residual)
+        topics = model.flags(point.layout, point.residual, point.one_queue)
         added = [word for topic in topics.values() for line in words(topic) for word in line]
         args = validated([*OWN, *added], 8, monkeypatch)
         assert args.data_parallel_size == point.layout.dp
@@ -141,7 +143,9 @@ def test_a_model_of_ones_own(parser, monkeypatch):
         ([*OWN, '--pipeline-model-parallel-size', '2'], 'that is what a study chooses; drop it'),
         ([*OWN, '--bogus'], 'unrecognized arguments: --bogus'),
         ([*OWN, '--hidden-size', '250'], 'Megatron does not take these flags'),
-        ([*OWN, '--residual-type', 'hc'], 'a study knows standard and mhc'),
+        ([*OWN, '--residual-type', 'hc'], '--residual-type hc: a study does not know'),
+        ([*OWN, '--residual-type', 'mudd'], '--residual-type mudd: a study does not know'),
+        ([*OWN, '--context-parallel-size', '2'], 'a study has no context parallelism'),
         ([*OWN, '--mtp-num-layers', '1'], '--mtp-num-layers'),
         (OWN[: OWN.index('--global-batch-size')], 'no batch; add --global-batch-size'),
         ([word for word in OWN if word not in ('--vocab-size', '1000')], 'add --vocab-size'),

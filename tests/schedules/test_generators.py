@@ -6,8 +6,10 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from megatron_mhc.schedules.catalog import SCHEDULES, forward_only, make_plan, obstacle
+from megatron_mhc.schedules.lowering import place_communication
 from megatron_mhc.schedules.plan import Kind, Op, fuse
-from megatron_mhc.schedules.validator import validate
+from megatron_mhc.schedules.plan_text import read_plan
+from megatron_mhc.schedules.validator import problems, validate
 
 NUMBERS = [(pp, m) for pp in (1, 2, 3, 4, 6, 8) for m in (1, 2, 3, 4, 6, 8, 11, 12, 16, 20)]
 V = ('zb-v', 'dualpipev', 'dualpipev-w')
@@ -73,8 +75,8 @@ def test_placements():
 
 
 # torch as oracle. A schedule object without its stages is enough for the order.
-def torch_ranks(name, pp, m, chunks=1):
-    """torch's plan, without the slots that it leaves empty and without reductions."""
+def torch_actions(name, pp, m, chunks=1):
+    """torch's plan in its own words, a list for each rank."""
     oracle = object.__new__(getattr(torch_schedules, name))
     vars(oracle).update(
         pp_group_size=pp,
@@ -88,13 +90,16 @@ def torch_ranks(name, pp, m, chunks=1):
         },
     )
     if hasattr(oracle, '_calculate_single_rank_operations'):
-        ranks = [oracle._calculate_single_rank_operations(rank) for rank in range(pp)]
-    else:
-        order = oracle._get_pipeline_order()
-        ranks = [order[rank] for rank in range(pp)]
+        return [oracle._calculate_single_rank_operations(rank) for rank in range(pp)]
+    order = oracle._get_pipeline_order()
+    return [order[rank] for rank in range(pp)]
+
+
+def torch_ranks(name, pp, m, chunks=1):
+    """The same in ours, without the slots that it leaves empty and without reductions."""
     return tuple(
         tuple(torch_op(a) for a in actions if a is not None and 'REDUCE' not in str(a))
-        for actions in ranks
+        for actions in torch_actions(name, pp, m, chunks)
     )
 
 
@@ -296,3 +301,58 @@ def test_the_catalog_describes_itself():
     for name, schedule in SCHEDULES.items():
         assert schedule.name == name and schedule.source
         assert schedule.description and '\n' not in schedule.description
+
+
+def csv_of(ranks) -> str:
+    """As torch's schedules write it: a cell for each slot of time, empty for a bubble."""
+    return '\n'.join(','.join('' if a is None else repr(a) for a in row) for row in ranks)
+
+
+def torch_with_messages(actions) -> list:
+    """What torch runs: with messages, and the gathers and reductions of sharded parameters."""
+    pp = len(actions)
+    sharded = {
+        rank: torch_schedules._add_unshard_reshard([a for a in actions[rank] if a is not None])
+        for rank in range(pp)
+    }
+    holders = [min(stage, 2 * pp - 1 - stage) for stage in range(2 * pp)]
+    found = torch_schedules._add_send_recv(sharded, holders.__getitem__, 2 * pp)
+    return [found[rank] for rank in range(pp)]
+
+
+@pytest.mark.parametrize('name', ['ScheduleDualPipeV', 'ScheduleZBVZeroBubble'])
+def test_torch_csv_is_a_plan(name):
+    """Its fused slots, its words for reductions and sharding, and messages without waits."""
+    ours = make_plan('dualpipev' if 'Dual' in name else 'zb-v', 3, 8)
+    actions = torch_actions(name, 3, 8, 2)
+    text = csv_of(actions)
+    assert ('OVERLAP_F_B' in text) == ('Dual' in name)
+    found = read_plan(text)
+    kept = [[op for op in ops if op.kind is not Kind.REDUCE] for ops in found.ranks]
+    assert tuple(map(tuple, kept)) == ours.ranks and found.placement == ours.placement
+    assert problems(found) == []
+    whole = csv_of(torch_with_messages(actions))
+    assert 'UNSHARD' in whole and 'RECV_F' in whole and 'WAIT' not in whole
+    messages = {op for _, _, op in read_plan(whole).leaves() if op.kind is Kind.WAIT}
+    assert messages == {
+        op for _, _, op in place_communication(ours).leaves() if op.kind is Kind.WAIT
+    }
+
+
+@pytest.mark.parametrize('pp, m, chunks', [('2', 4, 2), (2.0, 4, 2), (True, 4, 2), (2, '4', 2),
+                                           (2, 4.0, 2), (2, 4, None), (None, 4, 2)])  # fmt: skip
+def test_what_is_no_number_is_refused(pp, m, chunks):
+    with pytest.raises(ValueError, match='not a number of anything; give an integer'):
+        make_plan('zb-v', pp, m, chunks=chunks)
+
+
+@pytest.mark.parametrize('pp, m', [(2, 10**8), (256, 2049), (10**5, 10)])
+def test_more_than_anyone_can_follow_is_refused(pp, m):
+    with pytest.raises(ValueError, match='more than 1048576 forward passes: too many'):
+        make_plan('zb-v', pp, m)
+
+
+@pytest.mark.parametrize('name', list(SCHEDULES))
+def test_some_ranks_only(name):
+    whole, part = make_plan(name, 4, 8), make_plan(name, 4, 8, only={1, 2})
+    assert part.ranks == ((), *whole.ranks[1:3], ()) and part.placement == whole.placement

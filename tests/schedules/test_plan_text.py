@@ -4,7 +4,9 @@ import pytest
 
 from megatron_mhc.schedules.catalog import SCHEDULES, make_plan
 from megatron_mhc.schedules.lowering import lower
+from megatron_mhc.schedules.plan import Kind
 from megatron_mhc.schedules.plan_text import read_plan, write_csv, write_text
+from megatron_mhc.schedules.validator import problems
 
 
 @pytest.mark.parametrize('write', [write_text, write_csv])
@@ -36,6 +38,23 @@ def test_what_a_file_says_is_kept_for_the_validator_to_judge():
     assert read_plan(write_csv(found)) == found
 
 
+def test_words_of_torch():
+    text = '0F0,0SEND_F0,0WAIT_SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD,0WAIT_REDUCE_GRAD\n'
+    text += '1UNSHARD,1RECV_F0,1F0,1RESHARD,1B0,1SEND_B0,1REDUCE_GRAD'
+    found = read_plan(text)
+    assert problems(found) == []
+    assert ' '.join(map(str, found.ranks[1])) == ('1RECV_F0 1WAIT_F0 1F0 1B0 1SEND_B0 1REDUCE')
+    # A file of our own is taken at its word.
+    assert Kind.WAIT not in read_plan(f'schedule mine\n{text}').kinds
+
+
+@pytest.mark.parametrize('count', ['1000000000000', '9' * 400])
+def test_more_microbatches_than_anyone_can_follow(count):
+    with pytest.raises(ValueError, match='microbatches 1000000000000|digits|too many') as caught:
+        read_plan(GOOD.replace('microbatches 1', f'microbatches {count}'))
+    assert '\n' not in str(caught.value) and len(str(caught.value)) < 700
+
+
 GOOD = 'microbatches 1\nplacement 0 1\n0F0 0B0\n1F0 1B0\n'
 
 
@@ -55,6 +74,8 @@ GOOD = 'microbatches 1\nplacement 0 1\n0F0 0B0\n1F0 1B0\n'
         ('placement 0 1\n0F0 0B0\n1F0', '0B0\n', 'no forward; give a placement line'),
         ('1B0', "1B0'", "rank 1: 1B0': the placement has no such stage"),
         ('microbatches 1', 'microbatches one', 'microbatches one: give integers'),
+        ('0F0', '0F99999999999', "line 3: '0F99999999999' is not an operation"),
+        ('0F0', '(0F0;0B0)OVERLAP', r"line 3: '\(0F0;0B0\)OVERLAP' is not an operation"),
         ('microbatches 1', 'microbatches 1 2', 'microbatches: give one number'),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mhc import schedule_cli
 from megatron_mhc.cli import main
 from megatron_mhc.schedules.catalog import SCHEDULES
 
@@ -87,7 +88,7 @@ def test_compare_ranks_what_is_possible_and_explains_the_rest(schedule):
     assert 'interleaved' in out and 'refused: ' in out and 'forward-only' not in out
 
 
-@pytest.mark.parametrize('shape', ['text', 'csv', 'svg', 'trace'])
+@pytest.mark.parametrize('shape', ['text', 'csv', 'drawing', 'svg', 'trace'])
 def test_show_writes_each_format(schedule, tmp_path, shape):
     words = 'show --schedule dualpipev --pp 2 --microbatches 4 --format'
     status, out, _ = schedule(f'{words} {shape}')
@@ -122,10 +123,11 @@ def test_show_keeps_to_the_width(schedule):
     assert all(len(line) <= 70 for line in out.splitlines() if line.startswith('rank'))
 
 
+@pytest.mark.parametrize('shape', ['text', 'csv'])
 @pytest.mark.parametrize('lowered', ['', ' --lowered'])
-def test_a_plan_file_is_read_back(schedule, tmp_path, lowered):
-    path = tmp_path / 'plan.csv'
-    schedule(f'show {DUALPIPEV} --format csv --output {path}{lowered}')
+def test_a_plan_file_is_read_back(schedule, tmp_path, lowered, shape):
+    path = tmp_path / 'plan'
+    schedule(f'show {DUALPIPEV} --format {shape} --output {path}{lowered}')
     for topic in ('validate', 'simulate', 'show'):
         status, out, err = schedule(f'{topic} --plan {path} --json')
         assert (status, err) == (0, '')
@@ -175,6 +177,8 @@ def test_validate_says_what_it_proved(schedule):
         ),
         ('show --schedule 1f1b --pp 2 --microbatches 2 --width x', 'argument --width: x'),
         ('compare --pp 8', '--microbatches'),
+        (f'compare --pp {"9" * 5000} --microbatches 1', '9...: a number; give an integer'),
+        (f'simulate --schedule 1f1b --pp 2 --microbatches {"9" * 400}', '9...: a number; give'),
         ('simulate --schedule 1f1b --pp 4096 --microbatches 4096', 'too many to follow singly'),
         ('compare --pp 4096 --microbatches 4096', 'too many to follow singly'),
         ('compare --pp 8 --microbatches 8 --forward 0', 'forward=0'),
@@ -185,6 +189,26 @@ def test_wrong_input_is_one_line_and_status_2(schedule, words, text):
     status, out, err = schedule(words)
     assert (status, out) == (2, '')
     assert text in err and err.count('\n') == 1 and err.startswith('megatron-mhc schedule')
+
+
+def test_a_plan_that_reduces_already_is_completed(schedule, tmp_path):
+    path = tmp_path / 'plan'
+    path.write_text('0F0,0F1,0B0,0B1,0REDUCE_GRAD\n1F0,1B0,1F1,1B1,1REDUCE_GRAD\n')
+    status, out, _ = schedule(f'validate --plan {path}')
+    assert status == 0 and '2 REDUCE' in out and '4 SEND' in out
+
+
+def test_plans_too_large_to_follow_are_one_line(schedule, tmp_path, monkeypatch):
+    path = tmp_path / 'plan'
+    path.write_text('microbatches 1000000000000\n0F0 0B0\n')
+    assert 'more than 1048576 forward passes' in schedule(f'validate --plan {path}')[2]
+    assert 'not a file' in schedule('validate --plan /dev/zero')[2]
+    monkeypatch.setattr(schedule_cli, '_MOST_BYTES', 10)
+    assert 'at most 10: more operations' in schedule(f'validate --plan {path}')[2]
+    monkeypatch.setattr(schedule_cli, '_MOST_TIMED', 100)
+    for words in (f'simulate {DUALPIPEV}', f'show {DUALPIPEV}'):
+        assert 'operations are too many to give times singly, at most 100' in schedule(words)[2]
+    assert schedule(f'validate {DUALPIPEV}')[0] == 0
 
 
 def test_a_file_that_is_no_plan_is_refused(schedule, tmp_path):
