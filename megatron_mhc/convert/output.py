@@ -28,10 +28,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_mhc.checkpoint import TRACKER
+from megatron_mhc.checkpoint_files import CONFIG_FILE, RELEASE, TRACKER
 from megatron_mhc.convert.plain import without_group_warning
 from megatron_mhc.convert.source import (
-    COMMON_FILE,
     CONFIG,
     INDEX,
     MODEL,
@@ -42,9 +41,8 @@ from megatron_mhc.convert.source import (
     require_safetensors,
     whole,
 )
+from megatron_mhc.convert.stored import COMMON_FILE
 
-# Training starts anew from a release: iteration 0, with a new optimizer.
-RELEASE = 'release'
 SHARD_BYTES = 4 << 30
 
 
@@ -132,7 +130,7 @@ def write_distributed(root: pathlib.Path, content: Content) -> None:
         # Of all ranks, in several paragraphs; there is one.
         raise next(iter(error.failures.values()))[0] from None
     torch.save(content.common, folder / COMMON_FILE)
-    (folder / 'metadata.json').write_text(
+    (folder / CONFIG_FILE).write_text(
         json.dumps({'sharded_backend': 'torch_dist', 'sharded_backend_version': 1})
     )
     (root / TRACKER).write_text(RELEASE)
