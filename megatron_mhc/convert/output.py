@@ -141,7 +141,7 @@ def write_file(root: pathlib.Path, content: Content) -> None:
     file = root / RELEASE / TORCH_FILE
     file.parent.mkdir(parents=True)
     model = {name: content.value(name) for name in content.entries()}
-    torch.save({**content.common, 'iteration': 0, 'model': model}, file)
+    torch.save({**content.common, 'model': model}, file)
     (root / TRACKER).write_text(RELEASE)
 
 
@@ -187,11 +187,13 @@ def check_destination(path: pathlib.Path, source: pathlib.Path, overwrite: bool)
         raise ValueError(f'DST {path}: it and SRC {source} lie within each other; choose another')
     if not path.parent.is_dir():
         raise ValueError(f'DST {path}: there is no folder {path.parent} to write it to')
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return
     if not overwrite:
         raise ValueError(f'DST {path} exists; choose another, or add --overwrite')
-    if path.is_dir() and not any((path / name).exists() for name in (TRACKER, CONFIG)):
+    if not path.is_dir():
+        raise ValueError(f'DST {path} exists and is a file, so it stays; choose another')
+    if not any((path / name).exists() for name in (TRACKER, CONFIG)):
         raise ValueError(f'DST {path} exists and is no checkpoint, so it stays; choose another')
 
 

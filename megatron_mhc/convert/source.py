@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_mhc.checkpoint_files import CONFIG_FILE, RANK_FILES, TRACKER, iteration_folder
+from megatron_mhc.checkpoint_files import RANK_FILES, TRACKER, format_of, iteration_folder
 from megatron_mhc.convert.plain import check_archive, one_line, plain_load
 from megatron_mhc.convert.stored import COMMON_FILE, Stored
 
@@ -254,9 +254,10 @@ def open_source(path: pathlib.Path, step: int | None = None) -> Source:
     if not path.is_dir():
         raise ValueError(f'{path}: no such folder; name what --load would')
     own = iteration_folder(path, step, 'SRC') or path
-    if (own / CONFIG_FILE).is_file():
+    kind = format_of(own)
+    if kind == 'torch_dist':
         return DistributedSource(own)
-    if any(own.glob(RANK_FILES)):
+    if kind == 'torch':
         return FileSource(own)
     if (own / CONFIG).is_file():
         return SafetensorsSource(own)
