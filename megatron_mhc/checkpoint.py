@@ -1,79 +1,149 @@
 """Refuse a checkpoint whose residual topology differs from the run's, before a model is built.
 
 Stock Megatron loads a hyper-connection checkpoint into a standard model without a word: extra keys
-are ignored. The arguments saved in every checkpoint tell which topology it has.
+are ignored. The arguments saved in every checkpoint tell which topology it has. Reading them runs
+no code that a file names; what is more than plain values ends the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
-
-import torch
+import types
+import zipfile
+from typing import Any, NamedTuple
 
 from megatron_mhc.arguments import residual_config_from_args, same_structure
+from megatron_mhc.checkpoint_files import (
+    METADATA_FILE,
+    RANK_FILES,
+    TRACKER,
+    format_of,
+    iteration_folder,
+)
+from megatron_mhc.checkpoint_layout import check_chunks
 from megatron_mhc.config import ResidualConfig
+from megatron_mhc.convert.plain import plain_load
+from megatron_mhc.convert.stored import Stored
 
-TRACKER = 'latest_checkpointed_iteration.txt'
 # Megatron-LM's own hyper-connections, on its main and dev branches.
 FOREIGN = ('enable_mhc_connections', 'enable_hyper_connections')
 
 
-def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Namespace | None:
-    """The arguments saved with a checkpoint of any format; None where there is nothing to read.
+class Found(NamedTuple):
+    """A checkpoint that Megatron is about to load.
+
+    Attributes:
+        flag: what named it; source: the folder that it named.
+        folder: of the iteration.
+        format: on disk: ``torch_dist``, ``torch``, or another that is Megatron's alone.
+        args: those of the run that saved it; None where it has none.
+        chunks: of the ``torch`` format, the keys of the model's parts in the first rank's file.
+    """
+
+    flag: str
+    source: str
+    folder: pathlib.Path
+    format: str
+    args: argparse.Namespace | None
+    chunks: tuple[str, ...] = ()
+
+
+def find_checkpoint(flag: str, directory: str, step: int | None) -> Found | None:
+    """What is stored in the folder ``directory``, which ``flag`` named; None where nothing is.
 
     Args:
-        directory: what ``--load`` names: a folder with a tracker file.
+        step: ``--ckpt-step``, an iteration other than the tracker's.
+
+    Raises:
+        ValueError: the checkpoint is absent, damaged, or holds more than plain values.
+    """
+    if '://' in directory:
+        # An object store, which only Megatron reads.
+        return None
+    folder = iteration_folder(pathlib.Path(directory), step, flag)
+    if folder is None:
+        return None
+    try:
+        kind = format_of(folder)
+        if kind == 'torch_dist':
+            state = _common(folder)
+        elif kind == 'torch':
+            # Mapped, so that of one file per rank only the arguments are read.
+            file = min(folder.glob(RANK_FILES))
+            state = plain_load(file, mmap=zipfile.is_zipfile(file))
+        elif kind is None:
+            raise ValueError(
+                f'{folder.name} holds no checkpoint: neither metadata.json and {METADATA_FILE} nor '
+                f'{RANK_FILES}'
+            )
+        else:
+            return Found(flag, directory, folder, kind, None)
+        args = _arguments(state)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f'{flag} {directory}: {error}; choose another iteration with --ckpt-step'
+        ) from error
+    chunks = tuple(key for key in state if key.startswith('model'))
+    return Found(flag, directory, folder, kind, args, chunks if kind == 'torch' else ())
+
+
+def _common(folder: pathlib.Path) -> dict[str, Any]:
+    if not (folder / METADATA_FILE).exists():
+        raise ValueError(f'{folder.name} has no {METADATA_FILE}, so its tensors cannot be found')
+    return Stored(folder).common()
+
+
+def _arguments(state: Any) -> argparse.Namespace | None:
+    if not isinstance(state, dict):
+        raise ValueError(f'it holds a {type(state).__name__}, and no checkpoint of Megatron')
+    if 'args' not in state:
+        return None
+    args = state['args']
+    if not isinstance(args, argparse.Namespace | types.SimpleNamespace):
+        raise ValueError(
+            f'its saved arguments are a {type(args).__name__} where Megatron saves a Namespace, so '
+            'its model cannot be told'
+        )
+    return args
+
+
+def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Namespace | None:
+    """The arguments saved with what ``--load`` names; None where there are none.
+
+    Args:
         step: ``--ckpt-step``, an iteration other than the tracker's.
 
     Raises:
         ValueError: the checkpoint cannot be read.
     """
-    folder = iteration_folder(pathlib.Path(directory), step)
-    try:
-        if (folder / 'metadata.json').is_file():
-            from megatron.core.dist_checkpointing import load_common_state_dict
-
-            return load_common_state_dict(str(folder)).get('args')
-        # One file per rank: mapped, so that only the arguments are read. It is a pickle, as it is
-        # for Megatron, which loads it whole a moment later.
-        file = min(folder.glob('mp_rank_00*/model_optim_rng.pt'), default=None)
-        if file is None:
-            return None
-        state = torch.load(file, map_location='cpu', mmap=True, weights_only=False)
-        return state.get('args')
-    except Exception as error:  # readers of several formats, each with errors of its own
-        raise ValueError(
-            f'--load {directory}: {folder.name} cannot be read ({type(error).__name__}: '
-            f'{str(error).splitlines()[0] if str(error) else "no message"}); choose another '
-            'iteration with --ckpt-step'
-        ) from error
+    found = find_checkpoint('--load', directory, step)
+    return None if found is None else found.args
 
 
-def iteration_folder(root: pathlib.Path, step: int | None) -> pathlib.Path:
-    """The iteration's folder, chosen as Megatron chooses it: a release stays one at any step."""
-    tracker = root / TRACKER
-    written = tracker.read_text().strip() if tracker.is_file() else ''
-    if written == 'release':
-        return root / written
-    return root / f'iter_{step or written:0>7}'
-
-
-def check_checkpoint(saved: argparse.Namespace, residual: ResidualConfig, source: str) -> None:
+def check_checkpoint(
+    saved: argparse.Namespace, residual: ResidualConfig, source: str, flag: str = '--load'
+) -> None:
     """Raise ValueError unless weights saved with ``saved`` fit a model built with ``residual``."""
     for name in FOREIGN:
         if getattr(saved, name, False):
             raise ValueError(
-                f"--load {source}: the checkpoint was trained with Megatron-LM's own {name}, whose "
+                f"{flag} {source}: the checkpoint was trained with Megatron-LM's own {name}, whose "
                 f'weights are laid out otherwise; `megatron-mhc convert {source} NEW --to mhc` '
                 'makes one that fits'
             )
     # Megatron-LM stores flags of the same names in checkpoints that do not use them.
     ours = hasattr(saved, 'residual_type')
-    stored = residual_config_from_args(saved) if ours else ResidualConfig('standard')
+    try:
+        stored = residual_config_from_args(saved) if ours else ResidualConfig('standard')
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{flag} {source}: its saved arguments cannot be understood ({error}); choose another '
+            'iteration with --ckpt-step'
+        ) from error
     if not same_structure(stored, residual):
         raise ValueError(
-            f'--load {source}: the checkpoint was trained with residual connections '
+            f'{flag} {source}: the checkpoint was trained with residual connections '
             f'[{stored.describe()}] but this run asks for [{residual.describe()}]; '
             f'{_remedy(stored, residual, source)}'
         )
@@ -105,32 +175,60 @@ def _remedy(stored: ResidualConfig, residual: ResidualConfig, source: str) -> st
 
 
 def saved_arguments(args: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
-    """Source and arguments of what Megatron may load: ``--load``, else ``--pretrained-checkpoint``.
+    """Source and arguments of each checkpoint that Megatron may load, where it has any."""
+    return [
+        (found.source, found.args) for found in found_checkpoints(args) if found.args is not None
+    ]
+
+
+def found_checkpoints(args: argparse.Namespace) -> list[Found]:
+    """What Megatron may load: ``--load``, or ``--pretrained-checkpoint`` where that has nothing.
 
     Non-persistent checkpoints lie in a folder of their own, and the newer of the two is loaded.
+
+    Raises:
+        ValueError: one of them cannot be loaded, or ``--pretrained-checkpoint`` has none.
     """
-    if args.load:
+    flag, directory = '--load', args.load
+    pretrained = getattr(args, 'pretrained_checkpoint', None)
+    if pretrained and not (directory and (pathlib.Path(directory) / TRACKER).is_file()):
+        flag, directory = '--pretrained-checkpoint', pretrained
+        if '://' not in pretrained and not (pathlib.Path(pretrained) / TRACKER).is_file():
+            raise ValueError(
+                f'{flag} {pretrained}: there is no {TRACKER} in it; name a folder that --save wrote'
+            )
+    if not directory:
+        return []
+    places = [(flag, directory, args.ckpt_step)]
+    if getattr(args, 'non_persistent_ckpt_type', None) == 'global':
         apart = getattr(args, 'non_persistent_global_ckpt_dir', None)
-        beside = pathlib.Path(args.load) / 'non_persistent'
-        found = [
-            (source, saved)
-            for source, step in ((args.load, args.ckpt_step), (apart or str(beside), None))
-            if (saved := checkpoint_arguments(source, step)) is not None
-        ]
-    else:
-        found = []
-    if not found and getattr(args, 'pretrained_checkpoint', None):
-        saved = checkpoint_arguments(args.pretrained_checkpoint)
-        found = [(args.pretrained_checkpoint, saved)] if saved is not None else []
-    return found
+        beside = str(pathlib.Path(directory) / 'non_persistent')
+        name = '--non-persistent-global-ckpt-dir' if apart else flag
+        places.append((name, apart or beside, None))
+    found = (find_checkpoint(*place) for place in places)
+    return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
 def check_checkpoints_of(args: argparse.Namespace, residual: ResidualConfig) -> None:
-    """Check the residual topology of the checkpoint that Megatron will load."""
-    for source, saved in saved_arguments(args):
-        check_checkpoint(saved, residual, source)
+    """Check the checkpoint that Megatron will load: readable, of this topology, and of this layout.
+
+    Raises:
+        ValueError: it cannot be loaded, or would leave a part of the model as it was initialised.
+    """
+    for found in found_checkpoints(args):
+        own = residual.residual_type != 'standard' or getattr(args, 'engram_layers', None)
+        if found.args is None and own:
+            raise ValueError(
+                f'{found.flag} {found.source}: {found.folder.name} has no saved arguments, so '
+                f'nothing tells whether its weights fit --residual-type {residual.residual_type}; '
+                'load what Megatron saved or `megatron-mhc convert` wrote'
+            )
+        check_chunks(args, found)
+        if found.args is None:
+            continue
+        check_checkpoint(found.args, residual, found.source, found.flag)
         if args.load and loads_optimizer(args):
-            check_optimizer_state(saved, residual, source)
+            check_optimizer_state(found.args, residual, found.source)
 
 
 def loads_optimizer(args: argparse.Namespace) -> bool:

@@ -73,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='run both models on random tokens, in fp32 on the CPU, and compare their logits',
     )
     parser.add_argument(
+        '--unchecked',
+        action='store_true',
+        help='convert without comparing SRC with the model that its saved arguments describe: for '
+        'models that pretrain_gpt.py does not build',
+    )
+    parser.add_argument(
         '--overwrite', action='store_true', help='replace the checkpoint DST, once the new is whole'
     )
 
@@ -98,6 +104,7 @@ def main(options: argparse.Namespace) -> int:
             dry_run=options.dry_run,
             verify=options.verify,
             overwrite=options.overwrite,
+            unchecked=options.unchecked,
             progress=_progress,
         )
     except (ValueError, OSError) as error:

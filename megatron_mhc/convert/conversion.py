@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from megatron_mhc.convert.complete import check_model, check_parts
 from megatron_mhc.convert.layouts import LAYOUTS, SUBLAYERS, Layout, Streams, to_tensors
 from megatron_mhc.convert.maps import EPS, differences
 from megatron_mhc.convert.output import (
@@ -85,6 +86,7 @@ def convert(
     dry_run: bool = False,
     verify: bool = False,
     overwrite: bool = False,
+    unchecked: bool = False,
     progress: Callable[[int], contextlib.AbstractContextManager] | None = None,
 ) -> Report:
     """Convert a checkpoint; needs neither a GPU nor a process group.
@@ -99,6 +101,8 @@ def convert(
         dry_run: write nothing.
         verify: run both models on random tokens and compare their logits.
         overwrite: replace the checkpoint at ``destination``, once the new one is whole.
+        unchecked: do not ask that the source has every weight of the model that its saved
+            arguments describe, for one that ``pretrain_gpt.py`` does not build.
         progress: makes a context manager of the number of bytes, which gives a function to be told
             of those written.
 
@@ -127,9 +131,12 @@ def convert(
         streams = read_streams(opened, described)
     stacked = to != 'deepseek-v4' and are_stacked(carried)
     new = to_tensors(streams, layout, stacked)
+    check_parts(opened)
+    if not unchecked:
+        check_model(opened, origin)
     factor = (upcycling or {}).get('init_gating_factor')
     args = converted_args(opened.args, streams, layout, factor)
-    content = Content(opened, carried, new, {**opened.common, 'args': args})
+    content = Content(opened, carried, new, {**opened.common, 'args': args, 'iteration': 0})
     report = Report(
         described.name,
         to,

@@ -28,10 +28,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_mhc.checkpoint import TRACKER
+from megatron_mhc.checkpoint_files import CONFIG_FILE, RELEASE, TRACKER
 from megatron_mhc.convert.plain import without_group_warning
 from megatron_mhc.convert.source import (
-    COMMON_FILE,
     CONFIG,
     INDEX,
     MODEL,
@@ -42,9 +41,8 @@ from megatron_mhc.convert.source import (
     require_safetensors,
     whole,
 )
+from megatron_mhc.convert.stored import COMMON_FILE
 
-# Training starts anew from a release: iteration 0, with a new optimizer.
-RELEASE = 'release'
 SHARD_BYTES = 4 << 30
 
 
@@ -132,7 +130,7 @@ def write_distributed(root: pathlib.Path, content: Content) -> None:
         # Of all ranks, in several paragraphs; there is one.
         raise next(iter(error.failures.values()))[0] from None
     torch.save(content.common, folder / COMMON_FILE)
-    (folder / 'metadata.json').write_text(
+    (folder / CONFIG_FILE).write_text(
         json.dumps({'sharded_backend': 'torch_dist', 'sharded_backend_version': 1})
     )
     (root / TRACKER).write_text(RELEASE)
@@ -143,7 +141,7 @@ def write_file(root: pathlib.Path, content: Content) -> None:
     file = root / RELEASE / TORCH_FILE
     file.parent.mkdir(parents=True)
     model = {name: content.value(name) for name in content.entries()}
-    torch.save({**content.common, 'iteration': 0, 'model': model}, file)
+    torch.save({**content.common, 'model': model}, file)
     (root / TRACKER).write_text(RELEASE)
 
 
@@ -189,11 +187,13 @@ def check_destination(path: pathlib.Path, source: pathlib.Path, overwrite: bool)
         raise ValueError(f'DST {path}: it and SRC {source} lie within each other; choose another')
     if not path.parent.is_dir():
         raise ValueError(f'DST {path}: there is no folder {path.parent} to write it to')
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return
     if not overwrite:
         raise ValueError(f'DST {path} exists; choose another, or add --overwrite')
-    if path.is_dir() and not any((path / name).exists() for name in (TRACKER, CONFIG)):
+    if not path.is_dir():
+        raise ValueError(f'DST {path} exists and is a file, so it stays; choose another')
+    if not any((path / name).exists() for name in (TRACKER, CONFIG)):
         raise ValueError(f'DST {path} exists and is no checkpoint, so it stays; choose another')
 
 

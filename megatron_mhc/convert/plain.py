@@ -12,6 +12,8 @@ import io
 import pathlib
 import pickle
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +21,10 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 # What readers raise for a file that is cut short or damaged.
-_BROKEN = (RuntimeError, OSError, EOFError, KeyError, AttributeError, IndexError, ValueError)
+_BROKEN = (
+    *(RuntimeError, OSError, EOFError, KeyError, AttributeError, IndexError, ValueError),
+    *(TypeError, MemoryError, OverflowError, NotImplementedError),
+)
 _CHECKPOINT = 'torch.distributed.checkpoint.'
 _METADATA_CLASSES = {
     (_CHECKPOINT + module, name)
@@ -55,6 +60,26 @@ def plain_load(file: pathlib.Path | io.BytesIO, name: str = '', **options: Any) 
     missing = [entry for entry in SAFE_GLOBALS if entry not in known]
     with one_line(name or str(file)), torch.serialization.safe_globals(missing):
         return torch.load(file, map_location='cpu', weights_only=True, **options)
+
+
+def check_archive(file: pathlib.Path | io.BytesIO, name: str = '') -> None:
+    """Compare the checksums of what ``torch.save`` wrote, which ``torch.load`` does not.
+
+    Raises:
+        ValueError: one of them differs.
+    """
+    name = name or str(file)
+    if not zipfile.is_zipfile(file):
+        # Of torch's older format, or cut short: loading it tells which.
+        return
+    with one_line(name, zipfile.BadZipFile, zlib.error):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(
+            f'{name} is damaged: the checksum of {damaged} differs; take another copy, or another '
+            'iteration'
+        )
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -10,21 +10,19 @@ import io
 import json
 import pathlib
 import re
+import zipfile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_mhc.checkpoint import TRACKER, iteration_folder
-from megatron_mhc.convert.plain import load_metadata, one_line, plain_load
+from megatron_mhc.checkpoint_files import RANK_FILES, TRACKER, format_of, iteration_folder
+from megatron_mhc.convert.plain import check_archive, one_line, plain_load
+from megatron_mhc.convert.stored import COMMON_FILE, Stored
 
 # What belongs to a run, not to a model.
 RUN_STATE = ('optimizer.', 'chained_', 'rng_state', 'rerun_state_machine_state', 'common_state')
-COMMON = 'common_state/shard_0_1'
-COMMON_FILE = 'common.pt'
 TORCH_FILE = 'mp_rank_00/model_optim_rng.pt'
 # Of the common state, what describes the weights.
 KEPT = ('args', 'checkpoint_version', 'content_metadata')
@@ -86,6 +84,10 @@ class Source:
 
     def __init__(self, folder: pathlib.Path, common: dict[str, Any]) -> None:
         self.folder = folder
+        if not isinstance(common, dict):
+            raise ValueError(
+                f'{folder} holds a {type(common).__name__}: it is no checkpoint of Megatron-Core'
+            )
         self.args = common.get('args')
         if not isinstance(self.args, argparse.Namespace):
             raise ValueError(
@@ -133,69 +135,23 @@ class DistributedSource(Source):
     format = 'torch_dist'
 
     def __init__(self, folder: pathlib.Path) -> None:
-        metadata = load_metadata(folder / '.metadata')
-        self.folder = folder
-        self.reader = FileSystemReader(folder)
-        self.reader.set_up_storage_reader(metadata, is_coordinator=True)
-        stored = metadata.state_dict_metadata
-        if (folder / COMMON_FILE).is_file():
-            common = plain_load(folder / COMMON_FILE)
-        elif COMMON in stored:
-            common = plain_load(self.opaque(COMMON), f'{folder}: its common state')[0]
-        else:
-            raise ValueError(
-                f'{folder} has neither {COMMON_FILE} nor a common state: it is no checkpoint of '
-                'Megatron-Core'
-            )
-        super().__init__(folder, common)
-        for name, entry in stored.items():
+        self.stored = Stored(folder)
+        super().__init__(folder, self.stored.common())
+        for name, entry in self.stored.entries.items():
             if name.startswith(RUN_STATE):
                 self.left_out += 1
             elif isinstance(entry, TensorStorageMetadata):
-                chunks = tuple(Chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)
-                self.entries[name] = Entry(tuple(entry.size), entry.properties.dtype, chunks)
+                with one_line(f'{folder}: {name}'):
+                    chunks = tuple(Chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)
+                    self.entries[name] = Entry(tuple(entry.size), entry.properties.dtype, chunks)
             else:
                 self.entries[name] = Entry(None, None)
 
     def chunk(self, name: str, chunk: Chunk) -> Tensor:
-        value = torch.empty(chunk.sizes, dtype=self.entries[name].dtype)
-        self._read(name, LoadItemType.TENSOR, value, chunk)
-        return value
+        return self.stored.tensor(name, *chunk, self.entries[name].dtype)
 
     def opaque(self, name: str) -> io.BytesIO:
-        value = io.BytesIO()
-        self._read(name, LoadItemType.BYTE_IO, value)
-        value.seek(0)
-        return value
-
-    def _read(
-        self, name: str, kind: LoadItemType, into: Tensor | io.BytesIO, chunk: Chunk | None = None
-    ) -> None:
-        offsets, sizes = (torch.Size(part) for part in chunk or ((), ()))
-        index = MetadataIndex(name, None if chunk is None else offsets)
-        start = torch.Size([0] * len(sizes))
-        item = ReadItem(kind, index, start, index, start, sizes)
-        with one_line(f'{self.folder}: {name}'):
-            self.reader.read_data(LoadPlan([item]), _Into(into)).wait()
-
-
-class _Into:
-    """The part of ``LoadPlanner`` that a reader calls, for one tensor or opaque state.
-
-    torch's own planner would unpickle the opaque ones.
-    """
-
-    def __init__(self, target: Tensor | io.BytesIO) -> None:
-        self.target = target
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.target.write(value.getbuffer())
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        return self.target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+        return io.BytesIO(self.stored.read(name))
 
 
 class FileSource(Source):
@@ -204,16 +160,17 @@ class FileSource(Source):
     format = 'torch'
 
     def __init__(self, folder: pathlib.Path) -> None:
-        files = sorted(folder.glob('mp_rank_*/model_optim_rng.pt'))
+        files = sorted(folder.glob(RANK_FILES))
         if files != [folder / TORCH_FILE]:
             raise ValueError(
                 f'{folder} is split over {len(files)} files by tensor or pipeline parallelism; '
                 'save it in the distributed format first, with '
                 '--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER'
             )
-        state = plain_load(files[0], mmap=True)
+        check_archive(files[0])
+        state = plain_load(files[0], mmap=zipfile.is_zipfile(files[0]))
         super().__init__(folder, state)
-        if 'model' not in state:
+        if not isinstance(state.get('model'), dict):
             raise ValueError(
                 f'{files[0]} has no "model": virtual pipeline stages are saved apart; save it with '
                 '--ckpt-format torch_dist'
@@ -245,6 +202,7 @@ class SafetensorsSource(Source):
             args = {ours: self.config[name] for ours, name in SHAPE.items()}
         common = {'args': argparse.Namespace(**args)}
         if (folder / COMMON_FILE).is_file():
+            check_archive(folder / COMMON_FILE)
             common = plain_load(folder / COMMON_FILE)
         super().__init__(folder, common)
         names = {MODEL}
@@ -295,10 +253,11 @@ def open_source(path: pathlib.Path, step: int | None = None) -> Source:
     """
     if not path.is_dir():
         raise ValueError(f'{path}: no such folder; name what --load would')
-    own = iteration_folder(path, step) if step or (path / TRACKER).is_file() else path
-    if (own / 'metadata.json').is_file():
+    own = iteration_folder(path, step, 'SRC') or path
+    kind = format_of(own)
+    if kind == 'torch_dist':
         return DistributedSource(own)
-    if any(own.glob('mp_rank_*/model_optim_rng.pt')):
+    if kind == 'torch':
         return FileSource(own)
     if (own / CONFIG).is_file():
         return SafetensorsSource(own)

@@ -1,0 +1,176 @@
+"""Compare a checkpoint with the model that its arguments describe, before anything is written.
+
+The model is Megatron's own, built on the meta device, so without memory, and in a process of its
+own, since it needs process groups:
+
+    python -m megatron_mhc.convert.complete SRC LAYOUT
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from megatron_mhc.convert.source import OPAQUE, Chunk, Entry, Source, open_source
+
+# Parameters of streams are checked against n and C as they are read.
+STREAMS = ('_hyper_connection.', 'stream_merge.', 'hc_head')
+# Transformer Engine keeps a norm with the linear layer behind it.
+FUSED = (
+    ('.input_layernorm.', '.self_attention.linear_qkv.layer_norm_'),
+    ('.pre_mlp_layernorm.', '.mlp.linear_fc1.layer_norm_'),
+)
+Expected = dict[str, tuple[list[int], str]]
+
+
+def check_parts(source: Source) -> None:
+    """Raise ValueError unless the parts of each tensor cover it, all of it and none of it twice."""
+    for name, entry in source.entries.items():
+        if entry.shape is None:
+            continue
+        where = f'{source.folder}: {name} {list(entry.shape)}'
+        for chunk in entry.chunks:
+            ends = (start + size for start, size in zip(*chunk, strict=True))
+            bounds = zip(chunk.offsets, ends, entry.shape, strict=True)
+            if any(start < 0 or end > size for start, end, size in bounds):
+                raise ValueError(f'{where} has a part outside of it; take another copy')
+        sizes = [torch.Size(chunk.sizes).numel() for chunk in entry.chunks]
+        if sum(sizes) != torch.Size(entry.shape).numel():
+            raise ValueError(f'{where}: parts of it are missing; take another copy')
+        if _overlap(entry):
+            raise ValueError(f'{where} has parts that overlap, so others are missing; take another')
+
+
+def _overlap(entry: Entry) -> bool:
+    def meet(a: Chunk, b: Chunk) -> bool:
+        return all(
+            x < y + m and y < x + n
+            for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+        )
+
+    return any(meet(a, b) for a, b in itertools.combinations(entry.chunks, 2))
+
+
+def check_model(source: Source, origin: str) -> None:
+    """Raise ValueError unless the checkpoint holds every weight of its model, as it has to be.
+
+    Args:
+        origin: layout of the source, as ``--from`` has it.
+    """
+    if not hasattr(source.args, 'padded_vocab_size'):
+        # Of another library, whose model is none of Megatron's; its arguments are those of mHC.
+        return
+    named, sharded = _expected(str(source.folder), origin, _key(source))
+    missing, strange = min(
+        (_compare(source, expected) for expected in (named, sharded)),
+        key=lambda found: len(found[0]),
+    )
+    if missing:
+        raise ValueError(
+            f'{source.folder}: {missing[0]} is missing, a weight of the model that the saved '
+            'arguments describe; take another copy or another iteration, or add --unchecked where '
+            'the model is not the one that pretrain_gpt.py builds'
+        )
+    if strange:
+        raise ValueError(
+            f'{source.folder}: {strange[0]}: the checkpoint and its saved arguments do not belong '
+            'together; take another copy or another iteration'
+        )
+
+
+def _compare(source: Source, expected: Expected) -> tuple[list[str], list[str]]:
+    missing, strange = [], []
+    dtypes = (torch.float32, getattr(source.args, 'params_dtype', torch.float32))
+    for name, (shape, dtype) in expected.items():
+        entry = source.entries.get(name) or source.entries.get(_fused(name))
+        if entry is None or entry.shape is None:
+            missing.append(name)
+        elif list(entry.shape) != shape:
+            strange.append(f'{name} has shape {list(entry.shape)} where its model has {shape}')
+        elif entry.dtype not in dtypes and str(entry.dtype) != dtype:
+            strange.append(f'{name} is recorded as {entry.dtype} where its model has {dtypes[-1]}')
+    return missing, strange
+
+
+def _fused(name: str) -> str:
+    for apart, joined in FUSED:
+        name = name.replace(apart, joined)
+    return name
+
+
+def _key(source: Source) -> str:
+    """What decides the model: the same arguments and layer names give the same answer."""
+    return f'{sorted(map(str, vars(source.args).items()))} {source.common.get("content_metadata")}'
+
+
+@functools.lru_cache(maxsize=8)
+def _expected(folder: str, origin: str, key: str) -> tuple[Expected, Expected]:
+    command = [sys.executable, '-m', __spec__.name, folder, origin]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+        raise ValueError(
+            f'{folder}: the model that its saved arguments describe cannot be built here '
+            f'({reason}), so nothing tells whether the checkpoint is whole; add --unchecked to '
+            'convert what it holds'
+        )
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(argv: list[str]) -> None:
+    """Print names, shapes and dtypes: of the ``torch`` format, and of ``torch_dist``."""
+    from megatron_mhc.bootstrap import prepare
+
+    prepare('cpu')
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from megatron_mhc.convert.saved_args import describe
+    from megatron_mhc.convert.verify import build
+
+    folder, origin = argv
+    with tempfile.TemporaryDirectory() as store:
+        torch.distributed.init_process_group(
+            'gloo', init_method=f'file://{store}/store', rank=0, world_size=1
+        )
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        source = open_source(pathlib.Path(folder))
+        with torch.device('meta'):
+            model = build(source, describe(source, origin))
+        parts = model.sharded_state_dict(metadata=dict(source.common.get('content_metadata') or {}))
+        apply_factories(parts)
+        found = [part for part in nested_values(parts) if isinstance(part, ShardedTensor)]
+        tables = (
+            {name: (value.shape, value.dtype) for name, value in _tensors(model).items()},
+            {part.key: (part.global_shape, part.dtype) for part in found},
+        )
+        torch.distributed.destroy_process_group()
+    print(
+        json.dumps(
+            [
+                {
+                    name: (list(shape), str(dtype))
+                    for name, (shape, dtype) in table.items()
+                    if OPAQUE not in name and not any(part in name for part in STREAMS)
+                }
+                for table in tables
+            ]
+        )
+    )
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
