@@ -68,6 +68,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
         MONITOR_PATCHES,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
+        SCHEDULE_TRAINING_PATCHES,
         TRAINING_PATCHES,
     )
 
@@ -92,7 +93,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     if engram is not None:
         apply(ENGRAM_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
-        apply(SCHEDULE_PATCHES)
+        apply(SCHEDULE_PATCHES + SCHEDULE_TRAINING_PATCHES)
     if lr_steps:
         apply((LR_STEPS_PATCH,))
     if monitor is not None:

@@ -168,6 +168,23 @@ def test_shapes_on_a_ring_of_two_need_overlap(parse, overlap):
             check_ring_of_two(config)
 
 
+@pytest.mark.parametrize(
+    ('flags', 'advised'),
+    [
+        (f'{V} {DIST} --save x', True),
+        (f'{V} {DIST} --save x --dist-ckpt-optim-fully-reshardable', False),
+        (f'{V} {DIST} --save x --no-save-optim', False),
+        (f'{V} {DIST}', False),
+        (f'{V} --save x', False),
+        (f'{PP4} {DIST} --save x', False),
+    ],
+)
+def test_state_that_only_the_same_layout_can_load_is_told_of(parse, capsys, flags, advised):
+    refusal.announce.cache_clear()
+    parse(*flags.split())
+    assert ('add --dist-ckpt-optim-fully-reshardable' in capsys.readouterr().out) == advised
+
+
 def test_hardware_queues_are_advised_on(parse, monkeypatch, capsys):
     for connections, advised in (('1', True), ('32', False)):
         refusal.announce.cache_clear()
