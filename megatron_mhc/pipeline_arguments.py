@@ -139,6 +139,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
         return None
     check_pipeline_constraints(args, pipeline)
     _lay_out(args)
+    advise_on_optimizer_state(args, 'will be saved')
     ranks = args.pipeline_model_parallel_size
     recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
     for microbatches in _microbatch_counts(args):
@@ -174,6 +175,23 @@ def _advise_on_connections(args: argparse.Namespace) -> None:
         announce(
             f'CUDA_DEVICE_MAX_CONNECTIONS={connections}: streams share that many hardware queues, '
             f'so stage communication and F_post,res can be stuck behind other compute; {remedy}'
+        )
+
+
+def advise_on_optimizer_state(args: argparse.Namespace, when: str) -> None:
+    """Say that optimizer state of a V is bound to its layout, unless a flag of Megatron's is set.
+
+    Args:
+        args: of a run on the inverted V.
+        when: what has become of the state, in words.
+    """
+    sharded = getattr(args, 'use_distributed_optimizer', False) and not args.no_save_optim
+    if args.save and sharded and not args.dist_ckpt_optim_fully_reshardable:
+        announce(
+            f'--use-distributed-optimizer: optimizer state {when} as --pipeline-schedule '
+            f'{args.pipeline_schedule} and this layout divide it; another schedule, TP or PP can '
+            'then resume with --no-load-optim only ("Global shape mismatch" otherwise); add '
+            '--dist-ckpt-optim-fully-reshardable to the run that saves'
         )
 
 

@@ -26,7 +26,6 @@ from megatron_mhc.pipeline_proof import proved_plan
 from megatron_mhc.pipeline_verify import run_twice
 from megatron_mhc.schedules.executor import in_turn, run_plan
 from megatron_mhc.schedules.executor_lanes import run_lanes
-from megatron_mhc.tied_embedding import sum_tied_gradients
 
 
 def run_pipeline_step(
@@ -163,7 +162,6 @@ def finalize(
         pg_collection=pg_collection,
         force_all_reduce=force_all_reduce,
     )
-    sum_tied_gradients(model)
 
 
 def verifies_next_step(config: Any, pipeline: PipelineConfig) -> bool:

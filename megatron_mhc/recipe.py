@@ -302,6 +302,8 @@ def parallel_flags(layers: int, layout: Layout, one_queue: bool) -> Flags:
         'expert-model-parallel-size': layout.ep,
         'use-distributed-optimizer': True,
         'overlap-grad-reduce': True,
+        # So that another layout or schedule can go on with the optimizer's state.
+        'dist-ckpt-optim-fully-reshardable': True,
     }
     if layout.tp > 1:
         flags['sequence-parallel'] = True

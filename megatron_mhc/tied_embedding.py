@@ -1,9 +1,10 @@
-"""Word embedding and output layer that share a weight, when both ends are on one pipeline rank.
+"""Copies of the word embedding in several chunks of one pipeline rank: filled, and summed.
 
-Megatron keeps one copy in the first stage's chunk and one in the last's and all-reduces both
-between pipeline ranks. On the inverted V the two chunks are on the same rank, so the group of that
-all-reduce has one member; the copies are filled and their gradients summed here, with no
-communication. Multi-token prediction has a copy of the word embedding in the last chunk too.
+Megatron all-reduces the copies between pipeline ranks. Where one rank holds all of them, that group
+has one member: on the inverted V with tied embeddings, and wherever multi-token prediction is in
+another chunk of the embedding's rank. The second copy would start at zero and go its own way; it is
+filled and the gradients are summed here, with no communication. ``embedding_copies`` says which
+layouts these are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import weakref
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.utils import get_attr_wrapped_model
 from torch import nn
 
@@ -26,9 +28,20 @@ def has_second_copy(chunk: nn.Module) -> bool:
     return bool(tied or getattr(chunk, 'mtp_process', False))
 
 
+def drop_unused_output_weight(chunk: nn.Module) -> None:
+    """Free the output weight of a chunk that multiplies by its copy of the embedding instead.
+
+    Megatron leaves it out of a model on one pipeline rank, and on several it stops at the first
+    checkpoint because it is there.
+    """
+    multiplies = getattr(chunk, 'mtp_process', False) and chunk.share_embeddings_and_output_weights
+    if multiplies and chunk.post_process and isinstance(chunk.output_layer, ColumnParallelLinear):
+        chunk.output_layer.weight = None
+
+
 @torch.no_grad()
 def tie(chunk: nn.Module) -> None:
-    """Fill the last chunk's copy; called for every GPT chunk as soon as it is built.
+    """Fill the second copy of a rank that holds all; called for every chunk as it is built.
 
     Raises:
         RuntimeError: the chunk with the embedding was not built before it on this rank.
@@ -48,16 +61,24 @@ def tie(chunk: nn.Module) -> None:
     copy.copy_(source)
     # The distributed optimizer must divide both copies the same way over its ranks.
     source.shared_embedding = copy.shared_embedding = True
+    # Copies are trained alike only by the same optimizer: 0.17 forgets the mark by which Muon knows
+    # the copy of the prediction layers.
+    copy.is_embedding_or_output_parameter = True
 
 
 @torch.no_grad()
 def sum_tied_gradients(model: list[nn.Module]) -> None:
-    """Give both copies the sum of their gradients, after the reduction over data-parallel ranks."""
+    """Give the copies on this rank the sum of their gradients, once data-parallel ranks agree."""
+    if len(model) < 2:
+        return
     chunks = [get_attr_wrapped_model(m, 'pre_process', return_model_obj=True) for m in model]
+    first = next((chunk for chunk in chunks if chunk.pre_process), None)
     for last in chunks:
-        if not has_second_copy(last):
+        if first is None or not has_second_copy(last):
             continue
-        first = next(chunk for chunk in chunks if chunk.pre_process)
-        gradients = [c.shared_embedding_or_output_weight().main_grad for c in (first, last)]
-        gradients[0].add_(gradients[1])
-        gradients[1].copy_(gradients[0])
+        weights = [c.shared_embedding_or_output_weight() for c in (first, last)]
+        # A frozen embedding has no gradient.
+        if all(weight.requires_grad for weight in weights):
+            own, other = (weight.main_grad for weight in weights)
+            own.add_(other)
+            other.copy_(own)

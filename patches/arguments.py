@@ -14,6 +14,7 @@ from collections.abc import Callable
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
 from megatron_mhc.constraints import check_constraints
+from megatron_mhc.embedding_copies import check_embedding_copies
 from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
 from megatron_mhc.engram.resume import check_memory_of
 from megatron_mhc.kernel_choice import announce_kernels
@@ -62,11 +63,12 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     # Imported here: the patches import megatron.core, which --help does not need.
     from megatron_mhc.patches.registry import (
         ENGRAM_PATCHES,
-        GPT_MODEL_PATCH,
         LR_STEPS_PATCH,
+        MODEL_PATCHES,
         MONITOR_PATCHES,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
+        SCHEDULE_TRAINING_PATCHES,
         TRAINING_PATCHES,
     )
 
@@ -83,21 +85,24 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     pipeline = resolve_pipeline(namespace)
     lr_steps = resolve_lr_steps(namespace)
     monitor = resolve_monitor(namespace)
+    high = namespace.mhc_post_stream == 'high'
+    ours = residual.enabled or engram is not None or pipeline is not None or high
+    check_embedding_copies(namespace, patched=ours)
     if residual.enabled:
         apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
     if engram is not None:
         apply(ENGRAM_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
-        apply(SCHEDULE_PATCHES)
+        apply(SCHEDULE_PATCHES + SCHEDULE_TRAINING_PATCHES)
     if lr_steps:
         apply((LR_STEPS_PATCH,))
     if monitor is not None:
         apply(MONITOR_PATCHES)
-    if namespace.mhc_post_stream == 'high':
+    if high:
         from megatron_mhc.post_stream import check_post_stream
 
         check_post_stream(namespace)
-        apply((GPT_MODEL_PATCH,))
+        apply(MODEL_PATCHES)
 
 
 def _error(parser: argparse.ArgumentParser, original: Callable, message: str) -> None:

@@ -17,13 +17,14 @@ from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
 from megatron_mhc.block import widen_block
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.constraints import check_constraints
+from megatron_mhc.embedding_copies import check_embedding_group, one_rank_holds_all
 from megatron_mhc.engram.arguments import engram_of
 from megatron_mhc.engram.memory import attach, prepare_engram
 from megatron_mhc.inverted_v_layout import stage_of
 from megatron_mhc.mudd.layer import connect_densely
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
-from megatron_mhc.patches.p2p import negotiate_shapes_if_needed
+from megatron_mhc.patches.p2p import check_ring_of_two, negotiate_shapes_if_needed
 from megatron_mhc.pipeline_arguments import (
     check_pipeline_constraints,
     check_recompute_stream,
@@ -32,7 +33,7 @@ from megatron_mhc.pipeline_arguments import (
 from megatron_mhc.pipeline_config import PipelineConfig
 from megatron_mhc.post_stream import use_post_stream
 from megatron_mhc.spec import with_residual
-from megatron_mhc.tied_embedding import tie
+from megatron_mhc.tied_embedding import drop_unused_output_weight, tie
 
 
 def residual_of(config: Any) -> ResidualConfig:
@@ -78,6 +79,26 @@ def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None
     return stage_of(parallel_state.get_pipeline_model_parallel_rank(), vp_stage, ranks) == 0
 
 
+def prepare_embeddings(config: Any, arguments: dict, pipeline: PipelineConfig | None) -> bool:
+    """Check the copies of the word embedding; returns whether this model has them on one rank.
+
+    Args:
+        config: the model's.
+        arguments: what GPTModel is called with.
+        pipeline: settings of a schedule on the inverted V.
+    """
+    tied = arguments.get('share_embeddings_and_output_weights', False)
+    layout = getattr(config, 'pipeline_model_parallel_layout', None)
+    together = one_rank_holds_all(layout, tied, inverted_v=pipeline is not None)
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    groups = arguments.get('pg_collection')
+    usual = groups is None or getattr(groups, 'embd', None) is group
+    if config.mtp_num_layers and usual and parallel_state.is_initialized():
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        check_embedding_group(layout, tied, rank, is_member=group is not None)
+    return together
+
+
 def _wrap(original: Callable) -> Callable:
     signature = inspect.signature(original)
 
@@ -105,6 +126,9 @@ def _wrap(original: Callable) -> Callable:
             # Builders that asked for the first stage by another name than the patched ones.
             vp_stage = bound.arguments.get('vp_stage')
             bound.arguments['pre_process'] = prepare_pipeline(config, pipeline, vp_stage)
+        else:
+            check_ring_of_two(config)
+        together = prepare_embeddings(config, bound.arguments, pipeline)
         original(*bound.args, **bound.kwargs)
         if residual.residual_type == 'mudd':
             connect_densely(self.decoder, residual)
@@ -112,7 +136,8 @@ def _wrap(original: Callable) -> Callable:
             widen_block(self.decoder, residual)
         if engram is not None:
             attach(self, engram, residual.streams)
-        if pipeline is not None:
+        drop_unused_output_weight(self)
+        if together:
             tie(self)
         if post_stream_of(config) == 'high':
             use_post_stream(self)

@@ -59,6 +59,23 @@ def negotiate_shapes_if_needed(config: Any) -> None:
     config.variable_seq_lengths = layers == 0
 
 
+def check_ring_of_two(config: Any) -> None:
+    """Raise ValueError where stock schedules would pair the shapes of two messages wrongly.
+
+    With virtual stages both neighbours of one of two ranks are the other one, and shapes of both
+    directions are exchanged in one batch unless p2p overlaps.
+    """
+    ring = config.pipeline_model_parallel_size == 2 and config.virtual_pipeline_model_parallel_size
+    if ring and config.mtp_num_layers and shapes_are_negotiated(config):
+        if not config.overlap_p2p_comm:
+            raise ValueError(
+                'overlap_p2p_comm=False with 2 pipeline ranks, virtual stages and prediction '
+                'layers in front of the last stage: the shapes of the two messages between the '
+                'ranks are paired the wrong way round; leave p2p overlap on, or put a decoder '
+                'layer on the last stage'
+            )
+
+
 P2P_PATCH = Patch(
     id='p2p',
     target='megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate',

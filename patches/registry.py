@@ -14,28 +14,35 @@ from megatron_mhc.patches.monitor import MONITOR_PATCHES
 from megatron_mhc.patches.p2p import P2P_PATCH
 from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCHES
 from megatron_mhc.patches.pipeline_schedule import PIPELINE_SCHEDULE_PATCHES
+from megatron_mhc.patches.run_start import RUN_START_PATCH
+from megatron_mhc.patches.save_checkpoint import SAVE_CHECKPOINT_PATCH
+from megatron_mhc.patches.tied_embedding import TIED_EMBEDDING_PATCH
 
+MODEL_PATCHES = (GPT_MODEL_PATCH, TIED_EMBEDDING_PATCH)
 RESIDUAL_PATCHES = (
-    GPT_MODEL_PATCH,
+    *MODEL_PATCHES,
     P2P_PATCH,
     *PARAM_GROUPS_PATCHES,
     *FLOAT_PARAMETER_PATCHES,
 )
-ENGRAM_PATCHES = (GPT_MODEL_PATCH, *PARAM_GROUPS_PATCHES)
+ENGRAM_PATCHES = (*MODEL_PATCHES, *PARAM_GROUPS_PATCHES)
 # Megatron's training loop, which a caller of megatron.core alone does not load.
-TRAINING_PATCHES = (FLOPS_PATCH,)
+TRAINING_PATCHES = (FLOPS_PATCH, RUN_START_PATCH)
 SCHEDULE_PATCHES = (
-    GPT_MODEL_PATCH,
+    *MODEL_PATCHES,
     *INVERTED_V_PATCHES,
     *PIPELINE_SCHEDULE_PATCHES,
     *MOE_LANE_PATCHES,
 )
+# Beside them where Megatron's training loop runs.
+SCHEDULE_TRAINING_PATCHES = (RUN_START_PATCH, SAVE_CHECKPOINT_PATCH)
 _ORDERED = (
     DATASET_HELPERS_PATCH,
     ARGUMENTS_PATCH,
     *RESIDUAL_PATCHES,
     *TRAINING_PATCHES,
     *SCHEDULE_PATCHES,
+    *SCHEDULE_TRAINING_PATCHES,
     *MONITOR_PATCHES,
     LR_STEPS_PATCH,
 )

@@ -17,6 +17,7 @@ from megatron_mhc.patches.registry import (
     MONITOR_PATCHES,
     RESIDUAL_PATCHES,
     SCHEDULE_PATCHES,
+    SCHEDULE_TRAINING_PATCHES,
     TRAINING_PATCHES,
 )
 
@@ -48,7 +49,7 @@ def _needed_by(patch: Patch) -> str:
     uses = {
         '--residual-type': RESIDUAL_PATCHES + TRAINING_PATCHES,
         '--engram-layers': ENGRAM_PATCHES + TRAINING_PATCHES,
-        '--pipeline-schedule': SCHEDULE_PATCHES,
+        '--pipeline-schedule': SCHEDULE_PATCHES + SCHEDULE_TRAINING_PATCHES,
         '--mhc-monitor': MONITOR_PATCHES,
         '--lr-decay-style step': (LR_STEPS_PATCH,),
     }

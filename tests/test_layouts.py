@@ -26,8 +26,16 @@ PP2_FULL, VPP2 = {'layout': {'pp': 2}, 'config': FULL}, {'pp': 2, 'vpp': 2}
 
 # Modules that a residual topology adds to a model.
 OWN = ('hyper_connection', 'stream_merge', 'dense_aggregates', '.engram.')
+MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 # 32 tokens: with sequence parallelism 16 a rank, of which the convolution reads 9 from the other.
 ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
+# Prediction layers in another chunk of the rank that has the embedding. Shapes are negotiated, in
+# one direction at a time where both neighbours of a stage are the same rank.
+MTP_ALONE = {
+    'layout': VPP2,
+    'config': {'pipeline_model_parallel_layout': 'Ett|tt|m|L', 'overlap_p2p_comm': True},
+    'embedding_ranks': [0],
+}
 MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 
 # model -> what distinguishes it
@@ -45,7 +53,8 @@ MODELS = {
     'engram-standard': {'engram': ENGRAM},
     'engram': {'engram': ENGRAM, 'residual': MHC},
     'engram-moe': {'engram': ENGRAM, 'residual': MHC, 'config': MOE},
-    'mtp': {'residual': MHC, 'config': {'mtp_num_layers': 1, 'apply_rope_fusion': False}},
+    'mtp': {'residual': MHC, 'config': MTP},
+    'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
 }
 # (case, model, world, changes, bitwise). The reference of a case is its model in one process on the
 # same microbatches.
@@ -90,6 +99,8 @@ CASES = [
     ('ep2', 'engram-moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('ep2', 'moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
+    ('pp2', 'mtp-tied', 2, {'layout': {'pp': 2}}, False),
+    ('pp2-vpp2-alone', 'mtp', 2, MTP_ALONE, False),
     ('pp4', 'mhc', 4, {'layout': {'pp': 4}}, True),
     # The final norm lies before the last stage, so the last edge is one stream wide.
     ('pp4-mtp-last', 'mtp', 4, {'layout': {'pp': 4}, 'config': MTP_LAST}, False),
@@ -130,6 +141,16 @@ def runs(tmp_path_factory) -> tuple[pathlib.Path, dict]:
                     'name': f'{kind}-step-{model}',
                 }
             )
+    by_world[2].append(
+        {
+            'weights': 'mtp-weights',
+            **MODELS['mtp'],
+            **MTP_ALONE,
+            'config': {**MTP, **MTP_ALONE['config']},
+            'step': 'dist',
+            'name': 'step-alone',
+        }
+    )
     for name, layout in (('eval-pp2', {'pp': 2}), ('eval-pp2-vpp2', {'pp': 2, 'vpp': 2})):
         by_world[2].append(
             {
@@ -194,6 +215,15 @@ def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
     for key, value in plain.items():
         assert torch.equal(value, sharded[key]), key
         assert not torch.equal(value, before[key]), key
+
+
+def test_copies_of_the_embedding_on_one_rank_stay_equal(runs, tensors):
+    """Rank 0 has both, and reports; the checkpoint has one of them."""
+    folder, losses = runs
+    assert losses['step-alone']['equal_copies']
+    key = next(k for k in tensors(folder / 'step-alone') if k.endswith('word_embeddings.weight'))
+    stepped, before = (tensors(folder / name)[key] for name in ('step-alone', 'mtp-weights'))
+    assert not torch.equal(stepped, before)
 
 
 def test_mapping_parameters_get_gradients(runs, tensors):

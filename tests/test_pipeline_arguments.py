@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import types
 
 import pytest
 
@@ -60,7 +61,21 @@ def test_weight_gradients_after_the_slot_is_dualpipev_w(parse):
     assert pipeline_config_from_args(args).schedule == 'dualpipev-w'
 
 
+# Copies of the word embedding: tied output layers and prediction layers.
+MTP = f'{PP4} --mtp-num-layers 1'
+LAST, ALONE = 'Ett|tt|tt|tt|tt|tt|tt|tmL', 'Ett|tt|tt|tt|m|||L'
+UNTIED = '--untie-embeddings-and-output-weights'
+
 REFUSED = {
+    f'{MTP} --save x': f'can neither save nor load this model, as it gives the last stage an output'
+    f' weight that nothing reads; add {UNTIED}',
+    f'{MTP} --load x --pipeline-model-parallel-layout {LAST}': f'add {UNTIED}',
+    f'{MTP} --pipeline-model-parallel-layout {ALONE}': f'ranks 0 and 3 hold 3 copies of the word '
+    f'embedding, which the all-reduce between ranks cannot keep equal, as it takes one copy of '
+    f'every rank in its group; put m beside L, or {UNTIED}',
+    f'{MTP} {MHC} --pipeline-model-parallel-layout {ALONE}': 'ranks 0 and 3 hold 3 copies',
+    f'{MTP} --pipeline-schedule zb-v {UNTIED} --pipeline-model-parallel-layout '
+    'Ett|tt|tt|tt|tt|tt|m|L': 'ranks 2 and 3 hold 2 copies',
     f'{V} --global-batch-size 7': 'dualpipev needs at least 2 x pp = 8 microbatches, got 7: use',
     f'{V} --rampup-batch-size 4 4 100': 'at least 2 x pp = 8 microbatches, got 4',
     f'{V} --num-layers 18': "-layout 'Ett|tt|tt|ttt|ttt|tt|tt|ttL'",
@@ -153,6 +168,83 @@ def test_one_rank_proves_the_whole_plan(parse, monkeypatch, rank):
     monkeypatch.setattr(PipelineConfig, 'prove', lambda *args, **kwargs: asked.append(args))
     parse(*V.split())
     assert bool(asked) == (rank == '0')
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        f'{MTP} {MHC} --save x',
+        f'{MTP} --pipeline-schedule zb-v --load x',
+        f'{MTP} --save x --ckpt-format torch',
+        f'{MTP} --pipeline-model-parallel-layout {LAST}',
+        f'{MTP} --save x {UNTIED}',
+        f'{MTP} --save x --pipeline-model-parallel-layout Ett|tt|tt|tt|tt|m||L',
+        f'{PP4} --mtp-num-layers 1 --pipeline-model-parallel-size 1 --save x',
+        f'{MTP} {MHC} {UNTIED} --save x --pipeline-model-parallel-layout {ALONE}',
+    ],
+)
+def test_copies_that_are_kept_equal_are_accepted(parse, flags):
+    refusal.announce.cache_clear()
+    parse(*flags.split())
+
+
+def test_a_stock_run_is_told_of_copies_that_part(parse, capsys):
+    refusal.announce.cache_clear()
+    parse(*f'{MTP} {UNTIED} --pipeline-model-parallel-layout {ALONE}'.split())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if 'copies' in line]
+    assert f'-layout {ALONE}: one pipeline rank holds two copies of the word embedding' in line
+
+
+def test_a_script_that_names_other_ranks_than_those_with_a_copy_is_refused(parse):
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    from megatron_mhc.embedding_copies import check_embedding_group
+
+    layout = PipelineParallelLayerLayout('Ett|tt|m|L', 2)
+    check_embedding_group(layout, tied=False, rank=0, is_member=True)
+    check_embedding_group(layout, tied=True, rank=1, is_member=True)
+    # Megatron's default: the first and the last rank, whatever they hold.
+    with pytest.raises(ValueError, match=r'ranks \[0\] hold .* rank 1 is in the embedding group'):
+        check_embedding_group(layout, tied=False, rank=1, is_member=True)
+    with pytest.raises(ValueError, match='rank 0 is not in the embedding group; the script must'):
+        check_embedding_group(layout, tied=False, rank=0, is_member=False)
+
+
+@pytest.mark.parametrize('overlap', [True, False])
+def test_shapes_on_a_ring_of_two_need_overlap(parse, overlap):
+    """Batched, the two messages to the one neighbour would be paired the wrong way round."""
+    from megatron_mhc.patches.p2p import check_ring_of_two
+
+    config = types.SimpleNamespace(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        mtp_num_layers=1,
+        mtp_standalone=True,
+        variable_seq_lengths=False,
+        overlap_p2p_comm=overlap,
+    )
+    if overlap:
+        check_ring_of_two(config)
+    else:
+        with pytest.raises(ValueError, match='leave p2p overlap on'):
+            check_ring_of_two(config)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'advised'),
+    [
+        (f'{V} {DIST} --save x', True),
+        (f'{V} {DIST} --save x --dist-ckpt-optim-fully-reshardable', False),
+        (f'{V} {DIST} --save x --no-save-optim', False),
+        (f'{V} {DIST}', False),
+        (f'{V} --save x', False),
+        (f'{PP4} {DIST} --save x', False),
+    ],
+)
+def test_state_that_only_the_same_layout_can_load_is_told_of(parse, capsys, flags, advised):
+    refusal.announce.cache_clear()
+    parse(*flags.split())
+    assert ('add --dist-ckpt-optim-fully-reshardable' in capsys.readouterr().out) == advised
 
 
 def test_hardware_queues_are_advised_on(parse, monkeypatch, capsys):

@@ -15,6 +15,8 @@ SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 
+TIED = ('tied', 'mtp', 'mtp-tied')
+
 # model -> what distinguishes it
 MODELS = {
     'standard': {},
@@ -25,6 +27,7 @@ MODELS = {
     'odd': {'residual': MHC, 'layers': 6},
     'tied': {'residual': MHC, 'tied': True},
     'mtp': {'residual': MHC, 'config': MTP},
+    'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
     'moe': {'residual': MHC, 'config': MOE},
 }
 EVEN_4 = 'Et|t|t|tL'
@@ -48,7 +51,7 @@ DIST, PLAIN, EVAL = {'step': 'dist'}, {'step': 'plain'}, {'forward_only': True}
 # What a case is compared with: the same model without pipeline parallelism, as a rule in one
 # process. (name, model, world, microbatches over all replicas, changes)
 ALONE = [
-    *((f'{model}-4', model, 1, 4, {}) for model in ('standard', 'mhc', 'hc', 'tied', 'mtp')),
+    *((f'{model}-4', model, 1, 4, {}) for model in ('standard', 'mhc', 'hc', *TIED)),
     *((f'{model}-8', model, 1, 8, {}) for model in ('standard', 'mhc', 'deep', 'deep-mhc')),
     *((f'{model}-12', model, 1, 12, {}) for model in ('deep', 'deep-mhc')),
     ('mhc-3', 'mhc', 1, 3, {}),
@@ -114,6 +117,7 @@ BITWISE = [
 CLOSE = [
     on_v('tied', 'tied-4', 2, 'dualpipev-w'),
     on_v('mtp', 'mtp-4', 2, 'dualpipev', 'Et|t|t|tmL'),
+    on_v('mtp', 'mtp-tied-4', 2, 'dualpipev-w', 'Et|t|t|tmL'),
     # The final norm lies before the last stage, so the last edge is one stream wide.
     on_v('mtp-last', 'mtp-4', 2, 'zb-v', MTP_LAST),
 ]

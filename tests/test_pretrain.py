@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ import time
 import psutil
 import pytest
 import torch
+
+from megatron_mhc import save_lock
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / 'examples' / 'pretrain_gpt.py'
@@ -132,7 +135,10 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, assert_equal_c
     first.wait()
     assert tracker.is_file(), (tmp_path / 'log').read_text()[-3000:]
     assert not (tmp_path / 'iter_0000009').exists(), 'the run ended before it could be killed'
+    lock = tmp_path / save_lock.NAME
+    assert lock.is_file()
     train(2, *flags)
+    assert not lock.exists()
     assert_equal_checkpoints(folder, tmp_path, 9)
 
 
@@ -167,6 +173,52 @@ def test_refusal_reaches_the_shell_before_any_work(unbroken, tmp_path):
     error = [line for line in done.stderr.splitlines() if 'error:' in line]
     assert len(error) == 1 and 'the checkpoint was trained with residual connections' in error[0]
     assert 'initializing torch distributed' not in done.stdout
+
+
+def one_process(*flags: str, script: pathlib.Path = SCRIPT) -> tuple[int, str, str]:
+    """Exit status, standard output, and the last line of standard error."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'megatron_mhc.run', str(script), *MODEL, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+    )
+    return done.returncode, done.stdout, done.stderr.splitlines()[-1]
+
+
+def test_a_folder_that_another_run_saves_into_is_refused(tmp_path):
+    save_lock.hold(str(tmp_path))
+    try:
+        flags = (*MHC, '--save', str(tmp_path), '--save-interval', '3')
+        status, output, error = one_process(*flags)
+        assert status == 2 and 'building GPT model' not in output
+        assert f'--save {tmp_path}: another run saves there, process {os.getpid()} on ' in error
+    finally:
+        save_lock.release(tmp_path / save_lock.NAME)
+
+
+@pytest.mark.parametrize('how', [[], ['--async-save']], ids=['sync', 'async'])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(unbroken, tmp_path, how):
+    """While it trains, no file may grow beyond 20 kB, as on a full disk."""
+    script = tmp_path / 'pretrain_full.py'
+    script.write_text(
+        'import resource\n'
+        'from megatron.training import training\n'
+        'def limited(*args, original=training.train, **options):\n'
+        '    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
+        '    return original(*args, **options)\n'
+        'training.train = limited\n' + SCRIPT.read_text()
+    )
+    folder = tmp_path / 'run'
+    shutil.copytree(unbroken[0], folder)
+    flags = ('--load', str(folder), '--save', str(folder), '--save-interval', '2', *how)
+    more = ('--train-iters', '13', '--override-opt-param-scheduler')
+    status, output, error = one_process(*MHC, *flags, *more, script=script)
+    assert status == 1 and 'iteration       10/' in output
+    assert f'error: --save {folder}: ' in error and 'could not be written (' in error
+    assert f'iter_0000009 is whole and --load {folder} goes on from it' in error
+    assert not (folder / save_lock.NAME).exists()
 
 
 def test_the_adaptor_does_what_the_launcher_does(tmp_path):

@@ -59,6 +59,7 @@ from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
 from megatron_mhc.patches.registry import RESIDUAL_PATCHES, SCHEDULE_PATCHES  # noqa: E402
 from megatron_mhc.pipeline_config import PipelineConfig  # noqa: E402
+from megatron_mhc.tied_embedding import has_second_copy  # noqa: E402
 
 SEQUENCE, VOCABULARY = 32, 64
 
@@ -71,6 +72,10 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
         virtual_pipeline_model_parallel_size=layout['vpp'],
         expert_model_parallel_size=layout['ep'],
         expert_tensor_parallel_size=1,
+        # As a script says which pipeline ranks hold a copy; by default the first and the last.
+        get_embedding_ranks=(lambda ranks: [ranks[i] for i in case['embedding_ranks']])
+        if 'embedding_ranks' in case
+        else None,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     config = TransformerConfig(
@@ -262,10 +267,13 @@ def step(case: dict, folder: pathlib.Path) -> dict:
                     for parameter in chunk.module.parameters():
                         parameter.data.copy_(parameter.main_grad)
         save(weights(chunks), folder / case['name'])
+    held = [c.module for c in chunks if c.module.pre_process or has_second_copy(c.module)]
+    copies = [chunk.shared_embedding_or_output_weight() for chunk in held]
+    equal = all(torch.equal(copy, copies[0]) for copy in copies)
     for chunk in chunks:
         # Its hooks on the gradients of experts are in a cycle that the collector cannot see.
         chunk.__dict__.clear()
-    return {'losses': gathered, 'grad_norm': grad_norm, 'report': report}
+    return {'losses': gathered, 'grad_norm': grad_norm, 'report': report, 'equal_copies': equal}
 
 
 def save(state: dict, path: pathlib.Path) -> None:
