@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
+from megatron_mhc.compat import require_one_tree
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
 from megatron_mhc.engram.resume import check_memory_of
@@ -70,6 +71,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
         TRAINING_PATCHES,
     )
 
+    require_one_tree()
     # A misspelt flag of ours must not pass where the script tolerates unknown ones.
     for token in unknown:
         if token.startswith(OWN_FLAGS):
