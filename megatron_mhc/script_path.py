@@ -1,7 +1,7 @@
 """Where Python looks for modules when a launcher stands between it and the script.
 
-``python SCRIPT`` puts the folder of SCRIPT first on ``sys.path``; ``python -m LAUNCHER SCRIPT`` puts
-the current folder there, and a console script the folder it is installed in. A tree of Megatron is
+``python SCRIPT`` puts the folder of SCRIPT first on ``sys.path``, ``python -m LAUNCHER SCRIPT``
+the current folder, and a console script the folder it is installed in. A tree of Megatron is
 found, or missed, by this entry alone.
 """
 
