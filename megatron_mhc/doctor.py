@@ -149,5 +149,5 @@ def main(options: argparse.Namespace) -> int:
     for row in found['patches']:
         print(f'  {row["id"]:28} {row["state"]:10} {row["use"]:10} {row["target"]}')
         if row in broken:
-            print(f'    {row["detail"]}; install a tested megatron-core')
+            print(f'    {row["detail"]}; or install a tested megatron-core')
     return int(bool(broken))

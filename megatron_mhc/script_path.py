@@ -50,8 +50,9 @@ def enter_tree_at_hand() -> None:
 
 def same_path_for_a_child() -> tuple[list[str], dict[str, str]]:
     """Options and environment with which a new interpreter looks where this one does."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return ['-P'], {**os.environ, 'PYTHONPATH': path}
+    # Entries that are no folders, as those of editable installations, come back by themselves.
+    path = [os.path.abspath(entry) for entry in sys.path if os.path.exists(entry or '.')]
+    return ['-P'], {**os.environ, 'PYTHONPATH': os.pathsep.join(path)}
 
 
 def _own_entry() -> str | None:
