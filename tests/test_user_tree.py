@@ -154,6 +154,19 @@ def test_a_tree_needs_no_wheel_and_its_faults_are_told(tree, tmp_path):
         error = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 2 and said in error and str(info.parent) in error, error
         assert 'Traceback' not in done.stderr
+    # A user who patched such a tree has vouched for it; its seams are checked one by one.
+    info.write_text('__shortversion__ = "0.21.0"')
+    entry = info.parent.parent / 'training' / 'arguments.py'
+    entry.parent.mkdir()
+    entry.write_text('@mhc_seam("arguments", accept="6904cd4c")  # megatron-mhc\n')
+    done = start(
+        '-c',
+        'from megatron_mhc.compat import *; print(require_supported_core(), describe_core())',
+        cwd=tmp_path,
+    )
+    line = f'0.21.0 megatron-core 0.21.0 in {info.parent}, patched'
+    assert done.stdout.strip() == line, done.stderr
+    info.write_text('')
     done = start('-m', 'megatron_mhc', 'doctor', cwd=tmp_path)
     assert done.returncode == 1 and 'no version can be read (KeyError' in done.stdout
     assert compat.take_as_it_is(info.parent).startswith(f'`megatron-mhc patch {tmp_path} --apply')
