@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Container
 
 from megatron_mhc.config import (
     HC_VARIANTS,
@@ -213,14 +214,11 @@ def residual_config_from_args(args: argparse.Namespace) -> ResidualConfig:
     values = {}
     for name, (field, types) in FIELDS.items():
         value = getattr(args, name, None)
-        if value is None:
+        # Without streams a release may have flags of these names for itself.
+        if value is None or residual_type == 'standard':
             continue
         if residual_type not in types:
-            flag = NEGATED.get(name, '--' + name.replace('_', '-'))
-            raise ValueError(
-                f'{flag} has no effect with --residual-type {residual_type}: it belongs to '
-                f'{" and ".join(types)}; drop it or set --residual-type {types[-1]}'
-            )
+            raise _in_vain(name, residual_type)
         values[field] = value
     if 'mapping_weight_decay' in values:
         values['mapping_weight_decay'] = values['mapping_weight_decay'] in ('on', True)
@@ -232,11 +230,26 @@ def residual_config_from_args(args: argparse.Namespace) -> ResidualConfig:
     return ResidualConfig(residual_type=residual_type, **values)
 
 
-def resolve_arguments(args: argparse.Namespace) -> ResidualConfig:
+def _in_vain(name: str, residual_type: str) -> ValueError:
+    flag, types = NEGATED.get(name, '--' + name.replace('_', '-')), FIELDS[name][1]
+    return ValueError(
+        f'{flag} has no effect with --residual-type {residual_type}: it belongs to '
+        f'{" and ".join(types)}; drop it or set --residual-type {types[-1]}'
+    )
+
+
+def resolve_arguments(args: argparse.Namespace, shared: Container[str] = ()) -> ResidualConfig:
     """Write the settings back to ``args`` with defaults filled in, as plain values.
 
     Megatron saves the namespace with every checkpoint and prints it, so both then tell what ran.
+
+    Args:
+        shared: arguments that belong to the Megatron release without streams of ours.
     """
+    if args.residual_type == 'standard':
+        for name in FIELDS:
+            if name not in shared and getattr(args, name, None) is not None:
+                raise _in_vain(name, 'standard')
     residual = residual_config_from_args(args)
     for name, (field, types) in FIELDS.items():
         if residual.residual_type in types:

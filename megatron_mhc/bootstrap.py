@@ -12,8 +12,9 @@ import torch
 
 from megatron_mhc import cpu_device
 from megatron_mhc.arguments import parsed_arguments
-from megatron_mhc.compat import require_supported_core
+from megatron_mhc.compat import describe_core, require_supported_core
 from megatron_mhc.pipeline_config import V_SCHEDULES
+from megatron_mhc.refusal import announce
 
 DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')
 TOO_LATE = (
@@ -45,6 +46,7 @@ def prepare(device: str) -> None:
     if device == 'auto' and not torch.cuda.is_available():
         _require_one_node()
         device = 'cpu'
+    announce(describe_core())
     if device == 'cpu':
         cpu_device.install()
     from megatron_mhc.patches import engine

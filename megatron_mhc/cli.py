@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from megatron_mhc import __version__
 from megatron_mhc.refusal import refuse
+from megatron_mhc.script_path import enter_tree_at_hand
 
 # name -> (module, help)
 COMMANDS = {
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_mhc.run import main as run
 
         return run(argv[1:], prog='megatron-mhc run')
+    enter_tree_at_hand()
     parser = argparse.ArgumentParser(
         prog='megatron-mhc', description='Hyper-connections for Megatron-Core.'
     )

@@ -26,22 +26,57 @@ TRITON_TESTED = ('3.6.0', '3.7.0', '3.8.0', '3.9.0')
 TORCH_TESTED = ('2.11.0', '2.14.1', '2.15.0')
 PYTHON_TESTED = ('3.12', '3.13')
 RANGES = {'Python': PYTHON_TESTED, 'torch': TORCH_TESTED, 'triton': TRITON_TESTED}
+# Not released yet: signatures are recorded, and the contract tests run on that commit of Megatron's
+# main branch, so that a tree of it fits and the release itself is soon supported.
+PREVIEWED = {'0.20': 'd98e8a64'}
 
 
-def core_version() -> str | None:
-    """Version of the Megatron-Core that would be imported, e.g. ``0.19.2``; None where absent.
+def core_folder() -> pathlib.Path | None:
+    """Folder of the ``megatron.core`` that Python would import here; None where there is none.
 
-    Reads ``megatron/core/package_info.py`` without importing ``megatron.core``, so that it is cheap
-    and sees a source checkout on ``PYTHONPATH`` rather than a wheel installed beside it.
+    Nothing of it is imported. What counts is where Python looks, not what pip has recorded: a
+    source tree is as good as a wheel, and the one that stands first wins.
     """
     try:
         spec = importlib.util.find_spec('megatron.core')
     except ModuleNotFoundError:
         return None
-    if spec is None or not spec.origin:
+    return pathlib.Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def core_version() -> str | None:
+    """Version of the Megatron-Core that would be imported, e.g. ``0.19.2``; None where absent.
+
+    Raises:
+        RuntimeError: its ``package_info.py`` does not tell.
+    """
+    folder = core_folder()
+    if folder is None:
         return None
-    info = runpy.run_path(str(pathlib.Path(spec.origin).with_name('package_info.py')))
-    return info['__shortversion__']
+    info = folder / 'package_info.py'
+    try:
+        version = runpy.run_path(str(info))['__shortversion__']
+        tuple(map(int, version.split('.')[:2]))
+    except Exception as error:  # whatever running the file raises
+        raise RuntimeError(
+            f'{info}: no version can be read ({type(error).__name__}: {error}); restore this file '
+            'of Megatron-Core'
+        ) from error
+    return version
+
+
+def is_patched(core: pathlib.Path) -> bool:
+    """Whether ``megatron-mhc patch`` has put its seams into the tree of this ``megatron/core``."""
+    entry = core.parent / 'training' / 'arguments.py'
+    return entry.is_file() and b'@mhc_seam("arguments"' in entry.read_bytes()
+
+
+def describe_core() -> str:
+    """Version and folder of the Megatron-Core that would be imported, and whether it is patched."""
+    folder, version = core_folder(), core_version()
+    if folder is None:
+        return 'megatron-core is not installed'
+    return f'megatron-core {version} in {folder}, {"" if is_patched(folder) else "not "}patched'
 
 
 def untested() -> list[str]:
@@ -71,15 +106,18 @@ def core_minor(version: str) -> str:
 
 
 def nearest_minor(version: str) -> str:
-    """The tested minor release next to ``version``: itself where it is one."""
-    tested = sorted(tuple(map(int, core_minor(v).split('.'))) for v in TESTED)
+    """The minor release with recorded signatures next to ``version``: itself where it is one."""
+    tested = sorted(tuple(map(int, core_minor(v).split('.'))) for v in (*TESTED, *PREVIEWED))
     seen = tuple(map(int, core_minor(version).split('.')))
     below = [minor for minor in tested if minor <= seen] or tested[:1]
     return '.'.join(map(str, below[-1]))
 
 
 def require_supported_core() -> str:
-    """Return the installed version, or raise RuntimeError when it is absent or out of range."""
+    """Return the version that would be imported; RuntimeError where it is absent or out of range.
+
+    A patched tree may be out of range: its user took its signatures as they are.
+    """
     if sys.version_info[:2] < PYTHON_MIN:
         raise RuntimeError(
             f'Python {sys.version.split()[0]} is too old: megatron-core {CORE_SPECIFIER} needs '
@@ -89,11 +127,39 @@ def require_supported_core() -> str:
     if version is None:
         raise RuntimeError(
             'megatron-core is not installed in this environment: '
-            f'pip install "megatron-core[training]{CORE_SPECIFIER}"'
+            f'pip install "megatron-core[training]{CORE_SPECIFIER}", run a script of a Megatron-LM '
+            'tree, or put the tree on PYTHONPATH'
         )
-    if not CORE_MIN <= tuple(int(p) for p in version.split('.')[:2]) < CORE_BELOW:
+    folder = core_folder()
+    in_range = CORE_MIN <= tuple(int(p) for p in version.split('.')[:2]) < CORE_BELOW
+    if not in_range and not is_patched(folder):
         raise RuntimeError(
-            f'megatron-core {version} is outside the supported range {CORE_SPECIFIER}: the patched '
-            f'symbols are only known there. Install a release inside it, e.g. {next(iter(TESTED))}.'
+            f'megatron-core {version} in {folder} is outside the supported range {CORE_SPECIFIER}: '
+            'the patched symbols are only known there. Install a release inside it, e.g. '
+            f'{next(iter(TESTED))}; a tree of your own is taken as it is by {take_as_it_is(folder)}'
         )
     return version
+
+
+def take_as_it_is(core: pathlib.Path | None) -> str:
+    """The command that puts seams into the tree of ``core`` for signatures that no release has."""
+    tree = 'TREE' if core is None else core.parent.parent
+    return f'`megatron-mhc patch {tree} --apply --untested`'
+
+
+def require_one_tree() -> None:
+    """Raise RuntimeError where imported parts of Megatron-LM come from two copies of it.
+
+    ``megatron`` is a namespace: what one copy lacks Python takes from the next one on its path. A
+    folder that only adds to the namespace, with no core of its own, is no other copy.
+    """
+    core = pathlib.Path(sys.modules['megatron.core'].__file__).parent
+    for name, module in list(sys.modules.items()):
+        if name.startswith('megatron.') and name.count('.') == 1 and hasattr(module, '__path__'):
+            part = pathlib.Path(next(iter(module.__path__)))
+            other = part.parent / 'core'
+            if other != core and (other / 'package_info.py').is_file():
+                raise RuntimeError(
+                    f'two copies of Megatron are mixed: megatron.core is {core}, {name} is {part}; '
+                    f'put one copy first for both, e.g. PYTHONPATH={other.parent.parent}'
+                )

@@ -96,7 +96,8 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
+        # Core 0.20 may give logits another type than its input; its own backward casts as well.
+        flat = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         weight, fused, group = ctx.weight, ctx.fused, ctx.sequence_group
         if _pending is None:
             _accumulate(weight, x, flat, fused, group)

@@ -16,11 +16,13 @@ import megatron_mhc
 from megatron_mhc.compat import (
     CORE_SPECIFIER,
     TESTED,
-    core_version,
+    describe_core,
     require_supported_core,
     untested,
 )
 from megatron_mhc.kernels.backend import kernel_obstacle
+from megatron_mhc.refusal import refuse
+from megatron_mhc.script_path import enter_folder
 
 OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
 
@@ -41,7 +43,7 @@ def report() -> dict:
         'megatron-mhc': f'{megatron_mhc.__version__} ({_package_folder()})',
         'python': platform.python_version(),
         'torch': torch.__version__,
-        'megatron-core': core_version() or 'not installed',
+        'megatron-core': _core(),
         'supported': f'{CORE_SPECIFIER}, tested: {tested}',
         # Nothing is refused for it: what runs may well be right, but nobody has looked.
         'untested': '; '.join(untested()) or None,
@@ -56,6 +58,13 @@ def report() -> dict:
 def _package_folder() -> pathlib.Path:
     """Which copy is in use: a checkout on the path wins over an installed wheel."""
     return pathlib.Path(megatron_mhc.__file__).parent
+
+
+def _core() -> str:
+    try:
+        return describe_core().removeprefix('megatron-core ').removeprefix('is ')
+    except RuntimeError as error:
+        return f'BROKEN: {error}'
 
 
 def _device() -> str:
@@ -112,12 +121,25 @@ def _patches() -> list[dict]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc doctor``."""
+    parser.add_argument(
+        'script',
+        metavar='SCRIPT',
+        nargs='?',
+        type=pathlib.Path,
+        help='the pretrain script to be run, or its folder: Python looks there for Megatron first '
+        '(default: in the current folder, if it holds megatron/core)',
+    )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
     """Print the report; 1 when something needs a remedy, else 0."""
+    if options.script is not None:
+        if not options.script.exists():
+            refuse('megatron-mhc doctor', f'SCRIPT {options.script}: no such file or folder')
+        script = options.script.resolve()
+        enter_folder(script if script.is_dir() else script.parent)
     found = report()
     broken = [row for row in found['patches'] if row['state'] in ('missing', 'unknown')]
     if options.json:
@@ -135,5 +157,5 @@ def main(options: argparse.Namespace) -> int:
     for row in found['patches']:
         print(f'  {row["id"]:28} {row["state"]:10} {row["use"]:10} {row["target"]}')
         if row in broken:
-            print(f'    {row["detail"]}; install a tested megatron-core')
+            print(f'    {row["detail"]}; or install a tested megatron-core')
     return int(bool(broken))

@@ -16,6 +16,7 @@ import sys
 from megatron_mhc import cpu_device
 from megatron_mhc.bootstrap import DEVICES, prepare
 from megatron_mhc.refusal import refuse
+from megatron_mhc.script_path import enter_folder
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -57,16 +58,16 @@ def main(argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run'
             prog,
             f'SCRIPT {script}: no such file; name a pretrain script, e.g. examples/pretrain_gpt.py',
         )
+    # Before anything looks for Megatron, so that the script gets the one that Python would give it.
+    enter_folder(script.resolve().parent)
     try:
         _single_process_defaults()
         prepare(options.device)
     except (RuntimeError, ValueError) as error:
         refuse(prog, str(error))
     sys.argv = [str(script), *options.arguments]
-    # As `python SCRIPT` has it: the script's own folder first.
-    sys.path.insert(0, str(script.resolve().parent))
     try:
-        runpy.run_path(str(script), run_name='__main__')
+        runpy.run_path(str(script.absolute()), run_name='__main__')
     except SystemExit:
         cpu_device.end_collectives()
         raise

@@ -60,18 +60,19 @@ def accepted_signature(source: bytes, id: str) -> str | None:
 
 def fingerprint(function: Function) -> str:
     """``patches.engine.fingerprint`` of a function that is not imported but read."""
-    text = ','.join(f'{kind}:{name}' for kind, name in _parameters(function))
+    text = ','.join(f'{kind}:{name}' for kind, name in parameters(function))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def signature(function: Function) -> str:
     """Names of the parameters, for people."""
     stars = {'VL': '*', 'VD': '**'}
-    names = [stars.get(kind, '') + name for kind, name in _parameters(function)]
+    names = [stars.get(kind, '') + name for kind, name in parameters(function)]
     return f'{function.name}({", ".join(names)})'
 
 
-def _parameters(function: Function) -> Iterator[tuple[str, str]]:
+def parameters(function: Function) -> Iterator[tuple[str, str]]:
+    """Kind and name of every parameter, in order."""
     arguments = function.args
     # First and last letter of what ``inspect`` calls the kind.
     for kind, parameters in (

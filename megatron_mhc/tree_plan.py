@@ -31,9 +31,9 @@ def plan_additions(tree: Tree, findings: list[Finding], untested: bool) -> Plan:
             f'{tree.root} is megatron-core {tree.version}, and tested are {known_releases()}; '
             '--check compares its signatures, --untested goes on without'
         )
-    misfits = [finding for finding in findings if finding.state in ('differs', 'missing')]
+    misfits = [f for f in findings if f.state in ('differs', 'missing', 'renamed')]
     for finding in misfits:
-        if finding.placed or not untested:
+        if finding.placed or finding.state == 'renamed' or not untested:
             raise ValueError(
                 f'{len(misfits)} of {len(findings)} seams do not fit megatron-core '
                 f'{tree.version} ({", ".join(misfit.seam["id"] for misfit in misfits)}); '
@@ -56,6 +56,7 @@ def plan_additions(tree: Tree, findings: list[Finding], untested: bool) -> Plan:
             plan[path] = source, add_seams(source, seams)
         except ValueError as error:
             raise ValueError(f'{tree.relative(path)}: {error}') from error
+    _refuse_outside(tree, plan)
     return plan
 
 
@@ -63,7 +64,20 @@ def plan_removal(tree: Tree) -> Plan:
     """All lines of ours out, whatever put them there; raises ValueError where one was edited."""
     _refuse_edited(tree)
     plan = {path: (source, without_our_lines(source)) for path, source in tree.touched.items()}
-    return {path: (old, new) for path, (old, new) in plan.items() if old != new}
+    plan = {path: (old, new) for path, (old, new) in plan.items() if old != new}
+    _refuse_outside(tree, plan)
+    return plan
+
+
+def _refuse_outside(tree: Tree, plan: Plan) -> None:
+    """A link may lead to files that belong to another tree, or to an installed wheel."""
+    for path in plan:
+        target = path.resolve()
+        if not target.is_relative_to(tree.root.resolve()):
+            raise ValueError(
+                f'{tree.relative(path)}: a link leads to {target}, outside of {tree.root}, where '
+                'nothing is written; put a copy in its place, or patch that tree itself'
+            )
 
 
 def _refuse_edited(tree: Tree) -> None:

@@ -9,7 +9,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from megatron_mhc.compat import TESTED, core_minor, nearest_minor
+from megatron_mhc.compat import TESTED, core_minor, nearest_minor, take_as_it_is
 from megatron_mhc.tree_edit import (
     IMPORT,
     Function,
@@ -17,6 +17,7 @@ from megatron_mhc.tree_edit import (
     edited_lines,
     fingerprint,
     lines_of,
+    parameters,
     placed_seams,
     seam_line,
     signature,
@@ -31,7 +32,8 @@ class Finding:
 
     Args:
         seam: its row of ``seams.json``.
-        state: ``ready``, ``applied``, ``differs`` (another signature) or ``missing``.
+        state: ``ready``, ``applied``, ``differs`` (another signature), ``renamed``
+            (a parameter that the patch reads is gone) or ``missing``.
         path: file, relative to the tree; where it should be, if it is missing.
         detail: what is wrong and the remedy.
         function: what the seam is to be put on; None where that cannot be told.
@@ -56,9 +58,10 @@ class Tree:
     def __init__(self, root: pathlib.Path):
         """Raises ValueError where ``root`` is not such a folder or a file of it cannot be read."""
         self.root = root
+        self.core = root.absolute() / 'megatron' / 'core'
         self.version = _version(root)
         self.minor = nearest_minor(self.version)
-        self.is_tested = self.minor == core_minor(self.version)
+        self.is_tested = core_minor(self.version) in set(map(core_minor, TESTED))
         self._modules: dict[pathlib.Path, ast.Module] = {}
         # Files that hold lines of ours, edited or not.
         self.touched = {
@@ -112,6 +115,13 @@ class Tree:
             places = ', '.join(f'{self.relative(path)}:{f.lineno}' for path, f in spots)
             detail = f'defined {len(spots)} times, {places}; {_by_hand(row, "the right one")}'
             return Finding(row, 'differs', where, detail, placed=bool(placed))
+        names = [name for _, name in parameters(function)]
+        if gone := [name for name in row['reads'] if name not in names]:
+            problem = (
+                f'the patch reads {", ".join(gone)}, and it is {signature(function)}; give the '
+                'parameter its name in Megatron-Core back'
+            )
+            return Finding(row, 'renamed', where, problem, function, placed=bool(placed))
         known, seen = row['fingerprints'][self.minor], fingerprint(function)
         if not placed and seen == known:
             return Finding(row, 'ready', where, function=function)
@@ -119,7 +129,7 @@ class Tree:
             f'signature {seen} {signature(function)}, expected {known} (megatron-core {self.minor})'
         )
         if not placed:
-            detail = f'{problem}; read what changed, --untested takes it as it is'
+            detail = f'{problem}; read what changed, {take_as_it_is(self.core)} takes it as it is'
             return Finding(row, 'differs', where, detail, function)
         source = self.touched[path]
         if IMPORT not in [line.rstrip() for line in lines_of(source)]:
@@ -193,16 +203,20 @@ def _version(root: pathlib.Path) -> str:
         raise ValueError(
             f'{root}: no megatron/core/package_info.py; name the folder that holds megatron/'
         )
+    try:
+        statements = ast.parse(info.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ValueError(f'{info}: not Python: {error}; restore this file') from None
     numbers = {
         statement.targets[0].id: statement.value.value
-        for statement in ast.parse(info.read_bytes()).body
+        for statement in statements
         if isinstance(statement, ast.Assign)
         and isinstance(statement.targets[0], ast.Name)
         and isinstance(statement.value, ast.Constant)
     }
     try:
         return '.'.join(str(int(numbers[name])) for name in ('MAJOR', 'MINOR', 'PATCH'))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f'{info}: no MAJOR, MINOR and PATCH; is this Megatron-Core?') from None
 
 

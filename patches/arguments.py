@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints_of
+from megatron_mhc.compat import require_one_tree
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.embedding_copies import check_embedding_copies
 from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
@@ -24,6 +26,7 @@ from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.refusal import refuse
+from megatron_mhc.shared_flags import add_groups, hand_over
 
 # What adds our argument groups, in the order in which --help shows them.
 GROUPS = (
@@ -49,16 +52,19 @@ OWN_FLAGS = (
 def _wrap(original: Callable) -> Callable:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
-        for add_group in GROUPS:
-            parser = add_group(parser)
+        shared = add_groups(parser, GROUPS)
         parser.error = functools.partial(_error, parser, parser.error)
-        after_parsing(parser, accept)
+        after_parsing(parser, functools.partial(accept, shared=shared))
         return parser
 
     return add_megatron_arguments
 
 
-def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
+def accept(
+    namespace: argparse.Namespace,
+    unknown: list[str],
+    shared: Mapping[str, argparse.Action] = MappingProxyType({}),
+) -> None:
     """Validate the parsed flags and apply the patches that they need."""
     # Imported here: the patches import megatron.core, which --help does not need.
     from megatron_mhc.patches.registry import (
@@ -72,11 +78,13 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
         TRAINING_PATCHES,
     )
 
+    require_one_tree()
     # A misspelt flag of ours must not pass where the script tolerates unknown ones.
     for token in unknown:
         if token.startswith(OWN_FLAGS):
             raise ValueError(f'argument {token}: no such flag; --help lists residual connections')
-    residual = resolve_arguments(namespace)
+    hand_over(namespace, shared)
+    residual = resolve_arguments(namespace, shared)
     check_constraints(namespace, residual)
     check_checkpoints_of(namespace, residual)
     announce_kernels(namespace, residual)
@@ -118,4 +126,5 @@ ARGUMENTS_PATCH = Patch(
     wrap=_wrap,
     reason='parse_args looks this name up when it is called, so scripts keep their own providers',
     fingerprints=on_every_release('6904cd4c'),
+    reads=('parser',),
 )

@@ -95,4 +95,5 @@ CPU_ARGUMENTS_PATCH = Patch(
     wrap=_wrap,
     reason='stock defaults name NCCL, Transformer Engine and fused CUDA kernels',
     fingerprints=on_every_release('6904cd4c'),
+    reads=('parser',),
 )

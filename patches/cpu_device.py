@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -23,9 +24,9 @@ def _allow_no_cuda(original: Callable) -> Callable:
 
 
 def _splits_to_numpy(original: Callable) -> Callable:
-    def move(tensor, as_numpy=False, record_stream=False):
+    def move(tensor, as_numpy=False, *args, **kwargs):
         # The original converts only what it moved, and all_to_all takes no tensor as split sizes.
-        moved = original(tensor, as_numpy=as_numpy, record_stream=record_stream)
+        moved = original(tensor, as_numpy, *args, **kwargs)
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
     return move
@@ -59,9 +60,9 @@ def _any_head_size(original: Callable) -> Callable:
 
 
 def _without_fp8(original: Callable) -> Callable:
-    def init(self, fp8=None):
+    def init(self, fp8=None, *args, **kwargs):
         # The default False is read as "on", and then Transformer Engine is called.
-        original(self, fp8=fp8 or None)
+        original(self, fp8 or None, *args, **kwargs)
 
     return init
 
@@ -73,7 +74,7 @@ def _share_by_copy(original: Callable) -> Callable:
         target.resize_(source.nbytes())
         target.copy_(source)
 
-    return lambda: share
+    return lambda *args, **kwargs: share
 
 
 def _wait_at_once(original: Callable) -> Callable:
@@ -100,27 +101,29 @@ def _one_type_a_group(original: Callable) -> Callable:
 
 
 def _keep_outputs(original: Callable) -> Callable:
-    def post_init(self):
-        original(self)
+    def post_init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
         self.deallocate_pipeline_outputs = False
 
     return post_init
 
 
-CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
+_PATCHES: tuple[Patch, ...] = (
     Patch(
         id='cpu-allow-no-cuda',
         target='megatron.training.training:initialize_megatron',
         wrap=_allow_no_cuda,
         reason='start-up asserts a real CUDA device unless told otherwise',
-        fingerprints={'0.17': 'd2c56f52', '0.18': '650a2e0f', '0.19': '625d0daa'},
+        fingerprints=on_every_release('625d0daa') | {'0.17': 'd2c56f52', '0.18': '650a2e0f'},
+        reads=('allow_no_cuda',),
     ),
     Patch(
         id='cpu-allow-no-cuda-script',
         target='megatron.training.initialize:initialize_megatron',
         wrap=_allow_no_cuda,
         reason='the same for scripts that do not train, which call it themselves',
-        fingerprints={'0.17': 'd2c56f52', '0.18': '650a2e0f', '0.19': '625d0daa'},
+        fingerprints=on_every_release('625d0daa') | {'0.17': 'd2c56f52', '0.18': '650a2e0f'},
+        reads=('allow_no_cuda',),
     ),
     CPU_ARGUMENTS_PATCH,
     CPU_GROUPS_PATCH,
@@ -130,6 +133,7 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         wrap=_splits_to_numpy,
         reason='a tensor that is on the CPU already is not converted to numpy',
         fingerprints=on_every_release('9b679809'),
+        reads=('tensor', 'as_numpy'),
     ),
     Patch(
         id='cpu-norm-sequence-parallel',
@@ -137,6 +141,7 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         wrap=_norm_with_sequence_parallel,
         reason="the local layer spec's only norm without Apex asserts no sequence parallelism",
         fingerprints=on_every_release('83653cf2'),
+        reads=('config',),
     ),
     Patch(
         id='cpu-latent-attention',
@@ -150,7 +155,8 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         target='megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__',
         wrap=_without_fp8,
         reason='selective recompute calls Transformer Engine although fp8 is off',
-        fingerprints=on_every_release('d87a79d1'),
+        fingerprints=on_every_release('d87a79d1') | {'0.20': 'd9ac8ac9'},
+        reads=('fp8',),
     ),
     Patch(
         id='cpu-checkpoint-storage',
@@ -172,6 +178,7 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
         wrap=_one_type_a_group,
         reason='gloo overwrites parameters when it gathers fp32 and 16-bit buckets in one call',
         fingerprints=on_every_release('d4d4a205'),
+        reads=('buffers',),
     ),
     Patch(
         id='cpu-keep-outputs',
@@ -182,3 +189,5 @@ CPU_DEVICE_PATCHES: tuple[Patch, ...] = (
     ),
     *CPU_OPTIMIZER_PATCHES,
 )
+# They must be in place before Megatron is imported, so no tree has a seam for them.
+CPU_DEVICE_PATCHES = tuple(dataclasses.replace(patch, in_tree=False) for patch in _PATCHES)

@@ -21,7 +21,7 @@ def _is_torch_adam(optimizer) -> bool:
 
 
 def _state_dict(original: Callable) -> Callable:
-    def state_dict(self):
+    def state_dict(self, *args, **kwargs):
         if _is_torch_adam(self.optimizer) and not self.optimizer.state:
             # What Adam itself would allocate in its first step.
             for group in self.optimizer.param_groups:
@@ -31,14 +31,14 @@ def _state_dict(original: Callable) -> Callable:
                         'exp_avg': torch.zeros_like(param),
                         'exp_avg_sq': torch.zeros_like(param),
                     }
-        return original(self)
+        return original(self, *args, **kwargs)
 
     return state_dict
 
 
 def _load_state_dict(original: Callable) -> Callable:
-    def load_state_dict(self, state_dict):
-        original(self, state_dict)
+    def load_state_dict(self, *args, **kwargs):
+        original(self, *args, **kwargs)
         if _is_torch_adam(self.optimizer):
             for state in self.optimizer.state.values():
                 state['step'] = state['step'].clone()
@@ -47,15 +47,15 @@ def _load_state_dict(original: Callable) -> Callable:
 
 
 def _set_states(original: Callable) -> Callable:
-    def set_states(self, model_param, tensors):
+    def set_states(self, model_param, *args, **kwargs):
         if not _is_torch_adam(self.optimizer):
-            return original(self, model_param, tensors)
+            return original(self, model_param, *args, **kwargs)
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]['params'][order]]
         # The step comes from the parameter groups; the one among the tensors is a placeholder.
         step = state.pop('step', None)
         with torch.no_grad():
-            original(self, model_param, tensors)
+            original(self, model_param, *args, **kwargs)
         if step is not None:
             state['step'] = step
 
@@ -85,5 +85,6 @@ CPU_OPTIMIZER_PATCHES: tuple[Patch, ...] = (
         wrap=_set_states,
         reason='the per-parameter step is taken for a sharded tensor',
         fingerprints=on_every_release('cf243566'),
+        reads=('model_param',),
     ),
 )

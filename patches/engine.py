@@ -15,10 +15,18 @@ import functools
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_mhc.compat import TESTED, core_minor, core_version, nearest_minor
+from megatron_mhc.compat import (
+    PREVIEWED,
+    TESTED,
+    core_folder,
+    core_minor,
+    core_version,
+    nearest_minor,
+    take_as_it_is,
+)
 from megatron_mhc.seam import PLACED, Seam, plain
 
 
@@ -34,6 +42,10 @@ class Patch:
         reason: why this seam and no other, one sentence.
         fingerprints: core minor release -> ``fingerprint`` of the original there. A release that is
             left out has no such symbol and needs no patch.
+        reads: parameters of the original that the patch takes or sets by name; without them it
+            would fail while a model trains, whatever else of the signature is accepted.
+        in_tree: whether ``megatron-mhc patch`` has a seam for it, on which a user can vouch for
+            another signature. Where not, the names that it reads suffice.
     """
 
     id: str
@@ -41,6 +53,8 @@ class Patch:
     wrap: Callable[[Callable], Callable] = field(repr=False)
     reason: str
     fingerprints: Mapping[str, str]
+    reads: tuple[str, ...] = ()
+    in_tree: bool = True
 
     @property
     def module(self) -> str:
@@ -61,8 +75,8 @@ def fingerprint(function: Callable) -> str:
 
 
 def on_every_release(digest: str) -> dict[str, str]:
-    """``fingerprints`` of a symbol whose signature is the same in every tested minor release."""
-    return dict.fromkeys(map(core_minor, TESTED), digest)
+    """``fingerprints`` of a symbol whose signature is the same in every recorded minor release."""
+    return dict.fromkeys((*map(core_minor, TESTED), *PREVIEWED), digest)
 
 
 # Id of an applied patch -> what takes it back.
@@ -70,7 +84,10 @@ _APPLIED: dict[str, Callable[[], None]] = {}
 
 
 def inspect_patch(patch: Patch) -> tuple[str, str]:
-    """``(state, detail)`` without applying: applied, ready, not needed, missing or unknown."""
+    """``(state, detail)`` without applying.
+
+    The state is applied, ready, untested (applied all the same), not needed, missing or unknown.
+    """
     version = core_version()
     if version is None:
         return 'missing', 'megatron-core is not installed'
@@ -81,12 +98,29 @@ def inspect_patch(patch: Patch) -> tuple[str, str]:
         return 'applied', expected or ''
     try:
         placed = _placed(patch)
-        seen = fingerprint(placed.original if placed else _declared(patch)[0])
+        function = placed.original if placed else _declared(patch)[0]
     except (ImportError, AttributeError, KeyError) as error:
         return 'missing', f'{patch.target} not found in megatron-core {version}: {error}'
+    seen, names = fingerprint(function), list(inspect.signature(function).parameters)
+    if gone := [name for name in patch.reads if name not in names]:
+        return 'unknown', renamed(gone, names)
     if seen not in (expected, placed and placed.accepted):
-        return 'unknown', f'signature {seen}, expected {expected} for megatron-core {version}'
+        changed = (
+            f'signature {seen} ({", ".join(names)}), expected {expected} for megatron-core '
+            f'{version} in {core_folder()}'
+        )
+        if not patch.in_tree:
+            return 'untested', changed
+        return 'unknown', f'{changed}; {take_as_it_is(core_folder())} takes it as it is'
     return 'ready', f'{seen}, a seam in the tree' if placed else seen
+
+
+def renamed(gone: Sequence[str], names: Sequence[str]) -> str:
+    """Why a function cannot be wrapped that has not the parameters which a patch reads."""
+    return (
+        f'the patch reads {", ".join(gone)}, and the parameters are {", ".join(names) or "none"}; '
+        'give the parameter its name in Megatron-Core back'
+    )
 
 
 def _placed(patch: Patch) -> Seam | None:
@@ -118,7 +152,7 @@ def apply(patches: tuple[Patch, ...]) -> None:
                 '`megatron-mhc doctor` lists every patch.'
             )
     for patch, state, _ in states:
-        if state == 'ready':
+        if state in ('ready', 'untested'):
             _APPLIED[patch.id] = _put_in_place(patch)
 
 

@@ -19,8 +19,8 @@ from megatron_mhc.patches.engine import Patch, on_every_release
 
 
 def _in_optimizer_order(original: Callable) -> Callable:
-    def build(cls, param_groups, gbuf_ranges):
-        _, groups = original(cls, param_groups, gbuf_ranges)
+    def build(cls, *args, **kwargs):
+        _, groups = original(cls, *args, **kwargs)
         positions = {}
         for index, group in enumerate(groups):
             # Stable, so that each kind keeps its buffer order; nothing moves in a uniform group.

@@ -41,5 +41,6 @@ FLOPS_PATCH = Patch(
     target='megatron.training.training:num_floating_point_operations',
     wrap=_wrap,
     reason='the TFLOP/s line and the count in checkpoints both come from it',
-    fingerprints={'0.17': 'c05fa411', '0.18': 'd85173af', '0.19': 'd85173af'},
+    fingerprints={'0.17': 'c05fa411', '0.18': 'd85173af', '0.19': 'd85173af', '0.20': 'd85173af'},
+    reads=('args', 'batch_size'),
 )

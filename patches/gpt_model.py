@@ -150,5 +150,6 @@ GPT_MODEL_PATCH = Patch(
     target='megatron.core.models.gpt.gpt_model:GPTModel.__init__',
     wrap=_wrap,
     reason='every layer spec of every script and release passes through it',
-    fingerprints=on_every_release('97819a84'),
+    fingerprints=on_every_release('97819a84') | {'0.20': '1a1e5d5b'},
+    reads=('config', 'transformer_layer_spec', 'pre_process', 'vp_stage'),
 )

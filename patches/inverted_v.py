@@ -21,9 +21,9 @@ _building_datasets = False
 
 
 def _first_stage(original: Callable) -> Callable:
-    def is_pipeline_first_stage(ignore_virtual=True, vp_stage=None):
+    def is_pipeline_first_stage(ignore_virtual=True, vp_stage=None, *args, **kwargs):
         # Called in any case: it checks its arguments.
-        if original(ignore_virtual=ignore_virtual, vp_stage=vp_stage) and _building_datasets:
+        if original(ignore_virtual, vp_stage, *args, **kwargs) and _building_datasets:
             return True
         first_chunk = ignore_virtual or vp_stage in (0, None)
         return first_chunk and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
@@ -47,7 +47,7 @@ def _with_datasets_on_rank_0(original: Callable) -> Callable:
 def _first_rank(original: Callable) -> Callable:
     del original
 
-    def is_pp_first_stage(pp_group):
+    def is_pp_first_stage(pp_group, *args, **kwargs):
         return get_pg_rank(pp_group) == get_pg_size(pp_group) - 1
 
     return is_pp_first_stage
@@ -57,7 +57,7 @@ def _layout_in_stage_order(original: Callable) -> Callable:
     del original
 
     @functools.lru_cache
-    def from_str(layout, pipeline_model_parallel_size):
+    def from_str(layout, pipeline_model_parallel_size, *args, **kwargs):
         return InvertedVLayout(layout, pipeline_model_parallel_size)
 
     return from_str
@@ -97,10 +97,15 @@ BATCH_PATCHES = tuple(
         wrap=_whole_batch,
         reason='the rank with both ends of the model needs tokens and labels',
         fingerprints=fingerprints,
+        reads=('mtp_on_this_rank',),
     )
     for id, module, fingerprints in (
         ('training', 'megatron.training.utils', {'0.17': 'bd705646'}),
-        ('core', 'megatron.core.utils', {'0.18': '896c4a94', '0.19': '2ea2ddb0'}),
+        (
+            'core',
+            'megatron.core.utils',
+            {'0.18': '896c4a94', '0.19': '2ea2ddb0', '0.20': '2ea2ddb0'},
+        ),
     )
 )
 INVERTED_V_PATCHES = (
@@ -111,6 +116,7 @@ INVERTED_V_PATCHES = (
         wrap=_first_stage,
         reason='scripts and data sets ask it where the embedding is',
         fingerprints=on_every_release('cb07ec55'),
+        reads=('ignore_virtual', 'vp_stage'),
     ),
     Patch(
         id='v-datasets',
@@ -125,6 +131,7 @@ INVERTED_V_PATCHES = (
         wrap=_first_rank,
         reason='mixed precision casts the inputs of the first stage',
         fingerprints=on_every_release('d7f1b2e1'),
+        reads=('pp_group',),
     ),
     Patch(
         id='v-layout',
@@ -133,12 +140,19 @@ INVERTED_V_PATCHES = (
         wrap=_layout_in_stage_order,
         reason='the layout tells every chunk its layers and their numbers in the whole model',
         fingerprints=on_every_release('0a59404f'),
+        reads=('layout', 'pipeline_model_parallel_size'),
     ),
     Patch(
         id='v-embedding-ranks',
         target='megatron.core.parallel_state:initialize_model_parallel',
         wrap=_both_ends_on_the_last_rank,
         reason='the embedding groups are made of the ranks that hold an end of the model',
-        fingerprints={'0.17': '2f6507d0', '0.18': '75e84cde', '0.19': '7e62d451'},
+        fingerprints={
+            '0.17': '2f6507d0',
+            '0.18': '75e84cde',
+            '0.19': '7e62d451',
+            '0.20': '7e62d451',
+        },
+        reads=('get_embedding_ranks', 'get_position_embedding_ranks'),
     ),
 )

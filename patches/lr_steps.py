@@ -27,4 +27,5 @@ LR_STEPS_PATCH = Patch(
     wrap=_wrap,
     reason='the one place where a decay style becomes a learning rate, per parameter group',
     fingerprints=on_every_release('45201938'),
+    reads=('param_group',),
 )

@@ -95,5 +95,6 @@ MOE_LANE_PATCHES = tuple(
         wrap=_with_memory_of_its_own,
         reason='the all-gather dispatcher writes to one buffer that all microbatches share',
         fingerprints=on_every_release('cf32f7a7'),
+        reads=('use_global_buffer',),
     ),
 )

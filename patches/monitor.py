@@ -115,7 +115,13 @@ MONITOR_PATCHES = (
         target='megatron.training.training:train',
         wrap=_watch,
         reason='the first point where every chunk is built and wrapped, and the last one that ends',
-        fingerprints={'0.17': 'a96bbeaa', '0.18': 'a96bbeaa', '0.19': '219758b7'},
+        fingerprints={
+            '0.17': 'a96bbeaa',
+            '0.18': 'a96bbeaa',
+            '0.19': '219758b7',
+            '0.20': '219758b7',
+        },
+        reads=('model',),
     ),
     Patch(
         id='monitor-gradients',
@@ -129,6 +135,12 @@ MONITOR_PATCHES = (
         target='megatron.training.training:training_log',
         wrap=_report,
         reason='runs after every step on every rank and knows iteration, gradient norm and scale',
-        fingerprints={'0.17': '8eb0480f', '0.18': '7d6d7fea', '0.19': '7d6d7fea'},
+        fingerprints={
+            '0.17': '8eb0480f',
+            '0.18': '7d6d7fea',
+            '0.19': '7d6d7fea',
+            '0.20': '7d6d7fea',
+        },
+        reads=('iteration', 'loss_scale', 'skipped_iter', 'grad_norm'),
     ),
 )

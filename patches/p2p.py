@@ -82,4 +82,5 @@ P2P_PATCH = Patch(
     wrap=_wrap,
     reason='one method serves both schedules; the interleaved one computes its shape inline',
     fingerprints=on_every_release('e01cfa8f'),
+    reads=('tensor_shape', 'tensor_send_next', 'tensor_send_prev'),
 )

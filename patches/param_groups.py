@@ -62,6 +62,7 @@ def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> No
             )
 
 
+READS = ('model_chunks', 'config', 'config_overrides')
 PARAM_GROUPS_PATCHES = (
     Patch(
         id='param-groups',
@@ -69,6 +70,7 @@ PARAM_GROUPS_PATCHES = (
         wrap=_wrap,
         reason='mapping parameters are told by name; the first point where all chunks are built',
         fingerprints=on_every_release('40033d09'),
+        reads=READS,
     ),
     Patch(
         id='param-groups-muon',
@@ -76,5 +78,8 @@ PARAM_GROUPS_PATCHES = (
         wrap=_wrap,
         reason='0.17 builds the groups of Muon under a name of its own',
         fingerprints={'0.17': '40033d09'},
+        reads=READS,
+        # A seam on a def serves every module that imports it by name.
+        in_tree=False,
     ),
 )

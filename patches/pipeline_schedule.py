@@ -50,6 +50,7 @@ PIPELINE_SCHEDULE_PATCHES = (
         wrap=_run_plan,
         reason='the only entry of a pipeline with two chunks a rank, looked up when it is called',
         fingerprints=on_every_release('a99d6a32'),
+        reads=('model',),
     ),
     Patch(
         id='split-linear',
@@ -57,7 +58,13 @@ PIPELINE_SCHEDULE_PATCHES = (
         'linear_with_grad_accumulation_and_async_allreduce',
         wrap=_split_weight_gradient,
         reason='every tensor-parallel linear layer calls it, so weight gradients can be put off',
-        fingerprints={'0.17': '29402846', '0.18': '29402846', '0.19': 'cc871899'},
+        fingerprints={
+            '0.17': '29402846',
+            '0.18': '29402846',
+            '0.19': 'cc871899',
+            '0.20': '07b03c36',
+        },
+        reads=tuple(inspect.signature(split_linear).parameters)[1:-1],
     ),
     Patch(
         id='delayed-hooks',
@@ -65,6 +72,12 @@ PIPELINE_SCHEDULE_PATCHES = (
         'DistributedDataParallel.__init__',
         wrap=_with_delayed_hooks,
         reason='gradients that Transformer Engine puts off must reach main_grad when they come',
-        fingerprints={'0.17': '2390ab95', '0.18': '20b3aba4', '0.19': '20b3aba4'},
+        fingerprints={
+            '0.17': '2390ab95',
+            '0.18': '20b3aba4',
+            '0.19': '20b3aba4',
+            '0.20': '20b3aba4',
+        },
+        reads=('config', 'ddp_config', 'module'),
     ),
 )

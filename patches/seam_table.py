@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import pathlib
 
-from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.registry import (
     ALL_PATCHES,
@@ -25,11 +24,6 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 BEGIN, END = '<!-- seams -->\n', '<!-- end of seams -->\n'
 
 
-# A tree has the Makefile whose absence from a wheel the first makes up for, and a seam on a def
-# serves every module that imports it by name, which the second makes up for.
-NOT_IN_A_TREE = (DATASET_HELPERS_PATCH.id, 'param-groups-muon')
-
-
 def rows() -> list[dict]:
     """Everything that ``megatron-mhc patch`` has to know of each seam, in the registry's order."""
     return [
@@ -38,10 +32,11 @@ def rows() -> list[dict]:
             'target': patch.target,
             'needed_by': _needed_by(patch),
             'reason': patch.reason,
+            'reads': list(patch.reads),
             'fingerprints': dict(sorted(patch.fingerprints.items())),
         }
         for patch in ALL_PATCHES
-        if patch.id not in NOT_IN_A_TREE
+        if patch.in_tree
     ]
 
 

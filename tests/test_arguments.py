@@ -332,6 +332,7 @@ def test_tasks_without_a_rendezvous_are_refused(variable, monkeypatch, tmp_path,
     for name in ('WORLD_SIZE', 'MASTER_ADDR', 'RANK'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, '2')
+    monkeypatch.setattr(sys, 'path', [*sys.path])
     (tmp_path / 'script.py').write_text('')
     with pytest.raises(SystemExit):
         main([str(tmp_path / 'script.py')])

@@ -24,6 +24,7 @@ from megatron_mhc.convert.maps import maps, merge_gates, stored_head, stored_par
 from megatron_mhc.convert.saved_args import Described, describe
 from megatron_mhc.convert.source import OPAQUE, Source, open_source
 from megatron_mhc.hyper_connection import HyperConnection
+from megatron_mhc.script_path import same_path_for_a_child
 
 SEQUENCES, LENGTH, SEED = 2, 64, 1
 # One process, plain layers, every sum in fp32.
@@ -76,8 +77,10 @@ def largest_difference(first: pathlib.Path, second: pathlib.Path, origin: str) -
     Raises:
         ValueError: a model cannot be built from its saved arguments.
     """
-    command = [sys.executable, '-m', __spec__.name, str(first), str(second), origin]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # The worker must find the Megatron that this process found.
+    options, environment = same_path_for_a_child()
+    command = [sys.executable, *options, '-m', __spec__.name, str(first), str(second), origin]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
         raise ValueError(

@@ -17,7 +17,7 @@ from megatron_mhc.seam import PLACED
 # pytest imports tests by path.
 sys.path.append(str(pathlib.Path(__file__).parent))
 
-from sample_tree import FILES, GIT, IDS, INFO  # noqa: E402
+from sample_tree import FILES, GIT, IDS, INFO, READS  # noqa: E402
 
 
 @pytest.fixture
@@ -29,7 +29,8 @@ def tree(tmp_path, monkeypatch):
             'target': FILES[id][0],
             'needed_by': '--residual-type',
             'reason': f'reason of {id}',
-            'fingerprints': {'0.19': engine.fingerprint(FILES[id][3])},
+            'reads': READS.get(id, []),
+            'fingerprints': dict.fromkeys(('0.19', '0.20'), engine.fingerprint(FILES[id][3])),
         }
         for id in IDS
     ]

@@ -52,6 +52,7 @@ FILES = {
         lambda x: None,
     ),
 }
+READS = {'plain': ['rest', 'b'], 'conditional': ['key']}
 IDS = [id for id in FILES if id != 'helpers']
 
 

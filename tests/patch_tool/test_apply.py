@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 
+import pytest
 from sample_tree import FILES, IDS, contents, execute
 
 from megatron_mhc import tree_write
@@ -126,6 +127,29 @@ def test_permissions_and_links_survive(tree, patch):
     patch('--apply')
     assert plain.is_symlink() and b'mhc_seam' in real.read_bytes()
     assert real.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize('name', ['megatron/core/plain.py', 'megatron/core/package', 'megatron'])
+def test_nothing_is_written_through_a_link_that_leaves_the_tree(tree, patch, tmp_path, name):
+    outside = tmp_path / 'outside'
+    (tree / name).rename(outside)
+    (tree / name).symlink_to(outside)
+    before = contents(tree), contents(tmp_path)
+    for flag in ('--apply', '--diff'):
+        code, _, error = patch(flag)
+        assert code == 2 and error.count('\n') == 1, error
+        assert f'a link leads to {outside}' in error and 'put a copy in its place' in error
+    assert (contents(tree), contents(tmp_path)) == before
+    # Nor are lines taken out of what lies there.
+    (tree / name).unlink()
+    outside.rename(tree / name)
+    patch('--apply')
+    (tree / name).rename(outside)
+    (tree / name).symlink_to(outside)
+    patched = contents(tmp_path)
+    patch('--reverse')
+    left = contents(tmp_path)
+    assert all(left[name] == patched[name] for name in left if name.startswith('outside'))
 
 
 def test_without_the_package_the_error_names_the_way_back(tree, patch):

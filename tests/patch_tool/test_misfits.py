@@ -9,7 +9,7 @@ from sample_tree import FILES, IDS, INFO, contents, execute
 
 from megatron_mhc import tree_scan
 from megatron_mhc.patches import engine
-from megatron_mhc.seam import PLACED
+from megatron_mhc.seam import PLACED, Seam
 from megatron_mhc.tree_edit import seam_line
 
 
@@ -61,6 +61,7 @@ def test_a_changed_signature_is_named_and_taken_when_told(tree, patch):
     assert engine.inspect_patch(sample)[0] == 'ready'
     PLACED['plain'].accepted = '00000000'
     assert engine.inspect_patch(sample)[0] == 'unknown'
+    assert f'patch {tree} --apply --untested` takes it as it is' in error
     # Another change under the seam.
     plain.write_text(plain.read_text().replace('extra=None', 'other=None'))
     code, _, error = patch('--apply', '--untested')
@@ -68,6 +69,30 @@ def test_a_changed_signature_is_named_and_taken_when_told(tree, patch):
     plain.write_text(plain.read_text().replace('other=None', 'extra=None'))
     patch('--reverse')
     assert contents(tree) == before
+
+
+@pytest.mark.parametrize('more', ['', 'extra=None, '])
+def test_a_renamed_parameter_that_a_patch_reads_is_refused(tree, patch, more):
+    """It would pass as a signature that the user vouches for, and fail while a model trains."""
+    plain = tree / 'megatron/core/plain.py'
+    plain.write_text(plain.read_text().replace('b=1', f'{more}c=1').replace('rest, b', 'rest, c'))
+    before = contents(tree)
+    names = f'work(a, *rest, {"extra, " if more else ""}c)'
+    message = f'the patch reads b, and it is {names}; give the parameter its name'
+    code, out, _ = patch()
+    assert code == 1 and '1 renamed' in out and message in out
+    for flags in (['--apply'], ['--apply', '--untested'], ['--diff', '--untested']):
+        code, _, error = patch(*flags)
+        assert code == 2 and error.count('\n') == 1 and message in error, flags
+        assert 'megatron/core/plain.py:7' in error and contents(tree) == before
+    # A seam that an earlier version of the tool has put there says so when a run starts.
+    work = execute(tree, 'megatron/core/plain.py')['work']
+    PLACED['plain'] = Seam(work, work, engine.fingerprint(work))
+    sample = engine.Patch(
+        'plain', 'x:y', lambda f: f, 'test', engine.on_every_release('0'), reads=('rest', 'b')
+    )
+    state, detail = engine.inspect_patch(sample)
+    assert state == 'unknown' and 'the patch reads b, and the parameters are a, rest' in detail
 
 
 def test_a_patched_tree_that_became_another_release_is_told(tree, patch):
@@ -106,7 +131,7 @@ def test_two_definitions_of_a_name_are_left_to_the_user(tree, patch):
     assert code == 2 and 'defined 2 times, megatron/core/plain.py:7, ' in error
 
 
-@pytest.mark.parametrize('minor', [16, 20])
+@pytest.mark.parametrize('minor', [16, 20, 21])
 def test_an_untested_release_needs_a_word(tree, patch, minor, monkeypatch):
     (tree / 'megatron/core/package_info.py').write_text(INFO.format(minor=minor))
     if minor == 16:
@@ -126,7 +151,9 @@ def test_an_untested_release_needs_a_word(tree, patch, minor, monkeypatch):
     # At run time too: the word holds for the signature, and for nothing that has no seam.
     execute(tree, 'megatron/core/plain.py')
     monkeypatch.setattr(engine, 'core_version', lambda: f'0.{minor}.1')
-    known = dict.fromkeys(('0.17', '0.18', '0.19'), accept)
+    known = dict.fromkeys(('0.17', '0.18', '0.19', '0.20'), accept)
+    if minor == 20:
+        known['0.20'] = '00000000'
     sample = engine.Patch('plain', 'x:y', lambda f: f, 'test', known)
     assert engine.inspect_patch(sample)[0] == 'ready'
     PLACED['plain'].accepted = None
@@ -156,6 +183,10 @@ def test_files_that_cannot_be_edited_are_refused_whole(tree, patch, source):
 @pytest.mark.parametrize(
     ('prepare', 'message'),
     [
+        (lambda info: info.write_text('MAJOR = ('), 'not Python: '),
+        (lambda info: info.write_bytes(b'\0'), 'not Python: '),
+        (lambda info: info.write_text('MAJOR = MINOR = PATCH = 1e999'), 'no MAJOR, MINOR'),
+        (lambda info: info.write_text('MAJOR = 1e999\nMINOR = PATCH = 0'), 'no MAJOR, MINOR'),
         (lambda info: info.unlink(), 'no megatron/core/package_info.py; name the folder'),
         (lambda info: info.write_text('x = 1\n'), 'no MAJOR, MINOR and PATCH'),
     ],
