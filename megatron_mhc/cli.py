@@ -6,14 +6,12 @@ A subcommand's module has ``add_arguments(parser)``, which also names what runs 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
-from typing import NoReturn
 
 from megatron_mhc import __version__
-from megatron_mhc.refusal import refuse
+from megatron_mhc.refusal import OneLineParser
 
 # name -> (module, help)
 COMMANDS = {
@@ -30,13 +28,6 @@ COMMANDS = {
 }
 
 
-class _OneLine(argparse.ArgumentParser):
-    """Answers wrong input without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        refuse(self.prog, message)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Dispatch to a subcommand; each brings its own ``--help``."""
     argv = sys.argv[1:] if argv is None else argv
@@ -45,11 +36,9 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_mhc.run import main as run
 
         return run(argv[1:], prog='megatron-mhc run')
-    parser = argparse.ArgumentParser(
-        prog='megatron-mhc', description='Hyper-connections for Megatron-Core.'
-    )
+    parser = OneLineParser(prog='megatron-mhc', description='Hyper-connections for Megatron-Core.')
     parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
-    commands = parser.add_subparsers(dest='command', required=True, parser_class=_OneLine)
+    commands = parser.add_subparsers(dest='command', required=True)
     for name, (module, words) in COMMANDS.items():
         command = commands.add_parser(name, help=words)
         if argv[:1] == [name]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from megatron_mhc.argument_types import MOST_TOKENS, check_integer
 from megatron_mhc.schedules.catalog import forward_only, make_plan
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.plan import Plan
@@ -36,10 +37,9 @@ class PipelineConfig:
             raise ValueError(
                 f'--pipeline-schedule {self.schedule}: choose one of {", ".join(V_SCHEDULES)}'
             )
-        if self.verify_steps < 0:
-            raise ValueError(
-                f'--pipeline-verify-steps {self.verify_steps}: a number of steps, 0 for none'
-            )
+        check_integer(
+            '--pipeline-verify-steps', self.verify_steps, 0, MOST_TOKENS, 'it counts steps, 0 none'
+        )
 
     def plan(
         self, ranks: int, microbatches: int, evaluating: bool = False, recompute: bool = False

@@ -18,6 +18,7 @@ from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
 from megatron_mhc.engram.resume import check_memory_of
 from megatron_mhc.kernel_choice import announce_kernels
 from megatron_mhc.lr_steps import add_lr_step_arguments, resolve_lr_steps
+from megatron_mhc.megatron_sizes import check_sizes
 from megatron_mhc.monitor_arguments import add_monitor_arguments, resolve_monitor
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
@@ -74,6 +75,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
     for token in unknown:
         if token.startswith(OWN_FLAGS):
             raise ValueError(f'argument {token}: no such flag; --help lists residual connections')
+    check_sizes(namespace)
     residual = resolve_arguments(namespace)
     check_constraints(namespace, residual)
     check_checkpoints_of(namespace, residual)

@@ -105,7 +105,7 @@ REFUSED = {
     '--mhc-recompute-layer-num 4': '--mhc-recompute-layer-num has no effect with --residual-type',
     '--residual-type mhc --mhc-recompute-layer-num 0': '--mhc-recompute-layer-num 0: wanted none, ',
     '--residual-type mhc --mhc-recompute-layer-num -2': '--mhc-recompute-layer-num -2: wanted ',
-    '--residual-type hc --mhc-recompute-layer-num all': '--mhc-recompute-layer-num all: wanted ',
+    '--residual-type hc --mhc-recompute-layer-num all': '--mhc-recompute-layer-num: all: wanted ',
     '--residual-type mhc --mhc-recompute-stream compute': 'without --mhc-recompute-layer-num',
     '--residual-type mhc --mhc-recompute-layer-num auto --mhc-recompute-stream high': 'high has no '
     'effect with the stock schedules',
