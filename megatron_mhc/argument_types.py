@@ -46,7 +46,7 @@ def check_number(
     name: str, value: Any, least: float, most: float, remedy: str, above: bool = False
 ) -> None:
     """Raise ValueError unless ``value`` is a finite number from ``least``, or above it, on."""
-    if not _is_number(value) or not least <= value <= most or (above and value == least):
+    if not is_number(value) or not least <= value <= most or (above and value == least):
         wanted = _wanted('a finite number', least, most, above)
         raise ValueError(f'{name} {shown(value)}: {wanted}; {remedy}')
 
@@ -134,7 +134,8 @@ def _converted(kind: type, text: str) -> Any:
         return None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite int or float."""
     return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_mhc.argument_types import MOST_TOKENS, MOST_WIDTH, input_file, integer
 from megatron_mhc.kernels.backend import KERNEL_STREAMS
 from megatron_mhc.kernels.traffic import Traffic, arguments, our_forms, paper_forms, stream_names
 from megatron_mhc.kernels.traffic import variant as variant_of
@@ -47,11 +48,11 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add('--arch', type=_arch, nargs='+', default=[80, 90, 100], help='compute capabilities')
     add('--num-streams', type=_streams, nargs='+', default=[2, 4], help='n')
-    add('--hidden-size', type=_positive, default=4096, help='C')
-    add('--tokens', type=_positive, default=8192, help='T, sequence times microbatch')
+    add('--hidden-size', type=integer(1, MOST_WIDTH), default=4096, help='C')
+    add('--tokens', type=integer(1, MOST_TOKENS), default=8192, help='T, sequence times microbatch')
     add('--dtype', type=_dtype, default='bf16', help='of the streams: bf16, fp16 or fp32')
     add('--kernel', nargs='+', default=None, help='only kernels whose name begins like this')
-    add('--ceilings', type=Path, default=CEILINGS, help='JSON file with ceilings')
+    add('--ceilings', type=input_file, default=CEILINGS, help='JSON file with ceilings')
     add('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(run=main)
 
@@ -258,9 +259,3 @@ def _one_of(text: str, known: Iterable, why: str) -> Any:
     if text not in found:
         raise argparse.ArgumentTypeError(f'{text}: {why}; take one of {" ".join(found)}')
     return found[text]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text}: a size; give an integer of at least 1')
-    return int(text)

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_mhc import schedule_trace
+from megatron_mhc.argument_types import input_file, integer, number
 from megatron_mhc.refusal import refuse
 from megatron_mhc.schedules.catalog import SCHEDULES, make_plan
 from megatron_mhc.schedules.lowering import lower
@@ -43,6 +44,7 @@ _HELP = {
 # Enough for the sums of a step; the digits behind are rounding.
 _DIGITS = 9
 _LARGEST = 1_000_000
+_COUNT, _TIME, _FACTOR = integer(1), number(0, 1e15), number(0, above=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,13 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             which.add_argument(
                 '--schedule', choices=list(SCHEDULES), metavar='NAME', help='see list'
             )
-            which.add_argument('--plan', type=Path, metavar='FILE', help='operations, text or CSV')
+            which.add_argument(
+                '--plan', type=input_file, metavar='FILE', help='operations, text or CSV'
+            )
         required = topic == 'compare'
-        which.add_argument('--pp', type=_count, metavar='P', required=required, help='ranks')
+        which.add_argument('--pp', type=_COUNT, metavar='P', required=required, help='ranks')
         which.add_argument(
-            '--microbatches', type=_count, metavar='M', required=required, help='of one step'
+            '--microbatches',
+            type=_COUNT,
+            metavar='M',
+            required=required,
+            help='of one step',
         )
-        which.add_argument('--chunks', type=_count, default=2, help='a rank, of interleaved')
+        which.add_argument('--chunks', type=_COUNT, default=2, help='a rank, of interleaved')
         if topic != 'validate':
             which.add_argument(
                 '--lowered', action='store_true', help='with communication, as it is executed'
@@ -80,7 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument('--format', choices=FORMATS, default='text', help='of the output')
             parser.add_argument('--output', type=Path, metavar='FILE', help='instead of stdout')
             parser.add_argument(
-                '--width', type=_width, help='columns of text, 0 for all (default: the terminal)'
+                '--width',
+                type=integer(0),
+                help='columns of text, 0 for all (default: the terminal)',
             )
     schedule_trace.add_parser(topics)
 
@@ -90,10 +100,22 @@ def _add_times(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     for name, words in _TIMES.items():
         default = getattr(Times, name.replace('-', '_'))
-        add(f'--{name}', type=float, metavar='T', default=default, help=words)
+        add(f'--{name}', type=_TIME, metavar='T', default=default, help=words)
     alpha = Times.fused_slot_factor
-    add('--fused-slot-factor', type=float, metavar='A', default=alpha, help='of F + B')
-    add('--stage-scale', type=float, nargs='+', metavar='X', help='a factor for each stage')
+    add(
+        '--fused-slot-factor',
+        type=_FACTOR,
+        metavar='A',
+        default=alpha,
+        help='of F + B',
+    )
+    add(
+        '--stage-scale',
+        type=_FACTOR,
+        nargs='+',
+        metavar='X',
+        help='a factor for each stage',
+    )
     add('--recompute-stream', choices=RECOMPUTE_STREAMS, default='compute', help='of R')
     add('--link-contention', action='store_true', help='one tensor at a time from rank to rank')
 
@@ -317,15 +339,3 @@ def _hops(plan: Plan) -> int:
     """How often the activation of one microbatch goes from rank to rank."""
     holders = plan.placement[0]
     return sum(a != b for a, b in zip(holders, holders[1:], strict=False))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text}: a number; give an integer of at least 1')
-    return int(text)
-
-
-def _width(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text}: columns; give an integer, 0 for all')
-    return int(text)

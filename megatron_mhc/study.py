@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mhc.config import RECOMPUTE_BLOCKS, ResidualConfig
+from megatron_mhc.argument_types import MOST_LAYERS, MOST_RANKS, MOST_STREAMS, input_file, integer
+from megatron_mhc.config import RECOMPUTE_BLOCKS
 from megatron_mhc.model_shape import ModelShape
 from megatron_mhc.pipeline_config import PIPELINE_SCHEDULES, V_SCHEDULES
 from megatron_mhc.recipe import RECIPES
@@ -25,6 +26,7 @@ from megatron_mhc.study_sweep import Sweep
 PROGRAM = 'megatron-mhc study'
 _STUDY_ONLY = ('output', 'set', 'kernel_times', 'gpus', 'tp', 'pp', 'vpp', 'ep', 'dp', 'schedule')
 _STUDY_ONLY += ('micro_batch_size', 'num_residual_streams', 'recompute', 'global_batch_size')
+_COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--calibrate', action='store_true', help='published figures beside ours, and the error')
     add('--json', action='store_true', help='print one JSON object')
     add('--output', type=Path, metavar='DIR', help='write CSV, flags and a picture there')
-    add('--top', type=_count, default=12, metavar='N', help='lines of the table (default: 12)')
+    add('--top', type=_COUNT, default=12, metavar='N', help='lines of the table (default: 12)')
     machine = parser.add_argument_group('machine').add_argument
     machine('--hardware', default='h100', metavar='NAME', help=f'{", ".join(PRESETS)} or FILE.yaml')
     machine(
@@ -48,23 +50,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine(
         '--kernel-times',
-        type=Path,
+        type=input_file,
         metavar='CSV',
         help='results.csv of make bench (default: mHC kernels from the bytes that they move)',
     )
     ranks = parser.add_argument_group('what to combine; several values each').add_argument
-    ranks('--gpus', type=_count, nargs='+', metavar='N', help='ranks in all (default: 64)')
-    ranks('--tp', type=_count, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
-    ranks('--pp', type=_count, nargs='+', metavar='N', help='(default: powers of 2)')
-    ranks('--vpp', type=_count, nargs='+', metavar='N', help='of interleaved (default: 2)')
-    ranks('--ep', type=_count, nargs='+', metavar='N', help='(default: divisors of the experts)')
-    ranks('--dp', type=_count, nargs='+', metavar='N', help='keep only these (default: all)')
+    ranks('--gpus', type=_COUNT, nargs='+', metavar='N', help='ranks in all (default: 64)')
+    ranks('--tp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
+    ranks('--pp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
+    ranks('--vpp', type=_COUNT, nargs='+', metavar='N', help='of interleaved (default: 2)')
+    ranks('--ep', type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)')
+    ranks('--dp', type=_COUNT, nargs='+', metavar='N', help='keep only these (default: all)')
     ranks('--schedule', nargs='+', choices=PIPELINE_SCHEDULES, metavar='NAME', help=_SCHEDULES)
-    ranks('--micro-batch-size', type=_count, nargs='+', metavar='B', help='(default: 1)')
-    ranks('--num-residual-streams', type=_count, nargs='+', metavar='N', help='n (default: 4)')
+    ranks('--micro-batch-size', type=_COUNT, nargs='+', metavar='B', help='(default: 1)')
+    ranks(
+        '--num-residual-streams',
+        type=_STREAMS,
+        nargs='+',
+        metavar='N',
+        help='n (default: 4)',
+    )
     ranks(
         '--recompute',
-        type=_blocks,
+        type=integer(1, 2 * MOST_LAYERS, words=RECOMPUTE_BLOCKS),
         nargs='+',
         metavar='L_R',
         help=f'{", ".join(RECOMPUTE_BLOCKS)} or sublayers of a block (default: auto)',
@@ -77,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='last: a model of your own as Megatron flags, instead of RECIPE; needs Megatron',
     )
     model('--residual-type', choices=('standard', 'mhc'), default='mhc')
-    model('--global-batch-size', type=_count, metavar='N', help="(default: the recipe's)")
+    model('--global-batch-size', type=_COUNT, metavar='N', help="(default: the recipe's)")
 
 
 _SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: all)'
@@ -224,18 +232,3 @@ def _progress(total: int) -> Callable[[int], object]:
 
 def _unique(values) -> tuple:
     return tuple(dict.fromkeys(values))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text}: a number; give an integer of at least 1')
-    return int(text)
-
-
-def _blocks(text: str) -> int | str:
-    value = int(text) if text.isdecimal() else text
-    try:
-        ResidualConfig(recompute_layer_num=value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return value

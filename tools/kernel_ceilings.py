@@ -11,6 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_mhc.argument_types import input_file
+from megatron_mhc.refusal import OneLineParser, refuse
+
 CEILINGS = Path(__file__).resolve().parents[1] / 'kernels' / 'ceilings.json'
 # Words of the report -> constants. Bias and dropout share the ceiling of their kernel.
 CONSTANTS = {'mix': 'MIX', 'g': 'HAS_G', 'u': 'HAS_U', 'dx': 'WRITE_DX'}
@@ -43,18 +46,31 @@ def with_headroom(seen: dict) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def read(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_text())
+        dtype, _ = report['dtype'], report['kernels']
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f'{path}: no report ({error!r}); write it with --json') from error
+    if dtype != 'bf16':
+        raise ValueError(f'{path}: dtype {dtype}: ceilings are kept for bf16 streams only; drop it')
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        prog='kernel_ceilings.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('reports', nargs='+', type=Path, help='JSON reports, all for bf16')
-    reports = [json.loads(path.read_text()) for path in parser.parse_args().reports]
-    for report in reports:
-        if report['dtype'] != 'bf16':
-            raise SystemExit(f'dtype {report["dtype"]}: ceilings are kept for bf16 streams only')
+    parser.add_argument('reports', nargs='+', type=input_file, help='JSON reports, all for bf16')
+    try:
+        found = largest([read(path) for path in parser.parse_args(argv).reports])
+    except ValueError as error:
+        refuse(parser.prog, str(error))
     kernels = {
         kernel: {n: {arch: with_headroom(a) for arch, a in sorted(ways.items())} for n, ways in ns}
-        for kernel, ns in sorted((k, sorted(v.items())) for k, v in largest(reports).items())
+        for kernel, ns in sorted((k, sorted(v.items())) for k, v in found.items())
     }
     exceptions = json.loads(CEILINGS.read_text())['exceptions']
     found = {'dtype': 'bf16', 'exceptions': exceptions, 'kernels': kernels}
