@@ -85,11 +85,12 @@ def number(
     remedy: str = 'give one such as 0.5',
     above: bool = False,
 ) -> Callable[[str], float]:
-    """A type for argparse: a number from ``least`` on, or above it; any without ``least``."""
+    """A type for argparse: a finite number, from ``least`` on or above it."""
 
     def parsed(text: str) -> float:
         value = _converted(float, text)
-        inside = value is not None and (least is None or least <= value <= most)
+        inside = value is not None and math.isfinite(value)
+        inside = inside and (least is None or least <= value <= most)
         if not inside or (above and value == least):
             wanted = _wanted('a finite number', least, most, above)
             raise argparse.ArgumentTypeError(f'{shown(text)}: {wanted}; {remedy}')
@@ -136,11 +137,15 @@ def _converted(kind: type, text: str) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a finite int or float."""
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and type(value) is not bool
 
 
 def _wanted(what: str, least: float | None, most: float, above: bool = False) -> str:
     if least is None:
         return f'wanted {what}'
-    start = f'above {least} and at most' if above else f'from {least} to'
-    return f'wanted {what} {start} {most}'
+    end = f'{most:g}' if isinstance(most, float) else str(most)
+    return f'wanted {what} ' + (
+        f'above {least}, at most {end}' if above else f'from {least} to {end}'
+    )

@@ -38,12 +38,14 @@ def main(argv: list[str] | None = None) -> None:
         return run(argv[1:], prog='megatron-mhc run')
     parser = OneLineParser(prog='megatron-mhc', description='Hyper-connections for Megatron-Core.')
     parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
-    commands = parser.add_subparsers(dest='command', required=True)
+    commands = parser.add_subparsers(dest='command')
     for name, (module, words) in COMMANDS.items():
         command = commands.add_parser(name, help=words)
         if argv[:1] == [name]:
             importlib.import_module(f'megatron_mhc.{module}').add_arguments(command)
     options = parser.parse_args(argv)
+    if options.command is None:
+        parser.error(f'argument command: missing; choose from {", ".join(COMMANDS)}')
     try:
         status = options.run(options)
         sys.stdout.flush()

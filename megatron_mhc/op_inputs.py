@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mhc.argument_types import MOST_ITERATIONS, MOST_STREAMS, is_number
+from megatron_mhc.argument_types import MOST_ITERATIONS, MOST_STREAMS, is_number, shown
 from megatron_mhc.kernels.backend import BACKENDS
 
 PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
@@ -100,7 +100,7 @@ def require_float(name: str, tensor: Tensor) -> None:
 
 def require_positive(name: str, value: int, most: int = MOST_ITERATIONS) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f'{name}: got {value!r}, wanted an integer >= 1 and at most {most}')
+        raise ValueError(f'{name}: got {shown(value)}, wanted an integer from 1 to {most}')
 
 
 def require_map(name: str, maps: Tensor) -> None:

@@ -293,6 +293,7 @@ def write_read(
     """
     require_backend(backend)
     _require_carried(carried)
+    require_positive('num_streams', num_streams)
     x = carried.x
     if carried.h_post.shape[-1] != num_streams:
         raise ValueError(

@@ -40,12 +40,16 @@ def refuse(program: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
+def with_remedy(program: str, message: str) -> str:
+    """A message of argparse, which says what is wrong; ours say what to do as well."""
+    return message if '; ' in message else f'{message}; {program} --help lists what there is'
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Answers wrong input without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        remedy = '' if '; ' in message else f'; {self.prog} --help lists what there is'
-        refuse(self.prog, message + remedy)
+        refuse(self.prog, with_remedy(self.prog, message))
 
 
 def _tell_torchrun(line: str) -> None:

@@ -173,7 +173,9 @@ def _show(options: argparse.Namespace) -> None:
     try:
         options.output.write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
-        raise ValueError(f'argument --output: {options.output}: {error.strerror}') from error
+        raise ValueError(
+            f'argument --output: {options.output}: {error.strerror}; name another file'
+        ) from error
 
 
 def _draw(timeline: Timeline, options: argparse.Namespace) -> str | bytes:
@@ -268,13 +270,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     """The validated plan that the options name."""
     numbers = options.pp, options.microbatches
     if (options.schedule is None) == (options.plan is None):
-        raise ValueError('give --schedule NAME (see list), or --plan FILE')
+        raise ValueError('--schedule or --plan: one of them; give a NAME of list, or a FILE')
     if options.plan is not None:
         if numbers != (None, None):
             raise ValueError('a plan file has its own numbers; leave out --pp and --microbatches')
         plan = _read(options.plan)
     elif None in numbers:
-        raise ValueError(f'--schedule {options.schedule} needs --pp and --microbatches')
+        raise ValueError(f'--schedule {options.schedule} needs --pp and --microbatches; give both')
     else:
         _check_size(options)
         plan = make_plan(options.schedule, *numbers, chunks=options.chunks)
@@ -296,7 +298,11 @@ def _read(path: Path) -> Plan:
     try:
         return read_plan(path.read_text())
     except OSError as error:
-        raise ValueError(f'argument --plan: {path}: {error.strerror}') from error
+        raise ValueError(
+            f'argument --plan: {path}: {error.strerror}; name a file to read'
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f'argument --plan: {path}: not text; name a plan') from error
     except ValueError as error:
         raise ValueError(f'argument --plan: {path}: {error}') from error
 

@@ -117,7 +117,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     if (options.name is None) == (options.model is None):
         raise ValueError(
-            f'name a recipe, {", ".join(RECIPES)}, or give --model with Megatron flags, one of both'
+            f'RECIPE or --model, one of both: name one of {", ".join(RECIPES)}, or give flags'
         )
     hardware = hardware_of(options.hardware, options.set)
     kernels = BytesModel(hardware)

@@ -7,6 +7,7 @@ it by its correlation id, and to the operators and ranges that were open on that
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
@@ -105,11 +106,15 @@ def _read_chrome(path: Path, head: bytes) -> Trace:
         ) from None
     events = found.get('traceEvents') if isinstance(found, dict) else found
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-        raise ValueError(f'{path}: JSON but not a Chrome trace: it has no list of traceEvents')
+        raise ValueError(
+            f'{path}: JSON but not a Chrome trace: it has no list of traceEvents; name another'
+        )
     try:
         kernels, priorities = _chrome_kernels(path, events)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f'{path}: an event is not as torch writes it: {error!r}') from None
+        raise ValueError(
+            f'{path}: an event is not as torch writes it: {error!r}; trace it again'
+        ) from None
     distributed = found.get('distributedInfo') if isinstance(found, dict) else None
     rank = distributed.get('rank') if isinstance(distributed, dict) else None
     return Trace(path, rank, kernels, priorities)
@@ -154,9 +159,10 @@ def _chrome_kernels(path: Path, events: list[dict]) -> tuple[tuple[Kernel, ...],
 
 
 def _ns(microseconds: float | str) -> int:
-    if not math.isfinite(float(microseconds)):
-        raise TypeError(f'time {microseconds}')
-    return round(float(microseconds) * 1000)
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(microseconds)):
+            return round(float(microseconds) * 1000)
+    raise TypeError(f'time {microseconds!r}')
 
 
 def _read_nsys(path: Path) -> Trace:

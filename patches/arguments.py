@@ -23,7 +23,7 @@ from megatron_mhc.monitor_arguments import add_monitor_arguments, resolve_monito
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
-from megatron_mhc.refusal import refuse
+from megatron_mhc.refusal import refuse, with_remedy
 
 # What adds our argument groups, in the order in which --help shows them.
 GROUPS = (
@@ -105,7 +105,7 @@ def accept(namespace: argparse.Namespace, unknown: list[str]) -> None:
 def _error(parser: argparse.ArgumentParser, original: Callable, message: str) -> None:
     """Megatron's usage text is hundreds of lines long; for our flags the one line is enough."""
     if message.startswith(tuple(f'argument {flag}' for flag in OWN_FLAGS)):
-        refuse(parser.prog, message)
+        refuse(parser.prog, with_remedy(parser.prog, message))
     original(message)
 
 

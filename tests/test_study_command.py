@@ -133,7 +133,7 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
 @pytest.mark.parametrize(
     'line, message',
     [
-        ('', 'name a recipe, 3b, 9b'),
+        ('', 'name one of 3b, 9b'),
         ('27b --calibrate', '--calibrate has models of its own'),
         ('--calibrate --set tflops=1', '--set has no effect with --calibrate'),
         ('27b --hardware h300', '--hardware h300: choose a100, h100'),

@@ -155,7 +155,7 @@ def test_validate_says_what_it_proved(schedule):
 @pytest.mark.parametrize(
     'words, text',
     [
-        ('simulate --pp 8 --microbatches 32', 'give --schedule NAME (see list), or --plan FILE'),
+        ('simulate --pp 8 --microbatches 32', '--schedule or --plan: one of them; give a NAME'),
         ('simulate --schedule 1f1b --pp 8', 'needs --pp and --microbatches'),
         ('simulate --schedule nosuch --pp 8 --microbatches 8', 'nosuch'),
         ('simulate --schedule dualpipev --pp 8 --microbatches 8', '16'),
