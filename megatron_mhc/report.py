@@ -68,8 +68,9 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
         raise ValueError(
             f'LOGDIR {folder}: no TensorBoard events; name the folder of --tensorboard-dir'
         )
-    # 0 keeps every point instead of a random sample; the newest of the maps is enough.
-    guidance = {'scalars': 0, 'tensors': 1}
+    # 0 keeps every point instead of a random sample; of the maps the newest, and the one before
+    # in case that is cut off.
+    guidance = {'scalars': 0, 'tensors': 2}
     try:
         loaded = [
             EventAccumulator(str(f), size_guidance=guidance).Reload() for f in sorted(folders)
@@ -95,11 +96,15 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
         for tag in events.Tags()['scalars']
     }
     scalars = {tag: dict(sorted(values.items())) for tag, values in scalars.items()}
-    # A run that was killed may have left some of them only.
-    if not {GAINS, H_RES, COMPOSITE} <= set(events.Tags()['tensors']):
+    # A run that was killed may have left some of them only, or some of its last report.
+    tags = (GAINS, H_RES, COMPOSITE)
+    if not {*tags} <= {*events.Tags()['tensors']}:
         return Run(name, scalars, None, [], [], [])
-    last = {tag: events.Tensors(tag)[-1] for tag in (GAINS, H_RES, COMPOSITE)}
-    arrays = [make_ndarray(event.tensor_proto) for event in last.values()]
+    found = [{event.step: event.tensor_proto for event in events.Tensors(tag)} for tag in tags]
+    whole = found[0].keys() & found[1].keys() & found[2].keys()
+    if not whole:
+        return Run(name, scalars, None, [], [], [])
+    arrays = [make_ndarray(protos[max(whole)]) for protos in found]
     layers = arrays[1].shape[:1]
     if [array.ndim for array in arrays] != [2, 3, 3] or any(
         array.shape != shape
@@ -110,7 +115,7 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
         raise ValueError(
             f'LOGDIR {folder}: {H_RES} is not as --mhc-monitor writes it; name another'
         )
-    return Run(name, scalars, last[H_RES].step, *(array.tolist() for array in arrays))
+    return Run(name, scalars, max(whole), *(array.tolist() for array in arrays))
 
 
 def chosen_sublayers(run: Run, wanted: list[int] | None) -> list[int]:
@@ -124,7 +129,7 @@ def chosen_sublayers(run: Run, wanted: list[int] | None) -> list[int]:
         if not 0 <= sublayer < length:
             raise ValueError(
                 f'--sublayers {sublayer}: {run.name} has sublayers 0 to {length - 1}, two a layer: '
-                'attention, then MLP'
+                'attention, then MLP; take one of those'
             )
     return wanted or sorted({0, length // 2, length - 1})
 
@@ -271,7 +276,10 @@ def main(options: argparse.Namespace) -> int:
             options.output,
             options.sublayers,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        why = f'--output {options.output}: {error.strerror}; name a file that can be written'
+        refuse('megatron-mhc report', why)
+    except (RuntimeError, ValueError) as error:
         refuse('megatron-mhc report', str(error))
     print(options.output)
     return 0
