@@ -72,8 +72,8 @@ def integer(
         if value is None or (least is not None and not least <= value <= most):
             wanted = _wanted('an integer', least, most)
             others = f' or {", ".join(words)}' if words else ''
-            tail = f'; {remedy}' if remedy else '; give it in digits'
-            raise argparse.ArgumentTypeError(f'{shown(text)}: {wanted}{others}{tail}')
+            tail = remedy or ('give it in digits' if value is None else 'give one of that range')
+            raise argparse.ArgumentTypeError(f'{shown(text)}: {wanted}{others}; {tail}')
         return value
 
     return parsed

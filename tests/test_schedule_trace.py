@@ -381,7 +381,7 @@ def test_bad_files(tmp_path, capsys):
         'short.json.gz': (whole.read_bytes()[:-40], 'the gzip file ends early'),
         'bad.json.gz': (whole.read_bytes()[:30] + b'x' * 30, 'damaged gzip'),
         'text.json': (b'hello', 'not JSON'),
-        'cut.json': (json.dumps(chrome()).encode()[:-9], 'not JSON, or cut off'),
+        'cut.json': (json.dumps(chrome()).encode()[:-9], 'or cut off'),
         'binary.json': (b'\xff\xfe\x00', 'not JSON'),
         'other.json': (b'{"a": 1}', 'not a Chrome trace'),
         'number.json': (b'[1]', 'not a Chrome trace'),

@@ -149,11 +149,11 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('27b --dp 7', 'change --dp or --gpus 64'),
         ('27b --vpp 4 --schedule zb-v', '--vpp 4 has no effect with --schedule zb-v'),
         ('27b --pp 1 --schedule zb-v', '--schedule zb-v has no effect with --pp 1'),
-        ('27b --recompute 0', '--mhc-recompute-layer-num 0: wanted none'),
+        ('27b --recompute 0', 'argument --recompute: 0: wanted an integer from 1'),
         ('27b --residual-type standard --recompute auto', '--recompute has no effect'),
         ('27b --output /dev/null/x', '--output /dev/null/x: Not a directory'),
-        ('27b --kernel-times /nowhere', '--kernel-times /nowhere: No such file'),
-        ('27b --gpus 0', 'give an integer of at least 1'),
+        ('27b --kernel-times /nowhere', 'argument --kernel-times: /nowhere: No such file'),
+        ('27b --gpus 0', 'argument --gpus: 0: wanted an integer from 1'),
     ],
 )
 def test_refusals_are_one_line_with_a_remedy(command, line, message):
