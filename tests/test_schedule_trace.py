@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc import schedule_trace
+from megatron_mhc.refusal import OneLineParser
 from megatron_mhc.trace_events import Kernel, Range, read_trace
 from megatron_mhc.trace_overlap import POST_KERNELS, kind_of, overlap, union
 
@@ -122,7 +123,7 @@ def write_nsys(path: Path, kernels=KERNELS, ranges=RANGES, process=1 << 24) -> P
 
 
 def options(*arguments) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = OneLineParser()
     schedule_trace.add_parser(parser.add_subparsers(dest='topic'))
     return parser.parse_args(['trace', *map(str, arguments)])
 
