@@ -28,6 +28,8 @@ from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 from pretrain_gpt import model_provider
 
+from megatron_mhc.argument_types import integer, number
+
 # What Megatron demands of every run; nothing is trained here.
 DEFAULTS = {'micro_batch_size': 1, 'no_load_optim': True, 'no_load_rng': True, 'bf16': False}
 
@@ -50,8 +52,10 @@ class Bytes:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group('generation')
     group.add_argument('--prompt', nargs='+', default=['def '], help='texts to continue')
-    group.add_argument('--tokens', type=int, default=80, help='to add to each (default: 80)')
-    group.add_argument('--temperature', type=float, default=0.8, help='of sampling (default: 0.8)')
+    group.add_argument('--tokens', type=integer(1), default=80, help='to add to each (default: 80)')
+    group.add_argument(
+        '--temperature', type=number(0, above=True), default=0.8, help='of sampling (default: 0.8)'
+    )
     group.add_argument('--greedy', action='store_true', help='always take the likeliest token')
     return parser
 

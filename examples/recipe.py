@@ -16,9 +16,11 @@ import shlex
 import subprocess
 import sys
 
+from megatron_mhc.argument_types import integer
 from megatron_mhc.config import STREAM_TYPES
 from megatron_mhc.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
 from megatron_mhc.recipe_cli import describe, verdict
+from megatron_mhc.refusal import OneLineParser, refuse
 
 PRETRAIN = pathlib.Path(__file__).with_name('pretrain_gpt.py')
 # Streams that share a hardware queue wait for each other; Megatron asks for 1 with tensor
@@ -28,13 +30,15 @@ CONNECTIONS = '32'
 
 def parse(argv):
     """The launcher's options, and Megatron's own flags behind `--`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(
+        prog='recipe.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('name', choices=RECIPES)
     parser.add_argument('--layout', choices=LAYOUTS['3b'], default='8gpu', help='(default: 8gpu)')
     parser.add_argument('--residual-type', choices=('standard', *STREAM_TYPES), default='mhc')
-    parser.add_argument('--gpus-per-node', type=int, default=8, metavar='N', help='(default: 8)')
+    parser.add_argument(
+        '--gpus-per-node', type=integer(1, 1024), default=8, metavar='N', help='(default: 8)'
+    )
     parser.add_argument('--scale-down', action='store_true', help='tiny sizes, 20 iterations')
     parser.add_argument('--print', action='store_true', help='print a bash script, run nothing')
     parser.add_argument(
@@ -48,6 +52,8 @@ def parse(argv):
     options = parser.parse_args(own)
     if (options.data_path is None) != (options.tokenizer is None):
         parser.error('--data-path and --tokenizer belong together: give both or neither')
+    if options.save and pathlib.Path(options.save).is_file():
+        parser.error(f'--save {options.save}: a file; name a folder')
     return options, extra
 
 
@@ -130,7 +136,7 @@ def main(argv=None):
     try:
         figures = describe(recipe, layout, options.residual_type)
     except ValueError as error:
-        sys.exit(f'recipe.py: error: {error}')
+        refuse('recipe.py', str(error))
     topics = {
         'TORCHRUN_ARGS': torchrun_flags(layout.gpus, options.gpus_per_node),
         **recipe_flags(recipe, layout, options.residual_type),

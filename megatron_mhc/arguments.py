@@ -11,6 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Container
 
+from megatron_mhc.argument_types import integer, number
 from megatron_mhc.config import (
     HC_VARIANTS,
     INIT_PRESETS,
@@ -19,6 +20,7 @@ from megatron_mhc.config import (
     MAPPINGS,
     MUDD_VARIANTS,
     PROJECTION_PRECISIONS,
+    RECOMPUTE_BLOCKS,
     RECOMPUTE_STREAMS,
     RESIDUAL_TYPES,
     STREAM_MERGES,
@@ -67,7 +69,7 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     group.add_argument(
         '--mhc-num-residual-streams',
-        type=int,
+        type=integer(),
         metavar='N',
         help='number of residual streams n >= 1, the expansion rate (default: 4, both papers)',
     )
@@ -80,14 +82,14 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     group.add_argument(
         '--mhc-sinkhorn-iterations',
-        type=int,
+        type=integer(),
         metavar='T',
         help='column-then-row passes of the Sinkhorn-Knopp projection of H_res (default: 20, '
         'mHC; mhc only)',
     )
     group.add_argument(
         '--mhc-init-gating-factor',
-        type=float,
+        type=number(),
         metavar='ALPHA',
         help='initial factor of the token-dependent part of each map (default: 0.01, both papers)',
     )
@@ -128,7 +130,7 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     group.add_argument(
         '--mhc-mapping-lr-mult',
-        type=float,
+        type=number(),
         metavar='F',
         help='factor on the learning rate of phi, minimum included, on top of muP; biases and '
         'gating factors keep the rate of the model (default: 1)',
@@ -180,7 +182,7 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     group.add_argument(
         '--mhc-recompute-layer-num',
-        type=lambda value: int(value) if value.lstrip('-').isdigit() else value,
+        type=integer(words=RECOMPUTE_BLOCKS),
         metavar='{none,stage,auto,N}',
         help='drop what the mHC kernels produce and rebuild it in the backward, without running '
         'attention or MLP again, in blocks of N sublayers (attention and MLP each count one, as L '

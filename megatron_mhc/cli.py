@@ -6,14 +6,12 @@ A subcommand's module has ``add_arguments(parser)``, which also names what runs 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
-from typing import NoReturn
 
 from megatron_mhc import __version__
-from megatron_mhc.refusal import refuse
+from megatron_mhc.refusal import OneLineParser
 from megatron_mhc.script_path import enter_tree_at_hand
 
 # name -> (module, help)
@@ -31,13 +29,6 @@ COMMANDS = {
 }
 
 
-class _OneLine(argparse.ArgumentParser):
-    """Answers wrong input without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        refuse(self.prog, message)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Dispatch to a subcommand; each brings its own ``--help``."""
     argv = sys.argv[1:] if argv is None else argv
@@ -47,16 +38,16 @@ def main(argv: list[str] | None = None) -> None:
 
         return run(argv[1:], prog='megatron-mhc run')
     enter_tree_at_hand()
-    parser = argparse.ArgumentParser(
-        prog='megatron-mhc', description='Hyper-connections for Megatron-Core.'
-    )
+    parser = OneLineParser(prog='megatron-mhc', description='Hyper-connections for Megatron-Core.')
     parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
-    commands = parser.add_subparsers(dest='command', required=True, parser_class=_OneLine)
+    commands = parser.add_subparsers(dest='command')
     for name, (module, words) in COMMANDS.items():
         command = commands.add_parser(name, help=words)
         if argv[:1] == [name]:
             importlib.import_module(f'megatron_mhc.{module}').add_arguments(command)
     options = parser.parse_args(argv)
+    if options.command is None:
+        parser.error(f'argument command: missing; choose from {", ".join(COMMANDS)}')
     try:
         status = options.run(options)
         sys.stdout.flush()

@@ -5,6 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megatron_mhc.argument_types import (
+    MOST_FACTOR,
+    MOST_ITERATIONS,
+    MOST_LAYERS,
+    MOST_SEED,
+    MOST_STREAMS,
+    check_bool,
+    check_integer,
+    check_number,
+    shown,
+)
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
 
 RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd')
@@ -107,21 +118,35 @@ class ResidualConfig:
 
     def __post_init__(self) -> None:
         _one_of('--residual-type', self.residual_type, RESIDUAL_TYPES)
-        _at_least_one('--mhc-num-residual-streams', self.num_residual_streams, 'streams')
-        _at_least_one('--mhc-sinkhorn-iterations', self.sinkhorn_iterations, 'iterations')
-        if not 0 <= self.init_gating_factor < float('inf'):
-            raise ValueError(
-                f'--mhc-init-gating-factor {self.init_gating_factor}: wanted a finite number >= 0 '
-                '(alpha scales the token-dependent part of each map); the papers use 0.01'
-            )
-        if not 0 <= self.mapping_lr_mult < float('inf'):
-            raise ValueError(
-                f'--mhc-mapping-lr-mult {self.mapping_lr_mult}: wanted a finite number >= 0 (it '
-                'multiplies the learning rate of phi); leave it out for the learning rate of all'
-            )
+        for flag, value, most, paper in (
+            ('--mhc-num-residual-streams', self.num_residual_streams, MOST_STREAMS, 4),
+            ('--mhc-sinkhorn-iterations', self.sinkhorn_iterations, MOST_ITERATIONS, 20),
+        ):
+            check_integer(flag, value, 1, most, f'the paper uses {paper}')
+        for flag, value, why in (
+            (
+                '--mhc-init-gating-factor',
+                self.init_gating_factor,
+                'it scales the token-dependent part of each map, and the papers use 0.01',
+            ),
+            (
+                '--mhc-mapping-lr-mult',
+                self.mapping_lr_mult,
+                'it multiplies the learning rate of phi; leave it out for that of all',
+            ),
+        ):
+            check_number(flag, value, 0, MOST_FACTOR, why)
+        for name in ('single_pass', 'hc_tanh', 'mapping_weight_decay', 'seam_fusion'):
+            check_bool(name, getattr(self, name))
+        check_integer('--seed', self.seed, 0, MOST_SEED, 'it seeds the mappings, use 1234')
         _one_of('--mhc-init', self.init, INIT_PRESETS)
         self._refuse_given(_FOREIGN.get(self.residual_type, ()), 'residual_type')
         self._check_merge()
+        if not isinstance(self.fixed_mappings, tuple | list):
+            raise ValueError(
+                f'--mhc-fixed-mappings {shown(self.fixed_mappings)}: wanted several of '
+                f'{", ".join(MAPPINGS)}; give them in a tuple'
+            )
         for mapping in self.fixed_mappings:
             _one_of('--mhc-fixed-mappings', mapping, MAPPINGS)
         self._check_manifold()
@@ -150,7 +175,9 @@ class ResidualConfig:
         if self.single_pass:
             object.__setattr__(self, 'stream_merge', 'pre')
         elif self.residual_type != 'mudd':
-            merge = self.stream_merge or ('sum' if self.residual_type == 'hc' else 'mean')
+            merge = self.stream_merge
+            if merge is None:
+                merge = 'sum' if self.residual_type == 'hc' else 'mean'
             _one_of('--mhc-stream-merge', merge, STREAM_MERGES)
             object.__setattr__(self, 'stream_merge', merge)
 
@@ -172,10 +199,11 @@ class ResidualConfig:
     def _check_recompute(self) -> None:
         blocks, stream = self.recompute_layer_num, self.recompute_stream
         number = isinstance(blocks, int) and not isinstance(blocks, bool)
-        if blocks not in RECOMPUTE_BLOCKS and not (number and blocks >= 1):
+        if blocks not in RECOMPUTE_BLOCKS and not (number and 1 <= blocks <= 2 * MOST_LAYERS):
             raise ValueError(
-                f'--mhc-recompute-layer-num {blocks}: wanted {", ".join(RECOMPUTE_BLOCKS)} or a '
-                'number of sublayers >= 1 (attention and MLP each count one); use auto'
+                f'--mhc-recompute-layer-num {shown(blocks)}: wanted {", ".join(RECOMPUTE_BLOCKS)} '
+                f'or a number of sublayers from 1 to {2 * MOST_LAYERS} (attention and MLP each '
+                'count one); use auto'
             )
         if blocks != 'none':
             object.__setattr__(self, 'recompute_stream', stream or 'compute')
@@ -213,12 +241,4 @@ class ResidualConfig:
 def _one_of(flag: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         choices = ', '.join(filter(None, allowed))
-        raise ValueError(f'{flag} {value}: unknown value; choose one of {choices}')
-
-
-def _at_least_one(flag: str, value: int, unit: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f'{flag} {value}: wanted an integer number of {unit} >= 1; the paper uses '
-            f'{4 if unit == "streams" else 20}'
-        )
+        raise ValueError(f'{flag} {shown(value)}: unknown value; choose one of {choices}')

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mhc import ops
+from megatron_mhc.argument_types import MOST_LAYERS, MOST_WIDTH, check_integer
 from megatron_mhc.config import MAPPINGS, ResidualConfig
 
 Maps = tuple[Tensor, Tensor, Tensor]
@@ -37,6 +38,8 @@ class Pending(NamedTuple):
 
 def require_width(x: Tensor, num_streams: int, hidden_size: int) -> None:
     """Raise RuntimeError unless ``x`` is n streams wide."""
+    if not isinstance(x, Tensor) or not x.dim():
+        raise ValueError(f'x: got {type(x).__name__}, wanted a tensor [..., n*C] of streams')
     if x.shape[-1] != num_streams * hidden_size:
         raise RuntimeError(
             f'hidden states of width {x.shape[-1]} where {num_streams} streams * {hidden_size} are '
@@ -111,6 +114,12 @@ class HyperConnection(KeepFP32):
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
+        check_integer('hidden_size', hidden_size, 1, MOST_WIDTH, "give the model's C")
+        check_integer('sublayer', sublayer, 0, 2 * MOST_LAYERS, 'count attention and MLP from 0')
+        if not isinstance(residual, ResidualConfig):
+            raise ValueError(
+                f'residual {type(residual).__name__}: wanted a ResidualConfig; make one of it'
+            )
         self.hidden_size = hidden_size
         self.residual = residual
         self.num_streams = residual.num_residual_streams

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_mhc.argument_types import integer
 from megatron_mhc.kernels.backend import KERNEL_STREAMS
 from megatron_mhc.refusal import refuse
 
@@ -33,11 +34,11 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add('--device', choices=sorted(SIZES), help='default: cuda where there is one, else cpu')
     streams = sorted(KERNEL_STREAMS)
-    add('--num-streams', type=int, choices=streams, default=4, help='n (default: 4)')
-    add('--hidden-size', type=_positive, help='C (default: 4096, on the CPU 100)')
-    add('--tokens', type=_positive, help='T (default: 2048, on the CPU 35)')
+    add('--num-streams', type=integer(), choices=streams, default=4, help='n (default: 4)')
+    add('--hidden-size', type=integer(1, 2**16), help='C (default: 4096, on the CPU 100)')
+    add('--tokens', type=integer(1, 2**20), help='T (default: 2048, on the CPU 35)')
     add('--dtype', choices=sorted(DTYPES), default='bf16', help='of the streams (default: bf16)')
-    add('--seed', type=int, help='of the inputs (default: a fresh one)')
+    add('--seed', type=integer(0, 2**63 - 1), help='of the inputs (default: a fresh one)')
     add('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(run=main)
 
@@ -96,9 +97,3 @@ def _print(found: dict) -> None:
         print(layout.format(row['op'], row['quantity'], *numbers, 'ok' if row['ok'] else 'FAIL'))
     if found['note']:
         print(f'\n{found["note"]}')
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f'{text}: wanted an integer, at least 1')
-    return int(text)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_mhc.argument_types import MOST_TOKENS, MOST_WIDTH, input_file, integer
 from megatron_mhc.kernels.backend import KERNEL_STREAMS
 from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
 from megatron_mhc.kernels.verdict import (
@@ -50,8 +51,8 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add('--arch', type=_arch, nargs='+', default=[*MULTIPROCESSORS], help='compute capabilities')
     add('--num-streams', type=_streams, nargs='+', default=[1, 2, 4], help='n')
-    add('--hidden-size', type=_positive, default=4096, help='C')
-    add('--tokens', type=_positive, default=8192, help='T, sequence times microbatch')
+    add('--hidden-size', type=integer(1, MOST_WIDTH), default=4096, help='C')
+    add('--tokens', type=integer(1, MOST_TOKENS), default=8192, help='T, sequence times microbatch')
     add('--dtype', type=_dtype, default='bf16', help='of the streams: bf16, fp16 or fp32')
     add('--kernel', nargs='+', default=None, help='only kernels whose name begins like this')
     add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
@@ -250,9 +251,10 @@ def _one_of(text: str, known: Iterable, why: str) -> Any:
 
 
 def _record(text: str) -> dict:
+    path = input_file(text)
     try:
-        record = json.loads(Path(text).read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f'{text}: {error}; leave it out') from None
     keys = {'triton', 'dtype', 'kernels', 'exceptions'}
     if not isinstance(record, dict) or not keys <= record.keys():
@@ -261,9 +263,3 @@ def _record(text: str) -> dict:
             f'{text}: no record, which has the keys {wanted}; tools/kernel_record.py makes one'
         )
     return record
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text}: a size; give an integer of at least 1')
-    return int(text)

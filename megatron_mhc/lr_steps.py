@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_mhc.argument_types import MOST_FACTOR, number
 from megatron_mhc.checkpoint import checkpoint_arguments, loads_optimizer
 
 STYLE = 'step'
@@ -29,7 +30,7 @@ def add_lr_step_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     )
     group.add_argument(
         '--lr-step-milestones',
-        type=float,
+        type=number(),
         nargs='+',
         metavar='M',
         help='fractions of --lr-decay-iters or --lr-decay-samples, by default all of training, '
@@ -37,7 +38,7 @@ def add_lr_step_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     )
     group.add_argument(
         '--lr-step-rates',
-        type=float,
+        type=number(),
         nargs='+',
         metavar='R',
         help='multiples >= 0 of the base learning rate from each milestone on (default: 0.316 0.1, '
@@ -88,10 +89,10 @@ def check_steps(milestones: list[float], rates: list[float]) -> None:
         )
     if any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
         raise ValueError(f'{shown}: wanted in ascending order, each once; the paper uses 0.8 0.9')
-    if not all(0 <= rate < float('inf') for rate in rates):
+    if not all(0 <= rate <= MOST_FACTOR for rate in rates):
         raise ValueError(
-            f'--lr-step-rates {" ".join(map(str, rates))}: wanted finite multiples >= 0 of the '
-            'base learning rate; the paper uses 0.316 0.1'
+            f'--lr-step-rates {" ".join(map(str, rates))}: wanted multiples of the '
+            f'base learning rate from 0 to {MOST_FACTOR:g}; the paper uses 0.316 0.1'
         )
 
 

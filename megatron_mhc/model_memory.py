@@ -52,12 +52,15 @@ class Layout:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if name != 'schedule' and value < 1:
-                raise ValueError(f'{name} = {value}: at least 1 is needed')
+                raise ValueError(f'{name} = {value}: at least 1 is needed; give one')
         if self.schedule not in SCHEDULES:
-            raise ValueError(f'schedule {self.schedule!r}: there are {", ".join(SCHEDULES)}')
+            raise ValueError(f'schedule {self.schedule!r}: choose one of {", ".join(SCHEDULES)}')
         for names, size in (('tp x pp', self.tp * self.pp), ('tp x pp x ep', self._expert_ranks)):
             if self.gpus % size:
-                raise ValueError(f'{self.gpus} ranks are no multiple of {names} = {size}')
+                raise ValueError(
+                    f'{self.gpus} ranks are no multiple of {names} = {size} (tp {self.tp}, pp '
+                    f'{self.pp}, ep {self.ep}); change --gpus or one of those'
+                )
 
     @property
     def placement(self) -> str:
@@ -97,7 +100,7 @@ class Layout:
         if sequences % (self.micro_batch * self.dp):
             raise ValueError(
                 f'a batch of {sequences} sequences is no multiple of {self.micro_batch} a '
-                f'microbatch x {self.dp} data-parallel ranks'
+                f'microbatch x {self.dp} data-parallel ranks; change one of them'
             )
         return sequences // (self.micro_batch * self.dp)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from megatron_mhc.argument_types import MOST_TOKENS, check_integer, check_number, integer, number
 from megatron_mhc.refusal import announce
 
 ALARMS = ('off', 'warn', 'stop')
@@ -12,6 +13,8 @@ ALARMS = ('off', 'warn', 'stop')
 # depth from the start and was 3000 where the paper's run had become unstable.
 ALARM_GAINS = {'mhc': 3.0, 'hc': 100.0}
 TOKENS = 1024
+# Gains are fp32: above this an alarm could not be raised.
+GREATEST_GAIN = 1e38
 FLAGS = (
     'mhc_monitor',
     'mhc_monitor_interval',
@@ -61,13 +64,13 @@ def add_monitor_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     )
     group.add_argument(
         '--mhc-monitor-interval',
-        type=int,
+        type=integer(),
         metavar='N',
         help='iterations between two reports (default: --log-interval)',
     )
     group.add_argument(
         '--mhc-monitor-tokens',
-        type=int,
+        type=integer(),
         metavar='K',
         help=f'tokens measured a report and rank, evenly spaced in the microbatch (default: '
         f'{TOKENS})',
@@ -87,7 +90,7 @@ def add_monitor_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     )
     group.add_argument(
         '--mhc-alarm-gain',
-        type=float,
+        type=number(),
         metavar='GAIN',
         help='amax gain, single or composite, that raises the alarm (default: 3 for mhc, whose '
         'paper saw at most 1.6, 100 for hc, whose paper saw 3000)',
@@ -119,13 +122,15 @@ def monitor_config_from_args(args: argparse.Namespace) -> MonitorConfig | None:
         raise ValueError('--mhc-alarm-gain has no effect without an alarm; add --mhc-alarm warn')
     for name in ('mhc_monitor_interval', 'mhc_monitor_tokens'):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f'{_flag(name)} {value}: wanted an integer >= 1')
+        if value is not None:
+            check_integer(_flag(name), value, 1, MOST_TOKENS, 'leave it out for the default')
     gain = args.mhc_alarm_gain
-    if gain is not None and not gain > 1:
-        raise ValueError(
-            f'--mhc-alarm-gain {gain}: wanted a number above 1, the gain of a doubly stochastic '
-            'H_res; the mHC paper saw 1.6 for mHC and 3000 for HC'
+    if gain is not None:
+        check_number(
+            *('--mhc-alarm-gain', gain, 1, GREATEST_GAIN),
+            '1 is the gain of a doubly stochastic H_res; the mHC paper saw 1.6 for mHC and 3000 '
+            'for HC',
+            above=True,
         )
     return MonitorConfig(
         interval=args.mhc_monitor_interval or args.log_interval,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mhc.argument_types import MOST_ITERATIONS, MOST_STREAMS, is_number, shown
 from megatron_mhc.kernels.backend import BACKENDS
 
 PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
@@ -25,7 +26,7 @@ def require_mapping(
     norm_eps: float,
     precision: str,
 ) -> None:
-    require_positive('num_streams', n)
+    require_positive('num_streams', n, MOST_STREAMS)
     require_positive('sinkhorn_iterations', sinkhorn_iterations)
     for name, tensor in (('x', x), ('weight', weight), ('bias', bias), ('alpha', alpha)):
         require_float(name, tensor)
@@ -40,8 +41,11 @@ def require_mapping(
     ):
         require_shape(name, tensor, wanted)
     require_same_device(x, weight=weight, bias=bias, alpha=alpha)
-    if norm_eps < 0:
-        raise ValueError(f'norm_eps: got {norm_eps}, wanted >= 0 (it is added to a mean square)')
+    if not is_number(norm_eps) or not 0 <= norm_eps <= 1:
+        raise ValueError(
+            f'norm_eps: got {norm_eps!r}, wanted a number from 0 to 1 (it is added to a mean '
+            'square; 1e-6 is common)'
+        )
     if precision not in PRECISIONS:
         raise ValueError(f'precision: got {precision!r}, wanted one of {PRECISIONS}')
     if precision == 'bf16x2' and x.dtype != torch.bfloat16:
@@ -62,6 +66,7 @@ def require_post_res(
 ) -> None:
     for name, tensor in (('x', x), ('y', y), ('h_post', h_post), ('h_res', h_res)):
         require_float(name, tensor)
+    require_map('h_post', h_post)
     n = h_post.shape[-1]
     require_streams(x, 'h_post', h_post, (n,))
     require_streams(x, 'h_res', h_res, (n, n))
@@ -69,8 +74,10 @@ def require_post_res(
     if bias is not None:
         require_float(bias_name, bias)
         require_shape(bias_name, bias, y.shape[-1:])
-    if not 0 <= dropout < 1:
-        raise ValueError(f'dropout: got {dropout}, wanted a probability in [0, 1)')
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f'dropout: got {dropout!r}, wanted a probability in [0, 1)')
+    if seed is not None and not isinstance(seed, torch.Tensor):
+        raise ValueError(f'seed: got {seed!r}, wanted a tensor, int64 [1]')
     if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
         raise ValueError(f'seed: got {seed.dtype} {shape_of(seed)}, wanted int64 [1]')
     require_same_device(x, y=y, h_post=h_post, h_res=h_res, seed=seed, **{bias_name: bias})
@@ -91,9 +98,14 @@ def require_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f'{name}: got {got}, wanted a floating-point tensor')
 
 
-def require_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'{name}: got {value!r}, wanted an integer >= 1')
+def require_positive(name: str, value: int, most: int = MOST_ITERATIONS) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f'{name}: got {shown(value)}, wanted an integer from 1 to {most}')
+
+
+def require_map(name: str, maps: Tensor) -> None:
+    if not maps.dim():
+        raise ValueError(f'{name}: got shape [], wanted [..., n]')
 
 
 def require_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:

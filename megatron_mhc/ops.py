@@ -24,6 +24,7 @@ from megatron_mhc.op_inputs import (
     PRECISIONS,
     require_backend,
     require_float,
+    require_map,
     require_mapping,
     require_not_empty,
     require_positive,
@@ -147,6 +148,7 @@ def pre(x: Tensor, h_pre: Tensor, *, backend: str = 'auto') -> Tensor:
     """
     require_float('x', x)
     require_float('h_pre', h_pre)
+    require_map('h_pre', h_pre)
     require_streams(x, 'h_pre', h_pre, h_pre.shape[-1:])
     require_same_device(x, h_pre=h_pre)
     n = h_pre.shape[-1]
@@ -249,6 +251,7 @@ def write(
         ``[..., n*C]`` in the dtype of the streams.
     """
     require_backend(backend)
+    _require_carried(carried)
     x, h_post, h_res, fused = carried
     if not fused:
         return post_res(*(x, y, h_post, h_res, bias), dropout=dropout, seed=seed, backend=backend)
@@ -287,8 +290,10 @@ def write_read(
         The streams between the two, bit for bit those of ``write``; the second sublayer's input;
         and what its ``write`` needs.
     """
-    x = carried.x
     require_backend(backend)
+    _require_carried(carried)
+    require_positive('num_streams', num_streams)
+    x = carried.x
     if carried.h_post.shape[-1] != num_streams:
         raise ValueError(
             f'num_streams: got {num_streams}, wanted {carried.h_post.shape[-1]} as in carried'
@@ -320,6 +325,15 @@ def write_read(
         *(*_parameters(weight, bias, alpha), settings),
     )
     return x_new.view(x.shape), *_read_outputs(x, n, *outputs)
+
+
+def _require_carried(carried: Carried) -> None:
+    if not isinstance(carried, Carried):
+        kind = type(carried).__name__
+        raise ValueError(f'carried: got {kind}, wanted what read returns as its second value')
+    for name in ('x', 'h_post', 'h_res'):
+        require_float(f'carried.{name}', getattr(carried, name))
+    require_map('carried.h_post', carried.h_post)
 
 
 def _rows(tensor: Tensor, *tail: int) -> Tensor:

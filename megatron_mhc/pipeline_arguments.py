@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from megatron_mhc.argument_types import integer
 from megatron_mhc.inverted_v_layout import CHUNKS, check_layout, even_layout
 from megatron_mhc.model_memory import live_at_peak
 from megatron_mhc.pipeline_config import (
@@ -50,7 +51,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     group.add_argument(
         '--pipeline-verify-steps',
-        type=int,
+        type=integer(),
         metavar='N',
         help='run the first N steps twice, the second time with full synchronisation, and stop '
         'unless losses and gradients agree bit for bit (default: 0)',
@@ -138,6 +139,11 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
             )
         return None
     check_pipeline_constraints(args, pipeline)
+    if args.micro_batch_size is None:
+        raise ValueError(
+            f'--micro-batch-size is missing: --pipeline-schedule {schedule} is planned for a '
+            'number of microbatches; give it'
+        )
     _lay_out(args)
     advise_on_optimizer_state(args, 'will be saved')
     ranks = args.pipeline_model_parallel_size

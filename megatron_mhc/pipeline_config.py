@@ -6,6 +6,7 @@ import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_mhc.argument_types import MOST_TOKENS, check_integer
 from megatron_mhc.inverted_v_layout import CHUNKS
 from megatron_mhc.schedules.catalog import (
     forward_only,
@@ -44,10 +45,9 @@ class PipelineConfig:
             raise ValueError(
                 f'--pipeline-schedule {self.schedule}: choose one of {", ".join(V_SCHEDULES)}'
             )
-        if self.verify_steps < 0:
-            raise ValueError(
-                f'--pipeline-verify-steps {self.verify_steps}: a number of steps, 0 for none'
-            )
+        check_integer(
+            '--pipeline-verify-steps', self.verify_steps, 0, MOST_TOKENS, 'it counts steps, 0 none'
+        )
 
     def check(self, ranks: int, microbatches: int) -> None:
         """Raise ValueError where the schedule does not exist for these numbers."""

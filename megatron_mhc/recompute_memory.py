@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from megatron_mhc.argument_types import MOST_LAYERS, MOST_STREAMS, integer
 from megatron_mhc.block_cost import block_cost, kept_cost, whole_cost
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.config import RECOMPUTE_BLOCKS, ResidualConfig
+from megatron_mhc.kernels.backend import KERNEL_STREAMS
 from megatron_mhc.refusal import refuse
 
 PROGRAM = 'megatron-mhc recompute'
@@ -49,38 +51,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=main)
     parser.description = __doc__.partition('\n\n')[2]
     add = parser.add_argument
-    add('--sublayers', type=int, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers')
+    add(
+        '--sublayers', type=_even, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers'
+    )
     add(
         '--blocks',
         nargs='+',
+        type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', RECOMPUTE_BLOCKS),
         default=['none', 'auto', 'stage'],
         metavar='B',
         help='values of --mhc-recompute-layer-num (default: none auto stage)',
     )
-    add('--num-streams', type=int, default=4, help='n (default: 4)')
-    add('--hidden-size', type=int, default=256, help='C (default: 256)')
-    add('--tokens', type=int, default=8, help='T (default: 8)')
+    add('--num-streams', type=integer(1, MOST_STREAMS), default=4, help='n (default: 4)')
+    add('--hidden-size', type=integer(HEADS, 2**16), default=256, help='C (default: 256)')
+    add('--tokens', type=integer(1, 2**20), default=8, help='T (default: 8)')
     add('--kernel-backend', choices=('torch', 'triton'), default='torch', help='default: torch')
     add(
         '--full',
-        type=int,
+        type=integer(0, MOST_LAYERS),
         default=0,
         metavar='K',
         help='under full recomputation, --recompute-method uniform --recompute-num-layers K',
     )
 
 
+def _even(text: str) -> int:
+    value = integer(2, 2 * MOST_LAYERS, 'a layer has two, attention and MLP; use even numbers')(
+        text
+    )
+    if value % 2:
+        raise argparse.ArgumentTypeError(
+            f'{text}: a layer has two sublayers, attention and MLP; use even numbers'
+        )
+    return value
+
+
+def _estimated_bytes(options: argparse.Namespace) -> int:
+    """Weights and their gradients, and what the forward of the longest row keeps, in fp32."""
+    n, width, length = options.num_streams, options.hidden_size, max(options.sublayers)
+    weights = 6 * width * width + (n * n + 2 * n) * n * width
+    return 4 * length * (2 * weights + options.tokens * width * (3 * n + 8))
+
+
 def main(options: argparse.Namespace) -> int:
     """Print one row for each L and kind of block."""
-    if any(sublayers < 2 or sublayers % 2 for sublayers in options.sublayers):
-        refuse(PROGRAM, '--sublayers: a layer has two, attention and MLP; use even numbers')
-    if options.hidden_size < HEADS or options.hidden_size % HEADS:
+    if options.hidden_size % HEADS:
         refuse(PROGRAM, f'--hidden-size {options.hidden_size}: wanted a multiple of {HEADS}, heads')
     interpreted = options.kernel_backend == 'triton' and not torch.cuda.is_available()
     if interpreted and not os.environ.get('TRITON_INTERPRET'):
         refuse(PROGRAM, '--kernel-backend triton: no GPU; set TRITON_INTERPRET=1 to interpret them')
-    kinds = [int(kind) if kind.isdigit() else kind for kind in options.blocks]
     n = options.num_streams
+    if options.kernel_backend == 'triton' and n not in KERNEL_STREAMS:
+        known = ', '.join(map(str, sorted(KERNEL_STREAMS)))
+        refuse(PROGRAM, f'--num-streams {n} with --kernel-backend triton: use one of {known}')
+    least = min(options.sublayers)
+    if 2 * options.full > least:
+        refuse(
+            PROGRAM,
+            f'--full {options.full}: --sublayers {least} are {least // 2} layers; use at most that',
+        )
+    size, room = _estimated_bytes(options), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if size > room:
+        refuse(
+            PROGRAM,
+            f'--sublayers {max(options.sublayers)} --num-streams {n} --hidden-size '
+            f'{options.hidden_size} --tokens {options.tokens}: about {size / 2**30:.0f} GiB, more '
+            f'than the {room / 2**30:.0f} GiB of this machine; give smaller ones',
+        )
     try:
         residuals = [
             ResidualConfig(
@@ -88,7 +125,7 @@ def main(options: argparse.Namespace) -> int:
                 kernel_backend=options.kernel_backend,
                 recompute_layer_num=kind,
             )
-            for kind in kinds
+            for kind in options.blocks
         ]
     except ValueError as error:
         refuse(PROGRAM, str(error))

@@ -61,14 +61,26 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
             'reading TensorBoard events needs tensorboard, which is not installed; '
             'pip install tensorboard'
         ) from error
-    folders = {file.parent for file in folder.rglob('*tfevents*')}
+    if not folder.is_dir():
+        raise ValueError(f'LOGDIR {folder}: no such folder; name the folder of --tensorboard-dir')
+    folders = {file.parent for file in folder.rglob('*tfevents*') if file.is_file()}
     if not folders:
         raise ValueError(
             f'LOGDIR {folder}: no TensorBoard events; name the folder of --tensorboard-dir'
         )
-    # 0 keeps every point instead of a random sample; the newest of the maps is enough.
-    guidance = {'scalars': 0, 'tensors': 1}
-    loaded = [EventAccumulator(str(f), size_guidance=guidance).Reload() for f in sorted(folders)]
+    # 0 keeps every point instead of a random sample; of the maps the newest, and the one before
+    # in case that is cut off.
+    guidance = {'scalars': 0, 'tensors': 2}
+    try:
+        loaded = [
+            EventAccumulator(str(f), size_guidance=guidance).Reload() for f in sorted(folders)
+        ]
+    # What a damaged file raises depends on where it is damaged.
+    except Exception as error:
+        raise ValueError(
+            f'LOGDIR {folder}: its events cannot be read ({type(error).__name__}: {error}); name a '
+            'run whose files are whole'
+        ) from error
     training = [events for events in loaded if LOSS in events.Tags()['scalars']]
     if not training:
         raise ValueError(f'LOGDIR {folder}: its events have no {LOSS!r}; name a run of Megatron')
@@ -84,11 +96,26 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
         for tag in events.Tags()['scalars']
     }
     scalars = {tag: dict(sorted(values.items())) for tag, values in scalars.items()}
-    if H_RES not in events.Tags()['tensors']:
+    # A run that was killed may have left some of them only, or some of its last report.
+    tags = (GAINS, H_RES, COMPOSITE)
+    if not {*tags} <= {*events.Tags()['tensors']}:
         return Run(name, scalars, None, [], [], [])
-    last = {tag: events.Tensors(tag)[-1] for tag in (GAINS, H_RES, COMPOSITE)}
-    arrays = [make_ndarray(event.tensor_proto).tolist() for event in last.values()]
-    return Run(name, scalars, last[H_RES].step, *arrays)
+    found = [{event.step: event.tensor_proto for event in events.Tensors(tag)} for tag in tags]
+    whole = found[0].keys() & found[1].keys() & found[2].keys()
+    if not whole:
+        return Run(name, scalars, None, [], [], [])
+    arrays = [make_ndarray(protos[max(whole)]) for protos in found]
+    layers = arrays[1].shape[:1]
+    if [array.ndim for array in arrays] != [2, 3, 3] or any(
+        array.shape != shape
+        for array, shape in zip(
+            arrays, ((4, *layers), arrays[1].shape, arrays[1].shape), strict=True
+        )
+    ):
+        raise ValueError(
+            f'LOGDIR {folder}: {H_RES} is not as --mhc-monitor writes it; name another'
+        )
+    return Run(name, scalars, max(whole), *(array.tolist() for array in arrays))
 
 
 def chosen_sublayers(run: Run, wanted: list[int] | None) -> list[int]:
@@ -102,7 +129,7 @@ def chosen_sublayers(run: Run, wanted: list[int] | None) -> list[int]:
         if not 0 <= sublayer < length:
             raise ValueError(
                 f'--sublayers {sublayer}: {run.name} has sublayers 0 to {length - 1}, two a layer: '
-                'attention, then MLP'
+                'attention, then MLP; take one of those'
             )
     return wanted or sorted({0, length // 2, length - 1})
 
@@ -242,13 +269,17 @@ def main(options: argparse.Namespace) -> int:
     """Draw the page; wrong input is one line."""
     try:
         named = [folder.partition('=') for folder in options.folders]
-        pairs = [(path or name, name) for name, _, path in named]
+        # A dollar sign would begin a formula.
+        pairs = [(path or name, name.replace('$', r'\$')) for name, _, path in named]
         draw(
             [read_run(pathlib.Path(path), name) for path, name in pairs],
             options.output,
             options.sublayers,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        why = f'--output {options.output}: {error.strerror}; name a file that can be written'
+        refuse('megatron-mhc report', why)
+    except (RuntimeError, ValueError) as error:
         refuse('megatron-mhc report', str(error))
     print(options.output)
     return 0

@@ -14,8 +14,9 @@ import socket
 import sys
 
 from megatron_mhc import cpu_device
+from megatron_mhc.argument_types import environment_integer
 from megatron_mhc.bootstrap import DEVICES, prepare
-from megatron_mhc.refusal import refuse
+from megatron_mhc.refusal import OneLineParser, refuse
 from megatron_mhc.script_path import enter_folder
 
 
@@ -27,7 +28,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     for add_arguments in GROUPS:
         add_arguments(flags)
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=prog,
         description='Run a Megatron pretrain script, unmodified, with hyper-connections available.',
         epilog='flags that SCRIPT gains (SCRIPT --help lists them beside its own):\n'
@@ -85,7 +86,7 @@ def _single_process_defaults() -> None:
     if 'WORLD_SIZE' in os.environ or 'MASTER_ADDR' in os.environ:
         return
     for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'):
-        if int(os.environ.get(name, '1')) > 1:
+        if environment_integer(name, 1) > 1:
             raise RuntimeError(
                 f'{name}={os.environ[name]} but RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are '
                 'not set: every task would train alone; start torchrun on each node, or export them'

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_mhc import schedule_trace
+from megatron_mhc.argument_types import input_file, integer, number
 from megatron_mhc.refusal import refuse
 from megatron_mhc.schedules.catalog import SCHEDULES, make_plan, too_many
 from megatron_mhc.schedules.lowering import lower
@@ -23,7 +24,6 @@ from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.timeline import COMPUTE_LANE, HIGH_LANE, LANES, Timeline
 from megatron_mhc.schedules.times import RECOMPUTE_STREAMS, Times
 from megatron_mhc.schedules.validator import validate
-from megatron_mhc.whole_number import count
 
 PROGRAM = 'megatron-mhc schedule'
 # The first two are plan files, the others pictures of its timeline.
@@ -48,6 +48,7 @@ _FORMAT = 'of the output; text and csv are what --plan reads, the others picture
 _MOST_BYTES, _MOST_TIMED = 2**28, 2**20
 # Enough for the sums of a step; the digits behind are rounding.
 _DIGITS = 9
+_COUNT, _TIME, _FACTOR = integer(1), number(0, 1e15), number(0, above=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +70,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             which.add_argument(
                 '--schedule', choices=list(SCHEDULES), metavar='NAME', help='see list'
             )
-            which.add_argument('--plan', type=Path, metavar='FILE', help='operations, text or CSV')
+            which.add_argument(
+                '--plan', type=input_file, metavar='FILE', help='operations, text or CSV'
+            )
         required = topic == 'compare'
-        which.add_argument('--pp', type=count, metavar='P', required=required, help='ranks')
+        which.add_argument('--pp', type=_COUNT, metavar='P', required=required, help='ranks')
         which.add_argument(
-            '--microbatches', type=count, metavar='M', required=required, help='of one step'
+            '--microbatches',
+            type=_COUNT,
+            metavar='M',
+            required=required,
+            help='of one step',
         )
-        which.add_argument('--chunks', type=count, default=2, help='a rank, of interleaved')
+        which.add_argument('--chunks', type=_COUNT, default=2, help='a rank, of interleaved')
         if topic != 'validate':
             which.add_argument(
                 '--lowered', action='store_true', help='with communication, as it is executed'
@@ -86,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument('--output', type=Path, metavar='FILE', help='instead of stdout')
             parser.add_argument(
                 '--width',
-                type=_width,
+                type=integer(0),
                 help='columns of a drawing, 0 for all (default: terminal)',
             )
     schedule_trace.add_parser(topics)
@@ -97,10 +104,22 @@ def _add_times(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     for name, words in _TIMES.items():
         default = getattr(Times, name.replace('-', '_'))
-        add(f'--{name}', type=float, metavar='T', default=default, help=words)
+        add(f'--{name}', type=_TIME, metavar='T', default=default, help=words)
     alpha = Times.fused_slot_factor
-    add('--fused-slot-factor', type=float, metavar='A', default=alpha, help='of F + B')
-    add('--stage-scale', type=float, nargs='+', metavar='X', help='a factor for each stage')
+    add(
+        '--fused-slot-factor',
+        type=_FACTOR,
+        metavar='A',
+        default=alpha,
+        help='of F + B',
+    )
+    add(
+        '--stage-scale',
+        type=_FACTOR,
+        nargs='+',
+        metavar='X',
+        help='a factor for each stage',
+    )
     add('--recompute-stream', choices=RECOMPUTE_STREAMS, default='compute', help='of R')
     add('--link-contention', action='store_true', help='one tensor at a time from rank to rank')
 
@@ -165,7 +184,9 @@ def _show(options: argparse.Namespace) -> None:
     try:
         options.output.write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
-        raise ValueError(f'argument --output: {options.output}: {error.strerror}') from error
+        raise ValueError(
+            f'argument --output: {options.output}: {error.strerror}; name another file'
+        ) from error
 
 
 def _draw(timeline: Timeline, options: argparse.Namespace) -> str | bytes:
@@ -263,13 +284,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     """The validated plan that the options name."""
     numbers = options.pp, options.microbatches
     if (options.schedule is None) == (options.plan is None):
-        raise ValueError('give --schedule NAME (see list), or --plan FILE')
+        raise ValueError('--schedule or --plan: one of them; give a NAME of list, or a FILE')
     if options.plan is not None:
         if numbers != (None, None):
             raise ValueError('a plan file has its own numbers; leave out --pp and --microbatches')
         plan = _read(options.plan)
     elif None in numbers:
-        raise ValueError(f'--schedule {options.schedule} needs --pp and --microbatches')
+        raise ValueError(f'--schedule {options.schedule} needs --pp and --microbatches; give both')
     else:
         plan = make_plan(options.schedule, *numbers, chunks=options.chunks)
     validate(plan)
@@ -288,7 +309,11 @@ def _read(path: Path) -> Plan:
             )
         return read_plan(path.read_text())
     except OSError as error:
-        raise ValueError(f'argument --plan: {path}: {error.strerror}') from error
+        raise ValueError(
+            f'argument --plan: {path}: {error.strerror}; name a file to read'
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f'argument --plan: {path}: not text; name a plan') from error
     except ValueError as error:
         raise ValueError(f'argument --plan: {path}: {error}') from error
 
@@ -343,7 +368,3 @@ def _hops(plan: Plan) -> int:
     """How often the activation of one microbatch goes from rank to rank."""
     holders = plan.placement[0]
     return sum(a != b for a, b in zip(holders, holders[1:], strict=False))
-
-
-def _width(text: str) -> int:
-    return count(text, least=0)

@@ -36,11 +36,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_mhc.argument_types import input_file, number
 from megatron_mhc.refusal import refuse
 from megatron_mhc.trace_events import Trace, read_trace
 from megatron_mhc.trace_overlap import ALL_TO_ALL, COLLECTIVES, P2P, measure, shares
 
 PROGRAM = 'megatron-mhc schedule trace'
+_SHARE, _DELAY = number(0, 1, 'give a share such as 0.1 for 10 %'), number(0)
 # Above these a result is worth a line of advice.
 _NOTABLE_SHARE, _NOTABLE_DELAY_US = 0.1, 50.0
 # Option, what it limits, unit.
@@ -66,14 +68,21 @@ def add_parser(topics: Any) -> None:
         epilog='Exit status: 0, 1 where a limit is exceeded on any rank, 2 for wrong input.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('files', type=Path, nargs='+', metavar='FILE', help='one for each rank')
+    parser.add_argument(
+        'files', type=input_file, nargs='+', metavar='FILE', help='one for each rank'
+    )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     limits = parser.add_argument_group('limits, for every rank')
     for name, (words, unit) in _LIMITS.items():
         if unit == 'share':
-            limits.add_argument(_OPTIONS[name], type=_share, metavar='X', help=f'{words}, 0 to 1')
+            limits.add_argument(
+                _OPTIONS[name],
+                type=_SHARE,
+                metavar='X',
+                help=f'{words}, 0 to 1',
+            )
         else:
-            limits.add_argument(_OPTIONS[name], type=_delay, metavar='US', help=f'{words}, in us')
+            limits.add_argument(_OPTIONS[name], type=_DELAY, metavar='US', help=f'{words}, in us')
     parser.set_defaults(run=main)
 
 
@@ -236,17 +245,3 @@ def _advice(found: dict) -> list[str]:
     if any(post['measured'] == 0 for post in posts):
         lines += ['- Delays are not measured: the trace does not say what launched F_post,res.']
     return lines
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'{text} is no share; 0 to 1, such as 0.1 for 10 %')
-    return value
-
-
-def _delay(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f'{text} is no delay; microseconds, 0 or more')
-    return value

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mhc.config import RECOMPUTE_BLOCKS, ResidualConfig
+from megatron_mhc.argument_types import MOST_LAYERS, MOST_RANKS, MOST_STREAMS, input_file, integer
+from megatron_mhc.config import RECOMPUTE_BLOCKS
 from megatron_mhc.model_shape import ModelShape
 from megatron_mhc.pipeline_config import PIPELINE_SCHEDULES, V_SCHEDULES
 from megatron_mhc.recipe import RECIPES
@@ -31,11 +32,11 @@ from megatron_mhc.study_output import (
 )
 from megatron_mhc.study_points import Study, best_of, pareto, run_study
 from megatron_mhc.study_sweep import Sweep
-from megatron_mhc.whole_number import count
 
 PROGRAM = 'megatron-mhc study'
 _STUDY_ONLY = ('output', 'set', 'kernel_times', 'gpus', 'tp', 'pp', 'vpp', 'ep', 'dp', 'schedule')
 _STUDY_ONLY += ('micro_batch_size', 'num_residual_streams', 'recompute', 'global_batch_size')
+_COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--calibrate', action='store_true', help='published figures beside ours, and the error')
     add('--json', action='store_true', help='print one JSON object')
     add('--output', type=Path, metavar='DIR', help='write CSV, flags and a picture there')
-    add('--top', type=count, default=12, metavar='N', help='lines of the table (default: 12)')
+    add('--top', type=_COUNT, default=12, metavar='N', help='lines of the table (default: 12)')
     machine = parser.add_argument_group('machine').add_argument
     machine('--hardware', default='h100', metavar='NAME', help=f'{", ".join(PRESETS)} or FILE.yaml')
     machine(
@@ -59,23 +60,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine(
         '--kernel-times',
-        type=Path,
+        type=input_file,
         metavar='CSV',
         help='results.csv of make bench (default: mHC kernels from the bytes that they move)',
     )
     ranks = parser.add_argument_group('what to combine; several values each').add_argument
-    ranks('--gpus', type=count, nargs='+', metavar='N', help='ranks in all (default: 64)')
-    ranks('--tp', type=count, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
-    ranks('--pp', type=count, nargs='+', metavar='N', help='(default: powers of 2)')
-    ranks('--vpp', type=count, nargs='+', metavar='N', help='of interleaved (default: 2)')
-    ranks('--ep', type=count, nargs='+', metavar='N', help='(default: divisors of the experts)')
-    ranks('--dp', type=count, nargs='+', metavar='N', help='keep only these (default: all)')
+    ranks('--gpus', type=_COUNT, nargs='+', metavar='N', help='ranks in all (default: 64)')
+    ranks('--tp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
+    ranks('--pp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
+    ranks('--vpp', type=_COUNT, nargs='+', metavar='N', help='of interleaved (default: 2)')
+    ranks('--ep', type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)')
+    ranks('--dp', type=_COUNT, nargs='+', metavar='N', help='keep only these (default: all)')
     ranks('--schedule', nargs='+', choices=PIPELINE_SCHEDULES, metavar='NAME', help=_SCHEDULES)
-    ranks('--micro-batch-size', type=count, nargs='+', metavar='B', help='(default: 1)')
-    ranks('--num-residual-streams', type=count, nargs='+', metavar='N', help='n (default: 4)')
+    ranks('--micro-batch-size', type=_COUNT, nargs='+', metavar='B', help='(default: 1)')
+    ranks(
+        '--num-residual-streams',
+        type=_STREAMS,
+        nargs='+',
+        metavar='N',
+        help='n (default: 4)',
+    )
     ranks(
         '--recompute',
-        type=_blocks,
+        type=integer(1, 2 * MOST_LAYERS, words=RECOMPUTE_BLOCKS),
         nargs='+',
         metavar='L_R',
         help=f'{", ".join(RECOMPUTE_BLOCKS)} or sublayers of a block (default: auto)',
@@ -88,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='last: a model of your own as Megatron flags, instead of RECIPE; needs Megatron',
     )
     model('--residual-type', type=_residual, metavar='TYPE', default='mhc', help=_TYPES)
-    model('--global-batch-size', type=count, metavar='N', help="(default: the recipe's)")
+    model('--global-batch-size', type=_COUNT, metavar='N', help="(default: the recipe's)")
 
 
 _TYPES = f'{" or ".join(STUDIED)} (default: mhc)'
@@ -121,7 +128,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     if (options.name is None) == (options.model is None):
         raise ValueError(
-            f'name a recipe, {", ".join(RECIPES)}, or give --model with Megatron flags, one of both'
+            f'RECIPE or --model, one of both: name one of {", ".join(RECIPES)}, or give flags'
         )
     hardware = hardware_of(options.hardware, options.set)
     kernels = BytesModel(hardware)
@@ -248,12 +255,3 @@ def _residual(text: str) -> str:
     if text not in STUDIED:
         raise argparse.ArgumentTypeError(f'{text}: {only_studied(text)}')
     return text
-
-
-def _blocks(text: str) -> int | str:
-    value = count(text, least=0) if text.isdecimal() else text
-    try:
-        ResidualConfig(recompute_layer_num=value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return value

@@ -7,8 +7,10 @@ it by its correlation id, and to the operators and ranges that were open on that
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import math
 import re
 import sqlite3
 import zlib
@@ -97,18 +99,22 @@ def _read_chrome(path: Path, head: bytes) -> Trace:
         raise ValueError(f'{path}: the gzip file ends early; copy or trace it again') from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f'{path}: damaged gzip ({error}); copy or trace it again') from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(
-            f'{path}: not JSON, or cut off; give a Chrome trace of the torch profiler, or an '
-            'SQLite export of nsys'
+            f'{path}: not JSON, nested too deeply, or cut off; give a Chrome trace of the torch '
+            'profiler, or an SQLite export of nsys'
         ) from None
     events = found.get('traceEvents') if isinstance(found, dict) else found
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-        raise ValueError(f'{path}: JSON but not a Chrome trace: it has no list of traceEvents')
+        raise ValueError(
+            f'{path}: JSON but not a Chrome trace: it has no list of traceEvents; name another'
+        )
     try:
         kernels, priorities = _chrome_kernels(path, events)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path}: an event is not as torch writes it: {error!r}') from None
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f'{path}: an event is not as torch writes it: {error!r}; trace it again'
+        ) from None
     distributed = found.get('distributedInfo') if isinstance(found, dict) else None
     rank = distributed.get('rank') if isinstance(distributed, dict) else None
     return Trace(path, rank, kernels, priorities)
@@ -153,14 +159,17 @@ def _chrome_kernels(path: Path, events: list[dict]) -> tuple[tuple[Kernel, ...],
 
 
 def _ns(microseconds: float | str) -> int:
-    return round(float(microseconds) * 1000)
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(microseconds)):
+            return round(float(microseconds) * 1000)
+    raise TypeError(f'time {microseconds!r}')
 
 
 def _read_nsys(path: Path) -> Trace:
     try:
         with closing(sqlite3.connect(f'{path.resolve().as_uri()}?mode=ro', uri=True)) as database:
             return _nsys_kernels(path, database)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, TypeError, AttributeError) as error:
         raise ValueError(
             f'{path}: SQLite, but not as nsys exports it, or damaged ({error}); again: nsys export '
             '--type sqlite REPORT.nsys-rep'

@@ -21,11 +21,12 @@ from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
 from megatron_mhc.engram.resume import check_memory_of
 from megatron_mhc.kernel_choice import announce_kernels
 from megatron_mhc.lr_steps import add_lr_step_arguments, resolve_lr_steps
+from megatron_mhc.megatron_sizes import check_sizes
 from megatron_mhc.monitor_arguments import add_monitor_arguments, resolve_monitor
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
-from megatron_mhc.refusal import refuse
+from megatron_mhc.refusal import refuse, with_remedy
 from megatron_mhc.shared_flags import add_groups, hand_over
 
 # What adds our argument groups, in the order in which --help shows them.
@@ -83,6 +84,7 @@ def accept(
     for token in unknown:
         if token.startswith(OWN_FLAGS):
             raise ValueError(f'argument {token}: no such flag; --help lists residual connections')
+    check_sizes(namespace)
     hand_over(namespace, shared)
     residual = resolve_arguments(namespace, shared)
     check_constraints(namespace, residual)
@@ -116,7 +118,7 @@ def accept(
 def _error(parser: argparse.ArgumentParser, original: Callable, message: str) -> None:
     """Megatron's usage text is hundreds of lines long; for our flags the one line is enough."""
     if message.startswith(tuple(f'argument {flag}' for flag in OWN_FLAGS)):
-        refuse(parser.prog, message)
+        refuse(parser.prog, with_remedy(parser.prog, message))
     original(message)
 
 

@@ -50,10 +50,10 @@ REFUSED = {
     f'{S} --lr-step-milestones 0 0.9': 'wanted fractions of training',
     f'{S} --lr-step-milestones 0.8 1': 'wanted fractions of training',
     f'{S} --lr-step-milestones 0.8 90': 'wanted fractions of training',
-    f'{S} --lr-step-milestones 0.8 nan': 'wanted fractions of training',
-    f'{S} --lr-step-rates 0.5 -0.1': '--lr-step-rates 0.5 -0.1: wanted finite multiples >= 0',
-    f'{S} --lr-step-rates inf 0.1': 'wanted finite multiples >= 0',
-    f'{S} --lr-step-rates half': "argument --lr-step-rates: invalid float value: 'half'",
+    f'{S} --lr-step-milestones 0.8 nan': 'nan: wanted a finite number',
+    f'{S} --lr-step-rates 0.5 -0.1': '--lr-step-rates 0.5 -0.1: wanted multiples',
+    f'{S} --lr-step-rates inf 0.1': 'inf: wanted a finite number',
+    f'{S} --lr-step-rates half': 'argument --lr-step-rates: half: wanted a finite number',
     f'{S} --lr-step-milestones': 'argument --lr-step-milestones: expected at least one',
 }
 

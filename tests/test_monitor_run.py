@@ -83,7 +83,7 @@ def test_report_is_drawn_of_several_runs(watched, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'said'),
     [
-        (['report', 'nowhere'], 'LOGDIR nowhere: no TensorBoard events; name the folder of'),
+        (['report', 'nowhere'], 'LOGDIR nowhere: no such folder; name the folder of'),
         (['report', 'WATCHED', '--sublayers', '8'], '--sublayers 8: WATCHED has sublayers 0 to 7'),
         (['report', 'WATCHED', '-o', 'page.xyz'], '--output page.xyz: unknown format .xyz'),
     ],

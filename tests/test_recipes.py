@@ -196,7 +196,7 @@ def test_list_names_every_recipe(show):
         ('show 3b --dp 4 --gpus 16', '--dp 4 x tp x pp = 8 ranks, but --gpus 16; drop one'),
         ('show 3b --dp 3 --ep 3', 'a batch of 320 sequences is no multiple of 1'),
         ('show 3b --dp 160', 'needs at least 2 x pp = 4 microbatches'),
-        ('show 3b --ep 0', 'ep = 0: at least 1 is needed'),
+        ('show 3b --ep 0', 'argument --ep: 0: wanted an integer from 1'),
         ('show 4b', "invalid choice: '4b'"),
         ('show 3b --mhc-manifold birkhoff', 'choose one of sinkhorn, permutation'),
         ('show 3b --residual-type hc --mhc-manifold identity', 'has no effect with'),

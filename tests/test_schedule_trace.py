@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc import schedule_trace
+from megatron_mhc.refusal import OneLineParser
 from megatron_mhc.trace_events import Kernel, Range, read_trace
 from megatron_mhc.trace_overlap import POST_KERNELS, kind_of, overlap, union
 
@@ -122,7 +123,7 @@ def write_nsys(path: Path, kernels=KERNELS, ranges=RANGES, process=1 << 24) -> P
 
 
 def options(*arguments) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = OneLineParser()
     schedule_trace.add_parser(parser.add_subparsers(dest='topic'))
     return parser.parse_args(['trace', *map(str, arguments)])
 
@@ -381,7 +382,7 @@ def test_bad_files(tmp_path, capsys):
         'short.json.gz': (whole.read_bytes()[:-40], 'the gzip file ends early'),
         'bad.json.gz': (whole.read_bytes()[:30] + b'x' * 30, 'damaged gzip'),
         'text.json': (b'hello', 'not JSON'),
-        'cut.json': (json.dumps(chrome()).encode()[:-9], 'not JSON, or cut off'),
+        'cut.json': (json.dumps(chrome()).encode()[:-9], 'or cut off'),
         'binary.json': (b'\xff\xfe\x00', 'not JSON'),
         'other.json': (b'{"a": 1}', 'not a Chrome trace'),
         'number.json': (b'[1]', 'not a Chrome trace'),

@@ -8,19 +8,27 @@ import argparse
 
 import torch
 
+from megatron_mhc.argument_types import MOST_SEED, MOST_STREAMS, integer, number
 from megatron_mhc.manifolds.registry import load, manifold_names
+from megatron_mhc.refusal import OneLineParser, refuse
 
 ROW = '| {:<11} | {:>6} | {:>9} | {:>12} | {:>11} | {:>10} | {:>9} |'
 TITLES = 'manifold,logits,row error,column error,least entry,2-norm - 1,gradient'.split(',')
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog='manifold_table.py', description=__doc__)
-    parser.add_argument('--streams', type=int, default=4, help='n (default: 4)')
-    parser.add_argument('--scale', type=float, default=1.0, help='std of the logits (default: 1)')
-    parser.add_argument('--matrices', type=int, default=10_000, help='drawn (default: 10000)')
-    parser.add_argument('--seed', type=int, default=1234)
-    return parser.parse_args()
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(prog='manifold_table.py', description=__doc__)
+    parser.add_argument(
+        '--streams', type=integer(1, MOST_STREAMS), default=4, help='n (default: 4)'
+    )
+    parser.add_argument(
+        '--scale', type=number(0), default=1.0, help='std of the logits (default: 1)'
+    )
+    parser.add_argument(
+        '--matrices', type=integer(1, 10_000_000), default=10_000, help='drawn (default: 10000)'
+    )
+    parser.add_argument('--seed', type=integer(0, MOST_SEED), default=1234)
+    return parser.parse_args(argv)
 
 
 def gradient_error(manifold, logits: torch.Tensor) -> float:
@@ -41,12 +49,15 @@ def gradient_error(manifold, logits: torch.Tensor) -> float:
     return float((exact - torch.stack(columns, -1)).abs().max() / exact.abs().max())
 
 
-def main() -> None:
-    options = parse()
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    try:
+        manifolds = [(name, load(name, options.streams)) for name in manifold_names()]
+    except ValueError as error:
+        refuse('manifold_table.py', f'--streams {options.streams}: {error}')
     print(ROW.format(*TITLES))
     print(ROW.format(*('---' for _ in TITLES)))
-    for name in manifold_names():
-        manifold = load(name, options.streams)
+    for name, manifold in manifolds:
         torch.manual_seed(options.seed)
         logits = options.scale * torch.randn(options.matrices, manifold.num_logits)
         matrix = manifold.matrix(logits)

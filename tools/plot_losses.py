@@ -4,9 +4,11 @@ python tools/plot_losses.py --output losses.png mhc=runs/quickstart/mhc/tensorbo
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from megatron_mhc.refusal import OneLineParser, refuse
+
+FORMATS = ('.png', '.svg', '.pdf')
 TRAIN, VALID = 'lm loss', 'lm loss validation'
 
 
@@ -21,8 +23,14 @@ def read_losses(folder: Path) -> dict[str, dict[int, float]]:
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # 0: keep every point instead of a random sample.
-    events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: no such folder; name a run folder')
+    try:
+        # 0: keep every point instead of a random sample.
+        events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
+    # What a damaged file raises depends on where it is damaged.
+    except Exception as error:
+        raise ValueError(f'{folder}: events cannot be read: {error}; name a whole run') from error
     tags = set(events.Tags()['scalars'])
     losses = {tag: {} for tag in (TRAIN, VALID)}
     for tag in tags.intersection(losses):
@@ -43,32 +51,47 @@ def plot(runs: dict[str, dict[str, dict[int, float]]], output: Path, title: str)
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout='constrained')
     for index, (name, losses) in enumerate(runs.items()):
+        # A dollar sign would begin a formula.
+        name = name.replace('$', r'\$')
         colour = f'C{index}'
         axes.plot(*zip(*losses[TRAIN].items(), strict=True), color=colour, alpha=0.35, lw=1)
         axes.plot([], [], color=colour, alpha=0.35, label=f'{name}, training')
         if losses[VALID]:
             points = zip(*losses[VALID].items(), strict=True)
             axes.plot(*points, color=colour, marker='o', ms=4, label=f'{name}, validation')
-    axes.set(title=title, xlabel='iteration', ylabel='loss per byte (nats)')
+    axes.set(title=title.replace('$', r'\$'), xlabel='iteration', ylabel='loss per byte (nats)')
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output, dpi=120)
     pyplot.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        prog='plot_losses.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('runs', nargs='+', metavar='NAME=TENSORBOARD_DIR')
     parser.add_argument('--output', type=Path, required=True, help='PNG to write')
     parser.add_argument('--title', default='Loss')
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.output.suffix not in FORMATS:
+        parser.error(f'--output {options.output}: unknown format; name a .png, .svg or .pdf file')
+    if not options.output.absolute().parent.is_dir():
+        parser.error(f'--output {options.output}: no such folder; name one that is there')
+    named = {}
+    for run in options.runs:
+        name, found, folder = run.partition('=')
+        if not name or not found or name in named:
+            parser.error(
+                f'argument runs: {run}: wanted NAME=TENSORBOARD_DIR, each name once; add it'
+            )
+        named[name] = Path(folder)
     try:
-        named = dict(run.split('=', 1) for run in options.runs)
-        plot({n: read_losses(Path(p)) for n, p in named.items()}, options.output, options.title)
-    except ValueError as error:
-        sys.exit(f'{parser.prog}: error: {error}')
+        plot({n: read_losses(p) for n, p in named.items()}, options.output, options.title)
+    except (ValueError, OSError) as error:
+        refuse(parser.prog, str(error))
 
 
 if __name__ == '__main__':

@@ -15,11 +15,13 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import sysconfig
 import tempfile
 import warnings
 from pathlib import Path
+
+from megatron_mhc.argument_types import integer
+from megatron_mhc.refusal import OneLineParser, refuse
 
 EOD = 255
 SPLITS = ('train', 'valid', 'test')
@@ -38,7 +40,10 @@ def read_documents(source: Path, glob: str, max_bytes: int) -> dict[str, bytes]:
     Raises:
         ValueError: too little text for three splits.
     """
-    names = [p.relative_to(source).as_posix() for p in source.glob(glob) if p.is_file()]
+    try:
+        names = [p.relative_to(source).as_posix() for p in source.glob(glob) if p.is_file()]
+    except (NotImplementedError, ValueError, IndexError) as error:
+        raise ValueError(f'--glob {glob!r}: {error}; give a pattern such as **/*.py') from error
     names = [n for n in names if not SKIPPED.intersection(Path(n).parts)]
     documents, seen, total = {}, set(), 0
     for name in sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest()):
@@ -134,6 +139,8 @@ def prepare(output: Path, source: Path, glob: str = '**/*.py', max_bytes: int = 
         raise ValueError(f'--source {source}: no such folder; name one that holds text files')
     marker = output / 'manifest.json'
     ours = [f'{s}.{e}' for s in SPLITS for e in ('bin', 'idx')]
+    if output.exists() and not output.is_dir():
+        raise ValueError(f'--output {output}: not a folder; name a new one')
     if output.exists() and not marker.exists():
         foreign = {p.name for p in output.iterdir()} - {*ours, *SPLITS, 'cache'}
         if foreign:
@@ -144,7 +151,7 @@ def prepare(output: Path, source: Path, glob: str = '**/*.py', max_bytes: int = 
     documents = read_documents(source, glob, max_bytes)
     manifest = describe(documents, split_by_file(documents))
     complete = marker.exists() and all((output / name).exists() for name in ours)
-    if complete and json.loads(marker.read_text())['digest'] == manifest['digest']:
+    if complete and digest_of(marker) == manifest['digest']:
         print(f'corpus {output}: up to date')
         return manifest
     write(output, documents, manifest)
@@ -156,9 +163,20 @@ def prepare(output: Path, source: Path, glob: str = '**/*.py', max_bytes: int = 
     return manifest
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def digest_of(marker: Path) -> str | None:
+    """That of the corpus which is there; None where its manifest is damaged: it is written anew."""
+    try:
+        found = json.loads(marker.read_text())
+    except ValueError:
+        return None
+    return found.get('digest') if isinstance(found, dict) else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        prog='prepare_corpus.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--output', type=Path, required=True, help='folder for {split}.bin, .idx')
     parser.add_argument(
@@ -169,13 +187,16 @@ def main() -> None:
     )
     parser.add_argument('--glob', default='**/*.py', help='which files (default: %(default)s)')
     parser.add_argument(
-        '--max-bytes', type=int, default=2**24, help='leave out files beyond (default: 16 MiB)'
+        '--max-bytes',
+        type=integer(1, 2**40),
+        default=2**24,
+        help='leave out files beyond (default: 16 MiB)',
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         prepare(options.output, options.source, options.glob, options.max_bytes)
     except (ValueError, OSError) as error:
-        sys.exit(f'{parser.prog}: error: {error}')
+        refuse(parser.prog, str(error))
 
 
 if __name__ == '__main__':

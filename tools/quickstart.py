@@ -21,11 +21,14 @@ import quickstart_flags
 import supervise
 from prepare_corpus import prepare
 
+from megatron_mhc.argument_types import MOST_SEED, integer
+from megatron_mhc.refusal import OneLineParser, refuse
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog='quickstart.py',
         usage='%(prog)s {train,compare} [options] [-- MEGATRON_FLAGS]',
         description=__doc__,
@@ -33,14 +36,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument('task', choices=['train', 'compare'])
-    parser.add_argument('--iters', type=int, help='iterations (default: train 300, compare 100)')
+    parser.add_argument(
+        '--iters', type=integer(1), help='iterations (default: train 300, compare 100)'
+    )
     parser.add_argument(
         '--residual-type',
         choices=list(quickstart_flags.RESIDUAL),
         default='mhc',
         help='what train trains (default: mhc)',
     )
-    parser.add_argument('--seed', type=int, default=1234)
+    parser.add_argument('--seed', type=integer(1, MOST_SEED), default=1234)
     parser.add_argument('--fresh', action='store_true', help='remove earlier runs of this task')
     parser.add_argument('--output', type=Path, default=ROOT / 'runs', help='default: runs/')
     parser.add_argument(
@@ -52,8 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.megatron = megatron
     options.iters = options.iters or {'train': 300, 'compare': 100}[options.task]
-    if options.iters < 1:
-        parser.error(f'--iters {options.iters}: at least one iteration is needed')
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f'--output {options.output}: not a folder; name a new one')
     return options
 
 
@@ -144,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         report(runs, options, image)
     except KeyboardInterrupt:
         sys.exit('Stopped. The same command goes on from the last checkpoint, if there is one.')
-    except (OSError, RuntimeError, ValueError) as error:
+    except ValueError as error:
+        refuse('quickstart.py', str(error))
+    except (OSError, RuntimeError) as error:
         sys.exit(f'quickstart: error: {error}')
     print(f"""
 Done in {time.monotonic() - started:.0f} s. Where to look next:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_mhc.argument_types import MOST_TOKENS, integer, number
 from megatron_mhc.convert.conversion import TARGETS, Report, convert
 from megatron_mhc.convert.maps import RMS, TOKENS
 from megatron_mhc.convert.saved_args import STANDARD
@@ -40,14 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='layout of SRC (default: auto, by its saved arguments)',
     )
     parser.add_argument(
-        '--step', type=int, help='iteration of SRC (default: the latest, by its tracker file)'
+        '--step',
+        type=integer(0, MOST_TOKENS),
+        help='iteration of SRC (default: the latest, by its tracker file)',
     )
     group = parser.add_argument_group('streams for a standard model, exact at step 0')
     group.add_argument(
-        '--mhc-num-residual-streams', type=int, metavar='N', help='n >= 2 (default: 4)'
+        '--mhc-num-residual-streams', type=integer(), metavar='N', help='n >= 2 (default: 4)'
     )
     group.add_argument(
-        '--mhc-sinkhorn-iterations', type=int, metavar='T', help='passes (default: 20)'
+        '--mhc-sinkhorn-iterations', type=integer(), metavar='T', help='passes (default: 20)'
     )
     group.add_argument(
         '--mhc-stream-merge',
@@ -55,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='exact for mean and learned (default: mean)',
     )
     group.add_argument(
-        '--mhc-init-gating-factor', type=float, metavar='ALPHA', help='alpha > 0 (default: 0.01)'
+        '--mhc-init-gating-factor', type=number(), metavar='ALPHA', help='alpha > 0 (default: 0.01)'
     )
     group.add_argument(
         '--break-symmetry',
-        type=float,
+        type=number(),
         metavar='STD',
         help='add normal noise to the biases of all maps: streams part at once, and the model is '
         'no longer exact (default: 0; home streams part them from the first step on)',

@@ -12,6 +12,13 @@ from __future__ import annotations
 
 import torch
 
+from megatron_mhc.argument_types import (
+    MOST_FACTOR,
+    MOST_ITERATIONS,
+    MOST_STREAMS,
+    check_integer,
+    check_number,
+)
 from megatron_mhc.convert.layouts import Parameters, Streams, mean_as_head
 from megatron_mhc.manifolds.sinkhorn import IDENTITY
 
@@ -23,6 +30,8 @@ FLAGS = {
     'init_gating_factor': '--mhc-init-gating-factor',
     'noise': '--break-symmetry',
 }
+# What fp32 still tells from 0.
+LEAST_FACTOR = 1e-30
 # Share of its home stream in what a sublayer reads; the others have the rest.
 HOME_SHARE = 0.75
 
@@ -55,26 +64,24 @@ def upcycled(
         ValueError: a value under which no exact form exists, or none that trains.
     """
     n = num_streams
-    if n < 2:
-        raise ValueError(
-            f'--mhc-num-residual-streams {n}: one stream has nothing to mix, and H_pre = sigma(b) '
-            'is 1 only where its gradient is gone; choose 2 or more'
-        )
-    if iterations < 1:
-        raise ValueError(f'--mhc-sinkhorn-iterations {iterations}: wanted 1 or more; mHC has 20')
-    if not 0 < init_gating_factor < float('inf'):
-        raise ValueError(
-            f'--mhc-init-gating-factor {init_gating_factor}: phi starts at 0, so with alpha = 0 '
-            'neither would ever get a gradient; choose a number > 0 (both papers: 0.01)'
-        )
+    check_integer(
+        *('--mhc-num-residual-streams', n, 2, MOST_STREAMS),
+        'one stream has nothing to mix, and H_pre = sigma(b) is 1 only where its gradient is gone; '
+        'choose 2 or more',
+    )
+    check_integer('--mhc-sinkhorn-iterations', iterations, 1, MOST_ITERATIONS, 'mHC has 20')
+    check_number(
+        *('--mhc-init-gating-factor', init_gating_factor, LEAST_FACTOR, MOST_FACTOR),
+        'phi starts at 0, so with alpha = 0 neither would ever get a gradient; choose a number > 0 '
+        '(both papers: 0.01)',
+    )
     if stream_merge not in ('mean', 'learned'):
         raise ValueError(
             f'--mhc-stream-merge {stream_merge}: n equal streams sum to n times the hidden state, '
             'which the final norm undoes only up to its eps, so the model would change; choose '
             'mean or learned'
         )
-    if not 0 <= noise < float('inf'):
-        raise ValueError(f'--break-symmetry {noise}: wanted a standard deviation >= 0, such as 0.1')
+    check_number('--break-symmetry', noise, 0, MOST_FACTOR, 'a standard deviation such as 0.1')
 
     def parameters(sublayer: int) -> Parameters:
         pre = torch.full((n,), (1 - HOME_SHARE) / (n - 1))

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from megatron_mhc.argument_types import integer, number
 from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.engram.config import EngramConfig, flag
 from megatron_mhc.engram.constraints import check_engram, check_stage, evenly_divided
@@ -22,7 +23,7 @@ def add_engram_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     )
     group.add_argument(
         '--engram-layers',
-        type=int,
+        type=integer(),
         nargs='+',
         metavar='N',
         help='decoder layers, counted from 1, before whose attention the memory is read (default: '
@@ -30,41 +31,41 @@ def add_engram_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     )
     group.add_argument(
         '--engram-ngram-orders',
-        type=int,
+        type=integer(),
         nargs='+',
         metavar='N',
         help='lengths of the n-grams that end at a token (default: 2 3, the paper)',
     )
     group.add_argument(
         '--engram-heads',
-        type=int,
+        type=integer(),
         metavar='K',
         help='hash heads of each order, a table each (default: 8, the paper)',
     )
     group.add_argument(
         '--engram-table-size',
-        type=int,
+        type=integer(),
         metavar='ROWS',
         help='least rows of one table; each has a prime number of its own (default: 2262400, with '
         "which two layers hold 5.8e9 parameters, about the paper's 5.7e9)",
     )
     group.add_argument(
         '--engram-dim',
-        type=int,
+        type=integer(),
         metavar='D',
         help='width of what a token retrieves from all tables of a layer together, d_mem (default: '
         '1280, the paper)',
     )
     group.add_argument(
         '--engram-lr-mult',
-        type=float,
+        type=number(),
         metavar='F',
         help='factor on the learning rate of the tables, minimum included; they have Adam and no '
         'weight decay (default: 5, the paper)',
     )
     group.add_argument(
         '--engram-seed',
-        type=int,
+        type=integer(),
         metavar='SEED',
         help='of the hash and of the initial weights of the memory; apart from --seed, because a '
         'table means nothing under another hash (default: 0)',

@@ -5,6 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megatron_mhc.argument_types import (
+    MOST_FACTOR,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    check_integer,
+    check_number,
+    shown,
+)
+
+# A hash takes the orders one by one, and rows are numbered by 32 bits.
+MOST_ORDER, MOST_HEADS, MOST_ROWS, MOST_SEED = 64, 1024, 2**31 - 1, 2**63 - 1
 # Taps of the depthwise causal convolution; their distance is the longest n-gram.
 CONVOLUTION_WIDTH = 4
 
@@ -37,34 +48,32 @@ class EngramConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least, remedy in (
-            ('layers', 1, 'layers count from 1; the paper uses 2 15'),
-            ('ngram_orders', 2, 'a bigram has order 2; the paper uses 2 3'),
+        for name, least, most, remedy in (
+            ('layers', 1, MOST_LAYERS, 'layers count from 1; the paper uses 2 15'),
+            ('ngram_orders', 2, MOST_ORDER, 'a bigram has order 2; the paper uses 2 3'),
         ):
             given = getattr(self, name)
-            values = tuple(sorted(set(given)))
-            if not values or len(values) != len(given) or not _integers(values, least):
+            listed = isinstance(given, tuple | list)
+            whole = listed and all(type(v) is int and least <= v <= most for v in given)
+            if not whole or not given or len(set(given)) != len(given):
+                words = ' '.join(map(shown, given)) if listed else shown(given)
                 raise ValueError(
-                    f'{flag(name)} {" ".join(map(str, given))}: wanted different integers >= '
-                    f'{least}; {remedy}'
+                    f'{flag(name)} {words}: wanted different integers from {least} to {most}; '
+                    f'{remedy}'
                 )
-            object.__setattr__(self, name, values)
-        for name, least, paper in (
-            ('heads', 1, 8),
-            ('table_size', 2, 2_262_400),
-            ('dim', 1, 1280),
-            ('seed', 0, 0),
+            object.__setattr__(self, name, tuple(sorted(given)))
+        for name, least, most in (
+            ('heads', 1, MOST_HEADS),
+            ('table_size', 2, MOST_ROWS),
+            ('dim', 1, MOST_WIDTH),
+            ('seed', 0, MOST_SEED),
         ):
-            if not _integers((getattr(self, name),), least):
-                raise ValueError(
-                    f'{flag(name)} {getattr(self, name)}: wanted an integer >= {least}; the '
-                    f'default is {paper}'
-                )
-        if not 0 <= self.lr_mult < float('inf'):
-            raise ValueError(
-                f'{flag("lr_mult")} {self.lr_mult}: wanted a finite number >= 0 (it multiplies the '
-                'learning rate of the tables); the paper uses 5'
-            )
+            default = type(self).__dataclass_fields__[name].default
+            check_integer(flag(name), getattr(self, name), least, most, f'the default is {default}')
+        check_number(
+            *(flag('lr_mult'), self.lr_mult, 0, MOST_FACTOR),
+            'it multiplies the learning rate of the tables, and the paper uses 5',
+        )
         if self.dim % self.tables:
             raise ValueError(
                 f'{flag("dim")} {self.dim}: not a multiple of {len(self.ngram_orders)} orders x '
@@ -106,7 +115,3 @@ class EngramConfig:
 def flag(name: str) -> str:
     """The command line's name of a field."""
     return '--engram-' + name.replace('_', '-')
-
-
-def _integers(values: tuple, least: int) -> bool:
-    return all(type(value) is int and value >= least for value in values)

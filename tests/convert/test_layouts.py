@@ -147,9 +147,9 @@ def test_upcycled_maps_keep_equal_streams(stream_merge, random_seed):
 @pytest.mark.parametrize(
     ('wrong', 'message'),
     [
-        ({'num_streams': 1}, '--mhc-num-residual-streams 1: one stream'),
+        ({'num_streams': 1}, '--mhc-num-residual-streams 1: wanted .* one stream'),
         ({'stream_merge': 'sum'}, '--mhc-stream-merge sum: .* choose mean or learned'),
-        ({'init_gating_factor': 0.0}, '--mhc-init-gating-factor 0.0: phi starts at 0'),
+        ({'init_gating_factor': 0.0}, '--mhc-init-gating-factor 0.0: wanted .* phi starts at 0'),
         ({'iterations': 0}, '--mhc-sinkhorn-iterations 0'),
         ({'noise': -1.0}, '--break-symmetry -1.0'),
     ],

@@ -26,7 +26,7 @@ def test_without_the_flag_nothing_is_patched(parse):
 MEMORY = '--engram-layers 2'
 REFUSED = {
     '--engram-heads 4': '--engram-heads has no effect without --engram-layers',
-    '--engram-layers two': 'argument --engram-layers: invalid int value',
+    '--engram-layers two': 'argument --engram-layers: two: wanted an integer',
     '--engram-layers 3': '--engram-layers 3: the model has 2 layers',
     '--engram-layers 0': '--engram-layers 0: wanted different integers',
     f'{MEMORY} --engram-dim 100': '--engram-dim 100: not a multiple of 2 orders x 8 heads',

@@ -159,13 +159,13 @@ def test_megatrons_own_tokenizers(library, left):
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'layers': ()}, '--engram-layers : wanted different integers >= 1'),
+        ({'layers': ()}, '--engram-layers : wanted different integers from 1'),
         ({'layers': (0, 2)}, '--engram-layers 0 2: wanted'),
         ({'layers': (2, 2)}, '--engram-layers 2 2: wanted'),
         ({'ngram_orders': (1, 2)}, '--engram-ngram-orders 1 2: wanted'),
-        ({'heads': 0}, '--engram-heads 0: wanted an integer >= 1'),
-        ({'table_size': 1}, '--engram-table-size 1: wanted an integer >= 2'),
-        ({'seed': -1}, '--engram-seed -1: wanted an integer >= 0'),
+        ({'heads': 0}, '--engram-heads 0: wanted an integer from 1'),
+        ({'table_size': 1}, '--engram-table-size 1: wanted an integer from 2'),
+        ({'seed': -1}, '--engram-seed -1: wanted an integer from 0'),
         ({'lr_mult': float('nan')}, '--engram-lr-mult nan: wanted a finite'),
         ({'dim': 1281}, '--engram-dim 1281: not a multiple of 2 orders x 8 heads = 16 .* use 1296'),
     ],

@@ -157,20 +157,26 @@ def test_validate_says_what_it_proved(schedule):
 @pytest.mark.parametrize(
     'words, text',
     [
-        ('simulate --pp 8 --microbatches 32', 'give --schedule NAME (see list), or --plan FILE'),
+        ('simulate --pp 8 --microbatches 32', '--schedule or --plan: one of them; give a NAME'),
         ('simulate --schedule 1f1b --pp 8', 'needs --pp and --microbatches'),
         ('simulate --schedule nosuch --pp 8 --microbatches 8', 'nosuch'),
         ('simulate --schedule dualpipev --pp 8 --microbatches 8', '16'),
-        ('simulate --schedule 1f1b --pp 0 --microbatches 8', 'argument --pp: 0: a number'),
+        (
+            'simulate --schedule 1f1b --pp 0 --microbatches 8',
+            'argument --pp: 0: wanted an integer from 1',
+        ),
         ('simulate --schedule 1f1b --pp 2 --microbatches x', 'argument --microbatches: x'),
-        ('simulate --schedule 1f1b --pp 2 --microbatches 2 --hop -1', 'hop=-1'),
+        (
+            'simulate --schedule 1f1b --pp 2 --microbatches 2 --hop -1',
+            'argument --hop: -1: wanted a finite number',
+        ),
         ('simulate --schedule 1f1b --pp 2 --microbatches 2 --hop wide', 'argument --hop'),
         (
             'simulate --schedule 1f1b --pp 2 --microbatches 2 --stage-scale 1',
             'stage_scale has 1 factors, the plan 2 stages',
         ),
         ('show --plan /nowhere/plan.csv', '/nowhere/plan.csv: No such file or directory'),
-        ('show --plan /nowhere/plan.csv --pp 2', 'leave out --pp'),
+        (f'show --plan {__file__} --pp 2', 'leave out --pp'),
         (
             'show --schedule 1f1b --pp 2 --microbatches 2 --output /nowhere/a',
             'argument --output: /nowhere/a: No such file or directory',

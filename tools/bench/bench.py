@@ -12,6 +12,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 HIDDEN, TOKENS, STREAMS = (1280, 2560, 4096, 7168), (2048, 8192, 32768), (2, 4)
@@ -27,15 +28,38 @@ RESERVE_SECONDS = 15
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    if importlib.util.find_spec('megatron_mhc') is None:
+        _refuse('megatron_mhc is not installed; pip install -e ., or run `make bench`')
+    from megatron_mhc.argument_types import MOST_STREAMS, MOST_TOKENS, MOST_WIDTH, integer, number
+    from megatron_mhc.refusal import OneLineParser
+
+    parser = OneLineParser(
         prog='bench.py',
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
     add = parser.add_argument
-    add('--hidden-sizes', type=int, nargs='+', metavar='C', help=f'default: {_words(HIDDEN)}')
-    add('--tokens', type=int, nargs='+', metavar='T', help=f's*b; default: {_words(TOKENS)}')
-    add('--num-streams', type=int, nargs='+', metavar='n', help=f'default: {_words(STREAMS)}')
+    add(
+        '--hidden-sizes',
+        type=integer(1, MOST_WIDTH),
+        nargs='+',
+        metavar='C',
+        help=f'default: {_words(HIDDEN)}',
+    )
+    add(
+        '--tokens',
+        type=integer(1, MOST_TOKENS),
+        nargs='+',
+        metavar='T',
+        help=f's*b; default: {_words(TOKENS)}',
+    )
+    add(
+        '--num-streams',
+        type=integer(1, MOST_STREAMS),
+        nargs='+',
+        metavar='n',
+        help=f'default: {_words(STREAMS)}',
+    )
     add('--dtype', default='bf16', choices=['bf16', 'fp16', 'fp32'], help='of the streams')
     add('--ops', nargs='+', choices=OPS, default=list(OPS), metavar='OP', help=_words(OPS))
     add(
@@ -53,7 +77,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f'all (default; on a CPU none), none, or of:\n{_words(PEERS)}',
     )
     add('--output', type=Path, help='folder (default: tools/bench/results/<gpu>-<date>)')
-    add('--budget-minutes', type=float, default=10, help='then stop and report (default: 10)')
+    add(
+        '--budget-minutes',
+        type=number(0, 1e6, above=True),
+        default=10,
+        help='then stop and report (default: 10)',
+    )
     add('--quick', action='store_true', help='n = 4, 8192 tokens, C = 2560 only, fewer samples')
     add('--device', choices=['cuda', 'cpu'], default='cuda')
     options = parser.parse_args(argv)
@@ -67,11 +96,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.ours = options.ours or (['torch'] if small else list(OURS))
     peers = options.peers or (['none'] if small else ['all'])
     options.peers = list(PEERS) if 'all' in peers else [p for p in peers if p != 'none']
-    for name in ('hidden_sizes', 'tokens', 'num_streams'):
-        if min(getattr(options, name)) < 1:
-            parser.error(f'--{name.replace("_", "-")}: every value must be at least 1')
-    if options.budget_minutes <= 0:
-        parser.error('--budget-minutes: must be more than 0')
+    if options.output is not None and options.output.exists() and not options.output.is_dir():
+        parser.error(f'--output {options.output}: not a folder; name a new one')
     return options
 
 
@@ -85,14 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import torch
     except ImportError:
-        return _refuse('torch is not installed; pip install torch, or run `make bench`')
+        _refuse('torch is not installed; pip install torch, or run `make bench`')
     if options.device == 'cuda' and not torch.cuda.is_available():
-        return _refuse(
+        _refuse(
             'no CUDA GPU is visible to torch; run this on a machine with one '
             '(or --device cpu for a smoke test without figures)'
         )
-    if importlib.util.find_spec('megatron_mhc') is None:
-        return _refuse('megatron_mhc is not installed; pip install -e ., or run `make bench`')
     import bench_run
 
     seconds = 60 * options.budget_minutes
@@ -103,9 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _refuse(reason: str) -> int:
+def _refuse(reason: str) -> NoReturn:
     print(f'bench.py: error: {reason}', file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -10,23 +10,28 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_mhc.argument_types import MOST_STREAMS, MOST_TOKENS, MOST_WIDTH, integer
+from megatron_mhc.refusal import OneLineParser, refuse
+
 TRACE = Path(__file__).resolve().parents[2] / 'runs' / 'layer_trace.json'
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog='profile_layer.py',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('--hidden-size', type=int, help='C (default: 2560; on a CPU: 64)')
-    add('--tokens', type=int, help='s*b (default: 8192; on a CPU: 16)')
-    add('--num-streams', type=int, default=4)
+    add('--hidden-size', type=integer(1, MOST_WIDTH), help='C (default: 2560; on a CPU: 64)')
+    add('--tokens', type=integer(1, MOST_TOKENS), help='s*b (default: 8192; on a CPU: 16)')
+    add('--num-streams', type=integer(1, MOST_STREAMS), default=4)
     add('--dtype', default='bf16', choices=['bf16', 'fp16', 'fp32'])
     add('--contender', help='a name of bench.py --ours or --peers (default: triton; CPU: torch)')
-    add('--steps', type=int, default=5, help='traced steps, after as many to warm up')
-    add('--rows', type=int, default=20, help='lines of the table')
+    add(
+        '--steps', type=integer(1, 10_000), default=5, help='traced steps, after as many to warm up'
+    )
+    add('--rows', type=integer(1), default=20, help='lines of the table')
     add('--output', type=Path, default=TRACE, help='Chrome trace (default: runs/layer_trace.json)')
     add('--device', choices=['cuda', 'cpu'], default='cuda')
     options = parser.parse_args(argv)
@@ -34,8 +39,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.hidden_size = options.hidden_size or (64 if small else 2560)
     options.tokens = options.tokens or (16 if small else 8192)
     options.contender = options.contender or ('torch' if small else 'triton')
-    if options.steps < 1:
-        parser.error('--steps: at least 1')
     return options
 
 
@@ -73,8 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         usable, remark = availability(kinds[options.contender])
         problem = '' if usable else f'{options.contender}: {remark}'
     if problem:
-        print(f'profile_layer.py: error: {problem}', file=sys.stderr)
-        return 2
+        refuse('profile_layer.py', problem)
     case = Case(options.hidden_size, options.tokens, options.num_streams, options.dtype)
     call = build('layer', kinds[options.contender](case), make_inputs(case, options.device, 0))
     for _ in range(options.steps):

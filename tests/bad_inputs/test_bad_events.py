@@ -1,0 +1,97 @@
+"""``megatron-mhc report`` on what a killed run leaves, and on names that look like formulas."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from one_line import check, in_time, said
+
+from megatron_mhc.cli import main
+from megatron_mhc.report import COMPOSITE, GAINS, GRADIENT_NORM, H_RES, LOSS, read_run
+
+
+@pytest.fixture(scope='module')
+def events(tmp_path_factory):
+    """The event file of a run with two reports, in the order in which they are written."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = tmp_path_factory.mktemp('whole')
+    maps = torch.eye(2).expand(4, 2, 2)
+    with SummaryWriter(str(folder)) as writer:
+        for iteration in (1, 2):
+            writer.add_scalar(LOSS, 5.0 / iteration, iteration)
+            writer.add_scalar(GRADIENT_NORM, float('nan'), iteration)
+            for tag, tensor in ((H_RES, maps), (COMPOSITE, maps), (GAINS, torch.ones(4, 4))):
+                writer.add_tensor(tag, tensor, iteration)
+    (file,) = folder.iterdir()
+    return file
+
+
+def cut(events, folder, size: int):
+    (folder / events.name).write_bytes(events.read_bytes()[:size])
+    return folder
+
+
+def test_a_file_cut_anywhere_is_read_as_far_as_it_is_whole(events, tmp_path, random_seed):
+    size, seen = events.stat().st_size, set()
+    whole = read_run(events.parent, 'whole')
+    assert whole.iteration == 2 and len(whole.h_res) == 4
+    for at in [size - 1, *random.Random(random_seed).sample(range(1, size), 60)]:
+        with in_time():
+            try:
+                run = read_run(cut(events, tmp_path, at), 'cut')
+            except ValueError as error:
+                assert str(error).startswith(f'LOGDIR {tmp_path}: ') and '; ' in str(error)
+                seen.add('refused')
+                continue
+        # The maps, the gains and the iteration that they are of belong together.
+        assert run.iteration in (None, 1, 2)
+        assert bool(run.gains) == bool(run.h_res) == bool(run.composite) == bool(run.iteration)
+        seen.add(run.iteration)
+    assert {None, 1, 'refused'} <= seen
+
+
+def test_damaged_bytes_are_no_traceback(events, tmp_path, random_seed):
+    draw = random.Random(random_seed)
+    for _ in range(40):
+        data = bytearray(events.read_bytes())
+        data[draw.randrange(len(data))] ^= draw.randrange(1, 256)
+        (tmp_path / events.name).write_bytes(bytes(data))
+        with in_time():
+            try:
+                read_run(tmp_path, 'damaged')
+            except ValueError as error:
+                assert '\n' not in str(error) and '; ' in str(error)
+
+
+def test_a_run_whose_maps_were_cut_off(events, tmp_path, monkeypatch):
+    first = events.read_bytes().index(COMPOSITE.encode())
+    cut(events, tmp_path, first)
+    monkeypatch.chdir(tmp_path)
+    check(main, said('report .', 'LOGDIR', '.', '--mhc-monitor'))
+
+
+@pytest.mark.parametrize('name', [r'$\frac{x$', '$', '_x', r'\frac{', '', '100 %', '{'])
+def test_names_are_drawn_as_they_are(events, name, tmp_path, capsys):
+    page = tmp_path / 'page.svg'
+    with pytest.raises(SystemExit) as ended:
+        main(['report', f'{name}={events.parent}', '-o', str(page)])
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert page.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ('line', 'names'),
+    [
+        ('--sublayers 4', ('--sublayers', '4')),
+        ('--sublayers -1', ('--sublayers', '-1')),
+        ('-o x', ('--output', 'x')),
+        ('-o x.doc', ('--output', 'x.doc')),
+        ('-o /no/such/x.png', ('/no/such/x.png',)),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(events, line, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(main, said(f'report a={events.parent} {line}', *names))
