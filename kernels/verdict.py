@@ -90,15 +90,16 @@ def state(launch: Launch, arch: int, found: Resources) -> str:
 
 def recorded(launch: Launch, arch: int, record: dict, version: str, dtype: str) -> str | None:
     """The ``state`` on record for this launch and Triton ``version``; None where there is none."""
-    minor = '.'.join(version.split('.')[:2])
+    # A point release may bring another assembler.
+    release = version.partition('+')[0]
     channels = arguments(launch).get('C', WIDE_CHANNELS)
     # Masked tails, narrow tiles and other dtypes compile to other code than was recorded.
     alike = launch.constants.get('EVEN', True) and channels >= WIDE_CHANNELS
-    if minor not in record['triton'] or dtype != record['dtype'] or not alike:
+    if release not in record['triton'] or dtype != record['dtype'] or not alike:
         return None
     name = f'{label(launch)} {launch.constants["N"]}'
     states = record['kernels'].get(name, {}).get(str(arch))
-    return states[record['triton'].index(minor)] if isinstance(states, list) else states
+    return states[record['triton'].index(release)] if isinstance(states, list) else states
 
 
 def judge(

@@ -95,7 +95,7 @@ def main() -> None:
         file.flush()
         name = Path(file.name)
         reports = [report(overlay(folder, version), version, name) for version in VERSIONS]
-    record['triton'] = ['.'.join(version.split('.')[:2]) for version in VERSIONS]
+    record['triton'] = [*VERSIONS]
     record['kernels'] = merged(reports)
     RECORD.write_text(text(record))
 

@@ -14,7 +14,7 @@ from megatron_mhc.kernels.traffic import Traffic, kernel_forms, our_forms, paper
 
 pytest.importorskip('triton')
 
-from megatron_mhc import kernels_cli  # noqa: E402
+from megatron_mhc import compat, kernels_cli  # noqa: E402
 from megatron_mhc.kernels import shipped, traffic, verdict  # noqa: E402
 from megatron_mhc.kernels.offline import Resources  # noqa: E402
 
@@ -104,6 +104,17 @@ def test_shipped_kernels_are_as_they_should_be():
     ).items()
 
 
+def test_the_record_covers_what_is_supported():
+    """Every kernel for n = 1, 2, 4, every architecture and every Triton version."""
+    assert RECORD['triton'] == [*compat.TRITON_TESTED]
+    for n in (1, 2, 4):
+        for launch in shipped.shipped_launches(n, 4096, 8192, torch.bfloat16):
+            for arch in verdict.MULTIPROCESSORS:
+                for version in compat.TRITON_TESTED:
+                    state = verdict.recorded(launch, arch, RECORD, version, RECORD['dtype'])
+                    assert state and int(state.partition(' ')[0]) > 0, (launch.name, n, arch)
+
+
 # One kernel on one architecture as the record of whatever Triton is installed has it.
 PRE = ('--arch', '90', '--num-streams', '4', '--kernel', 'pre_forward')
 
@@ -118,8 +129,8 @@ def test_what_is_lost_beside_the_record_is_noticed(tmp_path):
     """Occupancy and the matrix unit, of this version and of no other."""
     import triton
 
-    here = '.'.join(triton.__version__.split('.')[:2])
-    path, versions = tmp_path / 'record.json', ['3.5', here]
+    path = tmp_path / 'record.json'
+    versions = ['3.5.0', triton.__version__.partition('+')[0]]
     for state, words in (
         ('65 -', '64 warps an SM'),
         (['1 -', '65 -'], '65 on record'),
@@ -135,10 +146,10 @@ def test_what_is_lost_beside_the_record_is_noticed(tmp_path):
 
 
 def test_a_version_without_a_record_says_so(tmp_path):
-    result = report_against(tmp_path / 'record.json', ['65 -', '65 -'], ['3.4', '3.5'])
+    result = report_against(tmp_path / 'record.json', ['65 -', '65 -'], ['3.4.0', '3.5.0'])
     assert result.returncode == 0, result.stdout + result.stderr
     assert 'no row has a record of this Triton' in result.stdout
-    assert '3.4 3.5 on record' in result.stdout and 'not occupancy' in result.stdout
+    assert '3.4.0 3.5.0 on record' in result.stdout and 'not occupancy' in result.stdout
 
 
 def test_the_report_says_which_triton_it_ran_on():
