@@ -137,7 +137,10 @@ def main(options: argparse.Namespace) -> int:
     """Print the report; 1 when something needs a remedy, else 0."""
     if options.script is not None:
         if not options.script.exists():
-            refuse('megatron-mhc doctor', f'SCRIPT {options.script}: no such file or folder')
+            refuse(
+                'megatron-mhc doctor',
+                f'SCRIPT {options.script}: no such file or folder; name the script to run',
+            )
         script = options.script.resolve()
         enter_folder(script if script.is_dir() else script.parent)
     found = report()

@@ -239,12 +239,6 @@ def _lay_out(args: argparse.Namespace) -> None:
 
 def _microbatch_counts(args: argparse.Namespace) -> list[int]:
     """Microbatches of a step: with a batch size that ramps up, of the smallest one too."""
-    for name in ('micro_batch_size', 'global_batch_size', 'tensor_model_parallel_size'):
-        size = getattr(args, name)
-        if size is None and name == 'micro_batch_size' or size is not None and size < 1:
-            raise ValueError(
-                f'{_flag(name)} {size}: a plan counts microbatches by it; give at least 1'
-            )
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     model *= getattr(args, 'context_parallel_size', 1)
     replicas = max(1, int(os.environ.get('WORLD_SIZE', '1')) // model)

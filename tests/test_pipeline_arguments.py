@@ -75,7 +75,7 @@ REFUSED = {
     f'every rank in its group; put m beside L, or {UNTIED}',
     f'{MTP} {MHC} --pipeline-model-parallel-layout {ALONE}': 'ranks 0 and 3 hold 3 copies',
     f'{MTP} --pipeline-schedule zb-v {UNTIED} --pipeline-model-parallel-layout '
-    'Ett|tt|tt|tt|tt|tt|m|L': 'ranks 2 and 3 hold 2 copies',
+    'Ett|ttt|ttt|tt|ttt|ttt|m|L': 'ranks 2 and 3 hold 2 copies',
     f'{V} --global-batch-size 7': 'dualpipev needs at least 2 x pp = 8 microbatches, got 7: use',
     f'{V} --rampup-batch-size 4 4 100': 'at least 2 x pp = 8 microbatches, got 4',
     f'{V} --num-layers 18': "-layout 'Ett|tt|tt|ttt|ttt|tt|tt|ttL'",
@@ -102,7 +102,7 @@ REFUSED = {
     f'{PP4} --pipeline-schedule interleaved': 'add --num-virtual-stages-per-pipeline-rank 2',
     f'{PP4} --pipeline-schedule 1f1b --num-virtual-stages-per-pipeline-rank 2': 'use --pipeline-',
     f'{V} --global-batch-size 100000000': '100000000 microbatches x 2 chunks are more than 1048576',
-    f'{V} --micro-batch-size 0': '--micro-batch-size 0: a plan counts microbatches by it',
+    f'{V} --micro-batch-size 0': '--micro-batch-size 0: wanted',
     f'{V} --micro-batch-size -1': '--micro-batch-size -1',
     f'{V} --global-batch-size -8': '--global-batch-size -8',
     f'{V} --tensor-model-parallel-size 0': '--tensor-model-parallel-size 0',

@@ -88,7 +88,7 @@ def test_corpus_follows_its_source(source, tmp_path):
 def test_corpus_errors_name_the_flag(source, tmp_path, arguments, said):
     command = [sys.executable, TOOLS / 'prepare_corpus.py', '--output', tmp_path / 'c', *arguments]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert result.returncode == 1 and said in result.stderr
+    assert result.returncode == 2 and said in result.stderr
     assert 'Traceback' not in result.stderr
 
 

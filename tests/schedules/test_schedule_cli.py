@@ -183,8 +183,14 @@ def test_validate_says_what_it_proved(schedule):
         ),
         ('show --schedule 1f1b --pp 2 --microbatches 2 --width x', 'argument --width: x'),
         ('compare --pp 8', '--microbatches'),
-        (f'compare --pp {"9" * 5000} --microbatches 1', '9...: a number; give an integer'),
-        (f'simulate --schedule 1f1b --pp 2 --microbatches {"9" * 400}', '9...: a number; give'),
+        (
+            f'compare --pp {"9" * 5000} --microbatches 1',
+            '9... (5000 characters): wanted an integer',
+        ),
+        (
+            f'simulate --schedule 1f1b --pp 2 --microbatches {"9" * 400}',
+            '9... (400 characters): wanted an integer',
+        ),
         ('simulate --schedule 1f1b --pp 4096 --microbatches 4096', 'too many to follow singly'),
         ('compare --pp 4096 --microbatches 4096', 'too many to follow singly'),
         ('compare --pp 8 --microbatches 8 --forward 0', 'forward=0'),
