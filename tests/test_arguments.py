@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
 
 from megatron_mhc.arguments import residual_config_from_args
 from megatron_mhc.config import ResidualConfig
@@ -197,6 +198,8 @@ def test_a_misspelt_flag_of_ours_is_refused_even_where_unknown_ones_pass(parse, 
 def write_checkpoint(folder, **saved):
     (folder / 'iter_0000010').mkdir(parents=True)
     (folder / 'latest_checkpointed_iteration.txt').write_text('10')
+    writer = FileSystemWriter(folder / 'iter_0000010')
+    save({'weight': torch.ones(2)}, storage_writer=writer, no_dist=True)
     torch.save({'args': argparse.Namespace(**saved)}, folder / 'iter_0000010' / 'common.pt')
     (folder / 'iter_0000010' / 'metadata.json').write_text(
         '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",'
@@ -221,11 +224,11 @@ def test_a_checkpoint_of_another_topology_is_refused(parse, tmp_path, capsys):
     parse('--load', untracked)
     parse('--load', four, '--residual-type', 'mhc', '--mhc-init-gating-factor', '0.1')
     parse('--load', str(tmp_path / 'none'), '--residual-type', 'mhc')
-    (tmp_path / 'per-rank' / 'iter_0000010' / 'mp_rank_00_000').mkdir(parents=True)
+    (tmp_path / 'per-rank' / 'iter_0000010' / 'mp_rank_00').mkdir(parents=True)
     (tmp_path / 'per-rank' / 'latest_checkpointed_iteration.txt').write_text('10')
     torch.save(
         {'args': argparse.Namespace(residual_type='hc'), 'model': torch.zeros(8)},
-        tmp_path / 'per-rank' / 'iter_0000010' / 'mp_rank_00_000' / 'model_optim_rng.pt',
+        tmp_path / 'per-rank' / 'iter_0000010' / 'mp_rank_00' / 'model_optim_rng.pt',
     )
     parse('--load', str(tmp_path / 'per-rank'), '--residual-type', 'hc')
     for flags in (
