@@ -59,6 +59,11 @@ def check_chunks(args: argparse.Namespace, found: Any) -> None:
             )
     if found.format != 'torch':
         return
+    if not found.chunks:
+        raise ValueError(
+            f'{where}: {found.folder.name} has no weights: its file has no "model"; choose another '
+            'iteration with --ckpt-step'
+        )
     schedule = getattr(args, 'pipeline_schedule', None)
     if schedule in V_SCHEDULES:
         raise ValueError(

@@ -8,8 +8,7 @@ import sys
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as save_tensors
+from torch.distributed.checkpoint import FileSystemWriter, save
 
 from megatron_mhc.arguments import residual_config_from_args
 from megatron_mhc.config import ResidualConfig
@@ -91,7 +90,7 @@ REFUSED = {
     '--residual-type mhc --mhc-num-residual-streams 0': '--mhc-num-residual-streams 0: wanted',
     '--residual-type mhc --mhc-num-residual-streams four': 'argument --mhc-num-residual-streams',
     '--residual-type mhc --mhc-sinkhorn-iterations 0': '--mhc-sinkhorn-iterations 0: wanted',
-    '--residual-type mhc --mhc-init-gating-factor inf': '--mhc-init-gating-factor: inf: wanted',
+    '--residual-type mhc --mhc-init-gating-factor inf': '--mhc-init-gating-factor inf: wanted',
     '--residual-type mhc --mhc-stream-merge max': 'argument --mhc-stream-merge: invalid choice',
     '--mhc-num-residual-streams 4': '--mhc-num-residual-streams has no effect with --residual-type '
     'standard',
@@ -107,12 +106,12 @@ REFUSED = {
     '--mhc-recompute-layer-num 4': '--mhc-recompute-layer-num has no effect with --residual-type',
     '--residual-type mhc --mhc-recompute-layer-num 0': '--mhc-recompute-layer-num 0: wanted none, ',
     '--residual-type mhc --mhc-recompute-layer-num -2': '--mhc-recompute-layer-num -2: wanted ',
-    '--residual-type hc --mhc-recompute-layer-num all': '--mhc-recompute-layer-num: all: wanted ',
+    '--residual-type hc --mhc-recompute-layer-num all': '--mhc-recompute-layer-num all: wanted ',
     '--residual-type mhc --mhc-recompute-stream compute': 'without --mhc-recompute-layer-num',
     '--residual-type mhc --mhc-recompute-layer-num auto --mhc-recompute-stream high': 'high has no '
     'effect with the stock schedules',
     '--residual-type mhc --mhc-mapping-lr-mult -1': '--mhc-mapping-lr-mult -1.0: wanted a finite',
-    '--residual-type hc --mhc-mapping-lr-mult nan': '--mhc-mapping-lr-mult: nan: wanted a finite',
+    '--residual-type hc --mhc-mapping-lr-mult nan': '--mhc-mapping-lr-mult nan: wanted a finite',
     '--mhc-mapping-lr-mult 1': '--mhc-mapping-lr-mult has no effect with --residual-type standard',
     '--residual-type mhc --mhc-mapping-optimizer scalar': '--mhc-mapping-optimizer scalar with '
     '--optimizer adam or sgd cannot be combined',
@@ -199,7 +198,8 @@ def test_a_misspelt_flag_of_ours_is_refused_even_where_unknown_ones_pass(parse, 
 def write_checkpoint(folder, **saved):
     (folder / 'iter_0000010').mkdir(parents=True)
     (folder / 'latest_checkpointed_iteration.txt').write_text('10')
-    save_tensors({}, storage_writer=FileSystemWriter(folder / 'iter_0000010'), no_dist=True)
+    writer = FileSystemWriter(folder / 'iter_0000010')
+    save({'weight': torch.ones(2)}, storage_writer=writer, no_dist=True)
     torch.save({'args': argparse.Namespace(**saved)}, folder / 'iter_0000010' / 'common.pt')
     (folder / 'iter_0000010' / 'metadata.json').write_text(
         '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",'
@@ -335,7 +335,6 @@ def test_tasks_without_a_rendezvous_are_refused(variable, monkeypatch, tmp_path,
     for name in ('WORLD_SIZE', 'MASTER_ADDR', 'RANK'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, '2')
-    monkeypatch.setattr(sys, 'path', [*sys.path])
     (tmp_path / 'script.py').write_text('')
     with pytest.raises(SystemExit):
         main([str(tmp_path / 'script.py')])

@@ -121,6 +121,8 @@ def test_what_is_no_checkpoint(both, refused, tmp_path):
     (empty / 'iter_0000003').mkdir(parents=True)
     (empty / TRACKER).write_text('3')
     assert 'holds no checkpoint' in refused(f'{FLAGS} --load {empty}')
+    write_one(tmp_path / 'weightless', chunks=())
+    assert 'has no "model"' in refused(f'{FLAGS} --load {tmp_path / "weightless"}')
     said = refused(f'{FLAGS} --pretrained-checkpoint {tmp_path / "nowhere"}')
     assert f'--pretrained-checkpoint {tmp_path / "nowhere"}: there is no {TRACKER}' in said
 
@@ -236,6 +238,7 @@ def test_no_code_of_a_checkpoint_runs(both, refused, tmp_path, flags):
         ):
             said = refused(f'{flags} {way}')
             assert 'holds more than plain values' in said or 'cannot be read' in said
+            assert 'add_safe_globals' not in said
     if residual:
         said = refused(f'{flags} --load {good} --non-persistent-ckpt-type global')
         assert 'holds more than plain values' in said

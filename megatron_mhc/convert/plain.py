@@ -126,6 +126,8 @@ def _unreadable(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines() or ['no message']
     line = next((line for line in lines if 'GLOBAL' in line), lines[0])
+    # torch goes on to say how the class could be let through.
+    line = line.partition(' was not an allowed global')[0]
     return f'{type(error).__name__}: {line.strip()}'
 
 

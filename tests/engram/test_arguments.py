@@ -87,11 +87,11 @@ def test_flags_reach_the_settings_and_survive_a_second_reading(parse):
 
 def test_checkpoints_of_another_memory_are_refused(parse, tmp_path, capsys):
     def saved(name, **values):
-        folder = tmp_path / name / 'iter_0000010' / 'mp_rank_00_000'
+        folder = tmp_path / name / 'iter_0000010' / 'mp_rank_00'
         folder.mkdir(parents=True)
         (tmp_path / name / 'latest_checkpointed_iteration.txt').write_text('10')
         args = argparse.Namespace(residual_type='standard', **values)
-        torch.save({'args': args}, folder / 'model_optim_rng.pt')
+        torch.save({'args': args, 'model': {}}, folder / 'model_optim_rng.pt')
         return str(tmp_path / name)
 
     plain, seven = saved('plain'), saved('seven', engram_layers=[2], engram_seed=7)
