@@ -19,7 +19,7 @@ from megatron_mhc.kernels.reference import mapping_ref, post_res_ref, pre_ref, s
 from megatron_mhc.kernels.triton.launch import interpreted
 
 ITERATIONS = 20
-NORM_EPS = 1e-20
+NORM_EPS = 1e-6
 DROPOUT = 0.1
 MAPS = 1e-5
 SINKHORN_GRADIENT = 2e-6
@@ -117,7 +117,9 @@ class _Inputs:
         return pre.sigmoid(), 2 * post.sigmoid(), res.softmax(-1)
 
     def reference_mapping(self, x: Tensor, mapping: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return mapping_ref(x, **mapping, num_streams=self.n, sinkhorn_iterations=ITERATIONS)
+        return mapping_ref(
+            x, **mapping, num_streams=self.n, sinkhorn_iterations=ITERATIONS, norm_eps=NORM_EPS
+        )
 
 
 def _sinkhorn(inputs: _Inputs) -> list[Row]:

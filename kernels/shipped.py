@@ -14,7 +14,7 @@ from megatron_mhc.kernels.autograd.seam import Read, Write, WriteRead
 from megatron_mhc.kernels.triton.launch import Launch, record_launches
 
 ITERATIONS = 20
-NORM_EPS = 1e-20
+NORM_EPS = 1e-6
 DROPOUT = 0.1
 
 

@@ -19,6 +19,7 @@ from megatron_mhc.config import (
     MAPPING_OPTIMIZERS,
     MAPPINGS,
     MUDD_VARIANTS,
+    PAPER_NORM_EPS,
     PROJECTION_PRECISIONS,
     RECOMPUTE_BLOCKS,
     RECOMPUTE_STREAMS,
@@ -32,6 +33,7 @@ FIELDS = {
     'mhc_num_residual_streams': ('num_residual_streams', ('hc', 'mhc')),
     'mhc_manifold': ('manifold', ('mhc',)),
     'mhc_sinkhorn_iterations': ('sinkhorn_iterations', ('mhc',)),
+    'mhc_norm_eps': ('norm_eps', ('hc', 'mhc')),
     'mhc_init_gating_factor': ('init_gating_factor', ('hc', 'mhc')),
     'mhc_init': ('init', ('mhc',)),
     'mhc_stream_merge': ('stream_merge', ('hc', 'mhc')),
@@ -86,6 +88,14 @@ def add_residual_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         metavar='T',
         help='column-then-row passes of the Sinkhorn-Knopp projection of H_res (default: 20, '
         'mHC; mhc only)',
+    )
+    group.add_argument(
+        '--mhc-norm-eps',
+        type=number(),
+        metavar='EPS',
+        help='added to the mean square by which the streams of a token are divided for their maps '
+        'and a learned merge; the paper has 1e-20, under which a token of zeros multiplies its '
+        'gradient by 1e10 (default: 1e-6, as in DeepSeek-V4 and Megatron-LM)',
     )
     group.add_argument(
         '--mhc-init-gating-factor',
@@ -240,6 +250,18 @@ def _in_vain(name: str, residual_type: str) -> ValueError:
     )
 
 
+def saved_residual_config(args: argparse.Namespace) -> ResidualConfig:
+    """The settings with which a checkpoint that has these ``args`` was trained.
+
+    One from before ``--mhc-norm-eps`` was trained with the paper's.
+    """
+    if getattr(args, 'mhc_norm_eps', None) is None:
+        plain = residual_config_from_args(args)
+        if plain.takes_norm_eps:
+            return dataclasses.replace(plain, norm_eps=PAPER_NORM_EPS)
+    return residual_config_from_args(args)
+
+
 def resolve_arguments(args: argparse.Namespace, shared: Container[str] = ()) -> ResidualConfig:
     """Write the settings back to ``args`` with defaults filled in, as plain values.
 
@@ -277,4 +299,6 @@ def _structure(residual: ResidualConfig) -> tuple:
         'mhc': ['manifold', 'sinkhorn_iterations', 'single_pass'],
     }
     names += own[residual.residual_type]
+    if residual.takes_norm_eps:
+        names.append('norm_eps')
     return tuple(fields[name] for name in names)

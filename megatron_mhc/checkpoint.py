@@ -8,12 +8,17 @@ no code that a file names; what is more than plain values ends the run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import types
 import zipfile
 from typing import Any, NamedTuple
 
-from megatron_mhc.arguments import residual_config_from_args, same_structure
+from megatron_mhc.arguments import (
+    residual_config_from_args,
+    same_structure,
+    saved_residual_config,
+)
 from megatron_mhc.checkpoint_files import (
     METADATA_FILE,
     RANK_FILES,
@@ -22,7 +27,7 @@ from megatron_mhc.checkpoint_files import (
     iteration_folder,
 )
 from megatron_mhc.checkpoint_layout import check_chunks
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.config import NORM_EPS, PAPER_NORM_EPS, ResidualConfig
 from megatron_mhc.convert.plain import plain_load
 from megatron_mhc.convert.stored import Stored
 
@@ -135,7 +140,7 @@ def check_checkpoint(
     # Megatron-LM stores flags of the same names in checkpoints that do not use them.
     ours = hasattr(saved, 'residual_type')
     try:
-        stored = residual_config_from_args(saved) if ours else ResidualConfig('standard')
+        stored = saved_residual_config(saved) if ours else ResidualConfig('standard')
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{flag} {source}: its saved arguments cannot be understood ({error}); choose another '
@@ -150,8 +155,14 @@ def check_checkpoint(
 
 
 def _remedy(stored: ResidualConfig, residual: ResidualConfig, source: str) -> str:
+    if same_structure(dataclasses.replace(residual, norm_eps=stored.norm_eps), stored):
+        return (
+            f'go on with --mhc-norm-eps {stored.norm_eps:g} (checkpoints from before that flag: '
+            f'{PAPER_NORM_EPS:g}), or leave out --load to train from scratch'
+        )
     n, merge = residual.num_residual_streams, residual.stream_merge
     upcycled = ResidualConfig(
+        norm_eps=residual.norm_eps,
         num_residual_streams=n,
         sinkhorn_iterations=residual.sinkhorn_iterations,
         stream_merge=merge if merge in ('mean', 'learned') else None,
@@ -165,6 +176,7 @@ def _remedy(stored: ResidualConfig, residual: ResidualConfig, source: str) -> st
             ('--mhc-num-residual-streams', n, 4),
             ('--mhc-sinkhorn-iterations', residual.sinkhorn_iterations, 20),
             ('--mhc-stream-merge', merge, 'mean'),
+            ('--mhc-norm-eps', f'{residual.norm_eps:g}', f'{NORM_EPS:g}'),
         )
         if value != usual
     )

@@ -30,6 +30,14 @@ MAPPING_OPTIMIZERS = ('matrix', 'scalar')
 KERNEL_BACKENDS = ('auto', 'triton', 'torch')
 RECOMPUTE_BLOCKS = ('none', 'stage', 'auto')
 RECOMPUTE_STREAMS = ('compute', 'high')
+NORM_EPS = 1e-6
+"""Added to the mean square of all n*C values of a token: that of DeepSeek-V4's released code and of
+Megatron-LM's main and dev. Under a smaller one a token whose streams are zero, such as an unused
+row of the embedding, multiplies its gradient by 1/sqrt(eps)."""
+PAPER_NORM_EPS = 1e-20
+"""mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
+# Smaller ones are no normal numbers in fp32, in which the norm is computed.
+LEAST_NORM_EPS = 1.2e-38
 PROJECTION_PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
 
 # What has no effect without Sinkhorn-Knopp, which the fused ops contain.
@@ -40,6 +48,7 @@ _MHC = ('manifold', 'init', 'single_pass', *_SINKHORN)
 _STREAMS = (
     *('num_residual_streams', 'init_gating_factor', 'stream_merge', 'fixed_mappings'),
     *('mapping_weight_decay', 'mapping_lr_mult', 'mapping_optimizer', 'kernel_backend'),
+    'norm_eps',
     *('recompute_layer_num', 'recompute_stream'),
 )
 _FOREIGN = {
@@ -61,6 +70,9 @@ class ResidualConfig:
         manifold: what H_res is kept on: ``sinkhorn`` (doubly stochastic, the paper's projection),
             another one of ``megatron_mhc.manifolds``, or the name of an entry point. mhc only.
         sinkhorn_iterations: passes of mHC Eq 9 (paper: 20). mhc with ``sinkhorn`` only.
+        norm_eps: added to the mean square whose root divides the streams of a token, in the mapping
+            of mhc and in the learned merge (DeepSeek-V4: 1e-6; the paper: 1e-20). The maps of hc
+            take the norm and the eps of the model.
         init_gating_factor: initial alpha (both papers: 0.01).
         init: ``uniform`` (zero biases: H_pre = 1/2, H_post = 1, H_res = 1/n) or ``identity`` (H_res
             near I, each sublayer reading and writing mostly one home stream). mhc only.
@@ -98,6 +110,7 @@ class ResidualConfig:
     num_residual_streams: int = 4
     manifold: str = 'sinkhorn'
     sinkhorn_iterations: int = 20
+    norm_eps: float = NORM_EPS
     init_gating_factor: float = 0.01
     init: str = 'uniform'
     stream_merge: str | None = None
@@ -139,9 +152,19 @@ class ResidualConfig:
         for name in ('single_pass', 'hc_tanh', 'mapping_weight_decay', 'seam_fusion'):
             check_bool(name, getattr(self, name))
         check_integer('--seed', self.seed, 0, MOST_SEED, 'it seeds the mappings, use 1234')
+        check_number(
+            *('--mhc-norm-eps', self.norm_eps, LEAST_NORM_EPS, 1.0),
+            f'it is added to a mean square in fp32; leave it out for {NORM_EPS:g}',
+        )
         _one_of('--mhc-init', self.init, INIT_PRESETS)
         self._refuse_given(_FOREIGN.get(self.residual_type, ()), 'residual_type')
         self._check_merge()
+        if not self.takes_norm_eps and self.norm_eps != NORM_EPS and self.enabled:
+            raise ValueError(
+                f'--mhc-norm-eps {self.norm_eps:g} has no effect with --residual-type hc but in '
+                '--mhc-stream-merge learned: its maps take the eps of the model (--norm-epsilon); '
+                'drop it'
+            )
         if not isinstance(self.fixed_mappings, tuple | list):
             raise ValueError(
                 f'--mhc-fixed-mappings {shown(self.fixed_mappings)}: wanted several of '
@@ -223,6 +246,11 @@ class ResidualConfig:
     def enabled(self) -> bool:
         """Whether anything differs from stock Megatron."""
         return self.residual_type != 'standard'
+
+    @property
+    def takes_norm_eps(self) -> bool:
+        """Whether ``norm_eps`` is part of the function that the model computes."""
+        return self.residual_type == 'mhc' or self.stream_merge == 'learned'
 
     @property
     def streams(self) -> int:

@@ -70,7 +70,9 @@ class ManifoldHyperConnection(HyperConnection):
         sizes = [n, n, self.manifold.num_logits]
         parts = zip(self._alphas(), sizes, strict=False)
         scale = torch.cat([alpha.expand(size) for alpha, size in parts])
-        logits = scaled_projection_ref(x, self.mapping_proj(), self.bias, scale, ops.NORM_EPS)
+        logits = scaled_projection_ref(
+            x, self.mapping_proj(), self.bias, scale, self.residual.norm_eps
+        )
         pre, post, res = logits.split(sizes, dim=-1)
         with without_autocast(x.device):
             return torch.sigmoid(pre), 2 * torch.sigmoid(post), self.manifold.matrix(res)
@@ -105,6 +107,7 @@ class ManifoldHyperConnection(HyperConnection):
         return {
             'num_streams': self.num_streams,
             'sinkhorn_iterations': self.residual.sinkhorn_iterations,
+            'norm_eps': self.residual.norm_eps,
             'backend': self.residual.kernel_backend,
             'precision': self.residual.projection_precision,
         }

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megatron_mhc.config import NORM_EPS
 from megatron_mhc.kernels import reference
 from megatron_mhc.kernels.backend import BACKENDS, use_triton
 from megatron_mhc.kernels.reference.dropout import dropout_seed
@@ -47,9 +48,6 @@ __all__ = [
     'write',
     'write_read',
 ]
-
-NORM_EPS = 1e-20
-"""Added to the mean square of the streams (mHC, Table 5: RMSNorm eps)."""
 
 
 class Carried(NamedTuple):
@@ -109,7 +107,7 @@ def mapping(
         alpha: ``[3]``, gating factors of pre, post, res.
         num_streams: n, at least 1.
         sinkhorn_iterations: passes of Eq 9 (paper: 20).
-        norm_eps: added under the root of the mean square.
+        norm_eps: added under the root of the mean square (the paper: 1e-20; DeepSeek-V4: 1e-6).
         backend: ``auto``, ``triton`` or ``torch``.
         precision: one of ``PRECISIONS``.
 

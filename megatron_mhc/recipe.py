@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.config import NORM_EPS, ResidualConfig
 from megatron_mhc.inverted_v_layout import written
 from megatron_mhc.model_memory import Layout
 from megatron_mhc.model_shape import Experts, LatentAttention, ModelShape
@@ -257,6 +257,8 @@ def residual_flags(residual: ResidualConfig) -> Flags:
     if residual.enabled:
         flags['mhc-num-residual-streams'] = residual.num_residual_streams
         flags['mhc-init-gating-factor'] = residual.init_gating_factor
+        if residual.norm_eps != NORM_EPS:
+            flags['mhc-norm-eps'] = residual.norm_eps
         if residual.recompute_layer_num != 'none':
             flags['mhc-recompute-layer-num'] = residual.recompute_layer_num
     if residual.residual_type == 'mhc' and residual.manifold == 'sinkhorn':

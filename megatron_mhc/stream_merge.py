@@ -59,7 +59,8 @@ class StreamMerge(KeepFP32):
         require_width(x, self.num_streams, self.hidden_size)
         if self.residual.stream_merge == 'learned':
             scale = self.alpha.expand(self.num_streams)
-            logits = scaled_projection_ref(x, self.mapping_proj(), self.bias, scale, ops.NORM_EPS)
+            parameters = self.mapping_proj(), self.bias, scale, self.residual.norm_eps
+            logits = scaled_projection_ref(x, *parameters)
             return ops.pre(x, torch.sigmoid(logits), backend=self.residual.kernel_backend)
         if self.residual.single_pass:
             return ops.pre(x, pre_for(x), backend=self.residual.kernel_backend)

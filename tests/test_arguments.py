@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from megatron_mhc.arguments import residual_config_from_args
+from megatron_mhc.checkpoint import check_checkpoint
 from megatron_mhc.config import ResidualConfig
 
 MINIMAL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', '4']
@@ -248,6 +249,36 @@ def test_a_checkpoint_of_another_topology_is_refused(parse, tmp_path, capsys):
             parse(*flags)
         error = capsys.readouterr().err
         assert error.count('\n') == 1 and 'the checkpoint was trained with' in error
+
+
+def test_a_checkpoint_keeps_its_norm_eps(parse, refused):
+    """Resolved into what is saved; one from before the flag was trained with the paper's."""
+    saved = parse('--residual-type', 'mhc')
+    assert saved.mhc_norm_eps == 1e-6
+    old = argparse.Namespace(**vars(saved))
+    del old.mhc_norm_eps
+    default, paper = ResidualConfig(), ResidualConfig(norm_eps=1e-20)
+    check_checkpoint(saved, default, 'runs')
+    check_checkpoint(old, paper, 'runs')
+    for stored, run, remedy in ((saved, paper, '1e-06'), (old, default, '1e-20')):
+        with pytest.raises(ValueError, match=f'go on with --mhc-norm-eps {remedy}'):
+            check_checkpoint(stored, run, 'runs')
+    standard = argparse.Namespace(residual_type='standard')
+    with pytest.raises(ValueError, match='convert runs NEW --to mhc --mhc-norm-eps 1e-20`'):
+        check_checkpoint(standard, paper, 'runs')
+    # The maps of hc have the eps of the model, its learned merge does not.
+    hc = argparse.Namespace(residual_type='hc')
+    check_checkpoint(hc, ResidualConfig('hc'), 'runs')
+    hc.mhc_stream_merge = 'learned'
+    check_checkpoint(hc, ResidualConfig('hc', stream_merge='learned', norm_eps=1e-20), 'runs')
+    with pytest.raises(ValueError, match='go on with --mhc-norm-eps 1e-20'):
+        check_checkpoint(hc, ResidualConfig('hc', stream_merge='learned'), 'runs')
+    for value in ('nan', 'inf', '0', '-1e-6', '1e-40'):
+        assert '--mhc-norm-eps' in refused(f'--residual-type mhc --mhc-norm-eps={value}')
+    assert '--norm-epsilon' in refused('--residual-type hc --mhc-norm-eps 1e-8')
+    for value in (True, '1e-6', None):
+        with pytest.raises(ValueError, match='--mhc-norm-eps'):
+            ResidualConfig(norm_eps=value)
 
 
 def run_python(code: str, **environment):

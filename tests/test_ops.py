@@ -105,7 +105,7 @@ def mapping_by_tokens(x, weight, bias, alpha, n):
     flat = x.reshape(-1, x.shape[-1])
     pre, post, res = [], [], []
     for v in flat:
-        normed = v / (v.norm() / math.sqrt(v.numel()))
+        normed = v / ((v * v).sum() / v.numel() + ops.NORM_EPS).sqrt()
         h = weight @ normed
         pre.append(torch.sigmoid(alpha[0] * h[:n] + bias[:n]))
         post.append(2 * torch.sigmoid(alpha[1] * h[n : 2 * n] + bias[n : 2 * n]))

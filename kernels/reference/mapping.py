@@ -39,7 +39,7 @@ def mapping_ref(
     *,
     num_streams: int,
     sinkhorn_iterations: int = 20,
-    norm_eps: float = 1e-20,
+    norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """H_pre = sigma, H_post = 2 sigma, H_res = Sinkhorn of the projected streams (Eq 17-19).
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_mhc.argument_types import MOST_TOKENS, integer, number
+from megatron_mhc.config import NORM_EPS
 from megatron_mhc.convert.conversion import TARGETS, Report, convert
 from megatron_mhc.convert.maps import RMS, TOKENS
 from megatron_mhc.convert.saved_args import STANDARD
@@ -56,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--mhc-stream-merge',
         choices=('mean', 'learned', 'sum'),
         help='exact for mean and learned (default: mean)',
+    )
+    group.add_argument(
+        '--mhc-norm-eps',
+        type=number(),
+        metavar='EPS',
+        help='of the norm of streams (default: 1e-6)',
     )
     group.add_argument(
         '--mhc-init-gating-factor', type=number(), metavar='ALPHA', help='alpha > 0 (default: 0.01)'
@@ -168,5 +175,7 @@ def _how_to_load(report: Report, destination: pathlib.Path) -> str:
         flags.append(f'--mhc-sinkhorn-iterations {streams.iterations}')
         if streams.head is not None:
             flags.append('--mhc-stream-merge learned')
+        if streams.norm_eps != NORM_EPS:
+            flags.append(f'--mhc-norm-eps {streams.norm_eps:g}')
         return f'train on with --load {destination} {" ".join(flags)}'
     return f'a new optimizer starts from iteration 0: {destination} is a release'

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_mhc.config import NORM_EPS
+
 SUBLAYERS = ('self_attention', 'mlp')
 
 
@@ -41,6 +43,7 @@ class Streams:
         num_streams: n; hidden_size: C; iterations: passes of Sinkhorn-Knopp.
         layers: per layer the parameters of attention and of the MLP.
         head: of the learned merge; None where the mean is taken.
+        norm_eps: of the norm of all n*C values, where a layout lets it be chosen.
     """
 
     num_streams: int
@@ -48,6 +51,7 @@ class Streams:
     iterations: int
     layers: tuple[tuple[Parameters, Parameters], ...]
     head: Parameters | None = None
+    norm_eps: float = NORM_EPS
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,7 @@ def from_tensors(
     iterations: int,
     stacked: bool,
     learned: bool,
+    norm_eps: float = NORM_EPS,
 ) -> Streams:
     """What ``to_tensors`` is given, from tensors of any float dtype, by name.
 
@@ -235,7 +240,7 @@ def from_tensors(
         head = Parameters(*values)
         if layout.head_always and _is_mean(head, n):
             head = None
-    return Streams(n, hidden_size, iterations, layers, head)
+    return Streams(n, hidden_size, iterations, layers, head, norm_eps)
 
 
 def _mismatch(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:

@@ -5,7 +5,7 @@ The four agree but for small numbers, which no conversion can carry over:
 ==============  =====================  ===============  ====================================
 layout          norm of the n*C values gates            H_res
 ==============  =====================  ===============  ====================================
-mhc             eps 1e-20              sigma, 2 sigma   columns, then rows
+mhc             --mhc-norm-eps         sigma, 2 sigma   columns, then rows
 megatron-main   ``|v|/sqrt(nC) + e``   sigma, 2 sigma   rows, then columns; divisors >= e
 megatron-dev    ``|v|/sqrt(nC) + e``   sigma+e, 2 sigma transposed: rows, then columns; + e
 deepseek-v4     eps e                  sigma+e, 2 sigma transposed: rows, then columns; + e
@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mhc.config import NORM_EPS
 from megatron_mhc.convert.layouts import Layout, Parameters, Streams, to_tensors
 
 EPS = 1e-6
@@ -36,26 +37,32 @@ def stored_parameters(get, layout: Layout, layer: int | None, sublayer: int) -> 
     return Parameters(get(names[0]), get(names[1]), torch.cat([get(name) for name in names[2:]]))
 
 
-def normalised(layout: Layout, x: Tensor) -> Tensor:
-    """``[..., n*C]`` divided by its root mean square."""
+def normalised(layout: Layout, x: Tensor, own_eps: float = NORM_EPS) -> Tensor:
+    """``[..., n*C]`` divided by its root mean square; ``own_eps`` is that of ``mhc``."""
     square = x.square().mean(dim=-1, keepdim=True)
     if layout.name in ('megatron-main', 'megatron-dev'):
         return x / (square.sqrt() + EPS)
-    return x * torch.rsqrt(square + (EPS if layout.name == 'deepseek-v4' else 1e-20))
+    return x * torch.rsqrt(square + (EPS if layout.name == 'deepseek-v4' else own_eps))
 
 
 def maps(
-    layout: Layout, x: Tensor, stored: Parameters, num_streams: int, iterations: int
+    layout: Layout,
+    x: Tensor,
+    stored: Parameters,
+    num_streams: int,
+    iterations: int,
+    own_eps: float = NORM_EPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``h_pre [..., n]``, ``h_post [..., n]`` and ``h_res [..., n, n]``, which mixes as H x.
 
     Args:
         x: ``[..., n*C]`` streams in fp32.
         stored: phi, b and alpha in the layout's own order.
+        own_eps: ``--mhc-norm-eps``, which ``mhc`` alone has.
     """
     n = num_streams
     scale = stored.alpha.repeat_interleave(torch.tensor([n, n, n * n]))
-    logits = normalised(layout, x) @ stored.phi.T * scale + stored.bias
+    logits = normalised(layout, x, own_eps) @ stored.phi.T * scale + stored.bias
     pre, post, res = logits.split([n, n, n * n], dim=-1)
     res = res.unflatten(-1, (n, n))
     pre, post = torch.sigmoid(pre), 2 * torch.sigmoid(post)
@@ -80,17 +87,23 @@ def maps(
 
 
 def merge_gates(
-    layout: Layout, x: Tensor, head: Parameters | None, num_streams: int, norm_eps: float
+    layout: Layout,
+    x: Tensor,
+    head: Parameters | None,
+    num_streams: int,
+    norm_eps: float,
+    own_eps: float = NORM_EPS,
 ) -> Tensor:
     """Weights ``[..., n]`` of the streams in what the final norm gets.
 
     Args:
         norm_eps: eps of the model's norms, which Megatron's dev branch takes here too.
+        own_eps: ``--mhc-norm-eps``.
     """
     if head is None:
         return torch.full((*x.shape[:-1], num_streams), 1 / num_streams)
     if layout.name == 'mhc':
-        return torch.sigmoid(normalised(layout, x) @ head.phi.T * head.alpha + head.bias)
+        return torch.sigmoid(normalised(layout, x, own_eps) @ head.phi.T * head.alpha + head.bias)
     eps = norm_eps if layout.name == 'megatron-dev' else EPS
     normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
     return torch.sigmoid(normed @ head.phi.T * head.alpha + head.bias) + eps
@@ -113,15 +126,16 @@ def differences(
     for layer in range(len(streams.layers)):
         for sublayer in range(2):
             both = [
-                maps(layout, x, stored_parameters(tensors.get, layout, layer, sublayer), n, it)
+                maps(layout, x, stored, n, streams.iterations, streams.norm_eps)
                 for layout, tensors in sides
-                for it in (streams.iterations,)
+                for stored in (stored_parameters(tensors.get, layout, layer, sublayer),)
             ]
             for name, a, b in zip(OF, *both, strict=False):
                 compare(name, a, b)
     gates = [
-        merge_gates(layout, x, stored_head(tensors.get, layout, tensors), n, norm_eps)
+        merge_gates(layout, x, head, n, norm_eps, streams.norm_eps)
         for layout, tensors in sides
+        for head in (stored_head(tensors.get, layout, tensors),)
     ]
     compare('merge', *gates)
     return largest

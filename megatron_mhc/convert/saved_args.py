@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from megatron_mhc.arguments import FIELDS, residual_config_from_args, resolve_arguments
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.arguments import FIELDS, resolve_arguments, saved_residual_config
+from megatron_mhc.config import NORM_EPS, ResidualConfig
 from megatron_mhc.convert.layouts import LAYOUTS, Layout, Streams, from_tensors
 from megatron_mhc.convert.source import Source
 
@@ -27,6 +27,7 @@ class Described(NamedTuple):
         layout: None for a standard model, and then n and iterations are 0.
         stacked: all layers in one tensor, as distributed checkpoints have equal ones.
         learned: a learned merge.
+        norm_eps: of the norm of all streams; that of ``mhc`` where a layout has it built in.
     """
 
     layout: Layout | None
@@ -36,6 +37,7 @@ class Described(NamedTuple):
     iterations: int
     stacked: bool
     learned: bool
+    norm_eps: float = NORM_EPS
 
     @property
     def name(self) -> str:
@@ -78,9 +80,10 @@ def describe(source: Source, origin: str = 'auto') -> Described:
     if layout is None:
         _require_decoder(source)
         return Described(None, *shape, 0, 0, stacked, False)
-    learned = layout.head_always
+    learned, norm_eps = layout.head_always, NORM_EPS
     if name == 'mhc':
-        learned = _plain_mhc(source).stream_merge == 'learned'
+        residual = _plain_mhc(source)
+        learned, norm_eps = residual.stream_merge == 'learned', residual.norm_eps
     if name == 'deepseek-v4':
         config = source.config
         n, iterations, stacked = config['hc_mult'], config['hc_sinkhorn_iters'], False
@@ -91,7 +94,7 @@ def describe(source: Source, origin: str = 'auto') -> Described:
             f'{source.folder}: the saved arguments name no number of streams, so it is no {name} '
             'checkpoint; leave out --from, or name another layout'
         )
-    return Described(layout, *shape, n, iterations, stacked, learned)
+    return Described(layout, *shape, n, iterations, stacked, learned, norm_eps)
 
 
 def are_stacked(names: Iterable[str]) -> bool:
@@ -120,7 +123,7 @@ def _require_decoder(source: Source) -> None:
 
 
 def _plain_mhc(source: Source) -> ResidualConfig:
-    residual = residual_config_from_args(source.args)
+    residual = saved_residual_config(source.args)
     for what, given in (
         (f'--mhc-manifold {residual.manifold}', residual.manifold != 'sinkhorn'),
         (f'--mhc-fixed-mappings {" ".join(residual.fixed_mappings)}', residual.fixed_mappings),
@@ -156,6 +159,7 @@ def read_streams(source: Source, described: Described) -> Streams:
         iterations=described.iterations,
         stacked=described.stacked,
         learned=described.learned,
+        norm_eps=described.norm_eps,
     )
 
 
@@ -180,6 +184,7 @@ def converted_args(
         values |= {
             'residual_type': 'mhc',
             'mhc_stream_merge': 'mean' if streams.head is None else 'learned',
+            'mhc_norm_eps': streams.norm_eps,
         }
     if layout.flag:
         values[layout.flag] = True

@@ -19,6 +19,7 @@ from megatron_mhc.argument_types import (
     check_integer,
     check_number,
 )
+from megatron_mhc.config import LEAST_NORM_EPS, NORM_EPS
 from megatron_mhc.convert.layouts import Parameters, Streams, mean_as_head
 from megatron_mhc.manifolds.sinkhorn import IDENTITY
 
@@ -27,6 +28,7 @@ FLAGS = {
     'num_streams': '--mhc-num-residual-streams',
     'iterations': '--mhc-sinkhorn-iterations',
     'stream_merge': '--mhc-stream-merge',
+    'norm_eps': '--mhc-norm-eps',
     'init_gating_factor': '--mhc-init-gating-factor',
     'noise': '--break-symmetry',
 }
@@ -44,6 +46,7 @@ def upcycled(
     iterations: int = 20,
     init_gating_factor: float = 0.01,
     stream_merge: str = 'mean',
+    norm_eps: float = NORM_EPS,
     noise: float = 0.0,
     seed: int = 1234,
 ) -> Streams:
@@ -57,6 +60,7 @@ def upcycled(
         num_streams: n >= 2; iterations: passes of Sinkhorn-Knopp.
         init_gating_factor: alpha > 0.
         stream_merge: ``mean``, or ``learned`` with the gates of the mean.
+        norm_eps: of the norm of all streams, which phi = 0 takes out of the maps of step 0.
         noise: std of a normal draw added to all biases; not exact then.
         seed: of that draw.
 
@@ -75,6 +79,7 @@ def upcycled(
         'phi starts at 0, so with alpha = 0 neither would ever get a gradient; choose a number > 0 '
         '(both papers: 0.01)',
     )
+    check_number('--mhc-norm-eps', norm_eps, LEAST_NORM_EPS, 1.0, 'DeepSeek-V4 has 1e-6')
     if stream_merge not in ('mean', 'learned'):
         raise ValueError(
             f'--mhc-stream-merge {stream_merge}: n equal streams sum to n times the hidden state, '
@@ -97,4 +102,4 @@ def upcycled(
     head = None
     if stream_merge == 'learned':
         head = mean_as_head(n, hidden_size)._replace(alpha=torch.full((1,), init_gating_factor))
-    return Streams(n, hidden_size, iterations, layers, head)
+    return Streams(n, hidden_size, iterations, layers, head, norm_eps)

@@ -151,6 +151,7 @@ def build(source: Source, described: Described) -> nn.Module:
             num_residual_streams=described.num_streams,
             sinkhorn_iterations=described.iterations,
             stream_merge='learned' if described.learned else 'mean',
+            norm_eps=described.norm_eps,
             kernel_backend='torch',
         )
     config = core_transformer_config_from_args(args)

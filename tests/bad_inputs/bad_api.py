@@ -77,6 +77,7 @@ TABLE = (
     (ResidualConfig, 'num_residual_streams', WRONG_INTEGERS, '--mhc-num-residual-streams'),
     (ResidualConfig, 'sinkhorn_iterations', WRONG_INTEGERS, '--mhc-sinkhorn-iterations'),
     (ResidualConfig, 'init_gating_factor', WRONG_FACTORS, '--mhc-init-gating-factor'),
+    (ResidualConfig, 'norm_eps', (*WRONG_FACTORS, 0, 1e-40, 1.5), '--mhc-norm-eps'),
     (ResidualConfig, 'mapping_lr_mult', WRONG_FACTORS, '--mhc-mapping-lr-mult'),
     (ResidualConfig, 'seed', (-1, 1.5, 'x', None, True, 2**43), '--seed'),
     (ResidualConfig, 'single_pass', WRONG_BOOLS, 'single_pass'),

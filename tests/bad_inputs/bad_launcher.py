@@ -23,6 +23,7 @@ KINDS = (
     (HC, ('--mhc-num-residual-streams',), (*COUNT, '65', '1000000')),
     (MHC, ('--mhc-sinkhorn-iterations',), ('1000000000', '10001')),
     (MHC, ('--mhc-init-gating-factor', '--mhc-mapping-lr-mult'), FACTOR),
+    (MHC, ('--mhc-norm-eps',), ('0', '1e-40', '2', *FACTOR)),
     (MHC, ('--mhc-recompute-layer-num',), (*COUNT, 'None', 'AUTO')),
     (
         MHC,

@@ -220,7 +220,7 @@ def randomise(model):
 
 def mhc_maps(module, x, n):
     """Eq 14-19 with the norm first, rather than after the projection as the product has it."""
-    normed = x / x.square().mean(-1, keepdim=True).sqrt()
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     h = normed @ module.mapping_proj.weight.T
     pre, post, res = h.split([n, n, n * n], -1)
     b_pre, b_post, b_res = module.bias.split([n, n, n * n])
@@ -237,7 +237,7 @@ def mhc_maps(module, x, n):
 
 def kronecker_maps(module, x, n):
     """Two doubly stochastic 2 x 2 matrices, each of one free number, for four streams."""
-    h = (x / x.square().mean(-1, keepdim=True).sqrt()) @ module.mapping_proj.weight.T
+    h = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()) @ module.mapping_proj.weight.T
     pre, post, res = h.split([n, n, 4], -1)
     b_pre, b_post, b_res = module.bias.split([n, n, 4])
     logits = module.alpha_res * res + b_res
@@ -256,7 +256,8 @@ def kronecker_maps(module, x, n):
 def hc_maps(module, x, n):
     """The paper's A_m, B and A_r^T, stream by stream."""
     streams = x.unflatten(-1, (n, -1))
-    normed = torch.nn.functional.layer_norm(streams, streams.shape[-1:], eps=1e-5)
+    centred = streams - streams.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     t = torch.tanh(normed @ module.mapping_proj.weight.T)
     a_m, beta, a_r = module.bias.split([n, n, n * n])
     pre = module.alpha_width * t[..., 0] + a_m

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -116,13 +118,16 @@ def test_deepseek_v4_is_what_transformers_computes(random_seed):
 def test_what_is_not_carried_over_has_a_size():
     """The mirror of a spread matrix is far off; an eps is not; a layout and itself are the same."""
     torch.manual_seed(0)
-    streams = random_streams(4, learned=False, spread=4.0)
+    # Under the eps of the others, what is left of H_post would be rounding alone.
+    streams = dataclasses.replace(random_streams(4, learned=False, spread=4.0), norm_eps=1e-20)
     ours = LAYOUTS['mhc']
     mirror = differences(streams, ours, LAYOUTS['megatron-main'], 1e-5)
     eps = differences(streams, ours, LAYOUTS['deepseek-v4'], 1e-5)
     assert mirror['H_res'] > 1e-2 > eps['H_post'] > eps['merge'] > 0
     assert mirror['H_pre'] < 1e-3
     assert set(differences(streams, ours, ours, 1e-5).values()) == {0.0}
+    same = dataclasses.replace(streams, norm_eps=1e-6)
+    assert differences(same, ours, LAYOUTS['deepseek-v4'], 1e-5)['H_post'] < eps['H_post'] / 10
 
 
 @pytest.mark.parametrize('stream_merge', ['mean', 'learned'])
