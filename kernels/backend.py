@@ -96,5 +96,5 @@ def _log_once(op: str, device: str, obstacle: str | None) -> None:
         logger.info('%s: Triton kernels', op)
     else:
         # On a GPU the reference is a loss that its user wants to know of.
-        level = logging.INFO if device == 'cpu' else logging.WARNING
+        level = logging.INFO if device in ('cpu', 'meta') else logging.WARNING
         logger.log(level, '%s: torch reference, because %s', op, obstacle)

@@ -32,7 +32,6 @@ def require_mapping(
         require_float(name, tensor)
     if x.dim() < 1 or x.shape[-1] % n or not x.shape[-1]:
         raise ValueError(f'x: got shape {shape_of(x)}, wanted [..., n*C] with n = {n} streams')
-    require_rows(x)
     maps = n * n + 2 * n
     for name, tensor, wanted in (
         ('weight', weight, (maps, x.shape[-1])),
@@ -117,22 +116,7 @@ def require_streams(x: Tensor, name: str, maps: Tensor, tail: tuple[int, ...]) -
     n = tail[0] if tail else 0
     if not n or x.dim() < 1 or not x.shape[-1] or x.shape[-1] % n:
         raise ValueError(f'x: got shape {shape_of(x)}, wanted [..., n*C] with n = {n} from {name}')
-    require_rows(x)
     require_shape(name, maps, (*x.shape[:-1], *tail))
-
-
-def require_rows(x: Tensor) -> None:
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        raise ValueError(
-            f'x: got strides {list(x.stride())}, wanted a contiguous last axis of n*C values '
-            '(x.contiguous())'
-        )
-    require_not_empty('x', x)
-
-
-def require_not_empty(name: str, tensor: Tensor) -> None:
-    if not tensor.numel():
-        raise ValueError(f'{name}: got shape {shape_of(tensor)}, wanted at least one token')
 
 
 def require_same_device(x: Tensor, **others: Tensor | None) -> None:

@@ -27,7 +27,6 @@ from megatron_mhc.op_inputs import (
     require_float,
     require_map,
     require_mapping,
-    require_not_empty,
     require_positive,
     require_post_res,
     require_same_device,
@@ -74,12 +73,11 @@ def sinkhorn(logits: Tensor, iterations: int = 20, *, backend: str = 'auto') -> 
         ``[..., n, n]``; row sums are 1 to rounding.
     """
     require_float('logits', logits)
-    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
+    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
         raise ValueError(f'logits: got shape {shape_of(logits)}, wanted [..., n, n]')
-    require_not_empty('logits', logits)
     require_positive('iterations', iterations)
     n = logits.shape[-1]
-    if not use_triton(backend, 'sinkhorn', logits.device, logits.dtype, n):
+    if not _on_kernels(backend, 'sinkhorn', logits, n):
         return reference.sinkhorn_ref(logits, iterations)
     from megatron_mhc.kernels.autograd.ops import Sinkhorn
 
@@ -116,7 +114,8 @@ def mapping(
     """
     n = num_streams
     require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)
-    if not use_triton(backend, 'mapping', x.device, x.dtype, n):
+    x = _values_in_line(x)
+    if not _on_kernels(backend, 'mapping', x, n):
         return reference.mapping_ref(
             *(x, weight, bias, alpha),
             num_streams=n,
@@ -149,8 +148,9 @@ def pre(x: Tensor, h_pre: Tensor, *, backend: str = 'auto') -> Tensor:
     require_map('h_pre', h_pre)
     require_streams(x, 'h_pre', h_pre, h_pre.shape[-1:])
     require_same_device(x, h_pre=h_pre)
+    x = _values_in_line(x)
     n = h_pre.shape[-1]
-    if not use_triton(backend, 'pre', x.device, x.dtype, n):
+    if not _on_kernels(backend, 'pre', x, n):
         return reference.pre_ref(x, h_pre)
     from megatron_mhc.kernels.autograd.ops import Pre
 
@@ -186,10 +186,11 @@ def post_res(
         ``[..., n*C]`` in the dtype of x.
     """
     require_post_res(x, y, h_post, h_res, bias, dropout, seed)
+    x = _values_in_line(x)
     n = h_post.shape[-1]
     if dropout > 0 and seed is None:
         seed = dropout_seed(x.device)
-    if not use_triton(backend, 'post_res', x.device, x.dtype, n):
+    if not _on_kernels(backend, 'post_res', x, n):
         return reference.post_res_ref(x, y, h_post, h_res, bias, dropout, seed)
     from megatron_mhc.kernels.autograd.ops import PostRes
 
@@ -216,7 +217,8 @@ def read(
     """
     n = num_streams
     require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)
-    if not use_triton(backend, 'read', x.device, x.dtype, n):
+    x = _values_in_line(x)
+    if not _on_kernels(backend, 'read', x, n):
         h_pre, h_post, h_res = reference.mapping_ref(
             *(x, weight, bias, alpha),
             num_streams=n,
@@ -332,6 +334,16 @@ def _require_carried(carried: Carried) -> None:
     for name in ('x', 'h_post', 'h_res'):
         require_float(f'carried.{name}', getattr(carried, name))
     require_map('carried.h_post', carried.h_post)
+
+
+def _on_kernels(backend: str, op: str, x: Tensor, n: int) -> bool:
+    """Whether the kernels run: no grid covers no tokens, whose shapes and gradients torch knows."""
+    return use_triton(backend, op, x.device, x.dtype, n) and x.numel() > 0
+
+
+def _values_in_line(x: Tensor) -> Tensor:
+    """A view whose last axis is strided would be read in another order of sums."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _rows(tensor: Tensor, *tail: int) -> Tensor:

@@ -22,11 +22,14 @@ def scaled_projection_ref(
         ``[..., M]`` in fp32 (fp64 for fp64 x).
     """
     with without_autocast(x.device):
-        v = at_least_fp32(x)
+        # Contiguous, so that a view has the bits of its copy: the order of sums follows strides.
+        v = at_least_fp32(x).contiguous()
         # Eq 14: one projection for all maps
         h = torch.nn.functional.linear(v, weight.to(v.dtype))
         # Eq 15: r = ||v|| / sqrt(nC)
         r = (v.square().mean(dim=-1, keepdim=True) + norm_eps).sqrt()
+        # A sum of squares beyond fp32: h / inf would pass for maps of the biases alone.
+        r = r.masked_fill(r.isinf(), torch.nan)
         # Eq 16: scale after the matmul, bias after the division
         return h / r * scale.to(v.dtype) + bias.to(v.dtype)
 

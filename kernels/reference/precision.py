@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,9 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which a surrounding autocast region cannot lower the precision."""
+    if device.type == 'meta':
+        # It has no autocast, and torch refuses to switch it off.
+        return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)

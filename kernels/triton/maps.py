@@ -56,6 +56,8 @@ def maps_forward_kernel(
         partial_ptr += slice_size
     # Eq 15: 1/r, r = ||v|| / sqrt(nC)
     inv = 1.0 / tl.sqrt(squares / width + norm_eps)
+    # Of squares that overflowed, 1/r = 0 would pass for maps of the biases alone.
+    inv = tl.where(squares == float('inf'), float('nan'), inv)
     tl.store(inv_ptr + t, inv, mask=rows)
     tl.store(proj_ptr + map_offsets(t, M, 0, N), pre, mask=tails)
     tl.store(proj_ptr + map_offsets(t, M, N, N), post, mask=tails)
