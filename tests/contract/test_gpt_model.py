@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megatron_mhc import ResidualConfig, with_residual
-from megatron_mhc.compat import PREVIEWED, core_minor, core_version
 
 # n = 2 streams with constant maps are the standard residual, bit for bit: halves of two equal
 # streams sum exactly.
@@ -139,10 +138,6 @@ def test_constant_maps_in_unusual_layers(build, step, spec):
 
 def test_constant_maps_with_multi_token_prediction(build, step):
     """The prediction layers behind the final norm stay single-stream."""
-    from megatron.core.extensions import transformer_engine
-
-    if core_minor(core_version()) in PREVIEWED and not transformer_engine.HAVE_TE:
-        pytest.skip('core 0.20 before its release builds no prediction layer without TE')
     standard = build(mtp_spec=mtp_spec, mtp_num_layers=1)
     widened = build(CONSTANT, mtp_spec=mtp_spec, mtp_num_layers=1)
     base_weights_equal(widened, standard)
