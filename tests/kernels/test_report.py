@@ -82,7 +82,9 @@ def report(*options: str, code: str = '', **environment: str) -> subprocess.Comp
     start = f'{code}\nfrom megatron_mhc.cli import main\nmain({["kernels", "report", *options]!r})'
     return subprocess.run(
         [sys.executable, '-c', start],
-        env=env | {'PYTHONPATH': str(ROOT)} | environment,
+        env=env
+        | {'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        | environment,
         capture_output=True,
         text=True,
     )
