@@ -37,7 +37,7 @@ def one_rank_holds_all(layout: Any, tied: bool, inverted_v: bool = False) -> boo
             'copies of the word embedding, which the all-reduce between ranks cannot keep equal, '
             f'as it takes one copy of every rank in its group; put m beside L{way_out}'
         )
-    return len(held) > 1
+    return len(ranks) == 1 and len(held) > 1
 
 
 def check_embedding_group(layout: Any, tied: bool, rank: int, is_member: bool) -> None:

@@ -88,9 +88,10 @@ def test_meter_counts_every_byte():
 
 
 def test_command_refuses_odd_numbers_of_sublayers(capsys):
-    options = argparse.Namespace(sublayers=[3], kernel_backend='torch')
+    parser = argparse.ArgumentParser()
+    recompute_memory.add_arguments(parser)
     with pytest.raises(SystemExit):
-        recompute_memory.main(options)
+        parser.parse_args(['--sublayers', '3', '--kernel-backend', 'torch'])
     assert 'use even numbers' in capsys.readouterr().err
 
 

@@ -45,7 +45,7 @@ def test_an_error_beyond_its_bound_is_told(device, capsys, monkeypatch):
     ('options', 'words'),
     [
         (('--num-streams', '3'), ('--num-streams', '3', '8')),
-        (('--tokens', '0'), ('--tokens: 0', 'at least 1')),
+        (('--tokens', '0'), ('--tokens: 0', 'from 1 to')),
         (('--dtype', 'fp64'), ('--dtype', 'fp64', 'bf16')),
         (('--device', 'tpu'), ('--device', 'tpu', 'cuda')),
         (('--device', 'cpu'), ('--device: cpu', 'set TRITON_INTERPRET=1')),

@@ -235,7 +235,7 @@ def test_spills_and_narrow_accesses_are_noticed():
     [
         (('--arch', '70'), ('--arch: 70', 'sm_80', '90')),
         (('--num-streams', '3'), ('--num-streams: 3', '1 2 4 8')),
-        (('--hidden-size', '0'), ('--hidden-size: 0', 'at least 1')),
+        (('--hidden-size', '0'), ('--hidden-size: 0', 'from 1 to')),
         (('--dtype', 'int8'), ('--dtype: int8', 'bf16')),
         (('--kernel', 'prex'), ('--kernel: prex', 'pre_forward')),
         (('--record', 'absent.json'), ('--record: absent.json',)),
