@@ -1,7 +1,8 @@
 """Sinkhorn-Knopp and its gradient (mHC, Eq 9): one small matrix a token, all passes in registers.
 
 The gradient is that of the T unrolled passes. Nothing is stored for it: backward runs forward again
-up to a few restart points and from these to each pass in turn.
+up to a few restart points and from these to each pass in turn. More than SPAN passes are taken up
+again from logarithms every SPAN of them; why, ``reference/sinkhorn.py`` says.
 """
 
 import torch
@@ -15,62 +16,124 @@ FORWARD = {1: Tile(128), 2: Tile(128), 4: Tile(64), 8: Tile(16)}
 BACKWARD = {1: Tile(128), 2: Tile(128), 4: Tile(32), 8: Tile(16, num_warps=8)}
 # Passes between two restart points are repeated; more of them would take more registers.
 RESTARTS = tl.constexpr(4)
+# From one logarithm to the next, for up to 8 streams; the paper's 20 passes need the first alone.
+SPAN = tl.constexpr(19)
+
+
+@triton.jit
+def columns_of(logits):
+    """Half of log T_c(exp(logits)): no exp overflows, no sum underflows.
+
+    Halves, since the difference of two finite logits need not be finite.
+    """
+    half = 0.5 * logits
+    half = half - tl.max(half, 1)[:, None, :]
+    return half - (0.5 * tl.log(tl.sum(tl.exp(2.0 * half), 1)))[:, None, :]
+
+
+@triton.jit
+def rows_of(half):
+    """log of what ``first_pass`` makes, and the sums of its rows before they divide them."""
+    log_m = 2.0 * (half - tl.max(half, 2)[:, :, None])
+    return log_m, tl.sum(tl.exp(log_m), 2)
 
 
 @triton.jit
 def first_pass(logits):
-    """T_r(T_c(exp(logits))) from logarithms: no exp overflows, no column or row sums to zero."""
-    m = logits - tl.max(logits, 1)[:, None, :]
-    m = m - tl.log(tl.sum(tl.exp(m), 1))[:, None, :]
-    m = tl.exp(m - tl.max(m, 2)[:, :, None])
-    return m / tl.sum(m, 2)[:, :, None]
+    """T_r(T_c(exp(logits))), by way of logarithms."""
+    log_m, r = rows_of(columns_of(logits))
+    return tl.exp(log_m) * (1.0 / r)[:, :, None]
 
 
 @triton.jit
 def next_pass(m):
     """T_r(T_c(m)); columns are axis 1, rows axis 2."""
-    m = m / tl.sum(m, 1)[:, None, :]
-    return m / tl.sum(m, 2)[:, :, None]
+    m = m * (1.0 / tl.sum(m, 1))[:, None, :]
+    return m * (1.0 / tl.sum(m, 2))[:, :, None]
+
+
+@triton.jit
+def taken_up(logits, stretches):
+    """M after the first pass and ``stretches`` times SPAN more, from its logarithm."""
+    log_m, r = rows_of(columns_of(logits))
+    log_m = log_m - tl.log(r)[:, :, None]
+    for _ in range(stretches):
+        m = tl.exp(log_m)
+        columns, rows = tl.full(r.shape, 1.0, tl.float32), tl.full(r.shape, 1.0, tl.float32)
+        for _ in range(SPAN):
+            c = tl.sum(m, 1)
+            m = m * (1.0 / c)[:, None, :]
+            r = tl.sum(m, 2)
+            m = m * (1.0 / r)[:, :, None]
+            columns *= c
+            rows *= r
+        log_m = log_m - tl.log(columns)[:, None, :] - tl.log(rows)[:, :, None]
+    return tl.exp(log_m)
 
 
 @triton.jit
 def sinkhorn(logits, ITERATIONS: tl.constexpr):
-    m = first_pass(logits)
-    for _ in range(ITERATIONS - 1):
-        m = next_pass(m)
+    if ITERATIONS - 1 <= SPAN:
+        m = first_pass(logits)
+        for _ in range(ITERATIONS - 1):
+            m = next_pass(m)
+    else:
+        STRETCHES: tl.constexpr = (ITERATIONS - 2) // SPAN
+        m = taken_up(logits, STRETCHES)
+        for _ in range(ITERATIONS - 1 - STRETCHES * SPAN):
+            m = next_pass(m)
     return m
+
+
+@triton.jit
+def through_passes(grad, m, PASSES: tl.constexpr, LAST: tl.constexpr):
+    """dL/dlog of m from that of the matrix PASSES later; LAST: from dL/d of it.
+
+    T_c and T_r take a gradient of logarithms by a sum and a product each: ``G - M * sums of G``.
+    """
+    PART: tl.constexpr = (PASSES + RESTARTS - 1) // RESTARTS
+    starts = (m,)
+    for part in tl.static_range(1, RESTARTS):
+        # No start lies behind the end, where there are fewer passes than starts.
+        for _ in range(tl.maximum(tl.minimum(PART, PASSES - (part - 1) * PART), 0)):
+            m = next_pass(m)
+        starts = starts + (m,)
+    if LAST:
+        for _ in range(tl.maximum(PASSES - (RESTARTS - 1) * PART, 0)):
+            m = next_pass(m)
+        grad = grad * m
+    for part in tl.static_range(RESTARTS - 1, -1, -1):
+        # The last part may hold fewer passes than the others, or none.
+        passes = tl.maximum(tl.minimum(PART, PASSES - part * PART), 0)
+        for done in range(passes):
+            m = starts[part]
+            for _ in range(passes - 1 - done):
+                m = next_pass(m)
+            a = m * (1.0 / tl.sum(m, 1))[:, None, :]
+            out = a * (1.0 / tl.sum(a, 2))[:, :, None]
+            grad = grad - out * tl.sum(grad, 2)[:, :, None]
+            grad = grad - a * tl.sum(grad, 1)[:, None, :]
+    return grad
 
 
 @triton.jit
 def sinkhorn_gradient(grad, logits, ITERATIONS: tl.constexpr):
     """dL/dlogits from dL/dH_res, both ``[BT, n, n]``."""
-    SPAN: tl.constexpr = (ITERATIONS - 1 + RESTARTS - 1) // RESTARTS
-    m = first_pass(logits)
-    starts = (m,)
-    for _ in tl.static_range(1, RESTARTS):
-        for _ in range(SPAN):
-            m = next_pass(m)
-        starts = starts + (m,)
-    for part in tl.static_range(RESTARTS - 1, -1, -1):
-        # The last part may hold fewer passes than the others, or none.
-        passes = tl.maximum(tl.minimum(SPAN, ITERATIONS - 1 - part * SPAN), 0)
-        for done in range(passes):
-            m = starts[part]
-            for _ in range(passes - 1 - done):
-                m = next_pass(m)
-            # T_c: a = m / c, then T_r: out = a / r
-            c = tl.sum(m, 1)
-            a = m / c[:, None, :]
-            r = tl.sum(a, 2)
-            out = a / r[:, :, None]
-            grad = (grad - tl.sum(grad * out, 2)[:, :, None]) / r[:, :, None]
-            grad = (grad - tl.sum(grad * a, 1)[:, None, :]) / c[:, None, :]
-    # first pass: softmax over each row of log_softmax over each column
-    out = starts[0]
-    grad = out * (grad - tl.sum(grad * out, 2)[:, :, None])
-    e = tl.exp(logits - tl.max(logits, 1)[:, None, :])
-    e = e / tl.sum(e, 1)[:, None, :]
-    return grad - e * tl.sum(grad, 1)[:, None, :]
+    PASSES: tl.constexpr = ITERATIONS - 1
+    if PASSES <= SPAN:
+        grad = through_passes(grad, first_pass(logits), PASSES, True)
+    else:
+        STRETCHES: tl.constexpr = (PASSES - 1) // SPAN
+        m = taken_up(logits, STRETCHES)
+        grad = through_passes(grad, m, PASSES - STRETCHES * SPAN, True)
+        for done in range(STRETCHES):
+            m = taken_up(logits, STRETCHES - 1 - done)
+            grad = through_passes(grad, m, SPAN, False)
+    half = columns_of(logits)
+    log_m, r = rows_of(half)
+    out = tl.exp(log_m) * (1.0 / r)[:, :, None]
+    grad = grad - out * tl.sum(grad, 2)[:, :, None]
+    return grad - tl.exp(2.0 * half) * tl.sum(grad, 1)[:, None, :]
 
 
 @triton.jit
