@@ -197,6 +197,8 @@ def test_a_misspelt_flag_of_ours_is_refused_even_where_unknown_ones_pass(parse, 
 
 
 def write_checkpoint(folder, **saved):
+    if saved.get('residual_type') == 'mhc':
+        saved.setdefault('mhc_norm_eps', 1e-6)
     (folder / 'iter_0000010').mkdir(parents=True)
     (folder / 'latest_checkpointed_iteration.txt').write_text('10')
     writer = FileSystemWriter(folder / 'iter_0000010')

@@ -18,6 +18,7 @@ TRACKER = 'latest_checkpointed_iteration.txt'
 ARGS = {
     'residual_type': 'mhc',
     'mhc_num_residual_streams': 4,
+    'mhc_norm_eps': 1e-6,
     'mhc_sinkhorn_iterations': 20,
     'mhc_stream_merge': 'mean',
     'num_layers': 2,

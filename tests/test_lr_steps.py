@@ -70,7 +70,7 @@ def test_the_checkpoints_schedule_brings_the_seam_with_it(parse, tmp_path):
 
     (tmp_path / 'iter_0000010' / 'mp_rank_00').mkdir(parents=True)
     (tmp_path / 'latest_checkpointed_iteration.txt').write_text('10')
-    saved = {'args': argparse.Namespace(lr_decay_style=PAPER)}
+    saved = {'args': argparse.Namespace(lr_decay_style=PAPER), 'model': {}}
     torch.save(saved, tmp_path / 'iter_0000010' / 'mp_rank_00' / 'model_optim_rng.pt')
     flags = ['--load', str(tmp_path), '--use-checkpoint-opt_param-scheduler']
     for more, style in (([], PAPER), (['--finetune'], 'linear'), (['--no-load-optim'], 'linear')):
