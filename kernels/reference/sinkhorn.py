@@ -3,7 +3,7 @@
 A pass divides columns and rows by their sums, which lie between 1/n and n after the first one, so
 that an entry grows by n^2 a pass at most. What fp32 cannot hold at the start of a pass therefore
 stays negligible for some passes, but not for all: where the large entries admit no permutation, one
-of e^-500 becomes 1 in the end. Every so many passes the matrix is taken up again from its logarithm.
+of e^-500 becomes 1 in the end. So the matrix is taken up again from its logarithm every few passes.
 
 The gradient is that of the unrolled passes, carried as that of the logarithms: T_c and T_r then are
 G - M * (sums of G), without a division by entries that may be tiny.
@@ -56,8 +56,7 @@ class _Sinkhorn(Function):
         ctx.save_for_backward(logits)
         ctx.iterations = iterations
         _, m, log_m = _first_pass(logits)
-        for start, passes in _stretches(m, log_m, iterations - 1):
-            m = start
+        *_, (m, passes) = _stretches(m, log_m, iterations - 1)
         for _ in range(passes):
             _, m = _next_pass(m)
         return m
