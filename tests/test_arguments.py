@@ -91,7 +91,7 @@ REFUSED = {
     '--residual-type mhc --mhc-num-residual-streams 0': '--mhc-num-residual-streams 0: wanted',
     '--residual-type mhc --mhc-num-residual-streams four': 'argument --mhc-num-residual-streams',
     '--residual-type mhc --mhc-sinkhorn-iterations 0': '--mhc-sinkhorn-iterations 0: wanted',
-    '--residual-type mhc --mhc-init-gating-factor inf': '--mhc-init-gating-factor inf: wanted',
+    '--residual-type mhc --mhc-init-gating-factor inf': '--mhc-init-gating-factor: inf: wanted',
     '--residual-type mhc --mhc-stream-merge max': 'argument --mhc-stream-merge: invalid choice',
     '--mhc-num-residual-streams 4': '--mhc-num-residual-streams has no effect with --residual-type '
     'standard',
@@ -107,12 +107,12 @@ REFUSED = {
     '--mhc-recompute-layer-num 4': '--mhc-recompute-layer-num has no effect with --residual-type',
     '--residual-type mhc --mhc-recompute-layer-num 0': '--mhc-recompute-layer-num 0: wanted none, ',
     '--residual-type mhc --mhc-recompute-layer-num -2': '--mhc-recompute-layer-num -2: wanted ',
-    '--residual-type hc --mhc-recompute-layer-num all': '--mhc-recompute-layer-num all: wanted ',
+    '--residual-type hc --mhc-recompute-layer-num all': '--mhc-recompute-layer-num: all: wanted ',
     '--residual-type mhc --mhc-recompute-stream compute': 'without --mhc-recompute-layer-num',
     '--residual-type mhc --mhc-recompute-layer-num auto --mhc-recompute-stream high': 'high has no '
     'effect with the stock schedules',
     '--residual-type mhc --mhc-mapping-lr-mult -1': '--mhc-mapping-lr-mult -1.0: wanted a finite',
-    '--residual-type hc --mhc-mapping-lr-mult nan': '--mhc-mapping-lr-mult nan: wanted a finite',
+    '--residual-type hc --mhc-mapping-lr-mult nan': '--mhc-mapping-lr-mult: nan: wanted a finite',
     '--mhc-mapping-lr-mult 1': '--mhc-mapping-lr-mult has no effect with --residual-type standard',
     '--residual-type mhc --mhc-mapping-optimizer scalar': '--mhc-mapping-optimizer scalar with '
     '--optimizer adam or sgd cannot be combined',
