@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.config import ResidualConfig
 from megatron_mhc.hyper_connection import HyperConnection, MappingProjection, Maps
-from megatron_mhc.kernels.reference.precision import at_least_fp32, without_autocast
+from megatron_mhc.kernels.reference.precision import at_least_fp32, shown_overflow, without_autocast
 
 
 class UnconstrainedHyperConnection(HyperConnection):
@@ -78,6 +78,7 @@ class UnconstrainedHyperConnection(HyperConnection):
             streams = at_least_fp32(x).unflatten(-1, (n, self.hidden_size))
             norm = F.rms_norm if self.normalization == 'RMSNorm' else F.layer_norm
             normed = norm(streams, (self.hidden_size,), eps=self.norm_eps)
+            normed = shown_overflow(normed, streams)
             h = F.linear(normed, self.mapping_proj())
             h = torch.tanh(h) if self.residual.hc_tanh else h
             pre, post, a_r = h.split([1, 1, n], dim=-1)

@@ -18,7 +18,8 @@ _CAUSES = {
     'is; the embedding, if this is the first sublayer, else an overflow: look at the gains, lower '
     'the learning rate, or use --residual-type mhc',
     'maps': 'its H_post or H_res is not finite, although the streams that it reads are; its '
-    'mapping parameters are broken: go back to an earlier checkpoint, lower the learning rate',
+    'mapping parameters are broken, or the streams beyond 5e18, where fp32 cannot hold their '
+    'squares: go back to an earlier checkpoint, lower the learning rate',
     'outputs': 'its output is not finite, although its streams and maps are; its weights or its '
     'arithmetic are broken: go back to an earlier checkpoint, lower the learning rate, or skip the '
     'data',

@@ -229,3 +229,29 @@ def test_composite_gain_stays_bounded(random_seed):
 def test_settings_out_of_range_name_their_flag(settings, message):
     with pytest.raises(ValueError, match=message):
         ResidualConfig(**settings)
+
+
+@pytest.mark.parametrize('size', [1e20, 1e30, math.inf, math.nan])
+@pytest.mark.parametrize('normalization', ['RMSNorm', 'LayerNorm'])
+def test_hc_shows_a_norm_beyond_fp32(normalization, size, random_seed):
+    """Zeros of the norm would pass for static maps."""
+    module = UnconstrainedHyperConnection(
+        HIDDEN, ResidualConfig('hc'), 0, normalization=normalization
+    )
+    x = torch.randn(3, 4 * HIDDEN)
+    x[1] = x[1].sign() * size
+    for h in module.maps(x):
+        assert h[1].isnan().any() and h[0].isfinite().all() and h[2].isfinite().all()
+
+
+@pytest.mark.parametrize('size', [1e20, math.inf, math.nan])
+def test_learned_merge_and_dense_connections_show_a_norm_beyond_fp32(size, random_seed):
+    from megatron_mhc.mudd.aggregate import DenseAggregate
+
+    merge = StreamMerge(HIDDEN, ResidualConfig(stream_merge='learned'))
+    dense = DenseAggregate(HIDDEN, 1, 1, True, 1e-5, 0, False)
+    for module, width in ((merge, 4 * HIDDEN), (lambda x: dense((x, x))[0], HIDDEN)):
+        x = torch.randn(3, width)
+        x[1] = x[1].sign() * size
+        out = module(x)
+        assert out[1].isnan().all() and out[0].isfinite().all() and out[2].isfinite().all()

@@ -13,6 +13,16 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def shown_overflow(normed: Tensor, x: Tensor) -> Tensor:
+    """``normed``, a norm of x over its last axis, with NaN where fp32 cannot hold the squares.
+
+    Divided by the root of inf they are zeros, which would pass for maps, weights or gates that do
+    not depend on the token.
+    """
+    overflowed = x.detach().square().sum(-1, keepdim=True).isinf()
+    return normed.masked_fill(overflowed, torch.nan)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which a surrounding autocast region cannot lower the precision."""
     if device.type == 'meta':

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from megatron_mhc.engram.config import CONVOLUTION_WIDTH, EngramConfig
 from megatron_mhc.engram.table import EngramTable
+from megatron_mhc.kernels.reference.precision import shown_overflow
 
 
 class EngramLayer(MegatronModule):
@@ -94,7 +95,7 @@ class EngramLayer(MegatronModule):
         """RMSNorm of each stream by itself, at least in fp32."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = functional.rms_norm(wide, x.shape[-1:], eps=self.config.layernorm_epsilon)
-        return normed * self._by_stream(gain)
+        return shown_overflow(normed, wide) * self._by_stream(gain)
 
     def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:
         """``out[t] = sum_j taps[j] x[t - j * dilation]`` within the document of t."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_mhc.hyper_connection import KeepFP32, MappingProjection
-from megatron_mhc.kernels.reference.precision import at_least_fp32, without_autocast
+from megatron_mhc.kernels.reference.precision import at_least_fp32, shown_overflow, without_autocast
 from megatron_mhc.mudd.sizes import WAYS
 
 
@@ -107,7 +107,7 @@ class DenseAggregate(KeepFP32):
             weights = self.bias.to(at_least_fp32(newest[..., :0]).dtype)
             if self.dynamic:
                 x = at_least_fp32(newest)
-                h = F.rms_norm(x, x.shape[-1:], eps=self.norm_eps)
+                h = shown_overflow(F.rms_norm(x, x.shape[-1:], eps=self.norm_eps), x)
                 h = F.gelu(F.linear(h, self.projection_in().to(x.dtype)))
                 weights = weights + F.linear(h, self.projection_out().to(x.dtype))
             weights = weights.expand(*newest.shape[:-1], -1)
