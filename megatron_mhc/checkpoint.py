@@ -186,13 +186,6 @@ def _remedy(stored: ResidualConfig, residual: ResidualConfig, source: str) -> st
     )
 
 
-def saved_arguments(args: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
-    """Source and arguments of each checkpoint that Megatron may load, where it has any."""
-    return [
-        (found.source, found.args) for found in found_checkpoints(args) if found.args is not None
-    ]
-
-
 def found_checkpoints(args: argparse.Namespace) -> list[Found]:
     """What Megatron may load: ``--load``, or ``--pretrained-checkpoint`` where that has nothing.
 
@@ -221,13 +214,15 @@ def found_checkpoints(args: argparse.Namespace) -> list[Found]:
     return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
-def check_checkpoints_of(args: argparse.Namespace, residual: ResidualConfig) -> None:
-    """Check the checkpoint that Megatron will load: readable, of this topology, and of this layout.
+def check_checkpoints(
+    args: argparse.Namespace, residual: ResidualConfig, checkpoints: list[Found]
+) -> None:
+    """Check what Megatron will load, ``found_checkpoints``: of this topology, and of this layout.
 
     Raises:
         ValueError: it cannot be loaded, or would leave a part of the model as it was initialised.
     """
-    for found in found_checkpoints(args):
+    for found in checkpoints:
         own = residual.residual_type != 'standard' or getattr(args, 'engram_layers', None)
         if found.args is None and own:
             raise ValueError(

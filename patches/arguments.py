@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
-from megatron_mhc.checkpoint import check_checkpoints_of
+from megatron_mhc.checkpoint import check_checkpoints, found_checkpoints
 from megatron_mhc.compat import require_one_tree
 from megatron_mhc.constraints import check_constraints
 from megatron_mhc.embedding_copies import check_embedding_copies
 from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
-from megatron_mhc.engram.resume import check_memory_of
+from megatron_mhc.engram.resume import check_memory
 from megatron_mhc.kernel_choice import announce_kernels
 from megatron_mhc.lr_steps import add_lr_step_arguments, resolve_lr_steps
 from megatron_mhc.megatron_sizes import check_sizes
@@ -88,10 +88,11 @@ def accept(
     hand_over(namespace, shared)
     residual = resolve_arguments(namespace, shared)
     check_constraints(namespace, residual)
-    check_checkpoints_of(namespace, residual)
+    checkpoints = found_checkpoints(namespace)
+    check_checkpoints(namespace, residual, checkpoints)
     announce_kernels(namespace, residual)
     engram = resolve_engram(namespace)
-    check_memory_of(namespace, engram)
+    check_memory(namespace, engram, checkpoints)
     pipeline = resolve_pipeline(namespace)
     lr_steps = resolve_lr_steps(namespace)
     monitor = resolve_monitor(namespace)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_mhc.checkpoint import loads_optimizer, saved_arguments
+from megatron_mhc.checkpoint import Found, loads_optimizer
 from megatron_mhc.engram.arguments import engram_config_from_args
 from megatron_mhc.engram.config import EngramConfig
 
 
-def check_memory_of(args: argparse.Namespace, engram: EngramConfig | None) -> None:
+def check_memory(
+    args: argparse.Namespace, engram: EngramConfig | None, checkpoints: list[Found]
+) -> None:
     """Raise ValueError where a checkpoint that Megatron will load has another memory, or none."""
-    for source, saved in saved_arguments(args):
-        stored = engram_config_from_args(saved)
+    for found in checkpoints:
+        if found.args is None:
+            continue
+        source, stored = found.source, engram_config_from_args(found.args)
         if _structure(stored) != _structure(engram):
             raise ValueError(
                 f'--load {source}: the checkpoint was trained with the memory [{_shown(stored)}] '
