@@ -26,6 +26,11 @@ MOST_FACTOR = 1e9
 MOST_SEED = 2**43 - 1
 
 
+def flag_of(name: str) -> str:
+    """The command line's name of an argument: ``num_layers`` is ``--num-layers``."""
+    return '--' + name.replace('_', '-')
+
+
 def shown(value: Any) -> str:
     """``value`` for a message: a string as it is, anything long cut short."""
     try:

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Container
 
-from megatron_mhc.argument_types import integer, number
+from megatron_mhc.argument_types import flag_of, integer, number
 from megatron_mhc.config import (
     HC_VARIANTS,
     INIT_PRESETS,
@@ -243,7 +243,7 @@ def residual_config_from_args(args: argparse.Namespace) -> ResidualConfig:
 
 
 def _in_vain(name: str, residual_type: str) -> ValueError:
-    flag, types = NEGATED.get(name, '--' + name.replace('_', '-')), FIELDS[name][1]
+    flag, types = NEGATED.get(name, flag_of(name)), FIELDS[name][1]
     return ValueError(
         f'{flag} has no effect with --residual-type {residual_type}: it belongs to '
         f'{" and ".join(types)}; drop it or set --residual-type {types[-1]}'

@@ -14,6 +14,7 @@ import types
 import zipfile
 from typing import Any, NamedTuple
 
+from megatron_mhc.argument_types import flag_of
 from megatron_mhc.arguments import (
     residual_config_from_args,
     same_structure,
@@ -249,7 +250,7 @@ def check_optimizer_state(saved: argparse.Namespace, residual: ResidualConfig, s
     for name in ('mapping_lr_mult', 'mapping_optimizer'):
         was, wanted = getattr(stored, name), getattr(residual, name)
         if was != wanted:
-            flag = '--mhc-' + name.replace('_', '-')
+            flag = flag_of(f'mhc_{name}')
             raise ValueError(
                 f'{flag} {wanted}: the optimizer state in --load {source} was saved with {was}, '
                 'and Megatron finds parameter groups by their settings; repeat '

@@ -12,6 +12,7 @@ import argparse
 import pathlib
 from typing import Any
 
+from megatron_mhc.argument_types import flag_of
 from megatron_mhc.pipeline_config import V_SCHEDULES
 
 # Arguments that say which layers a rank has.
@@ -89,7 +90,7 @@ def _differences(args: argparse.Namespace, found: Any):
             if hasattr(args, name) and hasattr(found.args, name):
                 was, wanted = getattr(found.args, name), getattr(args, name)
                 if (was or None) != (wanted or None):
-                    yield _flag(name), was, wanted
+                    yield flag_of(name), was, wanted
     wanted = None if same_places else chunks_of(args, found.args)
     if wanted is not None and wanted != len(found.chunks):
         yield 'virtual pipeline stages', len(found.chunks), wanted
@@ -99,13 +100,13 @@ def _differences(args: argparse.Namespace, found: Any):
     for name in NAMES[:1] if restored else NAMES:
         was, wanted = getattr(found.args, name, None), getattr(args, name, None)
         if hasattr(found.args, name) and wanted is not None and (was or None) != (wanted or None):
-            yield _flag(name), was, wanted
+            yield flag_of(name), was, wanted
     if restored:
         return
     for name in ADDED:
         was, wanted = getattr(found.args, name, None), getattr(args, name, None)
         if hasattr(found.args, name) and wanted and not was:
-            yield _flag(name), was, wanted
+            yield flag_of(name), was, wanted
     learned = 'learned_absolute'
     was = getattr(found.args, 'position_embedding_type', learned)
     other = getattr(args, 'use_rotary_position_embeddings', False)
@@ -162,7 +163,3 @@ def _check_files(args: argparse.Namespace, found: Any, where: str) -> None:
             f'{sizes[0]} tensor, {sizes[1]} pipeline and {sizes[2]} expert ranks reads; load it '
             f'under the layout that saved it, or {RESHARD}'
         )
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')

@@ -15,6 +15,7 @@ from megatron_mhc.argument_types import (
     MOST_TOKENS,
     MOST_WIDTH,
     check_integer,
+    flag_of,
     shown,
 )
 from megatron_mhc.lr_steps import STYLE
@@ -49,7 +50,7 @@ def check_sizes(args: argparse.Namespace) -> None:
     for name, (least, most) in SIZES.items():
         value = getattr(args, name, None)
         if value is not None:
-            check_integer(_flag(name), value, least, most, 'give one that a job can have')
+            check_integer(flag_of(name), value, least, most, 'give one that a job can have')
     for text in getattr(args, 'rampup_batch_size', None) or ():
         if not str(text).isdecimal() or not 0 <= int(text) <= MOST_TOKENS:
             raise ValueError(
@@ -66,7 +67,3 @@ def _asks_for_ours(args: argparse.Namespace) -> bool:
         or getattr(args, 'mhc_post_stream', None) == 'high'
         or getattr(args, 'lr_decay_style', None) == STYLE
     )
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')

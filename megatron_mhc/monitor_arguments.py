@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from megatron_mhc.argument_types import MOST_TOKENS, check_integer, check_number, integer, number
+from megatron_mhc.argument_types import (
+    MOST_TOKENS,
+    check_integer,
+    check_number,
+    flag_of,
+    integer,
+    number,
+)
 from megatron_mhc.refusal import announce
 
 ALARMS = ('off', 'warn', 'stop')
@@ -110,20 +117,20 @@ def monitor_config_from_args(args: argparse.Namespace) -> MonitorConfig | None:
     residual_type = getattr(args, 'residual_type', 'standard')
     if residual_type == 'standard':
         raise ValueError(
-            f'{_flag(given[0])} has no effect with --residual-type standard, which has no maps to '
-            'monitor; drop it or set --residual-type mhc'
+            f'{flag_of(given[0])} has no effect with --residual-type standard, which has no maps '
+            'to monitor; drop it or set --residual-type mhc'
         )
     alarm = getattr(args, 'mhc_alarm', None) or 'off'
     if not args.mhc_monitor and alarm == 'off':
         raise ValueError(
-            f'{_flag(given[0])} has no effect without --mhc-monitor or --mhc-alarm warn; add one'
+            f'{flag_of(given[0])} has no effect without --mhc-monitor or --mhc-alarm warn; add one'
         )
     if args.mhc_alarm_gain is not None and alarm == 'off':
         raise ValueError('--mhc-alarm-gain has no effect without an alarm; add --mhc-alarm warn')
     for name in ('mhc_monitor_interval', 'mhc_monitor_tokens'):
         value = getattr(args, name)
         if value is not None:
-            check_integer(_flag(name), value, 1, MOST_TOKENS, 'leave it out for the default')
+            check_integer(flag_of(name), value, 1, MOST_TOKENS, 'leave it out for the default')
     gain = args.mhc_alarm_gain
     if gain is not None:
         check_number(
@@ -169,7 +176,3 @@ def resolve_monitor(args: argparse.Namespace) -> MonitorConfig | None:
             'gradients: such a run ends after its step, and the alarm names the layer'
         )
     return monitor_config_from_args(args)
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')

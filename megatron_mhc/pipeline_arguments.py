@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_mhc.argument_types import integer
+from megatron_mhc.argument_types import flag_of, integer
 from megatron_mhc.inverted_v_layout import CHUNKS, check_layout, even_layout
 from megatron_mhc.model_memory import live_at_peak
 from megatron_mhc.pipeline_config import (
@@ -77,7 +77,7 @@ def pipeline_config_from_args(args: argparse.Namespace) -> PipelineConfig | None
     if schedule not in V_SCHEDULES:
         if given:
             raise ValueError(
-                f'{_flag(given[0])} has no effect with --pipeline-schedule {schedule or "1f1b"}: '
+                f'{flag_of(given[0])} has no effect with --pipeline-schedule {schedule or "1f1b"}: '
                 f'it belongs to {", ".join(V_SCHEDULES)}; drop it or choose one of them'
             )
         return None
@@ -175,8 +175,8 @@ def _advise_on_connections(args: argparse.Namespace) -> None:
         if connections == '1' and shared:
             remedy = (
                 f'from Blackwell on {remedy}; on GPUs before it Megatron demands 1 for '
-                f'{" and ".join(map(_flag, shared))}, so use 1 there, with more pipeline or expert '
-                'ranks in its place, or do without the overlap'
+                f'{" and ".join(map(flag_of, shared))}, so use 1 there, with more pipeline or '
+                'expert ranks in its place, or do without the overlap'
             )
         announce(
             f'CUDA_DEVICE_MAX_CONNECTIONS={connections}: streams share that many hardware queues, '
@@ -246,7 +246,3 @@ def _microbatch_counts(args: argparse.Namespace) -> list[int]:
     if getattr(args, 'rampup_batch_size', None):
         batches.insert(0, int(args.rampup_batch_size[0]))
     return [max(1, batch // (args.micro_batch_size * replicas)) for batch in batches]
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')

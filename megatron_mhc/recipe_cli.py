@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from megatron_mhc.argument_types import MOST_RANKS, integer
+from megatron_mhc.argument_types import MOST_RANKS, flag_of, integer
 from megatron_mhc.config import STREAM_TYPES, ResidualConfig
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.model_flops import STEP, step_flops, token_flops
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = show.add_argument_group('layout: one by name, or changed')
     ranks.add_argument('--layout', choices=LAYOUTS['3b'], default='8gpu', help='(default: 8gpu)')
     for name in _SIZES:
-        ranks.add_argument('--' + name.replace('_', '-'), type=integer(1, MOST_RANKS), metavar='N')
+        ranks.add_argument(flag_of(name), type=integer(1, MOST_RANKS), metavar='N')
 
 
 def main(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping
 
+from megatron_mhc.argument_types import flag_of
 from megatron_mhc.refusal import announce
 
 AddGroup = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -49,7 +50,7 @@ def hand_over(namespace: argparse.Namespace, shared: Mapping[str, argparse.Actio
     ours = namespace.residual_type != 'standard'
     for name, action in shared.items():
         value = getattr(namespace, name)
-        flag = action.option_strings[0] if action.option_strings else '--' + name.replace('_', '-')
+        flag = action.option_strings[0] if action.option_strings else flag_of(name)
         if ours:
             if action.dest != name:
                 setattr(namespace, action.dest, action.default)

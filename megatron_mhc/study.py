@@ -9,7 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mhc.argument_types import MOST_LAYERS, MOST_RANKS, MOST_STREAMS, input_file, integer
+from megatron_mhc.argument_types import (
+    MOST_LAYERS,
+    MOST_RANKS,
+    MOST_STREAMS,
+    flag_of,
+    input_file,
+    integer,
+)
 from megatron_mhc.config import RECOMPUTE_BLOCKS
 from megatron_mhc.model_shape import ModelShape
 from megatron_mhc.pipeline_config import PIPELINE_SCHEDULES, V_SCHEDULES
@@ -115,7 +122,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise ValueError('--calibrate has models of its own; drop the recipe, or --calibrate')
     for name in _STUDY_ONLY:
         if getattr(options, name):
-            flag = '--' + name.replace('_', '-')
+            flag = flag_of(name)
             raise ValueError(f'{flag} has no effect with --calibrate; drop one of them')
     rows = calibration()
     if options.json:

@@ -11,6 +11,7 @@ from megatron_mhc.argument_types import (
     MOST_WIDTH,
     check_integer,
     check_number,
+    flag_of,
     shown,
 )
 
@@ -114,4 +115,4 @@ class EngramConfig:
 
 def flag(name: str) -> str:
     """The command line's name of a field."""
-    return '--engram-' + name.replace('_', '-')
+    return flag_of(f'engram_{name}')
