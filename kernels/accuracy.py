@@ -16,10 +16,10 @@ from megatron_mhc.kernels.autograd.ops import Mapping, MappingSettings, PostRes,
 from megatron_mhc.kernels.autograd.seam import Read, Write, WriteRead
 from megatron_mhc.kernels.backend import kernel_obstacle
 from megatron_mhc.kernels.reference import mapping_ref, post_res_ref, pre_ref, sinkhorn_ref
+from megatron_mhc.kernels.reference.mapping import NORM_EPS
 from megatron_mhc.kernels.triton.launch import interpreted
 
 ITERATIONS = 20
-NORM_EPS = 1e-6
 DROPOUT = 0.1
 MAPS = 1e-5
 SINKHORN_GRADIENT = 2e-6

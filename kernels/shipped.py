@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_mhc.kernels.autograd.ops import Mapping, MappingSettings, PostRes, Pre, Sinkhorn
 from megatron_mhc.kernels.autograd.seam import Read, Write, WriteRead
+from megatron_mhc.kernels.reference.mapping import NORM_EPS
 from megatron_mhc.kernels.triton.launch import Launch, record_launches
 
 ITERATIONS = 20
-NORM_EPS = 1e-6
 DROPOUT = 0.1
 
 

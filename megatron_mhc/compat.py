@@ -56,7 +56,7 @@ def core_version() -> str | None:
     info = folder / 'package_info.py'
     try:
         version = runpy.run_path(str(info))['__shortversion__']
-        tuple(map(int, version.split('.')[:2]))
+        _numbers(core_minor(version))
     except Exception as error:  # whatever running the file raises
         raise RuntimeError(
             f'{info}: no version can be read ({type(error).__name__}: {error}); restore this file '
@@ -107,8 +107,8 @@ def core_minor(version: str) -> str:
 
 def nearest_minor(version: str) -> str:
     """The minor release with recorded signatures next to ``version``: itself where it is one."""
-    tested = sorted(tuple(map(int, core_minor(v).split('.'))) for v in (*TESTED, *PREVIEWED))
-    seen = tuple(map(int, core_minor(version).split('.')))
+    tested = sorted(_numbers(core_minor(v)) for v in (*TESTED, *PREVIEWED))
+    seen = _numbers(core_minor(version))
     below = [minor for minor in tested if minor <= seen] or tested[:1]
     return '.'.join(map(str, below[-1]))
 
@@ -131,7 +131,7 @@ def require_supported_core() -> str:
             'tree, or put the tree on PYTHONPATH'
         )
     folder = core_folder()
-    in_range = CORE_MIN <= tuple(int(p) for p in version.split('.')[:2]) < CORE_BELOW
+    in_range = CORE_MIN <= _numbers(core_minor(version)) < CORE_BELOW
     if not in_range and not is_patched(folder):
         raise RuntimeError(
             f'megatron-core {version} in {folder} is outside the supported range {CORE_SPECIFIER}: '

@@ -11,7 +11,7 @@ import traceback
 import types
 
 from megatron_mhc.arguments import parsed_arguments
-from megatron_mhc.checkpoint import TRACKER
+from megatron_mhc.checkpoint_files import TRACKER, iteration_folder
 
 # Functions of Megatron's from which a checkpoint is written, also by writers in the background.
 SAVING = ('save_checkpoint', 'maybe_finalize_async_save')
@@ -51,13 +51,10 @@ def explain(error: BaseException, trace: types.TracebackType | None) -> str | No
 def newest_whole(folder: pathlib.Path) -> pathlib.Path | None:
     """The iteration that the tracker file names, which Megatron writes last."""
     try:
-        iteration = (folder / TRACKER).read_text().strip()
-    except OSError:
+        return iteration_folder(folder, None, '--load')
+    except ValueError:
+        # The tracker itself may be what was cut short.
         return None
-    # The tracker itself may be what was cut short.
-    if not iteration.isdigit() or not (folder / f'iter_{int(iteration):07d}').is_dir():
-        return None
-    return folder / f'iter_{int(iteration):07d}'
 
 
 def cause(error: BaseException) -> str:

@@ -299,9 +299,6 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _read(path: Path) -> Plan:
     try:
-        # A device or a pipe may never end.
-        if path.exists() and not path.is_file():
-            raise ValueError('not a file; give a text or CSV file of operations')
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(
                 f'{path.stat().st_size} bytes, at most {_MOST_BYTES}: more operations than can be '

@@ -8,6 +8,9 @@ from torch import Tensor
 from megatron_mhc.kernels.reference.precision import at_least_fp32, without_autocast
 from megatron_mhc.kernels.reference.sinkhorn import sinkhorn_ref
 
+# The default of ``--mhc-norm-eps``.
+NORM_EPS = 1e-6
+
 
 def scaled_projection_ref(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, norm_eps: float
@@ -42,7 +45,7 @@ def mapping_ref(
     *,
     num_streams: int,
     sinkhorn_iterations: int = 20,
-    norm_eps: float = 1e-6,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """H_pre = sigma, H_post = 2 sigma, H_res = Sinkhorn of the projected streams (Eq 17-19).
 

@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_mhc.kernels.triton.launch import Tile, cdiv, launch, power_of_two
+from megatron_mhc.kernels.triton.launch import MOST_REGISTERS, Tile, cdiv, launch, power_of_two
 from megatron_mhc.kernels.triton.sinkhorn import matrix_offsets, sinkhorn, sinkhorn_gradient
 
 FORWARD = {1: Tile(128), 2: Tile(128), 4: Tile(64, num_warps=2), 8: Tile(16)}
-BACKWARD = {1: Tile(128), 2: Tile(128, registers=255), 4: Tile(32), 8: Tile(8)}
+BACKWARD = {1: Tile(128), 2: Tile(128, registers=MOST_REGISTERS), 4: Tile(32), 8: Tile(8)}
 
 
 def map_columns(n: int) -> int:

@@ -39,17 +39,32 @@ def rows_of(half):
 
 
 @triton.jit
-def first_pass(logits):
-    """T_r(T_c(exp(logits))), by way of logarithms."""
-    log_m, r = rows_of(columns_of(logits))
+def first_pass(half):
+    """T_r(T_c(exp(logits))) from ``columns_of(logits)``."""
+    log_m, r = rows_of(half)
     return tl.exp(log_m) * (1.0 / r)[:, :, None]
 
 
 @triton.jit
-def next_pass(m):
-    """T_r(T_c(m)); columns are axis 1, rows axis 2."""
-    m = m * (1.0 / tl.sum(m, 1))[:, None, :]
+def T_c(m):
+    return m * (1.0 / tl.sum(m, 1))[:, None, :]
+
+
+@triton.jit
+def T_r(m):
     return m * (1.0 / tl.sum(m, 2))[:, :, None]
+
+
+@triton.jit
+def next_pass(m):
+    return T_r(T_c(m))
+
+
+@triton.jit
+def through_pass(grad, a, m):
+    """dL/dlog of what went into a pass from dL/dlog of its result m; a is T_c of the former."""
+    grad = grad - m * tl.sum(grad, 2)[:, :, None]
+    return grad - a * tl.sum(grad, 1)[:, None, :]
 
 
 @triton.jit
@@ -74,7 +89,7 @@ def taken_up(logits, stretches):
 @triton.jit
 def sinkhorn(logits, ITERATIONS: tl.constexpr):
     if ITERATIONS - 1 <= SPAN:
-        m = first_pass(logits)
+        m = first_pass(columns_of(logits))
         for _ in range(ITERATIONS - 1):
             m = next_pass(m)
     else:
@@ -87,10 +102,7 @@ def sinkhorn(logits, ITERATIONS: tl.constexpr):
 
 @triton.jit
 def through_passes(grad, m, PASSES: tl.constexpr, LAST: tl.constexpr):
-    """dL/dlog of m from that of the matrix PASSES later; LAST: from dL/d of it.
-
-    T_c and T_r take a gradient of logarithms by a sum and a product each: ``G - M * sums of G``.
-    """
+    """dL/dlog of m from that of the matrix PASSES later; LAST: from dL/d of it."""
     PART: tl.constexpr = (PASSES + RESTARTS - 1) // RESTARTS
     starts = (m,)
     for part in tl.static_range(1, RESTARTS):
@@ -109,10 +121,8 @@ def through_passes(grad, m, PASSES: tl.constexpr, LAST: tl.constexpr):
             m = starts[part]
             for _ in range(passes - 1 - done):
                 m = next_pass(m)
-            a = m * (1.0 / tl.sum(m, 1))[:, None, :]
-            out = a * (1.0 / tl.sum(a, 2))[:, :, None]
-            grad = grad - out * tl.sum(grad, 2)[:, :, None]
-            grad = grad - a * tl.sum(grad, 1)[:, None, :]
+            a = T_c(m)
+            grad = through_pass(grad, a, T_r(a))
     return grad
 
 
@@ -121,7 +131,7 @@ def sinkhorn_gradient(grad, logits, ITERATIONS: tl.constexpr):
     """dL/dlogits from dL/dH_res, both ``[BT, n, n]``."""
     PASSES: tl.constexpr = ITERATIONS - 1
     if PASSES <= SPAN:
-        grad = through_passes(grad, first_pass(logits), PASSES, True)
+        grad = through_passes(grad, first_pass(columns_of(logits)), PASSES, True)
     else:
         STRETCHES: tl.constexpr = (PASSES - 1) // SPAN
         m = taken_up(logits, STRETCHES)
@@ -130,10 +140,7 @@ def sinkhorn_gradient(grad, logits, ITERATIONS: tl.constexpr):
             m = taken_up(logits, STRETCHES - 1 - done)
             grad = through_passes(grad, m, SPAN, False)
     half = columns_of(logits)
-    log_m, r = rows_of(half)
-    out = tl.exp(log_m) * (1.0 / r)[:, :, None]
-    grad = grad - out * tl.sum(grad, 2)[:, :, None]
-    return grad - tl.exp(2.0 * half) * tl.sum(grad, 1)[:, None, :]
+    return through_pass(grad, tl.exp(2.0 * half), first_pass(half))
 
 
 @triton.jit

@@ -114,6 +114,7 @@ def convert(
         raise ValueError(f'--to {to}: unknown layout; choose one of {", ".join(TARGETS)}')
     check_destination(destination, source, overwrite)
     opened = open_source(source, step)
+    check_parts(opened)
     described = describe(opened, origin)
     layout = LAYOUTS[to]
     if described.layout is layout:
@@ -131,7 +132,6 @@ def convert(
         streams = read_streams(opened, described)
     stacked = to != 'deepseek-v4' and are_stacked(carried)
     new = to_tensors(streams, layout, stacked)
-    check_parts(opened)
     if not unchecked:
         check_model(opened, origin)
     factor = (upcycling or {}).get('init_gating_factor')
