@@ -128,6 +128,7 @@ class Device(TorchDispatchMode):
         new = {t.untyped_storage()._cdata for t in outputs} - given
         if not new and outputs and not function._schema.is_mutable:
             return result  # a view
+        assert not new & self.written.keys(), 'an address was used again'
         here = torch.cuda.current_stream()
         self.used.add(here.name)
         for storage in given & self.written.keys():
@@ -140,8 +141,8 @@ class Device(TorchDispatchMode):
         for storage in new | (given if function._schema.is_mutable else set()):
             owner = self.written.get(storage, (here,))[0]
             self.written[storage] = owner, here, ticks
-        # An address must not be used again while it is in these tables.
-        self.alive += [t.untyped_storage() for t in outputs]
+        # No address in these tables may be used again, nor that of an input made before them.
+        self.alive += [t.untyped_storage() for t in inputs + outputs]
         return result
 
 

@@ -11,6 +11,7 @@ from truth import (
     error,
     parameters,
     streams,
+    terms_of,
     true_gradients,
     with_gradients,
 )
@@ -35,16 +36,17 @@ def compare(tensors: dict, n: int, wide: float = TOLERANCE[torch.float32].gradie
         tensors,
         cotangents,
     )
-    want, truth = true_gradients(
-        lambda **t: mapping_ref(**t, num_streams=n, sinkhorn_iterations=iterations),
-        tensors,
-        cotangents,
-    )
+
+    def reference(**t):
+        return mapping_ref(**t, num_streams=n, sinkhorn_iterations=iterations)
+
+    want, truth = true_gradients(reference, tensors, cotangents)
     tolerance = TOLERANCE[tensors['x'].dtype]
     for name, a, b in zip(NAMES, got, want, strict=True):
         assert a.dtype == torch.float32
         assert error(a, b) < tolerance.maps, f'{name}: {error(a, b):.2e}'
-    sums = {'weight': 'bias', 'alpha': 'bias'}
+    terms = terms_of(reference, tensors, cotangents, ('bias',))['bias']
+    sums = dict.fromkeys(('weight', 'bias', 'alpha'), terms)
     assert_gradients(gradients, truth, tensors, tolerance.gradients, wide, sums)
 
 
