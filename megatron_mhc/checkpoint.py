@@ -31,6 +31,7 @@ from megatron_mhc.checkpoint_layout import check_chunks
 from megatron_mhc.config import NORM_EPS, PAPER_NORM_EPS, ResidualConfig
 from megatron_mhc.convert.plain import plain_load
 from megatron_mhc.convert.stored import Stored
+from megatron_mhc.refusal import is_first_rank
 
 # Megatron-LM's own hyper-connections, on its main and dev branches.
 FOREIGN = ('enable_mhc_connections', 'enable_hyper_connections')
@@ -97,7 +98,7 @@ def find_checkpoint(flag: str, directory: str, step: int | None) -> Found | None
 def _common(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / METADATA_FILE).exists():
         raise ValueError(f'{folder.name} has no {METADATA_FILE}, so its tensors cannot be found')
-    return Stored(folder).common()
+    return Stored(folder, sizes=is_first_rank()).common()
 
 
 def _arguments(state: Any) -> argparse.Namespace | None:

@@ -29,8 +29,12 @@ BEAT, PATIENCE = 10.0, 45.0
 _held: dict[pathlib.Path, str] = {}
 
 
-def hold(folder: str) -> None:
+def hold(folder: str, flag: str = '--save') -> None:
     """Take ``folder`` until this process ends; waits up to PATIENCE for a sign of life of another.
+
+    Args:
+        folder: is made where it is not there.
+        flag: what named it, for messages.
 
     Raises:
         ValueError: another run saves there, or the folder cannot be written to.
@@ -41,10 +45,10 @@ def hold(folder: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while not _create(path):
-            _take_over(path, folder)
+            _take_over(path, f'{flag} {folder}')
     except OSError as error:
         raise ValueError(
-            f'--save {folder}: cannot be written to ({error.strerror or error}); make it writable '
+            f'{flag} {folder}: cannot be written to ({error.strerror or error}); make it writable '
             'or choose another folder'
         ) from error
     atexit.register(release, path)
@@ -90,7 +94,7 @@ def _create(path: pathlib.Path) -> bool:
     return True
 
 
-def _take_over(path: pathlib.Path, folder: str) -> None:
+def _take_over(path: pathlib.Path, named: str) -> None:
     """Move a dead run's lock out of the way.
 
     Raises:
@@ -106,7 +110,7 @@ def _take_over(path: pathlib.Path, folder: str) -> None:
         gone = not _beats(path, seen)
     if not gone:
         raise ValueError(
-            f'--save {folder}: another run saves there, {holder} since {_since(text)}, and two '
+            f'{named}: another run saves there, {holder} since {_since(text)}, and two '
             "would overwrite each other's checkpoints; wait for its end, choose another folder, or "
             f'delete {path} if you know that it does not run'
         )
@@ -114,7 +118,7 @@ def _take_over(path: pathlib.Path, folder: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
         if aside.read_text() == text:
-            announce(f'--save {folder}: taken over from {holder}, which is gone')
+            announce(f'{named}: taken over from {holder}, which is gone')
         else:
             # Somebody was faster, and this is already the lock of a living run.
             with contextlib.suppress(OSError):

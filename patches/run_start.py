@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megatron_mhc import run_end, save_lock
+from megatron_mhc.argument_types import flag_of
 from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.refusal import announce, refuse
@@ -35,7 +36,7 @@ def hold_folders() -> None:
     """
     args = parsed_arguments()
     names = ('save', 'non_persistent_global_ckpt_dir')
-    folders = [folder for name in names if (folder := getattr(args, name, None))]
+    folders = {flag_of(name): folder for name in names if (folder := getattr(args, name, None))}
     store, key = dist.distributed_c10d._get_default_store(), f'megatron_mhc/lock/{next(_STARTS)}'
     if dist.get_rank() == 0:
         store.set(key, _taken(folders))
@@ -44,14 +45,14 @@ def hold_folders() -> None:
         refuse(pathlib.Path(sys.argv[0]).name, refusal)
 
 
-def _taken(folders: list[str]) -> str:
+def _taken(folders: dict[str, str]) -> str:
     """What stands against it; empty if all are held now."""
-    for folder in folders:
+    for flag, folder in folders.items():
         if '://' in folder:
-            announce(f'--save {folder}: no lock keeps other runs out of an object store')
+            announce(f'{flag} {folder}: no lock keeps other runs out of an object store')
             continue
         try:
-            save_lock.hold(folder)
+            save_lock.hold(folder, flag)
         except ValueError as error:
             return str(error)
     return ''

@@ -141,7 +141,7 @@ DAMAGE = {
         lambda f: (f / '.metadata').write_bytes(pickle.dumps([1, 2])),
         '.metadata',
     ),
-    'data gone': (lambda f: next(f.glob('*.distcp')).unlink(), '.metadata cannot be read'),
+    'data gone': (lambda f: next(f.glob('*.distcp')).unlink(), 'distcp, which is not there'),
     'data cut': (lambda f: cut(next(f.glob('*.distcp'))), 'bytes where it lists'),
     'common.pt gone': (lambda f: (f / 'common.pt').unlink(), 'neither common.pt'),
     'common.pt cut': (lambda f: cut(f / 'common.pt'), 'common.pt cannot be read'),
@@ -167,6 +167,16 @@ def test_damaged_distributed_checkpoints(both, refused, case):
     damage(both[1] / 'iter_0000003')
     said = refused(f'{FLAGS} --load {both[1]}')
     assert f'--load {both[1]}: ' in said and message in said
+
+
+def test_only_the_first_rank_looks_at_the_length_of_every_file(both, parse, refused, monkeypatch):
+    """Thousands of ranks share a file system; one that is gone is seen in its folder's listing."""
+    file = next((both[1] / 'iter_0000003').glob('*.distcp'))
+    cut(file)
+    monkeypatch.setattr('megatron_mhc.checkpoint.is_first_rank', lambda: False)
+    assert parse(*f'{FLAGS} --load {both[1]}'.split()).load
+    file.unlink()
+    assert 'which is not there' in refused(f'{FLAGS} --load {both[1]}')
 
 
 def test_damaged_files(both, refused):

@@ -102,8 +102,8 @@ def test_a_run_on_another_machine_is_known_by_its_heartbeat(tmp_path, lock, else
     beating = threading.Thread(target=beat)
     beating.start()
     try:
-        with pytest.raises(ValueError, match='on node7 since Monday, and two would overwrite'):
-            save_lock.hold(str(tmp_path))
+        with pytest.raises(ValueError, match='^--own .* on node7 since Monday, and two would'):
+            save_lock.hold(str(tmp_path), '--own')
     finally:
         ended.set()
         beating.join()
@@ -155,6 +155,8 @@ def test_a_folder_that_cannot_be_written_to_is_said_at_start(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match=r'--save .*/file: cannot be written to \('):
         save_lock.hold(str(tmp_path / 'file'))
+    with pytest.raises(ValueError, match='--non-persistent-global-ckpt-dir .*/file: cannot be'):
+        save_lock.hold(str(tmp_path / 'file'), '--non-persistent-global-ckpt-dir')
 
 
 def wait_until(condition):

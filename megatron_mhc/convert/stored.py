@@ -7,6 +7,7 @@ is read, the checksums (CRC-32) of its archive, its shape and its dtype.
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 from typing import Any
 
@@ -24,6 +25,10 @@ COMMON_FILE = 'common.pt'
 class Stored:
     """What ``.metadata`` of a folder lists.
 
+    Args:
+        sizes: look at the length of every file, too, and not only that it is there: a file system
+            that thousands of ranks share is asked for the lengths once, by the first.
+
     Attributes:
         entries: name -> torch's ``TensorStorageMetadata`` or ``BytesStorageMetadata``.
 
@@ -32,22 +37,27 @@ class Stored:
             lists is absent or shorter than it says.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, sizes: bool = True) -> None:
         self.folder = folder
         metadata = load_metadata(folder / METADATA_FILE)
         with one_line(str(folder / METADATA_FILE)):
             self.entries = dict(metadata.state_dict_metadata)
             self.places = dict(metadata.storage_data)
-            self._check_files()
+            self._check_files(sizes)
 
-    def _check_files(self) -> None:
+    def _check_files(self, sizes: bool) -> None:
         ends: dict[str, int] = {}
         for place in self.places.values():
             end = place.offset + place.length
             ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+        there = set(os.listdir(self.folder))
         for name, end in ends.items():
             if pathlib.PurePath(name).name != name:
                 raise ValueError(f'it names {name!r}, a file outside of its folder')
+            if name not in there:
+                raise ValueError(f'it lists {name}, which is not there')
+            if not sizes:
+                continue
             size = (self.folder / name).stat().st_size
             if size < end:
                 raise ValueError(f'{name} has {size:,} bytes where it lists {end:,}')

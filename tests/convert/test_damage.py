@@ -102,9 +102,9 @@ def recorded_as(metadata, name: str, dtype: torch.dtype) -> None:
     )
 
 
+# A file of the other format has whole tensors.
+@pytest.mark.parametrize('saved', ['torch_dist'], indirect=True)
 def test_parts_shapes_and_dtypes(saved, tmp_path):
-    if not is_distributed(saved / ITERATION):
-        pytest.skip('a file has whole tensors')
     name = 'decoder.layers.mlp.linear_fc1.weight'
 
     def part_gone(metadata):
