@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_mhc.kernels.autograd.ops import Mapping, MappingSettings, PostRes, Pre, Sinkhorn
 from megatron_mhc.kernels.autograd.seam import Read, Write, WriteRead
 from megatron_mhc.kernels.backend import kernel_obstacle
+from megatron_mhc.kernels.defaults import NORM_EPS
 from megatron_mhc.kernels.reference import mapping_ref, post_res_ref, pre_ref, sinkhorn_ref
-from megatron_mhc.kernels.reference.mapping import NORM_EPS
 from megatron_mhc.kernels.triton.launch import interpreted
 
 ITERATIONS = 20

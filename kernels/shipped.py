@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_mhc.kernels.autograd.ops import Mapping, MappingSettings, PostRes, Pre, Sinkhorn
 from megatron_mhc.kernels.autograd.seam import Read, Write, WriteRead
-from megatron_mhc.kernels.reference.mapping import NORM_EPS
+from megatron_mhc.kernels.defaults import NORM_EPS
 from megatron_mhc.kernels.triton.launch import Launch, record_launches
 
 ITERATIONS = 20

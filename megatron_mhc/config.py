@@ -16,12 +16,13 @@ from megatron_mhc.argument_types import (
     check_number,
     shown,
 )
+from megatron_mhc.kernels.defaults import NORM_EPS
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
+from megatron_mhc.manifolds.sizes import INIT_PRESETS
 
 RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd')
 # Those with n streams.
 STREAM_TYPES = ('hc', 'mhc')
-INIT_PRESETS = ('uniform', 'identity')
 STREAM_MERGES = ('mean', 'sum', 'learned')
 MAPPINGS = ('pre', 'post', 'res')
 HC_VARIANTS = MUDD_VARIANTS = ('dynamic', 'static')
@@ -30,10 +31,6 @@ MAPPING_OPTIMIZERS = ('matrix', 'scalar')
 KERNEL_BACKENDS = ('auto', 'triton', 'torch')
 RECOMPUTE_BLOCKS = ('none', 'stage', 'auto')
 RECOMPUTE_STREAMS = ('compute', 'high')
-NORM_EPS = 1e-6
-"""Added to the mean square of all n*C values of a token: that of DeepSeek-V4's released code and of
-Megatron-LM's main and dev. Under a smaller one a token whose streams are zero, such as an unused
-row of the embedding, multiplies its gradient by 1/sqrt(eps)."""
 PAPER_NORM_EPS = 1e-20
 """mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
 # Smaller ones are no normal numbers in fp32, in which the norm is computed.

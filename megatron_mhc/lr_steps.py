@@ -11,8 +11,8 @@ import argparse
 
 from megatron_mhc.argument_types import MOST_FACTOR, number
 from megatron_mhc.checkpoint import checkpoint_arguments, loads_optimizer
+from megatron_mhc.megatron_sizes import STYLE
 
-STYLE = 'step'
 # mHC, Table 5: multiples of the base rate, 10^-0.5 and 10^-1.
 PAPER_MILESTONES = (0.8, 0.9)
 PAPER_RATES = (0.316, 0.1)

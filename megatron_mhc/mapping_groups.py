@@ -9,8 +9,8 @@ from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
 from megatron_mhc.config import ResidualConfig
-from megatron_mhc.constraints import DECOUPLED, WHY_NOT_DECOUPLED
 from megatron_mhc.group_rules import Overrides, Rule, laid_on_top, scaled_rates
+from megatron_mhc.settings.refused_residual import DECOUPLED, WHY_NOT_DECOUPLED
 
 PHI = ('*hyper_connection.mapping_proj.weight', '*stream_merge.mapping_proj.weight')
 VECTORS = (

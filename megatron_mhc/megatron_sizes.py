@@ -18,8 +18,9 @@ from megatron_mhc.argument_types import (
     flag_of,
     shown,
 )
-from megatron_mhc.lr_steps import STYLE
 
+# The decay of the learning rate that is ours: --lr-decay-style step.
+STYLE = 'step'
 # Argument -> least and most.
 SIZES = {
     'num_layers': (1, MOST_LAYERS),

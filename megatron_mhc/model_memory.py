@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from megatron_mhc.block_cost import block_size, kept_cost
 from megatron_mhc.model_shape import GroupedAttention, ModelShape
 from megatron_mhc.model_size import REPLICATED, ends, layer_parameters
-from megatron_mhc.schedules.catalog import SCHEDULES, make_plan, obstacle
-from megatron_mhc.schedules.validator import live_activations
+from megatron_mhc.schedules.catalog import SCHEDULES
+from megatron_mhc.schedules.live import live_at_peak
 from megatron_mhc.stage_layers import layer_counts, stage_at
 
 FP32 = 4
@@ -168,26 +168,6 @@ def rank_memory(shape: ModelShape, layout: Layout, sequences: int) -> list[RankM
             )
         )
     return memory
-
-
-def live_at_peak(schedule: str, pp: int, microbatches: int, chunks: int) -> tuple[float, ...]:
-    """``live_activations`` of every pipeline rank in Megatron's order.
-
-    Raises:
-        ValueError: the schedule does not exist for these numbers.
-    """
-    reason = obstacle(schedule, pp, microbatches, chunks=chunks)
-    if reason is not None:
-        raise ValueError(reason)
-    # From 2 P + 1 on more microbatches change nothing; a multiple of P suits every schedule.
-    return _live_at_peak(schedule, pp, min(microbatches, 4 * pp), chunks)
-
-
-@functools.cache
-def _live_at_peak(schedule: str, pp: int, microbatches: int, chunks: int) -> tuple[float, ...]:
-    live = live_activations(make_plan(schedule, pp, microbatches, chunks=chunks))
-    # A plan counts its V from the rank with both ends; Megatron's last rank has them.
-    return live[::-1] if SCHEDULES[schedule].placement == 'v' else live
 
 
 def rank_parameters(shape: ModelShape, layout: Layout) -> list[Counter[str]]:

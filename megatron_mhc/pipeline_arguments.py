@@ -7,17 +7,16 @@ import os
 
 from megatron_mhc.argument_types import flag_of, integer
 from megatron_mhc.inverted_v_layout import CHUNKS, check_layout, even_layout
-from megatron_mhc.model_memory import live_at_peak
 from megatron_mhc.pipeline_config import (
     PIPELINE_SCHEDULES,
-    STOCK_SCHEDULES,
     STREAMS,
     V_SCHEDULES,
     W_PLACEMENTS,
     PipelineConfig,
 )
-from megatron_mhc.pipeline_constraints import V_CONSTRAINTS
 from megatron_mhc.refusal import announce, is_first_rank
+from megatron_mhc.schedules.live import live_at_peak
+from megatron_mhc.settings.refused_pipeline import INVERTED_V
 
 # Compute, high priority, expert and stage communication, with room for data parallelism.
 ENOUGH_CONNECTIONS = 8
@@ -138,7 +137,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
                 'use --pipeline-schedule interleaved'
             )
         return None
-    check_pipeline_constraints(args, pipeline)
+    INVERTED_V.check(args, pipeline.schedule)
     if args.micro_batch_size is None:
         raise ValueError(
             f'--micro-batch-size is missing: --pipeline-schedule {schedule} is planned for a '
@@ -199,21 +198,6 @@ def advise_on_optimizer_state(args: argparse.Namespace, when: str) -> None:
             'then resume with --no-load-optim only ("Global shape mismatch" otherwise); add '
             '--dist-ckpt-optim-fully-reshardable to the run that saves'
         )
-
-
-def check_pipeline_constraints(settings: object, pipeline: PipelineConfig) -> None:
-    """Raise ValueError for the first refused pair in parsed arguments or a model config."""
-
-    def get(name: str) -> object:
-        return getattr(settings, name, None)
-
-    for constraint in V_CONSTRAINTS:
-        if constraint.violated(get):
-            raise ValueError(
-                f'{constraint.flag} cannot be combined with --pipeline-schedule '
-                f'{pipeline.schedule}: {constraint.reason}; {constraint.remedy}, or use '
-                f'--pipeline-schedule {STOCK_SCHEDULES[0]}'
-            )
 
 
 def _lay_out(args: argparse.Namespace) -> None:

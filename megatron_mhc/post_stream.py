@@ -23,42 +23,15 @@ from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
-from megatron_mhc.constraints import Constraint, cuda_graphs, offloads
 from megatron_mhc.layer import HyperConnectionLayerMixin
 from megatron_mhc.schedules.executor_lanes import yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import Launched, launch, side_stream
+from megatron_mhc.settings.refused_post_stream import POST_STREAM
 
 HIGH_PRIORITY = -1
 # What `megatron-mhc schedule trace` looks for.
 RANGE = 'mhc/F_post_res'
 _LEFT: ContextVar[bool] = ContextVar('megatron_mhc_left_in_flight', default=False)
-
-POST_STREAM_CONSTRAINTS = (
-    Constraint(
-        '--recompute-granularity full',
-        lambda get: get('recompute_granularity') == 'full',
-        'its backward runs forward passes again, which is not tested with a second stream',
-        'use --recompute-granularity selective',
-    ),
-    Constraint(
-        '--cuda-graph-impl / --enable-cuda-graph',
-        cuda_graphs,
-        'a replayed layer does not wait for its input',
-        'use --cuda-graph-impl none',
-    ),
-    Constraint(
-        '--fine-grained-activation-offloading / --cpu-offloading-num-layers',
-        offloads,
-        'the residual would be offloaded while F_post,res still reads it',
-        'use selective recomputation',
-    ),
-    Constraint(
-        '--overlap-moe-expert-parallel-comm',
-        lambda get: bool(get('overlap_moe_expert_parallel_comm')),
-        'its schedule calls the residual add of a layer by hand',
-        'drop the flag',
-    ),
-)
 
 
 class PostStream:
@@ -137,16 +110,6 @@ def left_in_flight() -> Iterator[None]:
         _LEFT.reset(token)
 
 
-def check_post_stream(settings: object) -> None:
-    """Raise ValueError for what cannot be combined, in parsed arguments or a model's config."""
-    for constraint in POST_STREAM_CONSTRAINTS:
-        if constraint.violated(lambda name: getattr(settings, name, None)):
-            raise ValueError(
-                f'{constraint.flag} cannot be combined with --mhc-post-stream high: '
-                f'{constraint.reason}; {constraint.remedy}, or use --mhc-post-stream compute'
-            )
-
-
 def use_post_stream(model: nn.Module) -> None:
     """Move F_post,res of every MLP sublayer of ``model.decoder`` to a stream of high priority.
 
@@ -156,7 +119,7 @@ def use_post_stream(model: nn.Module) -> None:
     Raises:
         ValueError: a setting that cannot be combined with it, or an unknown residual add.
     """
-    check_post_stream(model.config)
+    POST_STREAM.check(model.config)
     block = model.decoder
     stream = PostStream(getattr(model, 'vp_stage', None) or 0)
     for layer in block.layers:

@@ -15,7 +15,6 @@ from types import MappingProxyType
 from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
 from megatron_mhc.checkpoint import check_checkpoints, found_checkpoints
 from megatron_mhc.compat import require_one_tree
-from megatron_mhc.constraints import check_constraints
 from megatron_mhc.embedding_copies import check_embedding_copies
 from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
 from megatron_mhc.engram.resume import check_memory
@@ -27,6 +26,7 @@ from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.refusal import refuse, with_remedy
+from megatron_mhc.settings.refusals import POST_STREAM, check_residual
 from megatron_mhc.shared_flags import add_groups, hand_over
 
 # What adds our argument groups, in the order in which --help shows them.
@@ -87,7 +87,7 @@ def accept(
     check_sizes(namespace)
     hand_over(namespace, shared)
     residual = resolve_arguments(namespace, shared)
-    check_constraints(namespace, residual)
+    check_residual(namespace, residual)
     checkpoints = found_checkpoints(namespace)
     check_checkpoints(namespace, residual, checkpoints)
     announce_kernels(namespace, residual)
@@ -110,9 +110,7 @@ def accept(
     if monitor is not None:
         apply(MONITOR_PATCHES)
     if high:
-        from megatron_mhc.post_stream import check_post_stream
-
-        check_post_stream(namespace)
+        POST_STREAM.check(namespace)
         apply(MODEL_PATCHES)
 
 

@@ -27,7 +27,7 @@ from megatron_mhc.compat import (
     nearest_minor,
     take_as_it_is,
 )
-from megatron_mhc.seam import PLACED, Seam, plain
+from megatron_mhc.patches.placed import PLACED, Seam, plain
 
 
 @dataclass(frozen=True)

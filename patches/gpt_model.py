@@ -16,7 +16,6 @@ from megatron.core.utils import is_te_min_version
 from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
 from megatron_mhc.block import widen_block
 from megatron_mhc.config import ResidualConfig
-from megatron_mhc.constraints import check_constraints
 from megatron_mhc.embedding_copies import check_embedding_group, one_rank_holds_all
 from megatron_mhc.engram.arguments import engram_of
 from megatron_mhc.engram.memory import attach, prepare_engram
@@ -26,12 +25,12 @@ from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import check_ring_of_two, negotiate_shapes_if_needed
 from megatron_mhc.pipeline_arguments import (
-    check_pipeline_constraints,
     check_recompute_stream,
     pipeline_config_from_args,
 )
 from megatron_mhc.pipeline_config import PipelineConfig
 from megatron_mhc.post_stream import use_post_stream
+from megatron_mhc.settings.refusals import INVERTED_V, check_residual
 from megatron_mhc.spec import with_residual
 from megatron_mhc.tied_embedding import drop_unused_output_weight, tie
 
@@ -71,7 +70,7 @@ def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None
         )
     if vp_stage == 0:
         # The second chunk shares the config, in which the next lines set what nobody else may.
-        check_pipeline_constraints(config, pipeline)
+        INVERTED_V.check(config, pipeline.schedule)
     config.pipeline_config = pipeline
     # Set here because the check in the config demands Megatron's own overlap with it.
     config.delay_wgrad_compute = is_te_min_version('2.3.0')
@@ -107,7 +106,7 @@ def _wrap(original: Callable) -> Callable:
         config = bound.arguments['config']
         residual = residual_of(config)
         if residual.enabled:
-            check_constraints(config, residual)
+            check_residual(config, residual)
             bound.arguments['transformer_layer_spec'] = with_residual(
                 bound.arguments['transformer_layer_spec'], residual
             )

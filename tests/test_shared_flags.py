@@ -83,9 +83,9 @@ def test_what_neither_reads_is_refused(monkeypatch, capsys, flags, said):
 
 def test_the_two_topologies_exclude_each_other():
     from megatron_mhc.config import ResidualConfig
-    from megatron_mhc.constraints import check_constraints
+    from megatron_mhc.settings.refusals import check_residual
 
     settings = argparse.Namespace(enable_mhc_connections=True)
-    check_constraints(settings, ResidualConfig('standard'))
+    check_residual(settings, ResidualConfig('standard'))
     with pytest.raises(ValueError, match='enable-mhc-connections .* cannot be combined'):
-        check_constraints(settings, ResidualConfig())
+        check_residual(settings, ResidualConfig())

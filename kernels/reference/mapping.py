@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mhc.kernels.defaults import NORM_EPS
 from megatron_mhc.kernels.reference.precision import at_least_fp32, without_autocast
 from megatron_mhc.kernels.reference.sinkhorn import sinkhorn_ref
-
-# The default of ``--mhc-norm-eps``.
-NORM_EPS = 1e-6
 
 
 def scaled_projection_ref(

@@ -11,12 +11,9 @@ import itertools
 import math
 from typing import NamedTuple
 
-from megatron_mhc.engram.config import EngramConfig
+from megatron_mhc.engram.config import ROW_BLOCKS, EngramConfig
 
 LARGEST = 2**63 - 1
-# Rows of a layer are padded to a multiple of it: their number must not depend on the ranks that
-# share them, and this one is divided by every usual number of ranks.
-ROW_BLOCKS = 768
 
 
 class Addresses(NamedTuple):

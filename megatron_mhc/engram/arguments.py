@@ -9,7 +9,7 @@ from typing import Any
 from megatron_mhc.argument_types import integer, number
 from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.engram.config import EngramConfig, flag
-from megatron_mhc.engram.constraints import check_engram, check_stage, evenly_divided
+from megatron_mhc.settings.refused_engram import check_engram, check_stage, evenly_divided
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EngramConfig))
 

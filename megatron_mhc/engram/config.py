@@ -19,6 +19,9 @@ from megatron_mhc.argument_types import (
 MOST_ORDER, MOST_HEADS, MOST_ROWS, MOST_SEED = 64, 1024, 2**31 - 1, 2**63 - 1
 # Taps of the depthwise causal convolution; their distance is the longest n-gram.
 CONVOLUTION_WIDTH = 4
+# Rows of a layer are padded to a multiple of it: their number must not depend on the ranks that
+# share them, and this one is divided by every usual number of ranks.
+ROW_BLOCKS = 768
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mhc.engram.addresses import ROW_BLOCKS, rows
-from megatron_mhc.engram.config import EngramConfig
+from megatron_mhc.engram.addresses import rows
+from megatron_mhc.engram.config import ROW_BLOCKS, EngramConfig
 
 
 class EngramTable(VocabParallelEmbedding):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+# How a manifold may start (``--mhc-init``).
+INIT_PRESETS = ('uniform', 'identity')
+
 # 5! = 120 rows of phi; 6! would be 720 for 25 degrees of freedom.
 LARGEST_PERMUTED = 5
 

@@ -6,8 +6,8 @@ import importlib.metadata
 
 import torch
 
-from megatron_mhc.config import INIT_PRESETS
 from megatron_mhc.manifolds.manifold import Manifold
+from megatron_mhc.manifolds.sizes import INIT_PRESETS
 
 # Row and column sums of a manifold that calls itself doubly stochastic, in fp32.
 TOLERANCE = 1e-3

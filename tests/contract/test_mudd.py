@@ -209,7 +209,7 @@ def test_another_attention_is_refused(build):
 def test_what_the_model_config_refuses(settings, message):
     from types import SimpleNamespace
 
-    from megatron_mhc.constraints import check_constraints
+    from megatron_mhc.settings.refusals import check_residual
 
     with pytest.raises(ValueError, match=message):
-        check_constraints(SimpleNamespace(**settings), ResidualConfig('mudd'))
+        check_residual(SimpleNamespace(**settings), ResidualConfig('mudd'))

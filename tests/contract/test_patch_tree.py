@@ -24,7 +24,7 @@ from megatron_mhc import cpu_device
 cpu_device.install()
 from megatron.training import arguments
 from megatron_mhc.patches.engine import applied
-from megatron_mhc.seam import PLACED
+from megatron_mhc.patches.placed import PLACED
 
 def parse(*flags):
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mhc.compat import core_minor, core_version, require_supported_core
 from megatron_mhc.patches import engine
-from megatron_mhc.seam import PLACED, Seam
+from megatron_mhc.patches.placed import PLACED, Seam
 
 
 def all_patches():

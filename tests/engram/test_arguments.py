@@ -9,7 +9,7 @@ import torch
 
 from megatron_mhc.engram.arguments import engram_config_from_args
 from megatron_mhc.engram.config import EngramConfig
-from megatron_mhc.engram.constraints import check_engram
+from megatron_mhc.settings.refused_engram import check_engram
 
 
 def test_without_the_flag_nothing_is_patched(parse):

@@ -12,7 +12,7 @@ import pytest
 from megatron_mhc import tree_scan
 from megatron_mhc.cli import main
 from megatron_mhc.patches import engine
-from megatron_mhc.seam import PLACED
+from megatron_mhc.patches.placed import PLACED
 
 # pytest imports tests by path.
 sys.path.append(str(pathlib.Path(__file__).parent))

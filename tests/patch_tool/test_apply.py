@@ -15,7 +15,7 @@ from sample_tree import FILES, IDS, contents, execute
 
 from megatron_mhc import tree_write
 from megatron_mhc.patches import engine
-from megatron_mhc.seam import PLACED
+from megatron_mhc.patches.placed import PLACED
 from megatron_mhc.tree_edit import fingerprint, seam_line
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from sample_tree import FILES, IDS, INFO, contents, execute
 
 from megatron_mhc import tree_scan
 from megatron_mhc.patches import engine
-from megatron_mhc.seam import PLACED, Seam
+from megatron_mhc.patches.placed import PLACED, Seam
 from megatron_mhc.tree_edit import seam_line
 
 

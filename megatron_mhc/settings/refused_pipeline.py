@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from megatron_mhc.constraints import (
+from megatron_mhc.pipeline_config import V_SCHEDULES
+from megatron_mhc.settings.constraint import (
     Constraint,
+    Refusals,
     cuda_graphs,
     hybrid_model,
     offloads,
     shards_parameters,
 )
 
-V_CONSTRAINTS = (
+_ROWS = (
     Constraint(
         '--pipeline-model-parallel-size 1',
         lambda get: (get('pipeline_model_parallel_size') or 1) < 2,
@@ -149,3 +151,4 @@ V_CONSTRAINTS = (
         'drop the flag',
     ),
 )
+INVERTED_V = Refusals('--pipeline-schedule {}', 'use --pipeline-schedule 1f1b', _ROWS, V_SCHEDULES)

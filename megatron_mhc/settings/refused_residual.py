@@ -1,29 +1,15 @@
-"""What hyper-connections cannot be combined with: one table for the command line and the model.
-
-Each row is checked on the parsed arguments, before any process group exists, and again on the
-``TransformerConfig`` when a model is built, for callers that use no command line. Megatron gives a
-setting the same name in both; a name that one side lacks reads as None.
-"""
+"""What no residual topology but the standard one can be combined with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from megatron_mhc.config import ResidualConfig
-
-Setting = Callable[[str], Any]
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """A refused pair: what is set, why it cannot work with n streams, and what to do."""
-
-    flag: str
-    violated: Callable[[Setting], bool]
-    reason: str
-    remedy: str
+from megatron_mhc.settings.constraint import (
+    Constraint,
+    Refusals,
+    Setting,
+    cuda_graphs,
+    hybrid_model,
+    shards_parameters,
+)
 
 
 def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
@@ -38,32 +24,13 @@ def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
     return interleaved and get('pipeline_model_parallel_size') == 2 and bool(batched)
 
 
-def cuda_graphs(get: Setting) -> bool:
-    """By the names of every release."""
-    older = get('enable_cuda_graph') or get('external_cuda_graph')
-    return get('cuda_graph_impl') not in (None, 'none') or bool(older)
-
-
-def offloads(get: Setting) -> bool:
-    whole_layers = get('cpu_offloading') or get('cpu_offloading_num_layers')
-    return bool(whole_layers or get('fine_grained_activation_offloading'))
-
-
-def shards_parameters(get: Setting) -> bool:
-    return bool(get('use_megatron_fsdp') or get('use_torch_fsdp2'))
-
-
-def hybrid_model(get: Setting) -> bool:
-    return bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern'))
-
-
 DECOUPLED = '--decoupled-lr with --mhc-mapping-optimizer scalar'
 WHY_NOT_DECOUPLED = (
     "the only mark by which Megatron keeps a matrix from Muon is the embedding's, and marked phi "
     'would get the decoupled rate'
 )
 
-CONSTRAINTS = (
+_ROWS = (
     Constraint(
         '--no-overlap-p2p-communication with --pipeline-model-parallel-size 2 and virtual stages',
         _batched_p2p_on_two_virtual_stages,
@@ -154,37 +121,6 @@ CONSTRAINTS = (
         'keep one of the two flags',
     ),
 )
-
-
-def check_constraints(settings: object, residual: ResidualConfig) -> None:
-    """Raise ValueError for the first refused pair found in ``settings``.
-
-    Args:
-        settings: parsed arguments or a ``TransformerConfig``.
-        residual: with ``standard`` everything is allowed.
-    """
-    if not residual.enabled:
-        return
-
-    def get(name: str) -> Any:
-        return getattr(settings, name, None)
-
-    kind = f'--residual-type {residual.residual_type}'
-    _check(CONSTRAINTS, get, kind, 'use --residual-type standard')
-    if residual.residual_type == 'mudd':
-        from megatron_mhc.mudd.constraints import MUDD_CONSTRAINTS
-
-        _check(MUDD_CONSTRAINTS, get, kind, 'use --residual-type standard')
-    if residual.single_pass:
-        from megatron_mhc.single_pass import SINGLE_PASS_CONSTRAINTS
-
-        _check(SINGLE_PASS_CONSTRAINTS, get, '--mhc-single-pass', 'drop --mhc-single-pass')
-
-
-def _check(table: tuple[Constraint, ...], get: Setting, beside: str, otherwise: str) -> None:
-    for constraint in table:
-        if constraint.violated(get):
-            raise ValueError(
-                f'{constraint.flag} cannot be combined with {beside}: {constraint.reason}; '
-                f'{constraint.remedy}, or {otherwise}'
-            )
+RESIDUAL = Refusals(
+    '--residual-type {}', 'use --residual-type standard', _ROWS, ('hc', 'mhc', 'mudd')
+)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mhc.constraints import (
+from megatron_mhc.engram.config import ROW_BLOCKS, EngramConfig
+from megatron_mhc.settings.constraint import (
     Constraint,
+    Refusals,
     cuda_graphs,
     hybrid_model,
     offloads,
     shards_parameters,
 )
-from megatron_mhc.engram.addresses import ROW_BLOCKS
-from megatron_mhc.engram.config import EngramConfig
 
-ENGRAM_CONSTRAINTS = (
+_ROWS = (
     Constraint(
         '--context-parallel-size',
         lambda get: (get('context_parallel_size') or 1) > 1,
@@ -119,6 +119,7 @@ ENGRAM_CONSTRAINTS = (
         'pass the settings as flags',
     ),
 )
+ENGRAM = Refusals('--engram-layers', 'leave out --engram-layers', _ROWS)
 
 
 def check_engram(settings: object, engram: EngramConfig) -> None:
@@ -128,16 +129,11 @@ def check_engram(settings: object, engram: EngramConfig) -> None:
         settings: parsed arguments or a ``TransformerConfig``.
         engram: the memory.
     """
+    ENGRAM.check(settings)
 
     def get(name: str) -> Any:
         return getattr(settings, name, None)
 
-    for constraint in ENGRAM_CONSTRAINTS:
-        if constraint.violated(get):
-            raise ValueError(
-                f'{constraint.flag} cannot be combined with --engram-layers: {constraint.reason}; '
-                f'{constraint.remedy}, or leave out --engram-layers'
-            )
     last, layers = engram.layers[-1], get('num_layers')
     if layers is not None and last > layers:
         raise ValueError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_mhc.constraints import Constraint
+from megatron_mhc.settings.constraint import Constraint, Refusals
 
-MUDD_CONSTRAINTS = (
+_ROWS = (
     Constraint(
         '--pipeline-model-parallel-size > 1',
         lambda get: (get('pipeline_model_parallel_size') or 1) > 1,
@@ -74,3 +74,4 @@ MUDD_CONSTRAINTS = (
         'drop the flag, or use --residual-type mhc',
     ),
 )
+MUDD = Refusals('--residual-type {}', 'use --residual-type standard', _ROWS, ('mudd',))

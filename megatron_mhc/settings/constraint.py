@@ -1,0 +1,74 @@
+"""A combination that is refused, and the loop over a table of them.
+
+Each row is checked on the parsed arguments, before any process group exists, and again on the
+``TransformerConfig`` when a model is built, for callers that use no command line. Megatron gives a
+setting the same name in both; a name that one side lacks reads as None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Setting = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A refused pair: what is set, why it cannot work with the feature, and what to do."""
+
+    flag: str
+    violated: Callable[[Setting], bool]
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """All that one feature cannot be combined with.
+
+    Args:
+        feature: the flag that asks for it; ``{}`` stands for its value.
+        otherwise: how to do without it.
+        rows: in the order in which they are checked.
+        values: of the flag, where it has others that are not concerned.
+    """
+
+    feature: str
+    otherwise: str
+    rows: tuple[Constraint, ...]
+    values: tuple[str, ...] = ()
+
+    def check(self, settings: object, value: str = '') -> None:
+        """Raise ValueError for the first row that ``settings`` violates.
+
+        Args:
+            settings: parsed arguments or a ``TransformerConfig``.
+            value: of the feature's flag.
+        """
+        for row in self.rows:
+            if row.violated(lambda name: getattr(settings, name, None)):
+                raise ValueError(
+                    f'{row.flag} cannot be combined with {self.feature.format(value)}: '
+                    f'{row.reason}; {row.remedy}, or {self.otherwise}'
+                )
+
+
+def cuda_graphs(get: Setting) -> bool:
+    """By the names of every release."""
+    older = get('enable_cuda_graph') or get('external_cuda_graph')
+    return get('cuda_graph_impl') not in (None, 'none') or bool(older)
+
+
+def offloads(get: Setting) -> bool:
+    whole_layers = get('cpu_offloading') or get('cpu_offloading_num_layers')
+    return bool(whole_layers or get('fine_grained_activation_offloading'))
+
+
+def shards_parameters(get: Setting) -> bool:
+    return bool(get('use_megatron_fsdp') or get('use_torch_fsdp2'))
+
+
+def hybrid_model(get: Setting) -> bool:
+    return bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern'))

@@ -1,0 +1,29 @@
+"""Every combination that is refused; ``megatron-mhc doctor --refusals`` prints them."""
+
+from __future__ import annotations
+
+from megatron_mhc.config import ResidualConfig
+from megatron_mhc.settings.refused_engram import ENGRAM
+from megatron_mhc.settings.refused_mudd import MUDD
+from megatron_mhc.settings.refused_pipeline import INVERTED_V
+from megatron_mhc.settings.refused_post_stream import POST_STREAM
+from megatron_mhc.settings.refused_residual import RESIDUAL
+from megatron_mhc.settings.refused_single_pass import SINGLE_PASS
+
+REFUSALS = (RESIDUAL, MUDD, SINGLE_PASS, INVERTED_V, POST_STREAM, ENGRAM)
+
+
+def check_residual(settings: object, residual: ResidualConfig) -> None:
+    """Raise ValueError for the first refused pair found in ``settings``.
+
+    Args:
+        settings: parsed arguments or a ``TransformerConfig``.
+        residual: with ``standard`` everything is allowed.
+    """
+    if not residual.enabled:
+        return
+    RESIDUAL.check(settings, residual.residual_type)
+    if residual.residual_type == 'mudd':
+        MUDD.check(settings, residual.residual_type)
+    if residual.single_pass:
+        SINGLE_PASS.check(settings)
