@@ -28,7 +28,7 @@ from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 from pretrain_gpt import model_provider
 
-from megatron_mhc.argument_types import integer, number
+from megatron_mhc.inputs.values import integer, number
 
 # What Megatron demands of every run; nothing is trained here.
 DEFAULTS = {'micro_batch_size': 1, 'no_load_optim': True, 'no_load_rng': True, 'bf16': False}

@@ -16,11 +16,11 @@ import shlex
 import subprocess
 import sys
 
-from megatron_mhc.argument_types import integer
-from megatron_mhc.config import STREAM_TYPES
-from megatron_mhc.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
-from megatron_mhc.recipe_cli import describe, verdict
-from megatron_mhc.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.values import integer
+from megatron_mhc.recipes.command import describe, verdict
+from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
+from megatron_mhc.settings.residual import STREAM_TYPES
 
 PRETRAIN = pathlib.Path(__file__).with_name('pretrain_gpt.py')
 # Streams that share a hardware queue wait for each other; Megatron asks for 1 with tensor

@@ -6,7 +6,7 @@ loaded when it is first used.
 
 import importlib
 
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.settings.residual import ResidualConfig
 
 __version__ = '0.1.0'
 __all__ = ['ResidualConfig', '__version__', 'ops', 'with_residual']
@@ -16,7 +16,7 @@ def __getattr__(name: str):
     if name == 'ops':
         return importlib.import_module('megatron_mhc.ops')
     if name == 'with_residual':
-        from megatron_mhc.spec import with_residual
+        from megatron_mhc.residual.spec import with_residual
 
         return with_residual
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

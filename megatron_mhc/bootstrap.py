@@ -10,11 +10,11 @@ import sys
 
 import torch
 
-from megatron_mhc import cpu_device
-from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.compat import describe_core, require_supported_core
-from megatron_mhc.pipeline_config import V_SCHEDULES
-from megatron_mhc.refusal import announce
+from megatron_mhc.inputs.refusal import announce
+from megatron_mhc.runtime import cpu_device
+from megatron_mhc.settings.flags_residual import parsed_arguments
+from megatron_mhc.settings.pipeline import V_SCHEDULES
 
 DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')
 TOO_LATE = (

@@ -11,21 +11,27 @@ import os
 import sys
 
 from megatron_mhc import __version__
-from megatron_mhc.refusal import OneLineParser
-from megatron_mhc.script_path import enter_tree_at_hand
+from megatron_mhc.inputs.refusal import OneLineParser
+from megatron_mhc.runtime.script_path import enter_tree_at_hand
 
 # name -> (module, help)
 COMMANDS = {
     'run': ('run', 'run a pretrain script with --residual-type available'),
-    'doctor': ('doctor', 'print versions, device, optional packages and the state of every patch'),
-    'patch': ('patch_cli', "put the seams into a user's own Megatron tree"),
+    'doctor': (
+        'commands.doctor',
+        'print versions, device, optional packages and the state of every patch',
+    ),
+    'patch': ('tree.command', "put the seams into a user's own Megatron tree"),
     'convert': ('convert.cli', 'give a checkpoint streams, or another layout of them'),
-    'schedule': ('schedule_cli', 'about pipeline schedules'),
-    'recipe': ('recipe_cli', "the mHC paper's models"),
-    'study': ('study', 'which layout trains fastest: step time, memory and messages'),
-    'recompute': ('recompute_memory', 'measure the memory of block recompute beside the formula'),
-    'report': ('report', 'draw loss, gradient norm, gains and maps of runs with --mhc-monitor'),
-    'kernels': ('kernels_cli', 'about the Triton kernels'),
+    'schedule': ('commands.schedule', 'about pipeline schedules'),
+    'recipe': ('recipes.command', "the mHC paper's models"),
+    'study': ('study.command', 'which layout trains fastest: step time, memory and messages'),
+    'recompute': ('commands.recompute', 'measure the memory of block recompute beside the formula'),
+    'report': (
+        'monitor.report',
+        'draw loss, gradient norm, gains and maps of runs with --mhc-monitor',
+    ),
+    'kernels': ('commands.kernels', 'about the Triton kernels'),
 }
 
 

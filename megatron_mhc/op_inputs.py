@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mhc.argument_types import MOST_ITERATIONS, MOST_STREAMS, is_number, shown
+from megatron_mhc.inputs.values import MOST_ITERATIONS, MOST_STREAMS, is_number, shown
 from megatron_mhc.kernels.backend import BACKENDS
 
 PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')

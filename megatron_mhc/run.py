@@ -13,11 +13,11 @@ import runpy
 import socket
 import sys
 
-from megatron_mhc import cpu_device
-from megatron_mhc.argument_types import environment_integer
 from megatron_mhc.bootstrap import DEVICES, prepare
-from megatron_mhc.refusal import OneLineParser, refuse
-from megatron_mhc.script_path import enter_folder
+from megatron_mhc.inputs.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.values import environment_integer
+from megatron_mhc.runtime import cpu_device
+from megatron_mhc.runtime.script_path import enter_folder
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

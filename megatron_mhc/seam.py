@@ -15,8 +15,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.patches.placed import PLACED, Seam, plain
-from megatron_mhc.refusal import refuse
 
 ENTRY = 'arguments'
 

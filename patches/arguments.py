@@ -12,22 +12,22 @@ import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from megatron_mhc.arguments import add_residual_arguments, resolve_arguments
-from megatron_mhc.checkpoint import check_checkpoints, found_checkpoints
+from megatron_mhc.checkpoints.check import check_checkpoints, found_checkpoints
 from megatron_mhc.compat import require_one_tree
-from megatron_mhc.embedding_copies import check_embedding_copies
-from megatron_mhc.engram.arguments import add_engram_arguments, resolve_engram
 from megatron_mhc.engram.resume import check_memory
-from megatron_mhc.kernel_choice import announce_kernels
-from megatron_mhc.lr_steps import add_lr_step_arguments, resolve_lr_steps
-from megatron_mhc.megatron_sizes import check_sizes
-from megatron_mhc.monitor_arguments import add_monitor_arguments, resolve_monitor
+from megatron_mhc.inputs.refusal import refuse, with_remedy
+from megatron_mhc.optim.lr_steps import add_lr_step_arguments, resolve_lr_steps
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
-from megatron_mhc.pipeline_arguments import add_pipeline_arguments, resolve_pipeline
-from megatron_mhc.refusal import refuse, with_remedy
+from megatron_mhc.pipeline.embedding_copies import check_embedding_copies
+from megatron_mhc.runtime.kernel_choice import announce_kernels
+from megatron_mhc.settings.flags_engram import add_engram_arguments, resolve_engram
+from megatron_mhc.settings.flags_monitor import add_monitor_arguments, resolve_monitor
+from megatron_mhc.settings.flags_pipeline import add_pipeline_arguments, resolve_pipeline
+from megatron_mhc.settings.flags_residual import add_residual_arguments, resolve_arguments
+from megatron_mhc.settings.megatron_sizes import check_sizes
 from megatron_mhc.settings.refusals import POST_STREAM, check_residual
-from megatron_mhc.shared_flags import add_groups, hand_over
+from megatron_mhc.settings.shared_flags import add_groups, hand_over
 
 # What adds our argument groups, in the order in which --help shows them.
 GROUPS = (

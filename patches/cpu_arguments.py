@@ -12,7 +12,7 @@ from collections.abc import Callable
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 
-# ``megatron_mhc.cpu_device.NOTICE`` names these to the user.
+# ``megatron_mhc.runtime.cpu_device.NOTICE`` names these to the user.
 DEFAULTS = {
     'transformer_impl': 'local',
     'distributed_backend': 'gloo',

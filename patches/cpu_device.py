@@ -1,6 +1,7 @@
 """Megatron-side patches of the emulated CPU device.
 
-The launcher applies them after ``megatron_mhc.cpu_device.install``; with CUDA none is applied.
+The launcher applies them after ``megatron_mhc.runtime.cpu_device.install``; with CUDA it applies
+none.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mhc.config import ResidualConfig
-from megatron_mhc.pipeline_edges import default_timeout
+from megatron_mhc.pipeline.edges import default_timeout
+from megatron_mhc.settings.residual import ResidualConfig
 
 _BUILDS = itertools.count()
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from megatron_mhc.arguments import residual_config_from_args
-from megatron_mhc.engram.arguments import engram_config_from_args
 from megatron_mhc.engram.sizes import engram_flops
-from megatron_mhc.model_flops import STEP, residual_flops
 from megatron_mhc.patches.engine import Patch
+from megatron_mhc.settings.flags_engram import engram_config_from_args
+from megatron_mhc.settings.flags_residual import residual_config_from_args
+from megatron_mhc.sizing.flops import STEP, residual_flops
 
 
 def _wrap(original: Callable) -> Callable:

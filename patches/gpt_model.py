@@ -13,26 +13,26 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.utils import is_te_min_version
 
-from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
-from megatron_mhc.block import widen_block
-from megatron_mhc.config import ResidualConfig
-from megatron_mhc.embedding_copies import check_embedding_group, one_rank_holds_all
-from megatron_mhc.engram.arguments import engram_of
 from megatron_mhc.engram.memory import attach, prepare_engram
-from megatron_mhc.inverted_v_layout import stage_of
 from megatron_mhc.mudd.layer import connect_densely
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import check_ring_of_two, negotiate_shapes_if_needed
-from megatron_mhc.pipeline_arguments import (
+from megatron_mhc.pipeline.embedding_copies import check_embedding_group, one_rank_holds_all
+from megatron_mhc.pipeline.tied_embedding import drop_unused_output_weight, tie
+from megatron_mhc.residual.block import widen_block
+from megatron_mhc.residual.post_stream import use_post_stream
+from megatron_mhc.residual.spec import with_residual
+from megatron_mhc.schedules.inverted_v import stage_of
+from megatron_mhc.settings.flags_engram import engram_of
+from megatron_mhc.settings.flags_pipeline import (
     check_recompute_stream,
     pipeline_config_from_args,
 )
-from megatron_mhc.pipeline_config import PipelineConfig
-from megatron_mhc.post_stream import use_post_stream
+from megatron_mhc.settings.flags_residual import parsed_arguments, residual_config_from_args
+from megatron_mhc.settings.pipeline import PipelineConfig
 from megatron_mhc.settings.refusals import INVERTED_V, check_residual
-from megatron_mhc.spec import with_residual
-from megatron_mhc.tied_embedding import drop_unused_output_weight, tie
+from megatron_mhc.settings.residual import ResidualConfig
 
 
 def residual_of(config: Any) -> ResidualConfig:

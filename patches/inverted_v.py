@@ -14,8 +14,8 @@ from collections.abc import Callable
 from megatron.core import parallel_state
 from megatron.core.utils import get_pg_rank, get_pg_size
 
-from megatron_mhc.inverted_v import InvertedVLayout
 from megatron_mhc.patches.engine import Patch, on_every_release
+from megatron_mhc.pipeline.layer_layout import InvertedVLayout
 
 _building_datasets = False
 

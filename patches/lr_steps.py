@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_mhc.lr_steps import is_step_style, rate_at
+from megatron_mhc.optim.lr_steps import is_step_style, rate_at
 from megatron_mhc.patches.engine import Patch, on_every_release
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.arguments import parsed_arguments, residual_config_from_args
-from megatron_mhc.monitor import Monitor
-from megatron_mhc.monitor_alarm import trouble
-from megatron_mhc.monitor_arguments import monitor_config_from_args
-from megatron_mhc.monitor_output import write
-from megatron_mhc.monitor_reduce import gather
+from megatron_mhc.inputs.refusal import is_first_rank
+from megatron_mhc.monitor.alarm import trouble
+from megatron_mhc.monitor.collect import Monitor
+from megatron_mhc.monitor.output import write
+from megatron_mhc.monitor.reduce import gather
 from megatron_mhc.patches.engine import Patch, on_every_release
-from megatron_mhc.refusal import is_first_rank
+from megatron_mhc.settings.flags_monitor import monitor_config_from_args
+from megatron_mhc.settings.flags_residual import parsed_arguments, residual_config_from_args
 
 STATUS = 3
 _current: Monitor | None = None

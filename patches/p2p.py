@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_mhc.patches.engine import Patch, on_every_release
-from megatron_mhc.pipeline_edges import shapes_are_negotiated
+from megatron_mhc.pipeline.edges import shapes_are_negotiated
 
 
 def _wrap(original: Callable) -> Callable:

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable
 from megatron.core.optimizer import get_standard_config_overrides
 from torch import nn
 
-from megatron_mhc.block import HyperConnectionBlockMixin
 from megatron_mhc.compat import core_minor, core_version
-from megatron_mhc.config import ResidualConfig
-from megatron_mhc.engram.arguments import engram_of
 from megatron_mhc.engram.groups import require_memory, with_table_rules
-from megatron_mhc.mapping_groups import with_mapping_rules
 from megatron_mhc.mudd.layer import MuddLayerMixin
+from megatron_mhc.optim.mapping_groups import with_mapping_rules
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.gpt_model import residual_of
+from megatron_mhc.residual.block import HyperConnectionBlockMixin
+from megatron_mhc.settings.flags_engram import engram_of
+from megatron_mhc.settings.residual import ResidualConfig
 
 
 def _wrap(original: Callable) -> Callable:

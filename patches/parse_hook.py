@@ -6,7 +6,7 @@ import argparse
 import functools
 from collections.abc import Callable
 
-from megatron_mhc.refusal import refuse
+from megatron_mhc.inputs.refusal import refuse
 
 Check = Callable[[argparse.Namespace, list[str]], None]
 

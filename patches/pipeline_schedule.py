@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from megatron.core.utils import get_model_config
 
-from megatron_mhc.deferred_wgrad import mark_delayed_parameters, split_linear
 from megatron_mhc.patches.engine import Patch, on_every_release
-from megatron_mhc.pipeline_step import run_pipeline_step
+from megatron_mhc.pipeline.deferred_wgrad import mark_delayed_parameters, split_linear
+from megatron_mhc.pipeline.step import run_pipeline_step
 
 
 def _run_plan(original: Callable) -> Callable:

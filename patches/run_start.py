@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megatron_mhc import run_end, save_lock
-from megatron_mhc.argument_types import flag_of
-from megatron_mhc.arguments import parsed_arguments
+from megatron_mhc.inputs.refusal import announce, refuse
+from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.patches.engine import Patch
-from megatron_mhc.refusal import announce, refuse
+from megatron_mhc.runtime import run_end, save_lock
+from megatron_mhc.settings.flags_residual import parsed_arguments
 
 _STARTS = itertools.count()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from megatron_mhc.arguments import parsed_arguments
 from megatron_mhc.patches.engine import Patch
-from megatron_mhc.pipeline_arguments import advise_on_optimizer_state
+from megatron_mhc.settings.flags_pipeline import advise_on_optimizer_state
+from megatron_mhc.settings.flags_residual import parsed_arguments
 
 
 def _wrap(original: Callable) -> Callable:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from megatron_mhc.patches.engine import Patch, on_every_release
-from megatron_mhc.tied_embedding import sum_tied_gradients
+from megatron_mhc.pipeline.tied_embedding import sum_tied_gradients
 
 
 def _wrap(original: Callable) -> Callable:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from megatron_mhc import cpu_device
+from megatron_mhc.runtime import cpu_device
 
 # What the layout tests share stands beside their worker; pytest imports tests by path.
 sys.path.append(str(pathlib.Path(__file__).parent / 'layouts'))

@@ -67,7 +67,7 @@ def add_float_parameters(model_provider):
 
 
 def main(cases_path, out_path):
-    from megatron_mhc import cpu_device
+    from megatron_mhc.runtime import cpu_device
 
     cpu_device.install()
     from megatron_mhc.patches import engine

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from megatron_mhc.arguments import residual_config_from_args
-from megatron_mhc.checkpoint import check_checkpoint
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.checkpoints.check import check_checkpoint
+from megatron_mhc.settings.flags_residual import residual_config_from_args
+from megatron_mhc.settings.residual import ResidualConfig
 
 MINIMAL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', '4']
 
@@ -145,7 +145,7 @@ def test_refusals_are_one_line_and_name_the_flag(refused, flags):
 @pytest.mark.parametrize(('local_rank', 'said'), [('0', 1), ('3', 0)])
 def test_other_ranks_wait_for_the_first_to_say_why(monkeypatch, capsys, local_rank, said):
     """torchrun ends the first rank as soon as another one has gone."""
-    from megatron_mhc import refusal
+    from megatron_mhc.inputs import refusal
 
     waited = []
     monkeypatch.setattr(refusal.time, 'sleep', waited.append)
@@ -158,7 +158,7 @@ def test_other_ranks_wait_for_the_first_to_say_why(monkeypatch, capsys, local_ra
 
 
 def test_kernels_are_announced_once_with_the_reason(parse, capsys):
-    from megatron_mhc import refusal
+    from megatron_mhc.inputs import refusal
 
     refusal.announce.cache_clear()
     parse('--residual-type', 'mhc', '--bf16')

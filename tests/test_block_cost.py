@@ -7,7 +7,13 @@ import random
 
 import pytest
 
-from megatron_mhc.block_cost import best_block, block_cost, block_size, kept_cost, whole_cost
+from megatron_mhc.settings.recompute_cost import (
+    best_block,
+    block_cost,
+    block_size,
+    kept_cost,
+    whole_cost,
+)
 
 
 @pytest.mark.parametrize(

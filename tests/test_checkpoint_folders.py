@@ -173,7 +173,7 @@ def test_only_the_first_rank_looks_at_the_length_of_every_file(both, parse, refu
     """Thousands of ranks share a file system; one that is gone is seen in its folder's listing."""
     file = next((both[1] / 'iter_0000003').glob('*.distcp'))
     cut(file)
-    monkeypatch.setattr('megatron_mhc.checkpoint.is_first_rank', lambda: False)
+    monkeypatch.setattr('megatron_mhc.checkpoints.check.is_first_rank', lambda: False)
     assert parse(*f'{FLAGS} --load {both[1]}'.split()).load
     file.unlink()
     assert 'which is not there' in refused(f'{FLAGS} --load {both[1]}')

@@ -158,7 +158,7 @@ def python(code):
 
 def test_emulation_answers_like_a_device():
     done = python("""
-from megatron_mhc import cpu_device
+from megatron_mhc.runtime import cpu_device
 cpu_device.install()
 cpu_device.install()
 import torch
@@ -195,7 +195,7 @@ assert torch.equal(before, torch.get_rng_state())
     ],
 )
 def test_install_refuses(before, said):
-    done = python(f'{before}\nfrom megatron_mhc import cpu_device\ncpu_device.install()')
+    done = python(f'{before}\nfrom megatron_mhc.runtime import cpu_device\ncpu_device.install()')
     assert done.returncode == 1
     assert said in done.stderr.splitlines()[-1]
 

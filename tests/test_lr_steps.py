@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from megatron_mhc.lr_steps import style_of
+from megatron_mhc.optim.lr_steps import style_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEP = ['--lr-decay-style', 'step']

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.config import INIT_PRESETS
 from megatron_mhc.manifolds import registry
 from megatron_mhc.manifolds.manifold import Manifold
 from megatron_mhc.manifolds.sizes import matrix_flops
-from megatron_mhc.mhc import ManifoldHyperConnection
+from megatron_mhc.residual.mhc import ManifoldHyperConnection
+from megatron_mhc.settings.residual import INIT_PRESETS
 
 STREAMS = {
     'sinkhorn': (1, 2, 3, 4, 7, 8),
@@ -213,7 +213,7 @@ def test_flag_is_resolved_and_compared(parse, refused):
     assert args.mhc_manifold == 'permutation'
     assert parse('--residual-type', 'mhc').mhc_manifold == 'sinkhorn'
     assert '--mhc-manifold' in refused('--residual-type hc --mhc-manifold identity')
-    from megatron_mhc.arguments import same_structure
+    from megatron_mhc.settings.flags_residual import same_structure
 
     assert not same_structure(ResidualConfig(), ResidualConfig(manifold='permutation'))
 

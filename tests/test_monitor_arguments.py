@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mhc.monitor_arguments import monitor_config_from_args
+from megatron_mhc.settings.flags_monitor import monitor_config_from_args
 
 MHC = ('--residual-type', 'mhc')
 MONITOR = (*MHC, '--mhc-monitor', '--tensorboard-dir', 'runs')

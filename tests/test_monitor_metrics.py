@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from megatron_mhc import ops
-from megatron_mhc.monitor_alarm import sublayer_name, trouble
-from megatron_mhc.monitor_arguments import MonitorConfig
-from megatron_mhc.monitor_metrics import (
+from megatron_mhc.monitor.alarm import sublayer_name, trouble
+from megatron_mhc.monitor.metrics import (
     MAXIMA,
     MEANS,
     Sample,
@@ -24,8 +23,9 @@ from megatron_mhc.monitor_metrics import (
     similarity,
     sums,
 )
-from megatron_mhc.monitor_output import scalars
-from megatron_mhc.monitor_reduce import Report
+from megatron_mhc.monitor.output import scalars
+from megatron_mhc.monitor.reduce import Report
+from megatron_mhc.settings.flags_monitor import MonitorConfig
 
 L, K, N = 6, 5, 4
 

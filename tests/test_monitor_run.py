@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from megatron_mhc.cli import main as cli
-from megatron_mhc.report import Run, loss_gap, read_run
+from megatron_mhc.monitor.report import Run, loss_gap, read_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 POISONED = ROOT / 'tests' / 'layouts' / 'poisoned_pretrain.py'

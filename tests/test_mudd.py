@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.arguments import same_structure
+from megatron_mhc.settings.flags_residual import same_structure
 
 LOCAL = '--residual-type mudd --transformer-impl local '
 

@@ -7,11 +7,17 @@ import types
 
 import pytest
 
-from megatron_mhc import refusal
 from megatron_mhc.bootstrap import asks_for_a_v
-from megatron_mhc.inverted_v_layout import balanced, check_layout, even_layout, holder_of, stage_of
-from megatron_mhc.pipeline_arguments import pipeline_config_from_args, resolve_pipeline
-from megatron_mhc.pipeline_config import PipelineConfig
+from megatron_mhc.inputs import refusal
+from megatron_mhc.schedules.inverted_v import (
+    balanced,
+    check_layout,
+    even_layout,
+    holder_of,
+    stage_of,
+)
+from megatron_mhc.settings.flags_pipeline import pipeline_config_from_args, resolve_pipeline
+from megatron_mhc.settings.pipeline import PipelineConfig
 
 PP4 = '--num-layers 16 --pipeline-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 8'
 V = f'{PP4} --pipeline-schedule dualpipev'
@@ -198,7 +204,7 @@ def test_a_stock_run_is_told_of_copies_that_part(parse, capsys):
 def test_a_script_that_names_other_ranks_than_those_with_a_copy_is_refused(parse):
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    from megatron_mhc.embedding_copies import check_embedding_group
+    from megatron_mhc.pipeline.embedding_copies import check_embedding_group
 
     layout = PipelineParallelLayerLayout('Ett|tt|m|L', 2)
     check_embedding_group(layout, tied=False, rank=0, is_member=True)

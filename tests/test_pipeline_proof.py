@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 
-from megatron_mhc import pipeline_config, pipeline_proof
-from megatron_mhc.pipeline_config import V_SCHEDULES, PipelineConfig
+from megatron_mhc.pipeline import proof as pipeline_proof
 from megatron_mhc.schedules import catalog
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.plan import Op
 from megatron_mhc.schedules.validator import PlanError, validate
+from megatron_mhc.settings import pipeline as pipeline_config
+from megatron_mhc.settings.pipeline import V_SCHEDULES, PipelineConfig
 
 
 class Group:

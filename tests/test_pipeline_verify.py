@@ -17,8 +17,8 @@ from megatron.core.transformer.experimental_attention_variant import dsa
 from megatron.core.transformer.moe import moe_utils
 from torch import nn
 
-from megatron_mhc import pipeline_verify
-from megatron_mhc.pipeline_trackers import TRACKERS
+from megatron_mhc.pipeline import verify as pipeline_verify
+from megatron_mhc.pipeline.trackers import TRACKERS
 
 MOE = 'load_balancing_loss'
 CORE = pathlib.Path(megatron.core.__path__[0])

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_mhc import save_lock
+from megatron_mhc.runtime import save_lock
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / 'examples' / 'pretrain_gpt.py'
@@ -84,7 +84,7 @@ def test_standard_is_bitwise_stock(tmp_path, assert_equal_checkpoints):
     stock = tmp_path / 'driver.py'
     stock.write_text(
         'import runpy, sys\n'
-        'from megatron_mhc import cpu_device\n'
+        'from megatron_mhc.runtime import cpu_device\n'
         'cpu_device.install()\n'
         'from megatron_mhc.patches import engine\n'
         'from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES\n'

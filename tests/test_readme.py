@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 
+from megatron_mhc.commands.doctor import report
 from megatron_mhc.compat import (
     CORE_BELOW,
     CORE_MIN,
@@ -19,7 +20,6 @@ from megatron_mhc.compat import (
     TRITON_TESTED,
     untested,
 )
-from megatron_mhc.doctor import report
 from megatron_mhc.patches.arguments import GROUPS
 
 ROOT = pathlib.Path(__file__).parent.parent

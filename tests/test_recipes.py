@@ -14,11 +14,11 @@ import pytest
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.cli import main
-from megatron_mhc.inverted_v_layout import holder_of
-from megatron_mhc.model_flops import residual_flops, step_flops, token_flops
-from megatron_mhc.model_memory import Layout, edge_bytes, rank_memory, stages_of
-from megatron_mhc.model_size import parameters, summary
-from megatron_mhc.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
+from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
+from megatron_mhc.schedules.inverted_v import holder_of
+from megatron_mhc.sizing.flops import residual_flops, step_flops, token_flops
+from megatron_mhc.sizing.memory import Layout, edge_bytes, rank_memory, stages_of
+from megatron_mhc.sizing.size import parameters, summary
 
 ROOT = pathlib.Path(__file__).parent.parent
 CASES = [(name, layout) for name in RECIPES for layout in LAYOUTS[name]]
@@ -214,8 +214,8 @@ class Absent:
         if name.split('.')[0] in ('megatron', 'torch', 'triton'):
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 sys.meta_path.insert(0, Absent())
-from megatron_mhc import recipe_cli
-from megatron_mhc.recipe import LAYOUTS, RECIPES
+from megatron_mhc.recipes import command as recipe_cli
+from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES
 print(recipe_cli.describe(RECIPES['3b'], LAYOUTS['3b']['8gpu'])['total'])
 """
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.hc import UnconstrainedHyperConnection
-from megatron_mhc.mhc import ManifoldHyperConnection
-from megatron_mhc.stream_merge import StreamMerge, expand_streams
+from megatron_mhc.residual.hc import UnconstrainedHyperConnection
+from megatron_mhc.residual.mhc import ManifoldHyperConnection
+from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
 
 HIDDEN = 16
 

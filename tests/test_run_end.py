@@ -11,13 +11,14 @@ import types
 
 import pytest
 
-from megatron_mhc import failed_save, lost_peer
+from megatron_mhc.runtime import failed_save, lost_peer
 
 # Rank 1 ends in some way, and rank 0 waits for it in a collective.
 SCRIPT = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
-from megatron_mhc import lost_peer, run_end
+from megatron_mhc.runtime import lost_peer
+from megatron_mhc.runtime import run_end
 dist.init_process_group('gloo')
 run_end.watch()
 dist.all_reduce(torch.ones(1))

@@ -12,12 +12,12 @@ import time
 
 import pytest
 
-from megatron_mhc import save_lock
-from megatron_mhc.process_identity import is_gone, this_process
+from megatron_mhc.runtime import save_lock
+from megatron_mhc.runtime.process_identity import is_gone, this_process
 
 HOLD = (
     'import sys, time\n'
-    'from megatron_mhc import save_lock\n'
+    'from megatron_mhc.runtime import save_lock\n'
     'try:\n'
     '    save_lock.hold(sys.argv[1])\n'
     'except ValueError as error:\n'

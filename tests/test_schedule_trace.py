@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc import schedule_trace
-from megatron_mhc.refusal import OneLineParser
-from megatron_mhc.trace_events import Kernel, Range, read_trace
-from megatron_mhc.trace_overlap import POST_KERNELS, kind_of, overlap, union
+from megatron_mhc.inputs.refusal import OneLineParser
+from megatron_mhc.trace import command as schedule_trace
+from megatron_mhc.trace.events import Kernel, Range, read_trace
+from megatron_mhc.trace.overlap import POST_KERNELS, kind_of, overlap, union
 
 SENDRECV = 'ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)'
 GATHER = 'ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)'

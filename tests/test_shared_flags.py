@@ -82,8 +82,8 @@ def test_what_neither_reads_is_refused(monkeypatch, capsys, flags, said):
 
 
 def test_the_two_topologies_exclude_each_other():
-    from megatron_mhc.config import ResidualConfig
     from megatron_mhc.settings.refusals import check_residual
+    from megatron_mhc.settings.residual import ResidualConfig
 
     settings = argparse.Namespace(enable_mhc_connections=True)
     check_residual(settings, ResidualConfig('standard'))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.arguments import residual_config_from_args, same_structure
-from megatron_mhc.layer import build_hyper_connection
-from megatron_mhc.single_pass import start
-from megatron_mhc.stream_merge import StreamMerge
+from megatron_mhc.residual.layer import build_hyper_connection
+from megatron_mhc.residual.single_pass import start
+from megatron_mhc.residual.stream_merge import StreamMerge
+from megatron_mhc.settings.flags_residual import residual_config_from_args, same_structure
 
 SINGLE = '--residual-type mhc --mhc-single-pass '
 REFUSED = {

@@ -11,25 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.block_cost import block_size
-from megatron_mhc.model_flops import step_flops, token_flops
-from megatron_mhc.model_memory import Layout, edge_bytes, rank_memory, stages_of
-from megatron_mhc.model_size import parameters
-from megatron_mhc.recipe import RECIPES
+from megatron_mhc.recipes.recipe import RECIPES
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.lowering import place_recompute
 from megatron_mhc.schedules.simulator import simulate
+from megatron_mhc.schedules.stage_layers import layer_counts
 from megatron_mhc.schedules.times import Times
-from megatron_mhc.stage_layers import layer_counts
-from megatron_mhc.study_calibrate import calibration
-from megatron_mhc.study_costs import CostModel, Costs
-from megatron_mhc.study_hardware import PRESETS
-from megatron_mhc.study_kernels import BytesModel
-from megatron_mhc.study_links import Group, groups_of
-from megatron_mhc.study_output import breakdown
-from megatron_mhc.study_pipeline import EXACT, Case, run_steps
-from megatron_mhc.study_points import best_of, pareto, run_study
-from megatron_mhc.study_sweep import Sweep, legal_layouts
+from megatron_mhc.settings.recompute_cost import block_size
+from megatron_mhc.sizing.flops import step_flops, token_flops
+from megatron_mhc.sizing.memory import Layout, edge_bytes, rank_memory, stages_of
+from megatron_mhc.sizing.size import parameters
+from megatron_mhc.study.calibrate import calibration
+from megatron_mhc.study.costs import CostModel, Costs
+from megatron_mhc.study.hardware import PRESETS
+from megatron_mhc.study.kernels import BytesModel
+from megatron_mhc.study.links import Group, groups_of
+from megatron_mhc.study.output import breakdown
+from megatron_mhc.study.pipeline import EXACT, Case, run_steps
+from megatron_mhc.study.points import best_of, pareto, run_study
+from megatron_mhc.study.sweep import Sweep, legal_layouts
 
 H100 = PRESETS['h100']
 SCHEDULES = ('1f1b', 'interleaved', 'zb-v', 'dualpipev', 'dualpipev-w')

@@ -16,12 +16,12 @@ import pytest
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.cli import main
-from megatron_mhc.model_memory import Layout, rank_memory
-from megatron_mhc.recipe import RECIPES
-from megatron_mhc.study_hardware import PRESETS, hardware_of
-from megatron_mhc.study_kernels import BytesModel, Measured
-from megatron_mhc.study_points import run_study
-from megatron_mhc.study_sweep import Sweep
+from megatron_mhc.recipes.recipe import RECIPES
+from megatron_mhc.sizing.memory import Layout, rank_memory
+from megatron_mhc.study.hardware import PRESETS, hardware_of
+from megatron_mhc.study.kernels import BytesModel, Measured
+from megatron_mhc.study.points import run_study
+from megatron_mhc.study.sweep import Sweep
 
 H100 = PRESETS['h100']
 

@@ -123,7 +123,7 @@ def test_a_child_looks_where_its_parent_does(tree):
     """`python -m` would have the current folder before everything else."""
     code = (
         'import subprocess, sys\n'
-        'from megatron_mhc.script_path import same_path_for_a_child\n'
+        'from megatron_mhc.runtime.script_path import same_path_for_a_child\n'
         'options, environment = same_path_for_a_child()\n'
         'code = "import os, sys; print([p for p in sys.path if os.path.exists(p)])"\n'
         'subprocess.run([sys.executable, *options, "-c", code], env=environment, cwd="/")\n'

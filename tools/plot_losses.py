@@ -6,7 +6,7 @@ python tools/plot_losses.py --output losses.png mhc=runs/quickstart/mhc/tensorbo
 import argparse
 from pathlib import Path
 
-from megatron_mhc.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.refusal import OneLineParser, refuse
 
 FORMATS = ('.png', '.svg', '.pdf')
 TRAIN, VALID = 'lm loss', 'lm loss validation'

@@ -20,8 +20,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from megatron_mhc.argument_types import integer
-from megatron_mhc.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.values import integer
 
 EOD = 255
 SPLITS = ('train', 'valid', 'test')

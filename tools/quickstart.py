@@ -21,8 +21,8 @@ import quickstart_flags
 import supervise
 from prepare_corpus import prepare
 
-from megatron_mhc.argument_types import MOST_SEED, integer
-from megatron_mhc.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.values import MOST_SEED, integer
 
 ROOT = Path(__file__).resolve().parents[1]
 

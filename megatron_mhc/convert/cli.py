@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_mhc.argument_types import MOST_TOKENS, integer, number
-from megatron_mhc.config import NORM_EPS
 from megatron_mhc.convert.conversion import TARGETS, Report, convert
 from megatron_mhc.convert.maps import RMS, TOKENS
 from megatron_mhc.convert.saved_args import STANDARD
 from megatron_mhc.convert.upcycle import FLAGS
-from megatron_mhc.refusal import refuse
+from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
+from megatron_mhc.settings.residual import NORM_EPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

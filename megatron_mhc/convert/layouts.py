@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mhc.config import NORM_EPS
+from megatron_mhc.settings.residual import NORM_EPS
 
 SUBLAYERS = ('self_attention', 'mlp')
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mhc.config import NORM_EPS
 from megatron_mhc.convert.layouts import Layout, Parameters, Streams, to_tensors
+from megatron_mhc.settings.residual import NORM_EPS
 
 EPS = 1e-6
 TOKENS = 64

@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_mhc.checkpoint_files import CONFIG_FILE, RELEASE, TRACKER
-from megatron_mhc.convert.plain import without_group_warning
+from megatron_mhc.checkpoints.files import CONFIG_FILE, RELEASE, TRACKER
+from megatron_mhc.checkpoints.plain import without_group_warning
+from megatron_mhc.checkpoints.stored import COMMON_FILE
 from megatron_mhc.convert.source import (
     CONFIG,
     INDEX,
@@ -41,7 +42,6 @@ from megatron_mhc.convert.source import (
     require_safetensors,
     whole,
 )
-from megatron_mhc.convert.stored import COMMON_FILE
 
 SHARD_BYTES = 4 << 30
 

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from megatron_mhc.arguments import FIELDS, resolve_arguments, saved_residual_config
-from megatron_mhc.config import NORM_EPS, ResidualConfig
 from megatron_mhc.convert.layouts import LAYOUTS, Layout, Streams, from_tensors
 from megatron_mhc.convert.source import Source
+from megatron_mhc.settings.flags_residual import FIELDS, resolve_arguments, saved_residual_config
+from megatron_mhc.settings.residual import NORM_EPS, ResidualConfig
 
 STANDARD = 'standard'
 ITERATIONS = 'mhc_sinkhorn_iterations'

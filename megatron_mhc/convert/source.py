@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_mhc.checkpoint_files import RANK_FILES, TRACKER, format_of, iteration_folder
-from megatron_mhc.convert.plain import check_archive, one_line, plain_load
-from megatron_mhc.convert.stored import COMMON_FILE, Stored
+from megatron_mhc.checkpoints.files import RANK_FILES, TRACKER, format_of, iteration_folder
+from megatron_mhc.checkpoints.plain import check_archive, one_line, plain_load
+from megatron_mhc.checkpoints.stored import COMMON_FILE, Stored
 
 # What belongs to a run, not to a model.
 RUN_STATE = ('optimizer.', 'chained_', 'rng_state', 'rerun_state_machine_state', 'common_state')

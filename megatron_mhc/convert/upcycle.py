@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mhc.argument_types import (
+from megatron_mhc.convert.layouts import Parameters, Streams, mean_as_head
+from megatron_mhc.inputs.values import (
     MOST_FACTOR,
     MOST_ITERATIONS,
     MOST_STREAMS,
     check_integer,
     check_number,
 )
-from megatron_mhc.config import LEAST_NORM_EPS, NORM_EPS
-from megatron_mhc.convert.layouts import Parameters, Streams, mean_as_head
 from megatron_mhc.manifolds.sinkhorn import IDENTITY
+from megatron_mhc.settings.residual import LEAST_NORM_EPS, NORM_EPS
 
 # Argument -> flag of the command.
 FLAGS = {

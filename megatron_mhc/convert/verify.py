@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mhc import ops
-from megatron_mhc.config import ResidualConfig
 from megatron_mhc.convert.maps import maps, merge_gates, stored_head, stored_parameters
 from megatron_mhc.convert.saved_args import Described, describe
 from megatron_mhc.convert.source import OPAQUE, Source, open_source
-from megatron_mhc.hyper_connection import HyperConnection
-from megatron_mhc.script_path import same_path_for_a_child
+from megatron_mhc.residual.hyper_connection import HyperConnection
+from megatron_mhc.runtime.script_path import same_path_for_a_child
+from megatron_mhc.settings.residual import ResidualConfig
 
 SEQUENCES, LENGTH, SEED = 2, 64, 1
 # One process, plain layers, every sum in fp32.
@@ -139,8 +139,8 @@ def build(source: Source, described: Described) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_mhc.block import widen_block
-    from megatron_mhc.spec import with_residual
+    from megatron_mhc.residual.block import widen_block
+    from megatron_mhc.residual.spec import with_residual
 
     args = copy.copy(source.args)
     for name, value in LOCAL.items():

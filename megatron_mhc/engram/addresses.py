@@ -11,7 +11,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from megatron_mhc.engram.config import ROW_BLOCKS, EngramConfig
+from megatron_mhc.settings.engram import ROW_BLOCKS, EngramConfig
 
 LARGEST = 2**63 - 1
 

@@ -8,8 +8,8 @@ from fnmatch import fnmatch
 from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
-from megatron_mhc.engram.config import EngramConfig
-from megatron_mhc.group_rules import Overrides, Rule, laid_on_top, scaled_rates
+from megatron_mhc.optim.group_rules import Overrides, Rule, laid_on_top, scaled_rates
+from megatron_mhc.settings.engram import EngramConfig
 
 TABLES = '*decoder.engram.layer_*.table.weight'
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_mhc.engram.addresses import Addresses
-from megatron_mhc.engram.config import EngramConfig
+from megatron_mhc.settings.engram import EngramConfig
 
 # In the place of a token that is not there. Real ids begin with 1, so that it is like no other,
 # and as 0 x multiplier = 0 it drops out of the exclusive or.

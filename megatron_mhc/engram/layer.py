@@ -11,9 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_mhc.engram.config import CONVOLUTION_WIDTH, EngramConfig
 from megatron_mhc.engram.table import EngramTable
 from megatron_mhc.kernels.reference.precision import shown_overflow
+from megatron_mhc.settings.engram import CONVOLUTION_WIDTH, EngramConfig
 
 
 class EngramLayer(MegatronModule):

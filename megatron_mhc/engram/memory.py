@@ -14,12 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mhc.engram.addresses import addresses
-from megatron_mhc.engram.config import EngramConfig
 from megatron_mhc.engram.hashing import hash_ngrams
 from megatron_mhc.engram.layer import EngramLayer
 from megatron_mhc.engram.token_map import current_tokenizer, token_map
+from megatron_mhc.residual.single_pass import hand_on
+from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.refused_engram import check_engram, check_stage
-from megatron_mhc.single_pass import hand_on
 
 
 class EngramMemory(MegatronModule):

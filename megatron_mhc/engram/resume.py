@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_mhc.checkpoint import Found, loads_optimizer
-from megatron_mhc.engram.arguments import engram_config_from_args
-from megatron_mhc.engram.config import EngramConfig
+from megatron_mhc.checkpoints.check import Found, loads_optimizer
+from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.settings.flags_engram import engram_config_from_args
 
 
 def check_memory(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_mhc.engram.addresses import rows
-from megatron_mhc.engram.config import CONVOLUTION_WIDTH, EngramConfig
+from megatron_mhc.settings.engram import CONVOLUTION_WIDTH, EngramConfig
 
 
 def table_parameters(engram: EngramConfig) -> int:

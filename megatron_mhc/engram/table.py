@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mhc.engram.addresses import rows
-from megatron_mhc.engram.config import ROW_BLOCKS, EngramConfig
+from megatron_mhc.settings.engram import ROW_BLOCKS, EngramConfig
 
 
 class EngramTable(VocabParallelEmbedding):

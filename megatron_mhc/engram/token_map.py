@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.refusal import announce
+from megatron_mhc.inputs.refusal import announce
 
 # What decoders put in place of bytes that are a part of a character.
 INCOMPLETE = '\ufffd'

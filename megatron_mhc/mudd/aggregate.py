@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mhc.hyper_connection import KeepFP32, MappingProjection
 from megatron_mhc.kernels.reference.precision import at_least_fp32, shown_overflow, without_autocast
 from megatron_mhc.mudd.sizes import WAYS
+from megatron_mhc.residual.hyper_connection import KeepFP32, MappingProjection
 
 
 class WeighedSum(torch.autograd.Function):

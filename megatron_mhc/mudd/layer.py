@@ -21,9 +21,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from megatron_mhc.config import ResidualConfig
 from megatron_mhc.mudd.aggregate import DenseAggregate
 from megatron_mhc.mudd.sizes import ways_after
+from megatron_mhc.settings.residual import ResidualConfig
 
 
 class Carried(NamedTuple):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_mhc.config import ResidualConfig
 from megatron_mhc.settings.refused_engram import ENGRAM
 from megatron_mhc.settings.refused_mudd import MUDD
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.settings.refused_residual import RESIDUAL
 from megatron_mhc.settings.refused_single_pass import SINGLE_PASS
+from megatron_mhc.settings.residual import ResidualConfig
 
 REFUSALS = (RESIDUAL, MUDD, SINGLE_PASS, INVERTED_V, POST_STREAM, ENGRAM)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mhc.engram.config import ROW_BLOCKS, EngramConfig
 from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
@@ -13,6 +12,7 @@ from megatron_mhc.settings.constraint import (
     offloads,
     shards_parameters,
 )
+from megatron_mhc.settings.engram import ROW_BLOCKS, EngramConfig
 
 _ROWS = (
     Constraint(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_mhc.pipeline_config import V_SCHEDULES
 from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
@@ -11,6 +10,7 @@ from megatron_mhc.settings.constraint import (
     offloads,
     shards_parameters,
 )
+from megatron_mhc.settings.pipeline import V_SCHEDULES
 
 _ROWS = (
     Constraint(

@@ -7,10 +7,10 @@ import math
 import torch
 
 from megatron_mhc import ops
-from megatron_mhc.config import ResidualConfig
-from megatron_mhc.engram.config import EngramConfig
-from megatron_mhc.mhc import ManifoldHyperConnection
-from megatron_mhc.pipeline_config import PipelineConfig
+from megatron_mhc.residual.mhc import ManifoldHyperConnection
+from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.settings.pipeline import PipelineConfig
+from megatron_mhc.settings.residual import ResidualConfig
 
 N, C, T = 2, 4, 3
 WRONG_INTEGERS = (0, -1, 1.5, '2', None, True, 10**20, math.nan, (2,), 10**5000)

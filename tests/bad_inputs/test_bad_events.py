@@ -9,7 +9,7 @@ import torch
 from one_line import check, in_time, said
 
 from megatron_mhc.cli import main
-from megatron_mhc.report import COMPOSITE, GAINS, GRADIENT_NORM, H_RES, LOSS, read_run
+from megatron_mhc.monitor.report import COMPOSITE, GAINS, GRADIENT_NORM, H_RES, LOSS, read_run
 
 
 @pytest.fixture(scope='module')

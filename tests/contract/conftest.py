@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_mhc import ResidualConfig, compat
-from megatron_mhc.engram.config import EngramConfig
+from megatron_mhc.settings.engram import EngramConfig
 
 # pytest imports tests by path.
 sys.path.append(str(pathlib.Path(__file__).parent))
@@ -27,10 +27,10 @@ def megatron(tmp_path_factory):
     """Megatron's parallel state for a world of one, with our patches in place."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_mhc import cpu_device
     from megatron_mhc.patches import engine
     from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
     from megatron_mhc.patches.registry import RESIDUAL_PATCHES
+    from megatron_mhc.runtime import cpu_device
 
     device_patches = CPU_DEVICE_PATCHES if cpu_device.is_installed() else ()
     engine.apply(device_patches)

@@ -20,12 +20,12 @@ from block_models import (
     taken,
 )
 
-from megatron_mhc.block_cost import block_size
-from megatron_mhc.block_recompute import RecomputedBlock, opened_blocks
-from megatron_mhc.hyper_connection import HyperConnection
-from megatron_mhc.layer import HyperConnectionLayerMixin
-from megatron_mhc.post_stream import settle, use_post_stream
-from megatron_mhc.storage_meter import StorageMeter
+from megatron_mhc.commands.storage_meter import StorageMeter
+from megatron_mhc.residual.hyper_connection import HyperConnection
+from megatron_mhc.residual.layer import HyperConnectionLayerMixin
+from megatron_mhc.residual.post_stream import settle, use_post_stream
+from megatron_mhc.residual.recompute import RecomputedBlock, opened_blocks
+from megatron_mhc.settings.recompute_cost import block_size
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
@@ -435,7 +435,7 @@ def test_blocks_inside_full_recomputation(build, backend, case):
 
 
 def test_a_plan_rebuilds_the_block_that_the_backward_begins_with(stage):
-    from megatron_mhc.chunk_stage import ChunkStage
+    from megatron_mhc.pipeline.chunk_stage import ChunkStage
 
     run, layers = stage()
     settings = {'is_last': False, 'evaluating': False, 'reduces': False}

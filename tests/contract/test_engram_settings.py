@@ -7,12 +7,12 @@ import inspect
 import pytest
 import torch
 
-from megatron_mhc.engram.config import EngramConfig
-from megatron_mhc.model_flops import STEP, token_flops
-from megatron_mhc.model_shape import shape_from_args
-from megatron_mhc.model_size import parameters, summary
-from megatron_mhc.recipe_build import build as build_on_paper
-from megatron_mhc.recipe_build import counted, model_arguments
+from megatron_mhc.recipes.build import build as build_on_paper
+from megatron_mhc.recipes.build import counted, model_arguments
+from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.sizing.flops import STEP, token_flops
+from megatron_mhc.sizing.shape import shape_from_args
+from megatron_mhc.sizing.size import parameters, summary
 
 SMALL = {'layers': (2, 3), 'heads': 2, 'table_size': 50, 'dim': 16}
 LR, MIN_LR = 0.5, 0.05

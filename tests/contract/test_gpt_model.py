@@ -364,7 +364,7 @@ def test_spec_transform_copies_and_is_idempotent(megatron):
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.residual.layer import HyperConnectionTransformerLayer
 
     spec, residual = get_gpt_layer_local_spec(), ResidualConfig()
     widened = with_residual(spec, residual)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mhc.hyper_connection import HyperConnection, Pending
+from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from megatron_mhc.lr_steps import rate_at, style_of
+from megatron_mhc.optim.lr_steps import rate_at, style_of
 
 LR, MIN_LR = 4e-4, 1e-6
 PAPER = style_of([0.8, 0.9], [0.316, 0.1])

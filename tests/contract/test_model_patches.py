@@ -85,7 +85,7 @@ def test_a_stage_input_of_the_wrong_width_is_refused(build):
 
 def test_a_settings_object_on_the_config_needs_no_command_line(build, step):
     """Library use: no argument was parsed, yet the model is widened."""
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.residual.layer import HyperConnectionTransformerLayer
 
     model = build({'residual_type': 'hc', 'stream_merge': 'learned'})
     assert all(isinstance(layer, HyperConnectionTransformerLayer) for layer in model.decoder.layers)

@@ -6,12 +6,12 @@ import inspect
 
 import pytest
 
-from megatron_mhc.arguments import residual_config_from_args
-from megatron_mhc.model_flops import STEP, residual_flops, step_flops, token_flops
-from megatron_mhc.model_shape import shape_from_args
-from megatron_mhc.model_size import summary
-from megatron_mhc.recipe import RECIPES
-from megatron_mhc.recipe_build import build, counted, model_arguments, recipe_arguments
+from megatron_mhc.recipes.build import build, counted, model_arguments, recipe_arguments
+from megatron_mhc.recipes.recipe import RECIPES
+from megatron_mhc.settings.flags_residual import residual_config_from_args
+from megatron_mhc.sizing.flops import STEP, residual_flops, step_flops, token_flops
+from megatron_mhc.sizing.shape import shape_from_args
+from megatron_mhc.sizing.size import summary
 
 SIZES = {
     'num-layers': 3,

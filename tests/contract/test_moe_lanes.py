@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mhc import ResidualConfig, cpu_device
+from megatron_mhc import ResidualConfig
+from megatron_mhc.runtime import cpu_device
 
 if __name__ == '__main__':
     cpu_device.install()
@@ -176,7 +177,7 @@ INTERLEAVED = (*FIRST_LAYER, *MIDDLE, *NEXT_LAYER, *MIDDLE, ['attention(B)'])
 @pytest.mark.parametrize('dispatcher', ['alltoall', 'allgather'])
 @pytest.mark.parametrize('residual', RESIDUALS)
 def test_a_fused_slot_interleaves_and_changes_no_bit(log, lanes, residual, dispatcher, post):
-    from megatron_mhc.post_stream import use_post_stream
+    from megatron_mhc.residual.post_stream import use_post_stream
     from megatron_mhc.schedules.executor_lanes import run_lanes
 
     models = [chunk(RESIDUALS[residual], dispatcher) for _ in range(2)]
@@ -197,7 +198,7 @@ def test_a_fused_slot_interleaves_and_changes_no_bit(log, lanes, residual, dispa
 
 def test_dense_layers_hand_over_where_post_res_has_a_stream(build, megatron):
     """Without communication, F_post,res is what the other microbatch may run beside."""
-    from megatron_mhc.post_stream import use_post_stream
+    from megatron_mhc.residual.post_stream import use_post_stream
     from megatron_mhc.schedules.executor_lanes import run_lanes
 
     residual = {'init': 'identity', 'kernel_backend': 'torch'}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mhc.monitor_arguments import MonitorConfig
+from megatron_mhc.settings.flags_monitor import MonitorConfig
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 FIXED = {'residual_type': 'mhc', 'fixed_mappings': ['pre', 'post', 'res']}
@@ -17,7 +17,7 @@ KINDS = ('streams', 'maps', 'outputs')
 @pytest.fixture
 def watch(megatron):
     """``watch(model, ...)`` -> a monitor whose step is ``monitor.now``."""
-    from megatron_mhc.monitor import Monitor
+    from megatron_mhc.monitor.collect import Monitor
 
     def attach(model, alarm='off', interval=1):
         settings = MonitorConfig(interval=interval, tokens=1000, alarm=alarm)
@@ -29,7 +29,7 @@ def watch(megatron):
 
 
 def reported(monitor):
-    from megatron_mhc.monitor_reduce import gather
+    from megatron_mhc.monitor.reduce import gather
 
     sampled = monitor.is_due(monitor.now)
     return gather(monitor, layers=3, streams=4, sampled=sampled, loss_scale=1.0)

@@ -7,10 +7,10 @@ import torch
 from test_gpt_model import MOE, SWIGLU
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.model_flops import residual_flops
 from megatron_mhc.mudd.aggregate import WeighedSum
 from megatron_mhc.mudd.layer import connect_densely
 from megatron_mhc.mudd.sizes import mudd_flops, mudd_parameters
+from megatron_mhc.sizing.flops import residual_flops
 
 MUDD = {'residual_type': 'mudd'}
 STATIC = {**MUDD, 'mudd_variant': 'static'}

@@ -12,15 +12,15 @@ import sys
 import pytest
 
 from megatron_mhc.compat import core_version
-from megatron_mhc.tree_plan import plan_additions, plan_removal
-from megatron_mhc.tree_scan import Tree
-from megatron_mhc.tree_write import replace_all
+from megatron_mhc.tree.plan import plan_additions, plan_removal
+from megatron_mhc.tree.scan import Tree
+from megatron_mhc.tree.write import replace_all
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Parses twice in a patched tree, as its own script does: without our flags and with one.
 PARSE = """
 import argparse, inspect
-from megatron_mhc import cpu_device
+from megatron_mhc.runtime import cpu_device
 cpu_device.install()
 from megatron.training import arguments
 from megatron_mhc.patches.engine import applied

@@ -12,9 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_mhc import block_recompute, post_stream
-from megatron_mhc.block_recompute import opened_blocks
-from megatron_mhc.post_stream import left_in_flight, taken, use_post_stream
+from megatron_mhc.residual import post_stream
+from megatron_mhc.residual import recompute as block_recompute
+from megatron_mhc.residual.post_stream import left_in_flight, taken, use_post_stream
+from megatron_mhc.residual.recompute import opened_blocks
 from megatron_mhc.schedules import executor_lanes, executor_streams
 
 pytestmark = pytest.mark.skipif(

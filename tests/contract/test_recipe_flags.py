@@ -9,14 +9,14 @@ import shlex
 
 import pytest
 
-from megatron_mhc.pipeline_config import PIPELINE_SCHEDULES
-from megatron_mhc.recipe import LAYOUTS, RECIPES, recipe_flags, words
-from megatron_mhc.study_hardware import PRESETS
-from megatron_mhc.study_kernels import BytesModel
-from megatron_mhc.study_model import own_model, recipe_model
-from megatron_mhc.study_output import flags_text
-from megatron_mhc.study_points import run_study
-from megatron_mhc.study_sweep import Sweep
+from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, words
+from megatron_mhc.settings.pipeline import PIPELINE_SCHEDULES
+from megatron_mhc.study.hardware import PRESETS
+from megatron_mhc.study.kernels import BytesModel
+from megatron_mhc.study.model import own_model, recipe_model
+from megatron_mhc.study.output import flags_text
+from megatron_mhc.study.points import run_study
+from megatron_mhc.study.sweep import Sweep
 
 CASES = [(name, layout) for name in RECIPES for layout in LAYOUTS[name]]
 # What Megatron refuses at this point only because Transformer Engine is not here.

@@ -8,9 +8,11 @@ import gc
 import pytest
 import torch
 
-from megatron_mhc import ResidualConfig, recompute_memory, refusal
-from megatron_mhc.block_cost import best_block, block_cost, kept_cost
-from megatron_mhc.storage_meter import StorageMeter
+from megatron_mhc import ResidualConfig
+from megatron_mhc.commands import recompute as recompute_memory
+from megatron_mhc.commands.storage_meter import StorageMeter
+from megatron_mhc.inputs import refusal
+from megatron_mhc.settings.recompute_cost import best_block, block_cost, kept_cost
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; the command runs on a GPU too'

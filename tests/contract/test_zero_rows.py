@@ -52,7 +52,7 @@ def test_its_gradient_is_that_of_the_standard_model(name, build, step):
 
 def test_the_papers_eps_lets_it_take_over(build, step):
     """What the default is for; the flag still gives the paper's."""
-    from megatron_mhc.config import PAPER_NORM_EPS
+    from megatron_mhc.settings.residual import PAPER_NORM_EPS
 
     norms = gradient_norms(build({'norm_eps': PAPER_NORM_EPS}), step)
     assert norms[0] > 100 * gradient_norms(build(), step)[0]

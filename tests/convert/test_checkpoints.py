@@ -18,12 +18,12 @@ import safetensors.torch
 import torch
 
 from megatron_mhc import cli
-from megatron_mhc.checkpoint import check_checkpoint
-from megatron_mhc.config import ResidualConfig
+from megatron_mhc.checkpoints.check import check_checkpoint
 from megatron_mhc.convert import conversion
 from megatron_mhc.convert.conversion import convert
 from megatron_mhc.convert.output import Content
 from megatron_mhc.convert.source import open_source
+from megatron_mhc.settings.residual import ResidualConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = """

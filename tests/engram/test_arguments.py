@@ -7,8 +7,8 @@ import argparse
 import pytest
 import torch
 
-from megatron_mhc.engram.arguments import engram_config_from_args
-from megatron_mhc.engram.config import EngramConfig
+from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.settings.flags_engram import engram_config_from_args
 from megatron_mhc.settings.refused_engram import check_engram
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megatron_mhc.engram.addresses import LARGEST, ROW_BLOCKS, addresses, moduli, rows
-from megatron_mhc.engram.config import EngramConfig
 from megatron_mhc.engram.hashing import hash_ngrams
 from megatron_mhc.engram.token_map import token_map
+from megatron_mhc.settings.engram import EngramConfig
 
 ENGRAM = EngramConfig((2, 15), (2, 3, 5), 4, 1000, 24, seed=3)
 VOCABULARY = 129_280
@@ -101,7 +101,7 @@ def test_layers_orders_of_tokens_and_seeds_hash_differently():
 PRINT = """
 import json, torch
 from megatron_mhc.engram.addresses import addresses
-from megatron_mhc.engram.config import EngramConfig
+from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.engram.hashing import hash_ngrams
 torch.manual_seed(1)
 engram = EngramConfig((2, 15), (2, 3, 5), 4, 1000, 24, seed=3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mhc import cpu_device
+from megatron_mhc.runtime import cpu_device
 
 # What these tests share stands in modules beside them; pytest imports tests by path.
 sys.path.append(str(Path(__file__).parent))

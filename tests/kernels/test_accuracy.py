@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from megatron_mhc import cpu_device
 from megatron_mhc.cli import main
+from megatron_mhc.runtime import cpu_device
 
 SMALL = ('--tokens', '5', '--hidden-size', '6')
 

@@ -14,7 +14,8 @@ from megatron_mhc.kernels.traffic import Traffic, kernel_forms, our_forms, paper
 
 pytest.importorskip('triton')
 
-from megatron_mhc import compat, kernels_cli  # noqa: E402
+from megatron_mhc import compat
+from megatron_mhc.commands import kernels as kernels_cli  # noqa: E402
 from megatron_mhc.kernels import shipped, traffic, verdict  # noqa: E402
 from megatron_mhc.kernels.offline import Resources  # noqa: E402
 

@@ -10,7 +10,8 @@ import json
 import pathlib
 import sys
 
-from megatron_mhc import ResidualConfig, cpu_device
+from megatron_mhc import ResidualConfig
+from megatron_mhc.runtime import cpu_device
 
 cpu_device.install()
 

@@ -13,7 +13,8 @@ import os
 import pathlib
 import sys
 
-from megatron_mhc import ResidualConfig, cpu_device
+from megatron_mhc import ResidualConfig
+from megatron_mhc.runtime import cpu_device
 
 cpu_device.install()
 # Where set, the folder of Transformer Engine's wheel: layers are then its own (see ``tests/te``).
@@ -51,15 +52,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_mhc.engram.config import EngramConfig  # noqa: E402
-from megatron_mhc.monitor import Monitor  # noqa: E402
-from megatron_mhc.monitor_arguments import MonitorConfig  # noqa: E402
-from megatron_mhc.monitor_reduce import gather  # noqa: E402
+from megatron_mhc.monitor.collect import Monitor  # noqa: E402
+from megatron_mhc.monitor.reduce import gather  # noqa: E402
 from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
 from megatron_mhc.patches.registry import RESIDUAL_PATCHES, SCHEDULE_PATCHES  # noqa: E402
-from megatron_mhc.pipeline_config import PipelineConfig  # noqa: E402
-from megatron_mhc.tied_embedding import has_second_copy  # noqa: E402
+from megatron_mhc.pipeline.tied_embedding import has_second_copy  # noqa: E402
+from megatron_mhc.settings.engram import EngramConfig  # noqa: E402
+from megatron_mhc.settings.flags_monitor import MonitorConfig  # noqa: E402
+from megatron_mhc.settings.pipeline import PipelineConfig  # noqa: E402
 
 SEQUENCE, VOCABULARY = 32, 64
 

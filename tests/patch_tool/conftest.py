@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from megatron_mhc import tree_scan
 from megatron_mhc.cli import main
 from megatron_mhc.patches import engine
 from megatron_mhc.patches.placed import PLACED
+from megatron_mhc.tree import scan as tree_scan
 
 # pytest imports tests by path.
 sys.path.append(str(pathlib.Path(__file__).parent))

@@ -13,10 +13,10 @@ import sys
 import pytest
 from sample_tree import FILES, IDS, contents, execute
 
-from megatron_mhc import tree_write
 from megatron_mhc.patches import engine
 from megatron_mhc.patches.placed import PLACED
-from megatron_mhc.tree_edit import fingerprint, seam_line
+from megatron_mhc.tree import write as tree_write
+from megatron_mhc.tree.edit import fingerprint, seam_line
 
 ROOT = pathlib.Path(__file__).parents[2]
 

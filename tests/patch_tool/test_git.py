@@ -6,7 +6,7 @@ import subprocess
 
 from sample_tree import FILES, GIT, IDS, INFO, contents
 
-from megatron_mhc.tree_edit import seam_line
+from megatron_mhc.tree.edit import seam_line
 
 
 def test_diff_is_what_git_applies(tree, patch, repository):

@@ -7,10 +7,10 @@ import json
 import pytest
 from sample_tree import FILES, IDS, INFO, contents, execute
 
-from megatron_mhc import tree_scan
 from megatron_mhc.patches import engine
 from megatron_mhc.patches.placed import PLACED, Seam
-from megatron_mhc.tree_edit import seam_line
+from megatron_mhc.tree import scan as tree_scan
+from megatron_mhc.tree.edit import seam_line
 
 
 @pytest.mark.parametrize(

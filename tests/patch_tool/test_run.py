@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 
-from megatron_mhc.tree_plan import plan_additions
-from megatron_mhc.tree_scan import Tree
-from megatron_mhc.tree_write import replace_all
+from megatron_mhc.tree.plan import plan_additions
+from megatron_mhc.tree.scan import Tree
+from megatron_mhc.tree.write import replace_all
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'examples' / 'pretrain_gpt.py'
@@ -32,7 +32,7 @@ DEVICE = """
 import os
 if 'LOCAL_RANK' in os.environ:
     import torch
-    from megatron_mhc import cpu_device
+    from megatron_mhc.runtime import cpu_device
     from megatron_mhc.patches import engine
     if not torch.cuda.is_available():
         cpu_device.install()

@@ -114,14 +114,14 @@ def test_trace_is_a_process_a_rank_and_a_thread_a_lane(timeline):
 
 def test_png_is_a_picture(timeline):
     pytest.importorskip('matplotlib')
-    from megatron_mhc.schedule_png import render_png
+    from megatron_mhc.commands.schedule_png import render_png
 
     png = render_png(timeline)
     assert png[:8] == b'\x89PNG\r\n\x1a\n' and len(png) > 5_000
 
 
 def test_png_without_matplotlib_says_what_to_do(timeline, monkeypatch):
-    from megatron_mhc.schedule_png import render_png
+    from megatron_mhc.commands.schedule_png import render_png
 
     monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
     with pytest.raises(RuntimeError, match='pip install matplotlib, or take --format svg'):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc import schedule_cli
 from megatron_mhc.cli import main
+from megatron_mhc.commands import schedule as schedule_cli
 from megatron_mhc.schedules.catalog import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.times import Times
-from megatron_mhc.study_published import ZERO_BUBBLE
+from megatron_mhc.study.published import ZERO_BUBBLE
 
 make_plan = functools.cache(make_plan)
 

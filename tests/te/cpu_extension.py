@@ -66,7 +66,7 @@ class _Extension(types.ModuleType):
 def install(folder: pathlib.Path) -> None:
     """Make ``import transformer_engine`` find the unpacked wheel in ``folder``.
 
-    After ``megatron_mhc.cpu_device.install()``.
+    After ``megatron_mhc.runtime.cpu_device.install()``.
 
     Raises:
         RuntimeError: Megatron was imported before and has noted that there is none.

@@ -10,7 +10,7 @@ import traceback
 
 import cpu_extension
 
-from megatron_mhc import cpu_device
+from megatron_mhc.runtime import cpu_device
 
 cpu_device.install()
 cpu_extension.install(pathlib.Path(sys.argv[1]))
@@ -36,11 +36,11 @@ from megatron.core.transformer.transformer_config import (  # noqa: E402
 )
 
 from megatron_mhc import ResidualConfig  # noqa: E402
-from megatron_mhc.deferred_wgrad import WeightGradients, delayed_modules  # noqa: E402
 from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
 from megatron_mhc.patches.registry import RESIDUAL_PATCHES, SCHEDULE_PATCHES  # noqa: E402
-from megatron_mhc.pipeline_config import PipelineConfig  # noqa: E402
+from megatron_mhc.pipeline.deferred_wgrad import WeightGradients, delayed_modules  # noqa: E402
+from megatron_mhc.settings.pipeline import PipelineConfig  # noqa: E402
 
 SEQUENCE, VOCABULARY = 16, 64
 

@@ -30,8 +30,8 @@ RESERVE_SECONDS = 15
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if importlib.util.find_spec('megatron_mhc') is None:
         _refuse('megatron_mhc is not installed; pip install -e ., or run `make bench`')
-    from megatron_mhc.argument_types import MOST_STREAMS, MOST_TOKENS, MOST_WIDTH, integer, number
-    from megatron_mhc.refusal import OneLineParser
+    from megatron_mhc.inputs.refusal import OneLineParser
+    from megatron_mhc.inputs.values import MOST_STREAMS, MOST_TOKENS, MOST_WIDTH, integer, number
 
     parser = OneLineParser(
         prog='bench.py',

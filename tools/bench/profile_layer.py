@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_mhc.argument_types import MOST_STREAMS, MOST_TOKENS, MOST_WIDTH, integer
-from megatron_mhc.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.refusal import OneLineParser, refuse
+from megatron_mhc.inputs.values import MOST_STREAMS, MOST_TOKENS, MOST_WIDTH, integer
 
 TRACE = Path(__file__).resolve().parents[2] / 'runs' / 'layer_trace.json'
 

@@ -1,0 +1,1 @@
+"""The subcommands that belong to no other room."""

@@ -1,0 +1,164 @@
+"""``megatron-mhc doctor``: what is installed, and whether every patch fits, without training."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import platform
+import warnings
+
+import torch
+
+import megatron_mhc
+from megatron_mhc.compat import (
+    CORE_SPECIFIER,
+    TESTED,
+    describe_core,
+    require_supported_core,
+    untested,
+)
+from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.kernels.backend import kernel_obstacle
+from megatron_mhc.runtime.script_path import enter_folder
+
+OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
+
+
+def report() -> dict:
+    """Versions, device, optional packages and patches, as plain values."""
+    try:
+        require_supported_core()
+        problem = None
+    except RuntimeError as error:
+        problem = str(error)
+    optional = {name: _optional(name, module) for name, module in OPTIONAL.items()}
+    broken = [name for name, state in optional.items() if state.startswith('BROKEN')]
+    if broken and problem is None:
+        problem = f'Megatron imports {" and ".join(broken)}, which cannot be imported'
+    tested = ', '.join(f'{version} ({how})' for version, how in TESTED.items())
+    return {
+        'megatron-mhc': f'{megatron_mhc.__version__} ({_package_folder()})',
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'megatron-core': _core(),
+        'supported': f'{CORE_SPECIFIER}, tested: {tested}',
+        # Nothing is refused for it: what runs may well be right, but nobody has looked.
+        'untested': '; '.join(untested()) or None,
+        'device': _device(),
+        'kernels': _kernels(),
+        'optional': optional,
+        'problem': problem,
+        'patches': [] if problem else _patches(),
+    }
+
+
+def _package_folder() -> pathlib.Path:
+    """Which copy is in use: a checkout on the path wins over an installed wheel."""
+    return pathlib.Path(megatron_mhc.__file__).parent
+
+
+def _core() -> str:
+    try:
+        return describe_core().removeprefix('megatron-core ').removeprefix('is ')
+    except RuntimeError as error:
+        return f'BROKEN: {error}'
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return 'no CUDA; the launcher emulates a CUDA device on the CPU'
+    major, minor = torch.cuda.get_device_capability()
+    return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})'
+
+
+def _kernels() -> str:
+    """Whether ``--mhc-kernel-backend auto`` takes the Triton kernels here, for bf16 streams."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    obstacle = kernel_obstacle(device, torch.bfloat16, 4)
+    if device.type == 'cpu':
+        return f'torch reference: {obstacle or "the kernels are interpreted on demand only"}'
+    return f'torch reference: {obstacle}' if obstacle else 'Triton'
+
+
+def _optional(name: str, module: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return 'not installed'
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a half-installed package raises anything, and breaks Megatron too
+        return f'BROKEN: {type(error).__name__}: {str(error).splitlines()[0]}; uninstall or repair'
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return 'present'
+
+
+def _patches() -> list[dict]:
+    warnings.simplefilter('ignore')  # Megatron warns of every optional package it does not find
+    from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
+    from megatron_mhc.patches.engine import inspect_patch
+    from megatron_mhc.patches.registry import ALL_PATCHES
+
+    rows = []
+    for use, patches in (('residual', ALL_PATCHES), ('cpu device', CPU_DEVICE_PATCHES)):
+        for patch in patches:
+            state, detail = inspect_patch(patch)
+            rows.append(
+                {
+                    'id': patch.id,
+                    'use': use,
+                    'state': state,
+                    'detail': detail,
+                    'target': patch.target,
+                    'reason': patch.reason,
+                }
+            )
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``megatron-mhc doctor``."""
+    parser.add_argument(
+        'script',
+        metavar='SCRIPT',
+        nargs='?',
+        type=pathlib.Path,
+        help='the pretrain script to be run, or its folder: Python looks there for Megatron first '
+        '(default: in the current folder, if it holds megatron/core)',
+    )
+    parser.add_argument('--json', action='store_true', help='print one JSON object')
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the report; 1 when something needs a remedy, else 0."""
+    if options.script is not None:
+        if not options.script.exists():
+            refuse(
+                'megatron-mhc doctor',
+                f'SCRIPT {options.script}: no such file or folder; name the script to run',
+            )
+        script = options.script.resolve()
+        enter_folder(script if script.is_dir() else script.parent)
+    found = report()
+    broken = [row for row in found['patches'] if row['state'] in ('missing', 'unknown')]
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return int(bool(found['problem'] or broken))
+    for name, value in found.items():
+        if isinstance(value, str) and name != 'problem':
+            print(f'{name:20} {value}')
+    for name, value in found['optional'].items():
+        print(f'{name:20} {value}')
+    if found['problem']:
+        print(f'\nproblem: {found["problem"]}')
+        return 1
+    print('\npatches (none is applied before a run asks for it)')
+    for row in found['patches']:
+        print(f'  {row["id"]:28} {row["state"]:10} {row["use"]:10} {row["target"]}')
+        if row in broken:
+            print(f'    {row["detail"]}; or install a tested megatron-core')
+    return int(bool(broken))

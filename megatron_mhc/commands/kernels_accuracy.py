@@ -1,0 +1,99 @@
+"""``megatron-mhc kernels accuracy``: the Triton kernels against fp64 on this machine.
+
+Runs every op forward and backward on random inputs and prints the relative RMS error of each output
+and gradient with its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+from typing import Any
+
+import torch
+
+from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.values import integer
+from megatron_mhc.kernels.backend import KERNEL_STREAMS
+
+PROGRAM = 'megatron-mhc kernels accuracy'
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+# Hidden size and tokens where none are given: seconds on either device.
+SIZES = {'cpu': (100, 35), 'cuda': (4096, 2048)}
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``accuracy`` to the subcommands of ``megatron-mhc kernels``."""
+    parser = commands.add_parser(
+        'accuracy',
+        help='run every kernel and compare it with fp64',
+        description=__doc__.partition('\n\n')[2],
+    )
+    add = parser.add_argument
+    add('--device', choices=sorted(SIZES), help='default: cuda where there is one, else cpu')
+    streams = sorted(KERNEL_STREAMS)
+    add('--num-streams', type=integer(), choices=streams, default=4, help='n (default: 4)')
+    add('--hidden-size', type=integer(1, 2**16), help='C (default: 4096, on the CPU 100)')
+    add('--tokens', type=integer(1, 2**20), help='T (default: 2048, on the CPU 35)')
+    add('--dtype', choices=sorted(DTYPES), default='bf16', help='of the streams (default: bf16)')
+    add('--seed', type=integer(0, 2**63 - 1), help='of the inputs (default: a fresh one)')
+    add('--json', action='store_true', help='print one JSON object')
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the table; 1 when an error exceeds its bound, else 0."""
+    device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if device == 'cuda' and not torch.cuda.is_available():
+        refuse(PROGRAM, 'argument --device: cuda: torch finds no GPU; use --device cpu')
+    if device == 'cpu' and not os.environ.get('TRITON_INTERPRET'):
+        refuse(
+            PROGRAM, 'argument --device: cpu: kernels run there interpreted; set TRITON_INTERPRET=1'
+        )
+    try:
+        import triton
+    except ModuleNotFoundError:
+        refuse(PROGRAM, "Triton is not installed; pip install 'megatron-mhc[kernels]'")
+    from megatron_mhc.kernels.accuracy import TRUNCATES, accuracy_table
+    from megatron_mhc.kernels.triton.launch import interpreted
+
+    hidden_size, tokens = SIZES[device]
+    shape = {
+        'num_streams': options.num_streams,
+        'channels': options.hidden_size or hidden_size,
+        'tokens': options.tokens or tokens,
+        'seed': secrets.randbits(32) if options.seed is None else options.seed,
+    }
+    try:
+        rows = accuracy_table(torch.device(device), DTYPES[options.dtype], **shape)
+    except ValueError as error:
+        refuse(PROGRAM, f'--device {device}: {error}')
+    found = {
+        'triton': triton.__version__,
+        'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu, interpreted',
+        'dtype': options.dtype,
+        **shape,
+        'note': TRUNCATES if interpreted() and options.dtype == 'bf16' else None,
+        'rows': [row._asdict() for row in rows],
+        'ok': all(row.ok for row in rows),
+    }
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    return int(not found['ok'])
+
+
+def _print(found: dict) -> None:
+    size = f'n = {found["num_streams"]}, C = {found["channels"]}, {found["tokens"]} tokens'
+    print(f'{found["device"]}, {found["dtype"]}, {size}, seed {found["seed"]}')
+    print('error: relative RMS against fp64 of the same rounded inputs; bound 0: bit for bit\n')
+    layout = '{:26} {:9} {:>9} {:>9}  {}'
+    print(layout.format('op', 'quantity', 'error', 'bound', 'verdict'))
+    for row in found['rows']:
+        numbers = (f'{row["error"]:.1e}', f'{row["bound"]:.1e}')
+        print(layout.format(row['op'], row['quantity'], *numbers, 'ok' if row['ok'] else 'FAIL'))
+    if found['note']:
+        print(f'\n{found["note"]}')

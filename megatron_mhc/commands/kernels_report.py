@@ -1,0 +1,265 @@
+"""``megatron-mhc kernels report``: what every shipped kernel takes on a GPU, found without one.
+
+Compiles the kernels of a training step with the Triton that Python finds, judges them (spills,
+room, vector width, matrix units, occupancy beside ``kernels/record.json``), then prints what each
+form of the residual reads and writes (mHC, Table 2, and ours).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
+from megatron_mhc.kernels.backend import KERNEL_STREAMS
+from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
+from megatron_mhc.kernels.verdict import (
+    MULTIPROCESSORS,
+    VECTOR_BITS,
+    judge,
+    label,
+    recorded,
+    resident_warps,
+)
+
+if TYPE_CHECKING:
+    from megatron_mhc.kernels.offline import Resources
+    from megatron_mhc.kernels.triton.launch import Launch
+
+PROGRAM = 'megatron-mhc kernels report'
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+RECORD = Path(__file__).parent / 'kernels' / 'record.json'
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``report`` to the subcommands of ``megatron-mhc kernels``."""
+    parser = commands.add_parser(
+        'report',
+        help='compile every kernel, without a GPU, and check what it takes',
+        description=__doc__.partition('\n\n')[2],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add('--arch', type=_arch, nargs='+', default=[*MULTIPROCESSORS], help='compute capabilities')
+    add('--num-streams', type=_streams, nargs='+', default=[1, 2, 4], help='n')
+    add('--hidden-size', type=integer(1, MOST_WIDTH), default=4096, help='C')
+    add('--tokens', type=integer(1, MOST_TOKENS), default=8192, help='T, sequence times microbatch')
+    add('--dtype', type=_dtype, default='bf16', help='of the streams: bf16, fp16 or fp32')
+    add('--kernel', nargs='+', default=None, help='only kernels whose name begins like this')
+    add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
+    add('--json', action='store_true', help='print one JSON object')
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the report; 1 when a kernel is not as it should be, else 0."""
+    try:
+        found = report(options)
+    except ModuleNotFoundError as error:
+        if error.name != 'triton':
+            raise
+        refuse(PROGRAM, "Triton is not installed; pip install 'megatron-mhc[kernels]'")
+    except (RuntimeError, ValueError) as error:
+        refuse(PROGRAM, str(error))
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    return int(not found['ok'])
+
+
+def report(options: argparse.Namespace) -> dict:
+    """The report as plain values.
+
+    Raises:
+        RuntimeError: Triton interprets kernels; ValueError: no kernel has the name asked for.
+    """
+    import triton
+
+    from megatron_mhc.kernels.offline import compile_launches, require_compiler
+    from megatron_mhc.kernels.shipped import shipped_launches
+
+    require_compiler()
+    shape = (options.hidden_size, options.tokens, DTYPES[options.dtype])
+    launches = [launch for n in options.num_streams for launch in shipped_launches(n, *shape)]
+    if options.kernel:
+        names = sorted({launch.name.removesuffix('_kernel') for launch in launches})
+        launches = [launch for launch in launches if launch.name.startswith(tuple(options.kernel))]
+        if not launches:
+            wanted = ' '.join(options.kernel)
+            raise ValueError(f'argument --kernel: {wanted}: no such kernel; one of {names}')
+    pairs = [(launch, arch) for launch in launches for arch in options.arch]
+    start = time.perf_counter()
+    place = Path(triton.__file__).parent
+    print(f'{PROGRAM}: {len(pairs)} to compile', file=sys.stderr)
+    results = _progress(compile_launches(pairs), len(pairs))
+    rows = [
+        _row(launch, arch, result, options.record, triton.__version__, options.dtype)
+        for (launch, arch), result in zip(pairs, results, strict=True)
+    ]
+    itemsize = DTYPES[options.dtype].itemsize
+    return {
+        'triton': triton.__version__,
+        'triton_path': str(place),
+        'torch': torch.__version__,
+        'on_record': options.record['triton'],
+        'hidden_size': options.hidden_size,
+        'tokens': options.tokens,
+        'dtype': options.dtype,
+        'seconds': round(time.perf_counter() - start, 1),
+        'kernels': rows,
+        'traffic': [
+            _traffic(name, n, form, form.bytes(options.tokens, options.hidden_size, itemsize))
+            for n in options.num_streams
+            for name, form in (paper_forms(n) | our_forms(n)).items()
+        ],
+        'ok': not any(row['problems'] for row in rows),
+    }
+
+
+def _row(
+    launch: Launch,
+    arch: int,
+    found: Resources | RuntimeError,
+    record: dict,
+    version: str,
+    dtype: str,
+) -> dict:
+    row = {'kernel': label(launch), 'num_streams': launch.constants['N'], 'arch': arch}
+    if isinstance(found, RuntimeError):
+        return row | {'problems': [str(found)], 'notes': []}
+    wanted = recorded(launch, arch, record, version, dtype)
+    problems, notes = judge(launch, arch, found, record, wanted)
+    warps = resident_warps(arch, found, launch.options['num_warps'])
+    row |= asdict(found) | {'warps': warps, 'compared': wanted is not None}
+    return row | {'problems': problems, 'notes': notes}
+
+
+def _traffic(name: str, n: int, form: Traffic, total: int) -> dict:
+    return {'num_streams': n, 'form': name, **asdict(form), 'elements': form.elements} | {
+        'bytes': total
+    }
+
+
+def _progress(results: Iterable, total: int) -> Iterator:
+    """Count ``results`` on stderr where a person reads it."""
+    if not sys.stderr.isatty():
+        return iter(results)
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return _count(results, total)
+    return iter(tqdm(results, total=total, file=sys.stderr, leave=False))
+
+
+def _count(results: Iterable, total: int) -> Iterator:
+    for done, result in enumerate(results, 1):
+        print(f'\r{done}/{total}', end='' if done < total else '\n', file=sys.stderr, flush=True)
+        yield result
+
+
+def _print(found: dict) -> None:
+    rows = found['kernels']
+    # Said first: which Triton an overlay on PYTHONPATH brings is easily mistaken.
+    print(f'Triton {found["triton"]} from {found["triton_path"]}, torch {found["torch"]}')
+    header = ('kernel', 'n', 'sm', 'regs', 'spills', 'shared KB', 'warps', '128-bit loads')
+    header += ('stores', 'MMA', 'verdict')
+    layout = '{:34} {:>2} {:>4} {:>5} {:>6} {:>9} {:>5} {:>13} {:>7} {:16} {}'
+    print(layout.format(*header))
+    for row in rows:
+        verdict = 'FAIL' if row['problems'] else 'noted' if row['notes'] else 'ok'
+        start = (row['kernel'], row['num_streams'], row['arch'])
+        if 'registers' not in row:
+            print(layout.format(*start, *'-------', verdict))
+            continue
+        loads = _wide(row['loads'], row['copies'])
+        middle = (row['registers'], row['spill_bytes'], f'{row["shared_bytes"] / 1024:.1f}')
+        end = (row['warps'], loads, _wide(row['stores']), row['mma'], verdict)
+        print(layout.format(*start, *middle, *end))
+    compiled = f'{len(rows)} compiled in {found["seconds"]} s with Triton {found["triton"]}'
+    print(f'\n{compiled}: {_sum(found)}')
+    for title, key in (('noted', 'notes'), ('out of bounds', 'problems')):
+        listed = {}
+        for row in rows:
+            for text in row[key]:
+                where = f'{row["kernel"]} (n={row["num_streams"]}, sm_{row["arch"]})'
+                listed.setdefault(text, []).append(where)
+        if listed:
+            print(f'\n{title}')
+        for text, places in listed.items():
+            print(f'  {text}\n    ' + '\n    '.join(places))
+    size = f'{found["tokens"]} tokens, C = {found["hidden_size"]}, {found["dtype"]}'
+    print(f'\nbytes per sublayer ({size}); vectors of C and fp32 map values per token')
+    layout = '{:26} {:>2} {:>6} {:>7} {:>6} {:>10} {:>11} {:>9}'
+    print(layout.format('form', 'n', 'reads', 'writes', 'sum', 'map reads', 'map writes', 'MB'))
+    for row in found['traffic']:
+        numbers = [row[key] for key in ('reads', 'writes', 'elements', 'map_reads', 'map_writes')]
+        megabytes = f'{row["bytes"] / 1e6:.1f}'
+        print(layout.format(row['form'], row['num_streams'], *numbers, megabytes))
+
+
+def _sum(found: dict) -> str:
+    """What was found in one line, and what was not looked at."""
+    rows = found['kernels']
+    spilling = sum(bool(row.get('spill_bytes') or row.get('stack_bytes')) for row in rows)
+    failing = sum(bool(row['problems']) for row in rows)
+    text = f'{spilling or "none"} spilling, {failing or "none"} out of bounds'
+    missing = sum(not row.get('compared') for row in rows)
+    if not missing:
+        return text
+    known = ' '.join(found['on_record']) or 'no version'
+    what = 'no row has a record' if missing == len(rows) else f'{missing} rows have no record'
+    return (
+        f'{text}\n{what} of this Triton, dtype and shape ({known} on record): of them only '
+        'spills, room, vectors and types of matrix products were judged, not occupancy'
+    )
+
+
+def _wide(*counts: dict[int, int]) -> str:
+    """``5/9``: accesses of a vector's width or more, of all."""
+    merged = [(int(bits), count) for part in counts for bits, count in part.items()]
+    wide = sum(count for bits, count in merged if bits >= VECTOR_BITS)
+    return f'{wide}/{sum(count for _, count in merged)}'
+
+
+def _arch(text: str) -> int:
+    return _one_of(text, MULTIPROCESSORS, 'the kernels are checked for sm_80 and later')
+
+
+def _streams(text: str) -> int:
+    return _one_of(text, KERNEL_STREAMS, 'the kernels are written for some numbers of streams')
+
+
+def _dtype(text: str) -> str:
+    return _one_of(text, DTYPES, 'no kernel takes it')
+
+
+def _one_of(text: str, known: Iterable, why: str) -> Any:
+    found = {str(value): value for value in known}
+    if text not in found:
+        raise argparse.ArgumentTypeError(f'{text}: {why}; take one of {" ".join(found)}')
+    return found[text]
+
+
+def _record(text: str) -> dict:
+    path = input_file(text)
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f'{text}: {error}; leave it out') from None
+    keys = {'triton', 'dtype', 'kernels', 'exceptions'}
+    if not isinstance(record, dict) or not keys <= record.keys():
+        wanted = ', '.join(sorted(keys))
+        raise argparse.ArgumentTypeError(
+            f'{text}: no record, which has the keys {wanted}; tools/kernel_record.py makes one'
+        )
+    return record

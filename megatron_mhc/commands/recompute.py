@@ -1,0 +1,248 @@
+"""``megatron-mhc recompute``: memory of block recompute, measured beside the paper's formula.
+
+Builds layers of a GPT with mHC, runs them forward and backward once and counts every byte that
+torch allocates. Unit of the table: C values a token. ``mHC`` is what hyper-connections make, with
+the streams that the layers start from; ``all`` adds what attention and MLP keep and, in the
+backward, gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
+from megatron_mhc.kernels.backend import KERNEL_STREAMS
+from megatron_mhc.settings.recompute_cost import block_cost, kept_cost, whole_cost
+from megatron_mhc.settings.residual import RECOMPUTE_BLOCKS, ResidualConfig
+
+PROGRAM = 'megatron-mhc recompute'
+HEADS = 4
+COLUMNS = (
+    'L',
+    'blocks',
+    'L_r',
+    'kept: mHC',
+    'formula',
+    'peak: mHC',
+    'formula',
+    'all: kept',
+    'peak',
+)
+
+
+class Row(NamedTuple):
+    """Bytes after the forward, and the most in the backward: of all, and of hyper-connections."""
+
+    kept: int
+    kept_by_mhc: int
+    peak: int
+    peak_of_mhc: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``megatron-mhc recompute``."""
+    parser.set_defaults(run=main)
+    parser.description = __doc__.partition('\n\n')[2]
+    add = parser.add_argument
+    add(
+        '--sublayers', type=_even, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers'
+    )
+    add(
+        '--blocks',
+        nargs='+',
+        type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', RECOMPUTE_BLOCKS),
+        default=['none', 'auto', 'stage'],
+        metavar='B',
+        help='values of --mhc-recompute-layer-num (default: none auto stage)',
+    )
+    add('--num-streams', type=integer(1, MOST_STREAMS), default=4, help='n (default: 4)')
+    add('--hidden-size', type=integer(HEADS, 2**16), default=256, help='C (default: 256)')
+    add('--tokens', type=integer(1, 2**20), default=8, help='T (default: 8)')
+    add('--kernel-backend', choices=('torch', 'triton'), default='torch', help='default: torch')
+    add(
+        '--full',
+        type=integer(0, MOST_LAYERS),
+        default=0,
+        metavar='K',
+        help='under full recomputation, --recompute-method uniform --recompute-num-layers K',
+    )
+
+
+def _even(text: str) -> int:
+    value = integer(2, 2 * MOST_LAYERS, 'a layer has two, attention and MLP; use even numbers')(
+        text
+    )
+    if value % 2:
+        raise argparse.ArgumentTypeError(
+            f'{text}: a layer has two sublayers, attention and MLP; use even numbers'
+        )
+    return value
+
+
+def _estimated_bytes(options: argparse.Namespace) -> int:
+    """Weights and their gradients, and what the forward of the longest row keeps, in fp32."""
+    n, width, length = options.num_streams, options.hidden_size, max(options.sublayers)
+    weights = 6 * width * width + (n * n + 2 * n) * n * width
+    return 4 * length * (2 * weights + options.tokens * width * (3 * n + 8))
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print one row for each L and kind of block."""
+    if options.hidden_size % HEADS:
+        refuse(PROGRAM, f'--hidden-size {options.hidden_size}: wanted a multiple of {HEADS}, heads')
+    interpreted = options.kernel_backend == 'triton' and not torch.cuda.is_available()
+    if interpreted and not os.environ.get('TRITON_INTERPRET'):
+        refuse(PROGRAM, '--kernel-backend triton: no GPU; set TRITON_INTERPRET=1 to interpret them')
+    n = options.num_streams
+    if options.kernel_backend == 'triton' and n not in KERNEL_STREAMS:
+        known = ', '.join(map(str, sorted(KERNEL_STREAMS)))
+        refuse(PROGRAM, f'--num-streams {n} with --kernel-backend triton: use one of {known}')
+    least = min(options.sublayers)
+    if 2 * options.full > least:
+        refuse(
+            PROGRAM,
+            f'--full {options.full}: --sublayers {least} are {least // 2} layers; use at most that',
+        )
+    size, room = _estimated_bytes(options), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if size > room:
+        refuse(
+            PROGRAM,
+            f'--sublayers {max(options.sublayers)} --num-streams {n} --hidden-size '
+            f'{options.hidden_size} --tokens {options.tokens}: about {size / 2**30:.0f} GiB, more '
+            f'than the {room / 2**30:.0f} GiB of this machine; give smaller ones',
+        )
+    try:
+        residuals = [
+            ResidualConfig(
+                num_residual_streams=n,
+                kernel_backend=options.kernel_backend,
+                recompute_layer_num=kind,
+            )
+            for kind in options.blocks
+        ]
+    except ValueError as error:
+        refuse(PROGRAM, str(error))
+    start_megatron()
+    print(' | '.join(COLUMNS))
+    for sublayers in options.sublayers:
+        for residual in residuals:
+            layers = build(sublayers // 2, residual, options.hidden_size, options.full)
+            row = measure(layers, options.tokens, n * options.hidden_size)
+            values = [f'{b / (options.tokens * options.hidden_size * 4):.1f}' for b in row]
+            size = layers.layers[0].recompute_block_size
+            # What a checkpoint keeps and recomputes is not in the formula.
+            formula = ('-', '-') if options.full else costs(n, sublayers, size)
+            cells = (sublayers, residual.recompute_layer_num, size or '-', values[1], formula[0])
+            cells += (values[3], formula[1], values[0], values[2])
+            pairs = zip(cells, COLUMNS, strict=True)
+            print(' | '.join(f'{cell!s:>{len(name)}}' for cell, name in pairs))
+    return 0
+
+
+def costs(n: int, sublayers: int, size: int) -> tuple[int, int]:
+    """What the formula says of the two columns of mHC."""
+    if not size:
+        return whole_cost(n, sublayers), whole_cost(n, sublayers)
+    return kept_cost(n, sublayers, size), block_cost(n, sublayers, size)
+
+
+def start_megatron() -> None:
+    """Megatron's parallel state for one process; a CUDA device is emulated where there is none."""
+    from megatron_mhc.runtime import cpu_device
+
+    if not torch.cuda.is_available():
+        cpu_device.install()
+        from megatron_mhc.patches import engine
+        from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
+
+        engine.apply(CPU_DEVICE_PATCHES)
+    from megatron.core import parallel_state, tensor_parallel
+
+    store = f'file://{tempfile.mkdtemp()}/store'
+    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+
+
+def build(
+    num_layers: int, residual: ResidualConfig, hidden_size: int, full: int = 0, **settings: Any
+) -> nn.Module:
+    """A block of ``num_layers`` local layers as in a middle pipeline stage, in fp32.
+
+    Args:
+        num_layers: each of two sublayers.
+        residual: its settings.
+        hidden_size: C.
+        full: layers of a checkpoint under full recomputation, 0 for none.
+        settings: more of the ``TransformerConfig``.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlock
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_mhc.residual.block import widen_block
+    from megatron_mhc.residual.spec import with_residual
+
+    recompute = {
+        'recompute_granularity': 'full',
+        'recompute_method': 'uniform',
+        'recompute_num_layers': full,
+    }
+    config = TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=HEADS,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        add_bias_linear=False,
+        normalization='RMSNorm',
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        **(recompute if full else {}),
+        **settings,
+    )
+    spec = with_residual(get_gpt_layer_local_spec(normalization='RMSNorm'), residual)
+    block = TransformerBlock(config, spec, pre_process=False, post_process=False)
+    widen_block(block, residual)
+    return block.cuda()
+
+
+def measure(block: nn.Module, tokens: int, width: int) -> Row:
+    """Run ``block`` forward and backward on random streams of that ``width`` and count bytes."""
+    from megatron.core.pipeline_parallel import schedules
+
+    from megatron_mhc.commands.storage_meter import StorageMeter
+    from megatron_mhc.residual.hyper_connection import HyperConnection
+
+    device = next(block.parameters()).device
+
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(tokens, 1, width, device=device, requires_grad=True)
+        block.set_input_tensor(x)
+        return x, block(None, None)
+
+    # Attention masks are cached, and gradients of parameters have their place.
+    forward()[1].sum().backward()
+    meter = StorageMeter()
+    for module in block.modules():
+        if isinstance(module, HyperConnection):
+            module.forward, module.post = meter.owned(module.forward), meter.owned(module.post)
+    with meter:
+        x, output = forward()
+        grad = torch.randn_like(output)
+        # As before it is sent: its values go to the next stage.
+        schedules.deallocate_output_tensor(output, True)
+        kept = meter.alive()
+        meter.peak()
+        schedules.custom_backward(output, grad)
+        peak = meter.peak()
+    return Row(kept.total - grad.nbytes, kept.owned + x.nbytes, peak.total, peak.owned + x.nbytes)

@@ -1,0 +1,1 @@
+"""What a value may be, and how a run that is given a wrong one ends."""

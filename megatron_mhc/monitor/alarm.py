@@ -1,0 +1,95 @@
+"""What a report says is wrong: which sublayer was the first, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.monitor.collect import CHECKED
+from megatron_mhc.monitor.reduce import Report
+from megatron_mhc.settings.flags_monitor import MonitorConfig
+
+SINGLE = ('amax-gain-forward', 'amax-gain-backward')
+COMPOSITE = ('amax-composite-gain-forward', 'amax-composite-gain-backward')
+_CAUSES = {
+    'streams': 'the streams that it reads are not finite, although every map and output before it '
+    'is; the embedding, if this is the first sublayer, else an overflow: look at the gains, lower '
+    'the learning rate, or use --residual-type mhc',
+    'maps': 'its H_post or H_res is not finite, although the streams that it reads are; its '
+    'mapping parameters are broken, or the streams beyond 5e18, where fp32 cannot hold their '
+    'squares: go back to an earlier checkpoint, lower the learning rate',
+    'outputs': 'its output is not finite, although its streams and maps are; its weights or its '
+    'arithmetic are broken: go back to an earlier checkpoint, lower the learning rate, or skip the '
+    'data',
+}
+
+
+def sublayer_name(sublayer: int) -> str:
+    """``layer 3 attention``, with Megatron's numbers from 1, of sublayer 4."""
+    return f'layer {sublayer // 2 + 1} {"mlp" if sublayer % 2 else "attention"}'
+
+
+def trouble(
+    report: Report, settings: MonitorConfig, gradient_norm: float | None = None
+) -> str | None:
+    """One line about the first sublayer in trouble; None if there is none.
+
+    What is not finite comes before gains, and forward before backward: everything after the first
+    sublayer follows from it.
+
+    Args:
+        report: the reduced measurements.
+        settings: threshold of the gain.
+        gradient_norm: of the whole model; None where the optimizer skipped the step, for which the
+            loss scaler has its own answer.
+    """
+    for sublayer in range(len(report.present)):
+        for kind in CHECKED:
+            if report.metrics[f'nonfinite-{kind}'][sublayer] > 0:
+                return f'{_where(report, sublayer)}: {_CAUSES[kind]}'
+    if gradient_norm is not None and not math.isfinite(gradient_norm):
+        bad = ~torch.isfinite(report.metrics['mapping-grad-norm'])
+        if bad.any():
+            # The backward meets the last one first.
+            return (
+                f'{_where(report, bad.nonzero().max().item())}: the gradient of its mapping '
+                'parameters is not finite, and the forward was; the backward came from there or '
+                'from behind it: the loss or the output layer, if it is the last sublayer'
+            )
+        return (
+            f'the gradient norm is {gradient_norm}, but streams, maps, outputs and mapping '
+            'gradients of every sublayer are finite: look at the embedding and the output layer'
+        )
+    if report.h_res is None:
+        return None
+    single, composite = _larger(report, SINGLE), _larger(report, COMPOSITE)
+    above = (single > settings.alarm_gain).nonzero().flatten()
+    if above.numel():
+        return _gain_line(report, above[0].item(), 'H_res has', single, settings)
+    above = (composite > settings.alarm_gain).nonzero().flatten()
+    if above.numel():
+        # The product grows from the last sublayer backwards.
+        where = above[-1].item()
+        return _gain_line(report, where, 'the product of H_res from it on has', composite, settings)
+    return None
+
+
+def _gain_line(
+    report: Report, sublayer: int, subject: str, gain: Tensor, settings: MonitorConfig
+) -> str:
+    return (
+        f'{_where(report, sublayer)}: {subject} amax gain {gain[sublayer]:.4g}, above '
+        f'{settings.alarm_gain:g} (--mhc-alarm-gain); the streams or their gradients explode: use '
+        '--residual-type mhc, lower the learning rate, or allow more'
+    )
+
+
+def _where(report: Report, sublayer: int) -> str:
+    return f'{sublayer_name(sublayer)} (pipeline rank {report.pipeline_rank[sublayer]})'
+
+
+def _larger(report: Report, names: tuple[str, str]) -> Tensor:
+    forward, backward = (report.metrics[name].nan_to_num(0) for name in names)
+    return torch.where(report.present, torch.maximum(forward, backward), 0)

@@ -1,0 +1,55 @@
+"""A report as TensorBoard and W&B entries, through Megatron's own writers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_mhc.monitor.alarm import sublayer_name
+from megatron_mhc.monitor.metrics import OVER_SUBLAYERS
+from megatron_mhc.monitor.reduce import Report
+from megatron_mhc.monitor.report import COMPOSITE, GAINS, H_RES
+
+PREFIX = 'mhc/'
+# The rows of the tensor of gains. What is drawn by sublayer is written as tensors: scalars of
+# hundreds of sublayers would bury everything else on TensorBoard's page.
+GAIN_ROWS = (
+    'amax-gain-forward',
+    'amax-gain-backward',
+    'amax-composite-gain-forward',
+    'amax-composite-gain-backward',
+)
+
+
+def scalars(report: Report, per_layer: bool) -> dict[str, float]:
+    """Tag -> value: over all sublayers, and of each one where asked for."""
+    values = {}
+    for name, column in report.metrics.items():
+        column = column[report.present]
+        values[PREFIX + name] = OVER_SUBLAYERS.get(name, torch.mean)(column).item()
+        if per_layer:
+            for sublayer, value in zip(report.present.nonzero(), column, strict=True):
+                layer = sublayer_name(sublayer.item()).replace(' ', '-')
+                values[f'{PREFIX}{name}/{layer}'] = value.item()
+    return values
+
+
+def write(report: Report, iteration: int, per_layer: bool, writer: Any, wandb_writer: Any) -> None:
+    """Write a report; both writers are None except on the last rank.
+
+    Args:
+        writer: TensorBoard's ``SummaryWriter``.
+        wandb_writer: the ``wandb`` module.
+    """
+    values = scalars(report, per_layer)
+    if wandb_writer is not None:
+        wandb_writer.log(values, iteration)
+    if writer is None:
+        return
+    for tag, value in values.items():
+        writer.add_scalar(tag, value, iteration)
+    if report.h_res is not None:
+        gains = torch.stack([report.metrics[name] for name in GAIN_ROWS])
+        for tag, tensor in ((H_RES, report.h_res), (COMPOSITE, report.composite), (GAINS, gains)):
+            writer.add_tensor(tag, tensor.float(), iteration)

@@ -1,0 +1,1 @@
+"""Parameter groups of the mappings, and learning rates that fall in steps."""

@@ -1,0 +1,1 @@
+"""A plan of ``megatron_mhc.schedules`` bound to Megatron: its steps, edges and embeddings."""

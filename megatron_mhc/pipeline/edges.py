@@ -1,0 +1,55 @@
+"""What travels between pipeline stages: its shape, its type and the ranks at both ends."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_mhc.schedules.executor_channels import Transport
+from megatron_mhc.schedules.plan import Plan
+from megatron_mhc.settings.flags_residual import parsed_arguments
+
+
+def transport_for(
+    config: Any, plan: Plan, group: dist.ProcessGroup, sequence: int, micro_batch_size: int
+) -> Transport:
+    """The transport of this rank.
+
+    Args:
+        config: the model's config.
+        plan: what will run.
+        group: the pipeline-parallel group.
+        sequence: tokens of a sequence on this context-parallel rank.
+        micro_batch_size: sequences of a microbatch, b.
+    """
+    residual = getattr(config, 'residual_config', None)
+    streams = 1 if residual is None else residual.streams
+    if config.sequence_parallel:
+        sequence //= parallel_state.get_tensor_model_parallel_world_size()
+    shape = torch.Size((sequence, micro_batch_size, streams * config.hidden_size))
+    negotiated = shapes_are_negotiated(config)
+    return Transport(
+        plan,
+        group.rank(),
+        dist.get_process_group_ranks(group),
+        group,
+        lambda op: None if negotiated else shape,
+        config.pipeline_dtype,
+        torch.device(torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'),
+        timeout=default_timeout(),
+    )
+
+
+def default_timeout() -> datetime.timedelta:
+    """As long as Megatron's own groups wait: ``--distributed-timeout-minutes``."""
+    minutes = getattr(parsed_arguments(), 'distributed_timeout_minutes', None) or 10
+    return datetime.timedelta(minutes=minutes)
+
+
+def shapes_are_negotiated(config: Any) -> bool:
+    """Whether the communicator exchanges shapes before each message and needs no width from us."""
+    return bool(config.variable_seq_lengths or getattr(config, 'mtp_standalone', False))

@@ -1,0 +1,52 @@
+"""Megatron's layer layout for the inverted V."""
+
+from __future__ import annotations
+
+from megatron.core import parallel_state
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from megatron_mhc.schedules.inverted_v import CHUNKS, holder_of, stage_of
+
+
+class InvertedVLayout(PipelineParallelLayerLayout):
+    """A layer layout written in stage order (``Et|tt|tt|tL``) and held in an inverted V.
+
+    Args:
+        layout: one entry a stage, first to last, in Megatron's notation (string or list of lists).
+        pipeline_model_parallel_size: P; the layout has 2 P stages.
+    """
+
+    def __init__(self, layout: str | list, pipeline_model_parallel_size: int) -> None:
+        ranks = pipeline_model_parallel_size
+        stages = (
+            self.parse_str_to_list(layout) if isinstance(layout, str) else [list(s) for s in layout]
+        )
+        if len(stages) != CHUNKS * ranks:
+            raise ValueError(
+                f'--pipeline-model-parallel-layout {layout}: {len(stages)} stages, but a V on '
+                f'{ranks} pipeline ranks has {CHUNKS * ranks}; separate them by |'
+            )
+        # Megatron's own order is by chunk, then by rank.
+        held = [stages[stage_of(r, c, ranks)] for c in range(CHUNKS) for r in range(ranks)]
+        super().__init__(held, ranks)
+        self.input_data = layout
+        # In stage order, as the checks of the base class expect it.
+        self.flatten_layout = [
+            layer
+            for stage in range(CHUNKS * ranks)
+            for layer in self.layout[holder_of(stage, ranks)[0]][holder_of(stage, ranks)[1]]
+        ]
+
+    def get_layer_offset(
+        self,
+        layer_type: LayerType = LayerType.decoder,
+        vp_stage: int | None = None,
+        pp_rank: int | None = None,
+    ) -> int:
+        """Number of layers of ``layer_type`` before this chunk, in forward order."""
+        if pp_rank is None:
+            pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        ranks = self.pipeline_model_parallel_size
+        before = (holder_of(s, ranks) for s in range(stage_of(pp_rank, vp_stage, ranks)))
+        return sum(self.layout[rank][chunk].count(layer_type) for rank, chunk in before)

@@ -1,0 +1,182 @@
+"""One training or evaluation step of Megatron, run from a plan.
+
+``run_pipeline_step`` takes the arguments of Megatron's own schedules and does what they do around
+the passes: gradient synchronisation, timers, token counts, the final reduction. What the passes do
+is Megatron's ``forward_step`` and ``backward_step`` with the user's forward function; their order
+is the plan's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+from torch import nn
+
+from megatron_mhc.pipeline.chunk_stage import ChunkStage
+from megatron_mhc.pipeline.edges import transport_for
+from megatron_mhc.pipeline.proof import proved_plan
+from megatron_mhc.pipeline.verify import run_twice
+from megatron_mhc.schedules.executor import in_turn, run_plan
+from megatron_mhc.schedules.executor_lanes import run_lanes
+from megatron_mhc.schedules.inverted_v import CHUNKS, stage_of
+from megatron_mhc.settings.pipeline import PipelineConfig
+
+
+def run_pipeline_step(
+    pipeline: PipelineConfig,
+    *,
+    forward_step_func: Callable,
+    data_iterator: list[Iterator],
+    model: list[nn.Module],
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None = None,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+    first_val_step: bool | None = None,
+    adjust_tensor_shapes_fn: Callable | None = None,
+    p2p_communicator: Any = None,
+    pg_collection: Any = None,
+    force_all_reduce: bool | None = False,
+) -> list:
+    """Run all microbatches; returns the last stage's loss records, elsewhere an empty list.
+
+    The arguments are those of ``forward_backward_pipelining_with_interleaving``; ``pipeline`` says
+    which plan to run.
+
+    Raises:
+        ValueError: the schedule does not exist for this number of microbatches.
+        RuntimeError: a message did not arrive, or ``--pipeline-verify-steps`` found a difference.
+    """
+    del decoder_seq_length
+    if adjust_tensor_shapes_fn is not None:
+        raise NotImplementedError(
+            f'--pipeline-schedule {pipeline.schedule}: adjusted tensor shapes (distillation) are '
+            'not supported; use --pipeline-schedule 1f1b'
+        )
+    config = get_model_config(model[0])
+    group = parallel_state.get_pipeline_model_parallel_group()
+    context_size = parallel_state.get_context_parallel_world_size()
+    if p2p_communicator is not None:
+        group, context_size = p2p_communicator.pp_group, pg_collection.cp.size()
+    rank, ranks = group.rank(), group.size()
+    recompute_stream = getattr(getattr(config, 'residual_config', None), 'recompute_stream', None)
+    rebuilds = recompute_stream is not None
+    plan = proved_plan(pipeline, group, num_microbatches, forward_only, rebuilds)
+    transport = transport_for(config, plan, group, seq_length // context_size, micro_batch_size)
+    # Only where something is launched on a side stream is there a reason to take turns.
+    takes_turns = config.num_moe_experts or config.mhc_post_stream == 'high'
+    fused = run_lanes if takes_turns else in_turn
+    early = not force_all_reduce and all(map(overlaps_reduction, model))
+    stages: dict[tuple[int, int], ChunkStage] = {}
+
+    def passes(iterators: list[Iterator | None], synchronous: bool, early: bool) -> list:
+        losses: list = []
+        for chunk in range(CHUNKS):
+            is_last = chunk == CHUNKS - 1 and rank == ranks - 1
+
+            def forward_step(microbatch, x, chunk=chunk, is_last=is_last):
+                return schedules.forward_step(
+                    forward_step_func,
+                    iterators[chunk],
+                    model[chunk],
+                    num_microbatches,
+                    x,
+                    losses,
+                    config,
+                    cp_group_size=context_size,
+                    collect_non_loss_data=collect_non_loss_data,
+                    is_first_microbatch=schedules.check_first_val_step(
+                        first_val_step, forward_only, microbatch == 0
+                    ),
+                    current_microbatch=microbatch,
+                    vp_stage=chunk,
+                    is_last_stage=is_last,
+                )
+
+            stages[stage_of(rank, chunk, ranks), 0] = ChunkStage(
+                model[chunk],
+                config,
+                forward_step,
+                is_last=is_last,
+                evaluating=forward_only,
+                recompute_stream=recompute_stream,
+                reduces=early,
+            )
+        run_plan(plan, rank, stages, transport, fused=fused, synchronous=synchronous)
+        return losses
+
+    if config.timers is not None:
+        config.timers('forward-backward', log_level=1).start(barrier=config.barrier_with_L1_time)
+    if forward_only:
+        losses = passes(data_iterator, False, False)
+    else:
+        with gradient_sync_off(model):
+            if verifies_next_step(config, pipeline):
+                losses = run_twice(passes, model, data_iterator)
+            else:
+                losses = passes(data_iterator, False, early)
+        finalize(config, model, stages, pg_collection, force_all_reduce)
+    if config.timers is not None:
+        config.timers('forward-backward').stop()
+    return losses
+
+
+@contextlib.contextmanager
+def gradient_sync_off(model: list[nn.Module]) -> Iterator[None]:
+    """Leave the start of gradient reductions to the plan.
+
+    By itself, a bucket is reduced as soon as the last microbatch has been through all its
+    parameters, too early for weight gradients of other microbatches that are still to come.
+    """
+    with contextlib.ExitStack() as stack:
+        for chunk in model:
+            if hasattr(chunk, 'no_sync'):
+                stack.enter_context(chunk.no_sync())
+        yield
+
+
+def finalize(
+    config: Any,
+    model: list[nn.Module],
+    stages: dict[tuple[int, int], ChunkStage],
+    pg_collection: Any,
+    force_all_reduce: bool | None,
+) -> None:
+    """Reduce gradients and scale them, by Megatron's own function."""
+    if config.finalize_model_grads_func is None:
+        return
+    tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
+    for stage in stages.values():
+        tokens += stage.tokens
+    config.finalize_model_grads_func(
+        model,
+        tokens if config.calculate_per_token_loss else None,
+        pg_collection=pg_collection,
+        force_all_reduce=force_all_reduce,
+    )
+
+
+def verifies_next_step(config: Any, pipeline: PipelineConfig) -> bool:
+    """Whether ``--pipeline-verify-steps`` covers the step that begins now."""
+    begun = config.__dict__.setdefault('pipeline_steps_begun', 0)
+    config.pipeline_steps_begun = begun + 1
+    return begun < pipeline.verify_steps
+
+
+def overlaps_reduction(chunk: nn.Module) -> bool:
+    """Whether the chunk's gradients may be reduced while the backward still runs."""
+    settings = getattr(chunk, 'ddp_config', None)
+    return bool(
+        settings is not None
+        and settings.overlap_grad_reduce
+        # Several instances have no handle by which a second start could be told apart.
+        and getattr(settings, 'num_distributed_optimizer_instances', 1) == 1
+    )

@@ -1,0 +1,173 @@
+"""Run a step twice, the second time with full synchronisation, and compare every bit.
+
+What differs between the two runs is when the host waits, so a difference means that some stream
+read a tensor before it was written or after it was freed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor, nn
+
+from megatron_mhc.pipeline.trackers import Trackers
+
+
+class Replayed:
+    """An iterator that can be run through a second time.
+
+    Args:
+        source: the data iterator of one chunk; None where the rank reads no data.
+    """
+
+    def __init__(self, source: Iterator | None) -> None:
+        self._source, self._seen, self._position = source, [], 0
+
+    def __iter__(self) -> Replayed:
+        return self
+
+    def __next__(self) -> Any:
+        if self._position == len(self._seen):
+            self._seen.append(_copied(next(self._source)))
+        self._position += 1
+        return _copied(self._seen[self._position - 1])
+
+    def rewind(self) -> None:
+        self._position = 0
+
+
+def run_twice(
+    step: Callable[[list, bool, bool], list],
+    model: list[nn.Module],
+    iterators: list[Iterator | None],
+) -> list:
+    """``step(iterators, synchronous, reduce early)`` twice from one state; returns its losses.
+
+    Gradients are not reduced before they are compared. What a step leaves behind is there once.
+
+    Raises:
+        RuntimeError: losses or gradients of the two runs differ; names the first that does.
+    """
+    replayed = [None if source is None else Replayed(source) for source in iterators]
+    before = _State(model)
+    losses = step(replayed, False, False)
+    first = _State(model)
+    before.restore()
+    for source in replayed:
+        if source is not None:
+            source.rewind()
+    with _unwatched(model):
+        again = step(replayed, True, False)
+    for name, tensor in _State(model).gradients.items():
+        if not _same(tensor, first.gradients[name]):
+            raise RuntimeError(
+                f'--pipeline-verify-steps: the gradient of {name} differs from that of the same '
+                'step with full synchronisation: a stream read or freed a tensor too early; use '
+                '--mhc-post-stream compute and report the case'
+            )
+    if not _same(losses, again):
+        raise RuntimeError(
+            '--pipeline-verify-steps: losses differ from those of the same step with full '
+            'synchronisation; use --mhc-post-stream compute and report the case'
+        )
+    return again
+
+
+@contextlib.contextmanager
+def _unwatched(model: list[nn.Module]) -> Iterator[None]:
+    """Without the probes of ``--mhc-monitor``, which have seen the step."""
+    probes = [
+        (module, module.probe)
+        for chunk in model
+        for module in chunk.modules()
+        if getattr(module, 'probe', None) is not None
+    ]
+    for module, _ in probes:
+        module.probe = None
+    try:
+        yield
+    finally:
+        for module, probe in probes:
+            module.probe = probe
+
+
+class _State:
+    """Gradients, module buffers, random number generators and trackers of one moment.
+
+    Buffers have what routers count: tokens of experts, of a step and of a batch.
+    """
+
+    def __init__(self, model: list[nn.Module]) -> None:
+        self._model = model
+        self.gradients = {
+            key: gradient.clone()
+            for key, parameter in self._parameters()
+            if (gradient := _gradient(parameter)) is not None
+        }
+        self._buffers = [[b.clone() for b in _buffers(chunk)] for chunk in model]
+        self._cpu = torch.get_rng_state()
+        self._device = torch.cuda.get_rng_state()
+        self._tracker = get_cuda_rng_tracker().get_states()
+        import numpy
+
+        self._host = random.getstate(), numpy.random.get_state()
+        self._trackers = Trackers()
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for index, chunk in enumerate(self._model):
+            for name, parameter in chunk.named_parameters():
+                yield f'chunk {index}: {name}', parameter
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for key, parameter in self._parameters():
+            if key in self.gradients:
+                _gradient(parameter).copy_(self.gradients[key])
+            else:
+                # Without Megatron's buffers a first backward makes the gradient.
+                parameter.grad = None
+        for index, chunk in enumerate(self._model):
+            for buffer, value in zip(_buffers(chunk), self._buffers[index], strict=True):
+                buffer.copy_(value)
+        torch.set_rng_state(self._cpu)
+        torch.cuda.set_rng_state(self._device)
+        get_cuda_rng_tracker().set_states(self._tracker)
+        import numpy
+
+        random.setstate(self._host[0])
+        numpy.random.set_state(self._host[1])
+        self._trackers.restore()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    main = getattr(parameter, 'main_grad', None)
+    return parameter.grad if main is None else main
+
+
+def _buffers(chunk: nn.Module) -> list[Tensor]:
+    # Megatron's data-parallel wrapper has gradient buffers under the name of the method.
+    return list(nn.Module.buffers(chunk))
+
+
+def _copied(batch: Any) -> Any:
+    """Containers are copied: the scripts pop from a batch and replace its entries."""
+    if isinstance(batch, dict):
+        return {key: _copied(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(map(_copied, batch))
+    return batch
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b

@@ -1,0 +1,1 @@
+"""The mHC paper's models."""

@@ -1,0 +1,1 @@
+"""Hyper-connections, and the layers and blocks that carry n streams."""

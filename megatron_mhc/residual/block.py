@@ -1,0 +1,79 @@
+"""The ends of the n-stream section: expand at the block's input, merge before its final norm."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.utils import WrappedTensor
+from torch import Tensor, nn
+
+from megatron_mhc.residual import single_pass
+from megatron_mhc.residual.layer import HyperConnectionLayerMixin
+from megatron_mhc.residual.recompute_choice import choose_block_size
+from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
+from megatron_mhc.settings.residual import ResidualConfig
+
+
+class HyperConnectionBlockMixin:
+    """A block whose layers carry n streams; given to a built block by ``widen_block``."""
+
+    def forward(self, hidden_states: Tensor | WrappedTensor, *args: object, **kwargs: object):
+        inference = kwargs.get('inference_context') or kwargs.get('inference_params')
+        if inference is not None and self.config.pipeline_model_parallel_size > 1:
+            raise NotImplementedError(
+                'inference with --pipeline-model-parallel-size > 1: its receive buffers are one '
+                'stream wide; run inference on one pipeline stage'
+            )
+        if kwargs.get('extract_layer_indices'):
+            raise NotImplementedError(
+                'extract_layer_indices: intermediate hidden states are n streams wide under '
+                'hyper-connections; use --residual-type standard to extract features'
+            )
+        if self.pre_process:
+            if isinstance(hidden_states, WrappedTensor):
+                hidden_states = hidden_states.unwrap()
+            hidden_states = expand_streams(hidden_states, self.num_streams)
+            if self.single_pass:
+                single_pass.start(hidden_states, self.num_streams)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+@functools.cache
+def hyper_connection_block(block_class: type) -> type:
+    name = f'HyperConnection{block_class.__name__}'
+    return type(name, (HyperConnectionBlockMixin, block_class), {'__doc__': block_class.__doc__})
+
+
+def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
+    """Make a built block expand its input to n streams and merge them before its final norm.
+
+    The class is exchanged in place because ``GPTModel`` names the block class itself. The merge is
+    a child of the block (checkpoints collect those) and runs as a pre-hook of the final norm, so
+    that the norm keeps its parameter names.
+    """
+    block.__class__ = hyper_connection_block(type(block))
+    block.num_streams = residual.num_residual_streams
+    block.single_pass = residual.single_pass
+    size = choose_block_size(block, residual)
+    for layer in block.layers:
+        layer.recompute_block_size = size
+    for layer, following in itertools.pairwise(block.layers):
+        if isinstance(layer, HyperConnectionLayerMixin):
+            layer.precedes(following)
+    if block.final_layernorm is not None:
+        block.stream_merge = StreamMerge(
+            block.config.hidden_size, residual, block.config.sequence_parallel
+        )
+        block.final_layernorm.register_forward_pre_hook(functools.partial(_merge_first, block))
+    elif block.post_process and not block.config.mtp_num_layers:
+        raise ValueError(
+            'the last pipeline stage has no final norm, before which the residual streams are '
+            'merged: build the block with post_layer_norm=True or use --residual-type standard'
+        )
+
+
+def _merge_first(block: TransformerBlock, norm: nn.Module, inputs: tuple) -> tuple:
+    del norm
+    return (block.stream_merge(inputs[0]), *inputs[1:])

@@ -1,0 +1,310 @@
+"""n-stream residuals around the two sublayers of *any* Megatron transformer layer.
+
+The mixin goes in front of the layer class that a spec names. The stock methods see the C-wide
+sublayer input as their hidden states, and bias-dropout-add is replaced by a function that only
+notes bias and dropout, so what they return is the bare sublayer output; the mixin then applies
+F_post,res with both. Norms, attention, MLP,
+MoE, recomputation and quantisation inside those methods run unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    BaseTransformerLayer,
+    MoETransformerLayer,
+    TransformerLayer,
+)
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor, nn
+
+from megatron_mhc import ops
+from megatron_mhc.residual.hc import UnconstrainedHyperConnection
+from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
+from megatron_mhc.residual.mhc import ManifoldHyperConnection
+from megatron_mhc.residual.recompute import RecomputedBlock, Written, block_of
+from megatron_mhc.residual.single_pass import SinglePassHyperConnection
+from megatron_mhc.settings.residual import ResidualConfig
+
+# Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
+_TAIL: ContextVar[dict | None] = ContextVar('megatron_mhc_tail', default=None)
+
+
+@contextlib.contextmanager
+def _collected_tail() -> Iterator[dict]:
+    """What ``bias_dropout`` was given inside the context, as arguments of F_post,res."""
+    tail: dict = {}
+    token = _TAIL.set(tail)
+    try:
+        yield tail
+    finally:
+        _TAIL.reset(token)
+
+
+def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """Drop-in for ``get_bias_dropout_add``: the residual is left out, the rest is put off.
+
+    ``fused`` is ignored; bias and dropout are part of F_post,res.
+    """
+    del fused
+
+    def apply(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+        del residual
+        x, bias = x_with_bias
+        if bias is not None and bias.dim() > 1:
+            # One bias a token, which some mixtures of experts have: no longer a parameter.
+            x, bias = x + bias, None
+        tail = _TAIL.get()
+        if tail is None:
+            raise RuntimeError(
+                'bias and dropout of a hyper-connection layer outside its sublayers: they belong '
+                'to F_post,res; call _forward_attention and _forward_mlp of the layer instead'
+            )
+        tail.update(bias=bias, dropout=prob if training else 0.0)
+        return x
+
+    return apply
+
+
+def _without_residual(name: str, bias_dropout_add: object) -> object:
+    """What takes the place of a spec's bias-dropout-add; one we do not know is not dropped."""
+    known = getattr(bias_dropout_add, 'module', bias_dropout_add)
+    if known is IdentityFuncOp:
+        return bias_dropout_add
+    if known not in (get_bias_dropout_add, bias_dropout):
+        raise ValueError(
+            f'{name}={known} in a layer spec: only get_bias_dropout_add can be replaced by '
+            'hyper-connections, and what this one does would be lost; use --residual-type standard'
+        )
+    return bias_dropout
+
+
+def build_hyper_connection(
+    config: TransformerConfig, residual: ResidualConfig, sublayer: int
+) -> HyperConnection:
+    """The residual connection of sublayer number ``sublayer`` (attention and MLP both count)."""
+    if residual.residual_type == 'hc':
+        return UnconstrainedHyperConnection(
+            config.hidden_size,
+            residual,
+            sublayer,
+            config.sequence_parallel,
+            normalization=config.normalization,
+            norm_eps=config.layernorm_epsilon,
+        )
+    connection = SinglePassHyperConnection if residual.single_pass else ManifoldHyperConnection
+    return connection(config.hidden_size, residual, sublayer, config.sequence_parallel)
+
+
+@contextlib.contextmanager
+def output_projections_rescaled(
+    config: TransformerConfig, residual: ResidualConfig
+) -> Iterator[None]:
+    """Divide the initial std of output projections by sqrt(n) where streams are summed.
+
+    HC section 3.1: the sum of n streams would otherwise leave the last layer with a larger std.
+    Megatron initialises exactly these projections with ``output_layer_init_method``; only layers
+    built inside the context are affected, so MTP layers keep their own.
+    """
+    original = config.output_layer_init_method
+    if residual.stream_merge != 'sum' or original is None:
+        yield
+        return
+
+    def rescaled(weight: Tensor, *args: object, **kwargs: object) -> Tensor | None:
+        result = original(weight, *args, **kwargs)
+        weight.data.div_(math.sqrt(residual.num_residual_streams))
+        return result
+
+    config.output_layer_init_method = rescaled
+    try:
+        yield
+    finally:
+        config.output_layer_init_method = original
+
+
+class HyperConnectionLayerMixin:
+    """Overrides the two sublayer methods; everything else is the layer class behind it."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: object,
+        *args: object,
+        residual: ResidualConfig,
+        **kwargs: object,
+    ) -> None:
+        cross_attention = submodules.cross_attention
+        if getattr(cross_attention, 'module', cross_attention) not in (IdentityOp, IdentityFuncOp):
+            raise ValueError(
+                f'--residual-type {residual.residual_type}: this layer has cross attention '
+                f'({cross_attention}), for which hyper-connections are not defined; '
+                'use --residual-type standard for encoder-decoder models'
+            )
+        replaced = {
+            name: _without_residual(name, getattr(submodules, name))
+            for name in ('self_attn_bda', 'mlp_bda')
+        }
+        with output_projections_rescaled(config, residual):
+            super().__init__(config, dataclasses.replace(submodules, **replaced), *args, **kwargs)
+        first = 2 * (self.layer_number - 1)
+        self.self_attention_hyper_connection = (
+            None
+            if isinstance(self.self_attention, IdentityOp)
+            else build_hyper_connection(config, residual, first)
+        )
+        self.mlp_hyper_connection = (
+            None
+            if isinstance(self.mlp, IdentityOp)
+            else build_hyper_connection(config, residual, first + 1)
+        )
+
+        # Sublayers in a block; 0: nothing is recomputed. ``widen_block`` sets it.
+        self.recompute_block_size = 0
+        self.following: tuple[HyperConnection, ...] = ()
+        # A ``PostStream``: where the MLP's F_post,res runs if not on the current stream.
+        self.post_stream = None
+
+    def _forward_attention(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple:
+        connection = self.self_attention_hyper_connection
+        if connection is None:
+            return super()._forward_attention(hidden_states, *args, **kwargs)
+        block = block_of(hidden_states, self.recompute_block_size)
+        u, carried = _read(connection, hidden_states, block)
+        with _collected_tail() as tail:
+            y, context = super()._forward_attention(u, *args, **kwargs)
+        connection.observe(hidden_states, carried, y)
+        pending = Pending(y, carried, **tail)
+        return _write(pending, block, connection, self.mlp_hyper_connection), context
+
+    def _forward_mlp(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        connection = self.mlp_hyper_connection
+        if connection is None:
+            return super()._forward_mlp(hidden_states, *args, **kwargs)
+        block = block_of(hidden_states, self.recompute_block_size)
+        u, carried = _read(connection, hidden_states, block)
+        with _collected_tail() as tail:
+            y = super()._forward_mlp(u, *args, **kwargs)
+        connection.observe(hidden_states, carried, y)
+        if self.post_stream is None or not self.training:
+            # The name that `megatron-mhc schedule trace` looks for.
+            with torch.profiler.record_function('mhc/F_post_res'):
+                return _write(Pending(y, carried, **tail), block, connection, *self.following)
+        bias, dropout = tail['bias'], tail['dropout']
+        return self.post_stream.run(
+            lambda y, bias, carried: _write(Pending(y, carried, bias, dropout), block, connection),
+            *(y, bias, carried),
+            hands_over=not self.is_moe_layer,
+        )
+
+    def precedes(self, layer: nn.Module) -> None:
+        """Let the MLP's F_post,res join the mapping of the next layer's attention."""
+        connection = getattr(layer, 'self_attention_hyper_connection', None)
+        # A recomputed layer starts from its input alone: what was read ahead would be lost.
+        if connection is not None and self.config.recompute_granularity != 'full':
+            # In a tuple, or it would be registered as a child of this layer too.
+            self.following = (connection,)
+
+
+def _read(
+    connection: HyperConnection, hidden_states: Tensor, block: RecomputedBlock | None
+) -> tuple[Tensor, ops.Carried]:
+    """Sublayer input, from the read that came with the streams if there is one."""
+    ahead = hidden_states.__dict__.pop('mhc_read_ahead', None)
+    observed = hidden_states._backward_hooks or hidden_states.retains_grad
+    if ahead is not None and ahead[:2] == (connection, _state(hidden_states)) and not observed:
+        return ahead[2:]
+    _, u, carried = (
+        connection(hidden_states) if block is None else block.read(connection, hidden_states)
+    )
+    return u, carried
+
+
+def _write(
+    pending: Pending,
+    block: RecomputedBlock | None,
+    connection: HyperConnection,
+    following: HyperConnection | None = None,
+) -> Tensor:
+    """The next streams. Where the kernels run, the next sublayer reads them in the same pass.
+
+    What it read travels as an attribute of the streams, so that any code between the two sublayers
+    that replaces, changes or observes the tensor gets the plain path. In inference mode, which
+    does not count changes of a tensor, there is no other.
+    """
+    if torch.is_inference_mode_enabled():
+        following = None
+    if following is not None and not following.joins(pending.carried):
+        following = None
+    if block is not None and block.ends:
+        # The next block rebuilds its first read from the streams that it keeps.
+        following = None
+
+    def written(pending: Pending) -> Written:
+        if following is None:
+            return _viewless(connection.post(*pending)), None, None
+        x, u, carried = following(pending)
+        return _viewless(x), u, carried
+
+    x, u, carried = written(pending) if block is None else block.write(written, pending)
+    connection.hand_over(x, pending.carried)
+    if following is not None:
+        x.mhc_read_ahead = (following, _state(x), u, carried)
+    return x
+
+
+def _state(x: Tensor) -> tuple:
+    """What a read ahead depends on: the values of ``x``, and the graph that it was made in.
+
+    A checkpoint returns tensors that were made without a graph and gives them another one.
+    """
+    return x._version, x.grad_fn, x.requires_grad, torch.is_grad_enabled()
+
+
+def _viewless(x: Tensor) -> Tensor:
+    """Pipeline schedules free a stage's output in place and therefore refuse views."""
+    return make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
+
+
+class HyperConnectionTransformerLayer(HyperConnectionLayerMixin, TransformerLayer):
+    """``TransformerLayer`` with n-stream residuals."""
+
+
+class HyperConnectionMoETransformerLayer(HyperConnectionLayerMixin, MoETransformerLayer):
+    """``MoETransformerLayer`` with n-stream residuals."""
+
+
+_STATIC = {
+    TransformerLayer: HyperConnectionTransformerLayer,
+    MoETransformerLayer: HyperConnectionMoETransformerLayer,
+}
+
+
+@functools.cache
+def hyper_connection_layer(layer_class: type) -> type:
+    """The n-stream form of ``layer_class``; an n-stream class is returned as it is."""
+    if issubclass(layer_class, HyperConnectionLayerMixin):
+        return layer_class
+    if layer_class in _STATIC:
+        return _STATIC[layer_class]
+    missing = [
+        name for name in ('_forward_attention', '_forward_mlp') if not hasattr(layer_class, name)
+    ]
+    if not issubclass(layer_class, BaseTransformerLayer) or missing:
+        raise ValueError(
+            f'layer class {layer_class.__module__}.{layer_class.__qualname__} has no '
+            f'{" or ".join(missing) or "BaseTransformerLayer base"}: hyper-connections wrap those '
+            'two methods of a TransformerLayer; derive the layer from TransformerLayer'
+        )
+    name = f'HyperConnection{layer_class.__name__}'
+    return type(name, (HyperConnectionLayerMixin, layer_class), {'__doc__': layer_class.__doc__})

@@ -1,0 +1,113 @@
+"""Manifold-constrained hyper-connections (mHC, arXiv 2512.24880)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mhc import ops
+from megatron_mhc.kernels.reference.mapping import scaled_projection_ref
+from megatron_mhc.kernels.reference.precision import without_autocast
+from megatron_mhc.manifolds import registry
+from megatron_mhc.manifolds.manifold import Manifold
+from megatron_mhc.residual.hyper_connection import HyperConnection, MappingProjection, Maps, Pending
+
+# Biases of the identity preset, home stream against the others: sigma(+-3) reads 0.95 of the home
+# stream and 0.05 of each other one. H_post = 2 sigma(+-1) writes 1.46 and 0.54: streams must come
+# to differ, or H_res gets no gradient at all.
+IDENTITY_PRE = 3.0
+IDENTITY_POST = 1.0
+
+
+class ManifoldHyperConnection(HyperConnection):
+    """mHC: one projection of all n*C values of a token, then sigma, 2 sigma and the manifold.
+
+    Sinkhorn-Knopp, the paper's manifold, is part of the fused ops; with another one they take H_res
+    as an input.
+    """
+
+    def build_parameters(self) -> None:
+        n, factor = self.num_streams, self.residual.init_gating_factor
+        rows = self.manifold.num_logits + 2 * n
+        self.mapping_proj = MappingProjection(rows, n * self.hidden_size)
+        self.bias = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+        self.alpha_pre = nn.Parameter(torch.full((1,), factor, dtype=torch.float32))
+        self.alpha_post = nn.Parameter(torch.full((1,), factor, dtype=torch.float32))
+        # One that no logit needs would never get a gradient.
+        if self.manifold.num_logits:
+            self.alpha_res = nn.Parameter(torch.full((1,), factor, dtype=torch.float32))
+
+    @property
+    def manifold(self) -> Manifold:
+        return registry.load(self.residual.manifold, self.num_streams)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """phi Xavier-uniform; biases by preset; alpha = ``init_gating_factor``."""
+        for alpha in self._alphas():
+            alpha.fill_(self.residual.init_gating_factor)
+        self.mapping_proj.reset_parameters(self.generator())
+        self.bias.copy_(torch.cat(self._bias_preset()))
+
+    def _bias_preset(self) -> list[Tensor]:
+        n, preset = self.num_streams, self.residual.init
+        res = self.manifold.bias(preset)
+        if preset == 'uniform':
+            return [torch.zeros(2 * n, device='cpu'), res]
+        home = torch.full((n,), -1.0, device='cpu')
+        home[self.home] = 1.0
+        return [IDENTITY_PRE * home, IDENTITY_POST * home, res]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the ops that contain Sinkhorn compute these maps."""
+        return self.residual.manifold == 'sinkhorn' and not self.residual.fixed_mappings
+
+    def maps(self, x: Tensor) -> Maps:
+        if self.residual.manifold == 'sinkhorn':
+            return ops.mapping(x, *self._parameters_of_mapping(), **self._settings())
+        n = self.num_streams
+        sizes = [n, n, self.manifold.num_logits]
+        parts = zip(self._alphas(), sizes, strict=False)
+        scale = torch.cat([alpha.expand(size) for alpha, size in parts])
+        logits = scaled_projection_ref(
+            x, self.mapping_proj(), self.bias, scale, self.residual.norm_eps
+        )
+        pre, post, res = logits.split(sizes, dim=-1)
+        with without_autocast(x.device):
+            return torch.sigmoid(pre), 2 * torch.sigmoid(post), self.manifold.matrix(res)
+
+    def read(self, x: Tensor) -> tuple[Tensor, ops.Carried]:
+        if not self.fuses:
+            return super().read(x)
+        return ops.read(x, *self._parameters_of_mapping(), **self._settings())
+
+    def joins(self, carried: ops.Carried) -> bool:
+        return carried.fused and self.residual.seam_fusion and self.fuses
+
+    def write_read(self, pending: Pending) -> tuple[Tensor, Tensor, ops.Carried]:
+        if not self.joins(pending.carried):
+            return super().write_read(pending)
+        return ops.write_read(
+            *(pending.y, pending.carried, *self._parameters_of_mapping()),
+            y_bias=pending.bias,
+            dropout=pending.dropout,
+            seed=pending.seed,
+            **self._settings(),
+        )
+
+    def _alphas(self) -> list[nn.Parameter]:
+        present = [self.alpha_pre, self.alpha_post, getattr(self, 'alpha_res', None)]
+        return [alpha for alpha in present if alpha is not None]
+
+    def _parameters_of_mapping(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mapping_proj(), self.bias, torch.cat(self._alphas())
+
+    def _settings(self) -> dict[str, object]:
+        return {
+            'num_streams': self.num_streams,
+            'sinkhorn_iterations': self.residual.sinkhorn_iterations,
+            'norm_eps': self.residual.norm_eps,
+            'backend': self.residual.kernel_backend,
+            'precision': self.residual.projection_precision,
+        }

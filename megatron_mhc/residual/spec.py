@@ -1,0 +1,45 @@
+"""Turn a layer spec or block spec into its n-stream form, whatever built it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+
+from megatron_mhc.residual.layer import hyper_connection_layer
+from megatron_mhc.settings.residual import STREAM_TYPES, ResidualConfig
+
+Spec = ModuleSpec | TransformerBlockSubmodules
+
+
+def with_residual(spec: Spec, residual: ResidualConfig) -> Spec:
+    """The n-stream form of ``spec``; the argument is left as it was.
+
+    Args:
+        spec: a ``ModuleSpec`` of any ``TransformerLayer`` (local or TE, dense or MoE, MLA), a
+            ``TransformerBlockSubmodules``, or a ``ModuleSpec`` of a block.
+        residual: the settings. Without n streams the spec itself is returned.
+
+    Raises:
+        ValueError: the spec names no transformer layer.
+    """
+    if residual.residual_type not in STREAM_TYPES:
+        return spec
+    if isinstance(spec, TransformerBlockSubmodules):
+        layers = [with_residual(layer, residual) for layer in spec.layer_specs or ()]
+        return dataclasses.replace(spec, layer_specs=layers)
+    if not isinstance(spec, ModuleSpec) or not isinstance(spec.module, type):
+        raise ValueError(
+            f'layer spec of type {type(spec).__name__}: wanted a ModuleSpec of a transformer layer '
+            'or block, or TransformerBlockSubmodules'
+        )
+    if issubclass(spec.module, TransformerBlock):
+        return dataclasses.replace(spec, submodules=with_residual(spec.submodules, residual))
+    return dataclasses.replace(
+        spec,
+        module=hyper_connection_layer(spec.module),
+        params={**spec.params, 'residual': residual},
+        # The stock layer rewrites its submodules in place; specs are often shared between layers.
+        submodules=dataclasses.replace(spec.submodules),
+    )

@@ -1,0 +1,71 @@
+"""The two ends of the widened residual stream: one stream to n, and n to one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mhc import ops
+from megatron_mhc.kernels.reference import scaled_projection_ref
+from megatron_mhc.kernels.reference.precision import at_least_fp32
+from megatron_mhc.residual.hyper_connection import (
+    KeepFP32,
+    MappingProjection,
+    mark_parameters,
+    require_width,
+)
+from megatron_mhc.residual.single_pass import pre_for
+from megatron_mhc.settings.residual import ResidualConfig
+
+
+def expand_streams(x: Tensor, num_streams: int) -> Tensor:
+    """Replicate ``[s, b, C]`` into n equal streams ``[s, b, n*C]``."""
+    return x.repeat(*(1,) * (x.dim() - 1), num_streams)
+
+
+class StreamMerge(KeepFP32):
+    """n streams ``[..., n*C]`` -> ``[..., C]``, just before the final norm.
+
+    ``mean``, ``sum`` and ``pre``, the last sublayer's H_pre, have no parameters. ``learned``
+    weighs each stream by sigma(alpha * (v phi) / r + b), computed from all streams of the token as
+    mHC's own maps are (the head of DeepSeek-V4).
+    """
+
+    def __init__(
+        self, hidden_size: int, residual: ResidualConfig, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.num_streams = residual.num_residual_streams
+        self.hidden_size = hidden_size
+        if residual.stream_merge == 'learned':
+            n = self.num_streams
+            self.mapping_proj = MappingProjection(n, n * hidden_size)
+            self.bias = nn.Parameter(torch.empty(n, dtype=torch.float32))
+            self.alpha = nn.Parameter(torch.empty(1, dtype=torch.float32))
+            self.reset_parameters()
+        mark_parameters(self, residual, sequence_parallel)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """phi Xavier-uniform, b = 0, alpha = ``init_gating_factor``: about half the sum."""
+        # Sublayers count upwards from seed << 20, so the number below it is nobody else's.
+        generator = torch.Generator(device='cpu').manual_seed((self.residual.seed << 20) - 1)
+        self.mapping_proj.reset_parameters(generator)
+        self.bias.zero_()
+        self.alpha.fill_(self.residual.init_gating_factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_width(x, self.num_streams, self.hidden_size)
+        if self.residual.stream_merge == 'learned':
+            scale = self.alpha.expand(self.num_streams)
+            parameters = self.mapping_proj(), self.bias, scale, self.residual.norm_eps
+            logits = scaled_projection_ref(x, *parameters)
+            return ops.pre(x, torch.sigmoid(logits), backend=self.residual.kernel_backend)
+        if self.residual.single_pass:
+            return ops.pre(x, pre_for(x), backend=self.residual.kernel_backend)
+        streams = at_least_fp32(x).unflatten(-1, (self.num_streams, self.hidden_size))
+        total = streams.sum(dim=-2)
+        if self.residual.stream_merge == 'mean':
+            total = total / self.num_streams
+        return total.to(x.dtype)

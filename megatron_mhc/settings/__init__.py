@@ -1,0 +1,1 @@
+"""Settings, the flags that set them, and the combinations that are refused."""

@@ -1,0 +1,232 @@
+"""Command-line flags of the pipeline schedules, and what they make of Megatron's own arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from megatron_mhc.inputs.refusal import announce, is_first_rank
+from megatron_mhc.inputs.values import flag_of, integer
+from megatron_mhc.schedules.inverted_v import CHUNKS, check_layout, even_layout
+from megatron_mhc.schedules.live import live_at_peak
+from megatron_mhc.settings.pipeline import (
+    PIPELINE_SCHEDULES,
+    STREAMS,
+    V_SCHEDULES,
+    W_PLACEMENTS,
+    PipelineConfig,
+)
+from megatron_mhc.settings.refused_pipeline import INVERTED_V
+
+# Compute, high priority, expert and stage communication, with room for data parallelism.
+ENOUGH_CONNECTIONS = 8
+# Flags that mean something only where a plan is run.
+PLAN_FLAGS = (
+    'pipeline_w_placement',
+    'pipeline_verify_steps',
+)
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``pipeline schedules`` group to ``parser`` and return it."""
+    group = parser.add_argument_group(
+        'pipeline schedules',
+        'Schedules that are data: proved before they run (megatron-mhc schedule shows them). zb-v, '
+        'dualpipev and dualpipev-w hold two chunks a rank in a V, both ends of the model on the '
+        'last pipeline rank.',
+    )
+    group.add_argument(
+        '--pipeline-schedule',
+        choices=PIPELINE_SCHEDULES,
+        help='1f1b and interleaved are stock Megatron; the others run from a plan (default: what '
+        "Megatron's own flags ask for)",
+    )
+    group.add_argument(
+        '--pipeline-w-placement',
+        choices=W_PLACEMENTS,
+        help='weight gradients of a fused slot: slot = in it, under communication that waits, '
+        'after = behind it, so that both stage hops start earlier (default: slot for dualpipev, '
+        'after for dualpipev-w, which differ in this only)',
+    )
+    group.add_argument(
+        '--pipeline-verify-steps',
+        type=integer(),
+        metavar='N',
+        help='run the first N steps twice, the second time with full synchronisation, and stop '
+        'unless losses and gradients agree bit for bit (default: 0)',
+    )
+    group.add_argument(
+        '--mhc-post-stream',
+        choices=STREAMS,
+        help='stream of F_post,res of the MLP sublayers, forward and backward: high = one of high '
+        'priority, so that neither it nor the stage communication waits for other compute '
+        '(default: compute; mHC section 4.3.3; for every residual type)',
+    )
+    return parser
+
+
+def pipeline_config_from_args(args: argparse.Namespace) -> PipelineConfig | None:
+    """The plan settings that ``args`` describes; None for a stock schedule.
+
+    Raises:
+        ValueError: flags that contradict each other, or that have no effect.
+    """
+    schedule = getattr(args, 'pipeline_schedule', None)
+    given = [name for name in PLAN_FLAGS if getattr(args, name, None) is not None]
+    if schedule not in V_SCHEDULES:
+        if given:
+            raise ValueError(
+                f'{flag_of(given[0])} has no effect with --pipeline-schedule {schedule or "1f1b"}: '
+                f'it belongs to {", ".join(V_SCHEDULES)}; drop it or choose one of them'
+            )
+        return None
+    placement = getattr(args, 'pipeline_w_placement', None)
+    if placement is not None and schedule == 'zb-v':
+        raise ValueError(
+            '--pipeline-w-placement has no effect with --pipeline-schedule zb-v, which has no '
+            'fused slots; drop it or use dualpipev'
+        )
+    if placement == 'slot' and schedule == 'dualpipev-w':
+        raise ValueError(
+            '--pipeline-w-placement slot contradicts --pipeline-schedule dualpipev-w: that is '
+            'dualpipev with its weight gradients after the slot; use --pipeline-schedule dualpipev'
+        )
+    if placement == 'after':
+        schedule = 'dualpipev-w'
+    return PipelineConfig(schedule, getattr(args, 'pipeline_verify_steps', None) or 0)
+
+
+def check_recompute_stream(stream: str | None, pipeline: PipelineConfig | None) -> None:
+    """Raise ValueError for a stream of high priority that nothing would overlap with."""
+    if stream == 'high' and pipeline is None:
+        raise ValueError(
+            '--mhc-recompute-stream high has no effect with the stock schedules, whose backward '
+            'waits for what it rebuilds; drop it, or choose --pipeline-schedule '
+            f'{", ".join(V_SCHEDULES)}, which rebuild ahead of it'
+        )
+
+
+def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
+    """Check the schedule against the other arguments, and set those that follow from it.
+
+    Called right after parsing, before Megatron validates its arguments. A V needs a layer layout
+    with two chunks a rank, which is written into ``args.pipeline_model_parallel_layout``.
+
+    Raises:
+        ValueError: a pair that cannot be combined; the message has the alternative.
+    """
+    pipeline = pipeline_config_from_args(args)
+    check_recompute_stream(getattr(args, 'mhc_recompute_stream', None), pipeline)
+    if pipeline is not None or getattr(args, 'mhc_post_stream', None) == 'high':
+        _advise_on_connections(args)
+    chunked = (
+        getattr(args, 'num_layers_per_virtual_pipeline_stage', None) is not None
+        or getattr(args, 'num_virtual_stages_per_pipeline_rank', None) is not None
+        or getattr(args, 'pipeline_model_parallel_layout', None) is not None
+    )
+    schedule = getattr(args, 'pipeline_schedule', None)
+    if pipeline is None:
+        if schedule == 'interleaved' and not chunked:
+            raise ValueError(
+                '--pipeline-schedule interleaved needs several chunks a rank; add '
+                '--num-virtual-stages-per-pipeline-rank 2'
+            )
+        if schedule == '1f1b' and chunked and not args.pipeline_model_parallel_layout:
+            raise ValueError(
+                '--pipeline-schedule 1f1b has one chunk a rank; drop the virtual-stage flags or '
+                'use --pipeline-schedule interleaved'
+            )
+        return None
+    INVERTED_V.check(args, pipeline.schedule)
+    if args.micro_batch_size is None:
+        raise ValueError(
+            f'--micro-batch-size is missing: --pipeline-schedule {schedule} is planned for a '
+            'number of microbatches; give it'
+        )
+    _lay_out(args)
+    advise_on_optimizer_state(args, 'will be saved')
+    ranks = args.pipeline_model_parallel_size
+    recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
+    for microbatches in _microbatch_counts(args):
+        pipeline.check(ranks, microbatches)
+        # No rank begins a step without the first one, which has proved the plan by then.
+        if is_first_rank():
+            pipeline.prove(ranks, microbatches, recompute=recompute)
+    if is_first_rank():
+        live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS)
+        announce(
+            f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
+            f'layers {args.pipeline_model_parallel_layout} in stage order, at most {max(live):g} '
+            'live activations a rank'
+        )
+    return pipeline
+
+
+def _advise_on_connections(args: argparse.Namespace) -> None:
+    connections = os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS', '8')
+    if connections.isdigit() and int(connections) < ENOUGH_CONNECTIONS:
+        remedy = f'set it to {ENOUGH_CONNECTIONS} or more (32 is common)'
+        shared = [
+            name
+            for name in ('tensor_model_parallel_size', 'context_parallel_size')
+            if (getattr(args, name, None) or 1) > 1
+        ]
+        if connections == '1' and shared:
+            remedy = (
+                f'from Blackwell on {remedy}; on GPUs before it Megatron demands 1 for '
+                f'{" and ".join(map(flag_of, shared))}, so use 1 there, with more pipeline or '
+                'expert ranks in its place, or do without the overlap'
+            )
+        announce(
+            f'CUDA_DEVICE_MAX_CONNECTIONS={connections}: streams share that many hardware queues, '
+            f'so stage communication and F_post,res can be stuck behind other compute; {remedy}'
+        )
+
+
+def advise_on_optimizer_state(args: argparse.Namespace, when: str) -> None:
+    """Say that optimizer state of a V is bound to its layout, unless a flag of Megatron's is set.
+
+    Args:
+        args: of a run on the inverted V.
+        when: what has become of the state, in words.
+    """
+    sharded = getattr(args, 'use_distributed_optimizer', False) and not args.no_save_optim
+    if args.save and sharded and not args.dist_ckpt_optim_fully_reshardable:
+        announce(
+            f'--use-distributed-optimizer: optimizer state {when} as --pipeline-schedule '
+            f'{args.pipeline_schedule} and this layout divide it; another schedule, TP or PP can '
+            'then resume with --no-load-optim only ("Global shape mismatch" otherwise); add '
+            '--dist-ckpt-optim-fully-reshardable to the run that saves'
+        )
+
+
+def _lay_out(args: argparse.Namespace) -> None:
+    args.num_virtual_stages_per_pipeline_rank = None
+    ranks, predicted = args.pipeline_model_parallel_size, args.mtp_num_layers or 0
+    if args.pipeline_model_parallel_layout is not None:
+        check_layout(args.pipeline_model_parallel_layout, ranks, args.num_layers, predicted)
+        return
+    if args.num_layers is None:
+        raise ValueError(
+            f'--pipeline-schedule {args.pipeline_schedule} divides the layers before a checkpoint '
+            'is read: give --num-layers, or --pipeline-model-parallel-layout'
+        )
+    first, last = 'E', 'm' * predicted + 'L'
+    # Megatron counts embedding and loss as a layer each where these flags are set.
+    extra = (args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split)
+    args.account_for_embedding_in_pipeline_split = False
+    args.account_for_loss_in_pipeline_split = False
+    args.pipeline_model_parallel_layout = even_layout(
+        args.num_layers, ranks, first, last, *map(int, extra)
+    )
+
+
+def _microbatch_counts(args: argparse.Namespace) -> list[int]:
+    """Microbatches of a step: with a batch size that ramps up, of the smallest one too."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    model *= getattr(args, 'context_parallel_size', 1)
+    replicas = max(1, int(os.environ.get('WORLD_SIZE', '1')) // model)
+    batches = [args.global_batch_size or args.micro_batch_size * replicas]
+    if getattr(args, 'rampup_batch_size', None):
+        batches.insert(0, int(args.rampup_batch_size[0]))
+    return [max(1, batch // (args.micro_batch_size * replicas)) for batch in batches]

@@ -1,0 +1,119 @@
+"""The settings of a pipeline schedule that is run from a plan, checked value by value."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_mhc.inputs.values import MOST_TOKENS, check_integer
+from megatron_mhc.schedules.catalog import (
+    forward_only,
+    make_plan,
+    obstacle,
+    placement_of,
+    too_many,
+)
+from megatron_mhc.schedules.inverted_v import CHUNKS
+from megatron_mhc.schedules.lowering import lower
+from megatron_mhc.schedules.plan import Plan
+from megatron_mhc.schedules.validator import validate
+
+STOCK_SCHEDULES = ('1f1b', 'interleaved')
+V_SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
+PIPELINE_SCHEDULES = (*STOCK_SCHEDULES, *V_SCHEDULES)
+STREAMS = ('compute', 'high')
+W_PLACEMENTS = ('slot', 'after')
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """A pipeline schedule on the inverted V: rank r of P holds stages P - 1 - r and P + r.
+
+    Args:
+        schedule: ``zb-v`` (arXiv 2405.15362), ``dualpipev``, or ``dualpipev-w``, whose fused slots
+            leave the weight gradients until after the slot, so that both hops start earlier.
+        verify_steps: run that many first steps a second time with full synchronisation and compare
+            losses and gradients bit for bit.
+    """
+
+    schedule: str
+    verify_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in V_SCHEDULES:
+            raise ValueError(
+                f'--pipeline-schedule {self.schedule}: choose one of {", ".join(V_SCHEDULES)}'
+            )
+        check_integer(
+            '--pipeline-verify-steps', self.verify_steps, 0, MOST_TOKENS, 'it counts steps, 0 none'
+        )
+
+    def check(self, ranks: int, microbatches: int) -> None:
+        """Raise ValueError where the schedule does not exist for these numbers."""
+        reason = obstacle(self.schedule, ranks, microbatches)
+        if reason is not None:
+            raise ValueError(f'--pipeline-schedule {self.schedule}: {reason}')
+        reason = too_many(ranks, microbatches, CHUNKS)
+        if reason is not None:
+            raise ValueError(f'--global-batch-size with --pipeline-schedule: {reason}')
+
+    def prove(
+        self, ranks: int, microbatches: int, evaluating: bool = False, recompute: bool = False
+    ) -> None:
+        """Raise ValueError for a step that cannot run to its end, or would compute something else.
+
+        Looks at all operations of all ranks, once: one rank does it for its pipeline.
+        """
+        _prove(self.schedule, ranks, microbatches, evaluating, recompute)
+
+    def plan(
+        self,
+        rank: int,
+        ranks: int,
+        microbatches: int,
+        evaluating: bool = False,
+        recompute: bool = False,
+    ) -> Plan:
+        """What pipeline rank ``rank`` of ``ranks`` does in one step, as the executor runs it.
+
+        It is checked as far as the rank and its neighbours see; ``prove`` does the rest.
+        ``recompute`` gives an operation of its own, which waits for no message, to rebuilding the
+        block of sublayers that a backward begins with.
+
+        Raises:
+            ValueError: the schedule does not exist for these numbers.
+        """
+        return _plan(self.schedule, rank, ranks, microbatches, evaluating, recompute)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(
+    schedule: str, rank: int, ranks: int, microbatches: int, evaluating: bool, recompute: bool
+) -> Plan:
+    # On the V, whose ranks the inverted V names the other way round.
+    own = ranks - 1 - rank
+    seen = range(max(0, own - 1), min(ranks, own + 2))
+    plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, seen)
+    validate(plan, ranks=seen)
+    kept = tuple(ops if holder == own else () for holder, ops in enumerate(plan.ranks))
+    return plan.with_ranks(kept).reversed_ranks()
+
+
+@functools.lru_cache(maxsize=64)
+def _prove(schedule: str, ranks: int, microbatches: int, evaluating: bool, recompute: bool) -> None:
+    validate(_lowered(schedule, ranks, microbatches, evaluating, recompute))
+
+
+def _lowered(
+    schedule: str,
+    ranks: int,
+    microbatches: int,
+    evaluating: bool,
+    recompute: bool,
+    only: Collection[int] | None = None,
+) -> Plan:
+    if evaluating:
+        plan = forward_only(placement_of('v', ranks), microbatches, only=only)
+        return lower(plan, reduce=False)
+    return lower(make_plan(schedule, ranks, microbatches, only=only), recompute=recompute)

@@ -1,0 +1,1 @@
+"""Layouts at scale: which one trains fastest, and what fits."""

@@ -1,0 +1,243 @@
+"""Seconds and bytes of one microbatch in each stage of a layout, from FLOPs, bytes and links.
+
+FLOPs are those of ``model_flops``, parameters and edges those of ``model_memory``; nothing is
+counted here a second time. T is the tokens of a microbatch, of which a tensor-parallel rank has
+1 / tp between the linear layers (sequence parallelism).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_mhc.schedules.stage_layers import stage_at
+from megatron_mhc.settings.recompute_cost import block_size
+from megatron_mhc.sizing.flops import layer_flops, token_flops
+from megatron_mhc.sizing.memory import (
+    FP32,
+    Layout,
+    edge_bytes,
+    rank_parameters,
+    sharing,
+    stages_of,
+)
+from megatron_mhc.sizing.shape import ModelShape
+from megatron_mhc.study.hardware import Hardware
+from megatron_mhc.study.kernels import BytesModel, Measured, Sublayer
+from megatron_mhc.study.links import Groups, groups_of
+
+# A backward of flash attention has 5 products of matrices, a forward 2 (arXiv 2307.08691).
+CORE_BACKWARD = 2.5
+# Bytes a parameter in Adam: gradient, (master) weight and two moments read, the latter three
+# written; the weight of the model as well where that is narrower.
+ADAM = 7 * FP32
+
+
+@dataclass
+class Costs:
+    """Seconds, of a microbatch in a layer or a stage on one rank.
+
+    Args:
+        forward: compute, with collectives of tensor parallelism, which nothing hides.
+        input_grad: I, likewise.
+        weight_grad: W.
+        recompute: R as an operation of its own, ahead of the backward.
+        exchange: all-to-all of experts, in the forward; the backward has as much.
+        collectives: of tensor parallelism, forward and backward; part of the others.
+        tensor_bytes: sent in them.
+        expert_bytes: sent in the all-to-all, forward and backward.
+    """
+
+    forward: float = 0.0
+    input_grad: float = 0.0
+    weight_grad: float = 0.0
+    recompute: float = 0.0
+    exchange: float = 0.0
+    collectives: float = 0.0
+    tensor_bytes: float = 0.0
+    expert_bytes: float = 0.0
+
+    def add(self, other: Costs, times: int = 1) -> None:
+        """Add ``times`` of ``other``."""
+        for field in _FIELDS:
+            setattr(self, field, getattr(self, field) + times * getattr(other, field))
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Costs))
+
+
+@dataclass(frozen=True)
+class RankCosts:
+    """Once a step, of the rank that waits longest or sends most.
+
+    Args:
+        exposed_reduce: seconds of gradient reduction that the backward of the last microbatch does
+            not cover.
+        gather: seconds of the all-gather of parameters, which nothing covers.
+        optimizer: seconds of Adam.
+        data_bytes: sent by data parallelism.
+    """
+
+    exposed_reduce: float
+    gather: float
+    optimizer: float
+    data_bytes: float
+
+
+class CostModel:
+    """Costs of one model with one kind of residual connection on one kind of machine.
+
+    Args:
+        shape: the model.
+        hardware: the machine.
+        kernels: seconds of residual connections.
+    """
+
+    def __init__(
+        self, shape: ModelShape, hardware: Hardware, kernels: BytesModel | Measured
+    ) -> None:
+        self.shape, self.hardware, self.kernels = shape, hardware, kernels
+        self.flops = {
+            sparse: layer_flops(shape, sparse)
+            for sparse in {shape.has_experts(layer) for layer in range(shape.layers)}
+        }
+        self.head_flops = token_flops(shape)['head']
+        peak = hardware.peak(shape.value_bytes)
+        self.linear_flops = peak * hardware.gemm_efficiency
+        self.attention_flops = peak * hardware.attention_efficiency
+        self.layer_costs: dict[tuple, Costs] = {}
+
+    def stages(self, layout: Layout) -> list[Costs]:
+        """Every stage in forward order."""
+        held = stages_of(self.shape, layout.pp, layout.placement, layout.chunks)
+        found = [Costs() for _ in range(layout.stages)]
+        for rank, chunks in enumerate(held):
+            for chunk, layers in enumerate(chunks):
+                stage = found[stage_at(rank, chunk, layout.pp, layout.placement)]
+                sparse = sum(map(self.shape.has_experts, layers))
+                for kind, count in ((False, len(layers) - sparse), (True, sparse)):
+                    if count:
+                        stage.add(self._layer(layout, kind), count)
+                self._rebuild(stage, layout, 2 * len(layers))
+        found[-1].add(self._head(layout))
+        return found
+
+    def hop(self, layout: Layout) -> float:
+        """Seconds of one edge between ranks, with its n streams."""
+        size = edge_bytes(self.shape, layout)
+        return groups_of(layout, self.hardware).pp.message_seconds(size)
+
+    def step(self, layout: Layout, stages: list[Costs]) -> RankCosts:
+        """What comes on top of the pipeline."""
+        groups, width = groups_of(layout, self.hardware), self.shape.value_bytes
+        adam_bytes = ADAM + (width if width < FP32 else 0)
+        reduce, gather, optimizer, data = [], [], [], []
+        for rank, parts in enumerate(rank_parameters(self.shape, layout)):
+            shares = {groups.dp: 0, groups.expert_dp: 0}
+            adam = 0.0
+            for part, whole in parts.items():
+                split, replicas = sharing(part, layout)
+                group = groups.expert_dp if part == 'routed_experts' else groups.dp
+                shares[group] += whole / split
+                adam += adam_bytes * whole / split / replicas
+            backward = sum(
+                stages[s].input_grad + stages[s].weight_grad
+                for s in (
+                    stage_at(rank, chunk, layout.pp, layout.placement)
+                    for chunk in range(layout.chunks)
+                )
+            )
+            sums = sum(group.gather_seconds(FP32 * count) for group, count in shares.items())
+            reduce.append(max(0.0, sums - backward))
+            gather.append(
+                sum(group.gather_seconds(width * count) for group, count in shares.items())
+            )
+            optimizer.append(adam / self.hardware.bandwidth)
+            data.append(sum(group.sent((FP32 + width) * count) for group, count in shares.items()))
+        return RankCosts(max(reduce), max(gather), max(optimizer), max(data))
+
+    def _layer(self, layout: Layout, sparse: bool) -> Costs:
+        key = layout.gpus // layout.pp, layout.tp, layout.ep, layout.micro_batch, sparse
+        if key not in self.layer_costs:
+            self.layer_costs[key] = self._new_layer(layout, sparse)
+        return self.layer_costs[key]
+
+    def _new_layer(self, layout: Layout, sparse: bool) -> Costs:
+        shape, hardware = self.shape, self.hardware
+        groups, tokens = groups_of(layout, hardware), self._tokens(layout)
+        own = tokens // layout.tp
+        flops = dict(self.flops[sparse])
+        core = flops.pop('attention_core') * tokens / layout.tp / self.attention_flops
+        linear = sum(flops.values()) * tokens / layout.tp / self.linear_flops
+        residual = self._sublayer(layout)
+        exchanged = 0
+        if sparse:
+            exchanged = shape.value_bytes * own * shape.experts.top_k * shape.hidden
+        # Dispatch and combine.
+        exchange = 2 * groups.ep.exchange_seconds(exchanged)
+        collectives, sent = self._collectives(groups, tokens, sparse)
+        return Costs(
+            forward=linear + core + 2 * residual.forward + collectives,
+            input_grad=linear + CORE_BACKWARD * core + 2 * residual.backward + collectives,
+            weight_grad=linear,
+            exchange=exchange,
+            collectives=2 * collectives,
+            tensor_bytes=2 * sent,
+            expert_bytes=4 * groups.ep.sent(exchanged),
+        )
+
+    def _collectives(self, groups: Groups, tokens: int, sparse: bool) -> tuple[float, float]:
+        """Seconds and bytes of a layer's all-gathers and reduce-scatters, of its forward."""
+        shape = self.shape
+        wide = shape.value_bytes * tokens * shape.hidden
+        # One of each for attention, and for the MLP or the shared experts; dispatched tokens too.
+        sizes = [wide, wide]
+        if not sparse or shape.experts.shared_ffn:
+            sizes += [wide, wide]
+        if sparse:
+            sizes += [wide * shape.experts.top_k] * 2
+        return sum(map(groups.tp.gather_seconds, sizes)), sum(map(groups.tp.sent, sizes))
+
+    def _rebuild(self, stage: Costs, layout: Layout, sublayers: int) -> None:
+        """Block recomputation runs the forward kernels of every sublayer again.
+
+        A V schedule rebuilds the block that a backward begins with ahead of it, as R.
+        """
+        residual = self.shape.residual
+        size = block_size(residual.recompute_layer_num, residual.num_residual_streams, sublayers)
+        if not residual.enabled or not size:
+            return
+        forward = self._sublayer(layout).forward
+        ahead = (sublayers - 1) % size + 1 if layout.placement == 'v' else 0
+        stage.recompute = ahead * forward
+        stage.input_grad += (sublayers - ahead) * forward
+
+    def _head(self, layout: Layout) -> Costs:
+        """Output layer and loss."""
+        shape, tokens = self.shape, self._tokens(layout)
+        linear = self.head_flops * tokens / layout.tp / self.linear_flops
+        # Logits are read and the fp32 softmax is written, and the other way round.
+        loss = (
+            (shape.value_bytes + FP32) * tokens * shape.vocab / layout.tp / self.hardware.bandwidth
+        )
+        tp = groups_of(layout, self.hardware).tp
+        wide = shape.value_bytes * tokens * shape.hidden
+        gather = tp.gather_seconds(wide)
+        return Costs(
+            forward=linear + loss + gather,
+            input_grad=linear + loss + gather,
+            weight_grad=linear,
+            collectives=2 * gather,
+            tensor_bytes=2 * tp.sent(wide),
+        )
+
+    def _sublayer(self, layout: Layout) -> Sublayer:
+        """Residual connections of a sublayer, of a microbatch on one rank."""
+        tokens = self._tokens(layout) // layout.tp
+        shape, overlaps = self.shape, not self.hardware.one_queue(layout.tp)
+        return self.kernels.sublayer(
+            shape.residual, shape.hidden, tokens, shape.value_bytes, overlaps
+        )
+
+    def _tokens(self, layout: Layout) -> int:
+        return layout.micro_batch * self.shape.sequence

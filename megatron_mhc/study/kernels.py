@@ -1,0 +1,165 @@
+"""Seconds of the residual connections of one sublayer: measured by the bench, or from bytes."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_mhc.kernels.traffic import Traffic, kernel_forms, our_forms, paper_forms
+from megatron_mhc.settings.residual import ResidualConfig
+from megatron_mhc.study.hardware import Hardware
+
+# Of ``tools/bench``: its headline, per sublayer, as the layers use the kernels.
+OP, CONTENDER, DTYPE, FORWARD, BACKWARD = 'layer', 'triton', 'bf16', 'fwd', 'bwd'
+MODES = ('graph', 'eager')
+
+
+class Sublayer(NamedTuple):
+    """Seconds of one sublayer's residual connection, forward and backward."""
+
+    forward: float
+    backward: float
+
+
+class BytesModel:
+    """What our kernels read and write (``kernels.traffic``) at a share of memory bandwidth.
+
+    One sublayer is a seam: F_post,res of the sublayer before, then mapping and F_pre. Where that of
+    the MLP is hidden, every second sublayer has only the rest. A plain residual connection is an
+    addition, in the backward one of gradients.
+
+    Args:
+        hardware: its memory bandwidth, and how much of F_post,res it hides.
+    """
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.bandwidth, self.hidden_post = hardware.bandwidth, hardware.post_overlap
+        self.source = f'bytes at {hardware.kernel_efficiency:.0%} of {hardware.memory_gb_s:g} GB/s'
+
+    def sublayer(
+        self,
+        residual: ResidualConfig,
+        hidden: int,
+        tokens: int,
+        value_bytes: int = 2,
+        overlaps: bool = True,
+    ) -> Sublayer:
+        """Seconds for T tokens of width C.
+
+        Args:
+            residual: n and what it is.
+            hidden: C.
+            tokens: T.
+            value_bytes: of a stream's value.
+            overlaps: whether streams can run side by side, so that F_post,res can be hidden.
+        """
+        n = residual.num_residual_streams if residual.enabled else 0
+        whole, rest = (
+            [one.bytes(tokens, hidden, value_bytes) / self.bandwidth for one in forms]
+            for forms in _forms(n)
+        )
+        half = self.hidden_post / 2 if overlaps else 0.0
+        return Sublayer(*(w - half * (w - r) for w, r in zip(whole, rest, strict=True)))
+
+
+@functools.cache
+def _forms(n: int) -> tuple[tuple[Traffic, Traffic], tuple[Traffic, Traffic]]:
+    """Traffic forward and backward, whole and without F_post,res; n = 0 is a plain residual."""
+    if not n:
+        plain = paper_forms(1)['plain residual']
+        return (plain, plain), (plain, plain)
+    forms = our_forms(n)
+    kernels = kernel_forms(n)
+    whole = forms['forward at the seam'], forms['backward at the seam']
+    backward = [
+        kernels[name] for name in ('pre_backward', 'maps_backward', 'read_backward HAS_G HAS_U')
+    ]
+    return whole, (forms['mapping'] + forms['F_pre'], sum(backward, Traffic()))
+
+
+class Measured:
+    """Times of a ``results.csv`` of ``tools/bench``; plain residual connections from bytes.
+
+    Args:
+        path: the CSV.
+        hardware: for what the bench does not time.
+
+    Raises:
+        ValueError: no such file, or no times of whole layers in it.
+    """
+
+    def __init__(self, path: Path, hardware: Hardware) -> None:
+        self.path, self.bytes = path, BytesModel(hardware)
+        self.source = f'measured, {path}'
+        # (C, n) -> tokens -> (mode, seconds) of the two directions.
+        self.times: dict[tuple[int, int], dict[int, dict[str, float]]] = {}
+        for mode in MODES[::-1]:
+            for row in self._rows():
+                if row['mode'] == mode:
+                    point = int(row['hidden']), int(row['streams'])
+                    times = self.times.setdefault(point, {}).setdefault(int(row['tokens']), {})
+                    times[row['direction']] = float(row['median_us']) * 1e-6
+        self.times = {
+            point: {t: both for t, both in found.items() if {FORWARD, BACKWARD} <= both.keys()}
+            for point, found in self.times.items()
+        }
+        if not any(self.times.values()):
+            raise ValueError(
+                f'--kernel-times {path}: no row of op {OP}, contender {CONTENDER}, {DTYPE}, fwd '
+                'and bwd, on a GPU; measure with make bench'
+            )
+
+    def _rows(self) -> list[dict[str, str]]:
+        wanted = {'op': OP, 'contender': CONTENDER, 'dtype': DTYPE, 'status': 'ok'}
+        try:
+            with self.path.open(newline='') as file:
+                rows = [
+                    row
+                    for row in csv.DictReader(file)
+                    if all(row[key] == value for key, value in wanted.items())
+                ]
+            for row in rows:
+                if not float(row['median_us']) > 0 or not int(row['tokens']) > 0:
+                    raise ValueError('a time or number of tokens that is not above 0')
+        except OSError as error:
+            raise ValueError(f'--kernel-times {self.path}: {error.strerror}') from error
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(
+                f'--kernel-times {self.path}: not a results.csv of tools/bench ({error}); give one '
+                'that make bench wrote'
+            ) from error
+        return rows
+
+    def sublayer(
+        self,
+        residual: ResidualConfig,
+        hidden: int,
+        tokens: int,
+        value_bytes: int = 2,
+        overlaps: bool = True,
+    ) -> Sublayer:
+        """Seconds for T tokens of width C: in proportion to the nearest T that was measured.
+
+        Raises:
+            ValueError: this C and n, or this width of values, were not measured.
+        """
+        if not residual.enabled:
+            return self.bytes.sublayer(residual, hidden, tokens, value_bytes)
+        if value_bytes != 2:
+            raise ValueError(
+                f'--kernel-times {self.path}: times of {DTYPE}, but the model is fp32; add --bf16 '
+                'behind --model, or drop the flag'
+            )
+        n = residual.num_residual_streams
+        found = self.times.get((hidden, n))
+        if not found:
+            raise ValueError(
+                f'--kernel-times {self.path}: nothing for hidden size {hidden} and {n} streams; '
+                f"measure with make bench ARGS='--ops layer --hidden-sizes {hidden} --num-streams "
+                f"{n}', or drop the flag"
+            )
+        nearest = min(found, key=lambda measured: abs(measured - tokens))
+        both, scale = found[nearest], tokens / nearest
+        return Sublayer(both[FORWARD] * scale, both[BACKWARD] * scale)

@@ -1,0 +1,143 @@
+"""The model of a study: a recipe, or any that Megatron's flags describe."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from megatron_mhc.recipes.recipe import RECIPES, Flags, parallel_flags, recipe_flags, residual_flags
+from megatron_mhc.settings.residual import RESIDUAL_TYPES, ResidualConfig
+from megatron_mhc.sizing.memory import Layout
+from megatron_mhc.sizing.shape import ModelShape
+
+# What a study chooses, and what is not there without Transformer Engine.
+_CHOSEN = (
+    '--tensor-model-parallel-size',
+    '--pipeline-model-parallel-size',
+    '--expert-model-parallel-size',
+    '--expert-tensor-parallel-size',
+    '--num-virtual-stages-per-pipeline-rank',
+    '--num-layers-per-virtual-pipeline-stage',
+    '--pipeline-model-parallel-layout',
+    '--pipeline-schedule',
+    '--micro-batch-size',
+    '--mhc-num-residual-streams',
+    '--mhc-recompute-layer-num',
+)
+_ABSENT = ('--moe-grouped-gemm',)
+
+
+# Types of residual connections that a study has the costs of.
+STUDIED = ('standard', 'mhc')
+
+
+def only_studied(residual_type: str) -> str:
+    """Why a study does not take another type, and what to use."""
+    known = residual_type in RESIDUAL_TYPES
+    why = 'a study does not know its kernels and memory' if known else 'there is no such type'
+    return f'{why}; use {" or ".join(STUDIED)}'
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is studied.
+
+    Args:
+        name: for people.
+        shape: its sizes.
+        batch: sequences of a step.
+        flags: by topic, of a layout, residual connections, and whether there is one queue.
+    """
+
+    name: str
+    shape: ModelShape
+    batch: int
+    flags: Callable[[Layout, ResidualConfig, bool], dict[str, Flags]]
+
+
+def recipe_model(name: str, batch: int | None, residual_type: str) -> Model:
+    """A recipe; ``batch`` instead of its own."""
+    recipe = RECIPES[name]
+    if batch is not None:
+        recipe = dataclasses.replace(recipe, batch=batch)
+    return Model(
+        name,
+        recipe.shape(residual_type),
+        recipe.batch,
+        lambda *chosen: recipe_flags(recipe, *chosen),
+    )
+
+
+def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
+    """The model of a Megatron command line; its flags are those to add to that line.
+
+    Args:
+        line: the model, ``--vocab-size`` and ``--global-batch-size``.
+        batch: instead of the latter.
+        residual_type: where the line names none.
+
+    Raises:
+        ValueError: Megatron does not take the line, or it says what a study chooses.
+        RuntimeError: Megatron-Core is absent or out of range.
+    """
+    from megatron_mhc.bootstrap import prepare
+    from megatron_mhc.sizing.shape import shape_from_args
+
+    for flag in _CHOSEN:
+        if any(word.partition('=')[0] == flag for word in line):
+            raise ValueError(f'--model {flag}: that is what a study chooses; drop it')
+    if any(word.partition('=')[0] == '--context-parallel-size' for word in line):
+        raise ValueError(
+            '--model --context-parallel-size: a study has no context parallelism, which like '
+            'tensor parallelism takes CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell; drop it'
+        )
+    # Megatron prints its arguments.
+    with contextlib.redirect_stdout(sys.stderr):
+        prepare('auto')
+        from megatron_mhc.recipes.build import parsed
+
+        try:
+            args = parsed([word for word in line if word not in _ABSENT], _Refusing)
+            args.padded_vocab_size = _padded(args)
+            shape = shape_from_args(args)
+        except (ArithmeticError, AssertionError, NotImplementedError, TypeError) as error:
+            raise ValueError(f'--model: Megatron does not take these flags: {error}') from error
+    # Megatron would make one up.
+    if batch is None and not any(word.startswith('--global-batch-size') for word in line):
+        raise ValueError('--model: no batch; add --global-batch-size')
+    batch = batch or args.global_batch_size
+    if not shape.residual.enabled:
+        shape = dataclasses.replace(shape, residual=ResidualConfig(residual_type))
+    kind = shape.residual.residual_type
+    if kind not in STUDIED:
+        raise ValueError(f'--model --residual-type {kind}: {only_studied(kind)}')
+
+    def flags(layout: Layout, residual: ResidualConfig, one_queue: bool) -> dict[str, Flags]:
+        sizes: Flags = {'micro-batch-size': layout.micro_batch, 'global-batch-size': batch}
+        return {
+            'RESIDUAL_ARGS': residual_flags(residual),
+            'TRAINING_ARGS': sizes,
+            'PARALLEL_ARGS': parallel_flags(shape.layers, layout, one_queue),
+        }
+
+    return Model('own model', shape, batch, flags)
+
+
+def _padded(args: argparse.Namespace) -> int:
+    """The vocabulary as Megatron pads it on one tensor-parallel rank."""
+    if args.vocab_size is None:
+        raise ValueError('--model: no vocabulary; add --vocab-size')
+    multiple = args.make_vocab_size_divisible_by
+    return -(-args.vocab_size // multiple) * multiple
+
+
+class _Refusing(argparse.ArgumentParser):
+    """Raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f'--model: {message}')

@@ -1,0 +1,179 @@
+"""The layouts that a study looks at, and why others do not exist."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_mhc.schedules.catalog import obstacle
+from megatron_mhc.settings.pipeline import PIPELINE_SCHEDULES
+from megatron_mhc.sizing.memory import Layout
+from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
+
+LARGEST = 500_000
+
+
+class Reason(NamedTuple):
+    """Why a layout does not exist.
+
+    Args:
+        check: number of the check; the higher, the closer to a layout that exists.
+        words: without the layout's numbers, so that it can be counted.
+        remedy: what to change.
+    """
+
+    check: int
+    words: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Values to combine; each tuple has at least one.
+
+    Args:
+        gpus: ranks in all.
+        tp, pp, ep: ranks that share tensors, stages, experts.
+        dp: data-parallel ranks that are looked at; empty for whatever follows.
+        schedule: of the pipeline, where there is one.
+        vpp: chunks a rank, of ``interleaved``.
+        micro_batch: sequences of a microbatch.
+        streams: n.
+        recompute: ``none``, ``auto``, ``stage`` or L_r sublayers.
+
+    Raises:
+        ValueError: more combinations than anyone waits for.
+    """
+
+    gpus: tuple[int, ...]
+    tp: tuple[int, ...]
+    pp: tuple[int, ...]
+    ep: tuple[int, ...]
+    dp: tuple[int, ...] = ()
+    schedule: tuple[str, ...] = PIPELINE_SCHEDULES
+    vpp: tuple[int, ...] = (2,)
+    micro_batch: tuple[int, ...] = (1,)
+    streams: tuple[int, ...] = (4,)
+    recompute: tuple[int | str, ...] = ('auto',)
+
+    def __post_init__(self) -> None:
+        found = sum(1 for _ in itertools.islice(self.combinations(), LARGEST + 1))
+        if found * len(self.streams) * len(self.recompute) > LARGEST:
+            raise ValueError(
+                f'more than {LARGEST} combinations; give fewer values of --tp, --pp, --ep, '
+                '--micro-batch-size, --num-residual-streams or --recompute'
+            )
+
+    def combinations(self) -> Iterator[dict[str, int | str]]:
+        """What ``Layout`` takes; without a pipeline there is no schedule to choose."""
+        sizes = itertools.product(self.gpus, self.tp, self.pp, self.ep, self.micro_batch)
+        for gpus, tp, pp, ep, micro_batch in sizes:
+            same = {'gpus': gpus, 'tp': tp, 'pp': pp, 'ep': ep, 'micro_batch': micro_batch}
+            for schedule in self.schedule if pp > 1 else ('1f1b',):
+                for vpp in self.vpp if schedule == 'interleaved' else (2,):
+                    yield same | {'schedule': schedule, 'vpp': vpp}
+
+
+def legal_layouts(
+    sweep: Sweep, shape: ModelShape, sequences: int
+) -> tuple[list[Layout], Counter[Reason]]:
+    """All layouts that exist, and how many do not for which first reason.
+
+    Raises:
+        ValueError: none exists; says why those that come closest do not, and what to change.
+    """
+    layouts, refused = [], Counter()
+    for sizes in sweep.combinations():
+        reason = impossible(shape, sequences, sizes, sweep.dp)
+        if reason is None:
+            layouts.append(Layout(**sizes))
+        else:
+            refused[reason] += 1
+    if not layouts:
+        closest = max(refused, key=lambda reason: (reason.check, refused[reason]))
+        raise ValueError(f'no layout exists: {closest.words}; {closest.remedy}')
+    return layouts, refused
+
+
+def impossible(
+    shape: ModelShape, sequences: int, sizes: dict, dp: tuple[int, ...] = ()
+) -> Reason | None:
+    """The first reason why a layout cannot be; None where it can.
+
+    Args:
+        shape: the model.
+        sequences: of a step.
+        sizes: what ``Layout`` takes.
+        dp: data-parallel ranks that are asked for; empty for any.
+    """
+    checks = itertools.chain(_of_model(shape, sizes), _of_ranks(sequences, sizes, dp))
+    for number, (wrong, words, remedy) in enumerate(checks):
+        if wrong:
+            return Reason(number, words, remedy)
+    return None
+
+
+# Whether it is wrong, the words, the remedy; a later check may rely on those before it.
+_Checks = Iterator[tuple[bool, str, str]]
+
+
+def _of_model(shape: ModelShape, sizes: dict) -> _Checks:
+    tp, ep = sizes['tp'], sizes['ep']
+    attention, experts = shape.attention, shape.experts
+    heads = attention.groups if isinstance(attention, GroupedAttention) else attention.heads
+    yield (
+        bool(attention.heads % tp or heads % tp),
+        'the attention heads, or their groups, do not divide by tp',
+        f'choose a --tp that divides {heads}',
+    )
+    divided = [shape.vocab, shape.sequence, shape.ffn, shape.hidden]
+    if experts:
+        divided += [experts.ffn, experts.shared_ffn]
+    yield (
+        any(size % tp for size in divided),
+        'vocabulary, sequence or widths do not divide by tp',
+        'choose a smaller --tp',
+    )
+    count = experts.count if experts else 1
+    words = 'the experts do not divide by ep' if experts else 'the model has no experts'
+    yield bool(count % ep), words, f'choose an --ep that divides {count}'
+    yield (
+        shape.layers < _stages(sizes),
+        'fewer layers than stages',
+        f'choose --pp, and --vpp, with at most {shape.layers} stages; a V has 2 a rank',
+    )
+
+
+def _of_ranks(sequences: int, sizes: dict, dp: tuple[int, ...]) -> _Checks:
+    gpus, schedule, pp = sizes['gpus'], sizes['schedule'], sizes['pp']
+    model = sizes['tp'] * pp
+    words = 'the GPUs are no multiple of tp x pp'
+    yield gpus % model > 0, words, f'change --gpus {gpus}, --tp or --pp'
+    yield gpus % (model * sizes['ep']) > 0, f'{words} x ep', f'change --gpus {gpus} or --ep'
+    replicas = gpus // model
+    yield (
+        bool(dp) and replicas not in dp,
+        'dp = GPUs / (tp x pp) is not one that is asked for',
+        f'change --dp or --gpus {gpus}',
+    )
+    together = replicas * sizes['micro_batch']
+    yield (
+        sequences % together > 0,
+        'the batch is no multiple of dp x the microbatch',
+        f'change --global-batch-size {sequences}, --micro-batch-size or --gpus {gpus}',
+    )
+    need = 'a multiple of pp' if schedule == 'interleaved' else 'at least 2 x pp'
+    yield (
+        pp > 1 and obstacle(schedule, pp, sequences // together, chunks=sizes['vpp']) is not None,
+        f'{schedule} needs {need} microbatches',
+        'choose a smaller --pp or --micro-batch-size, a larger --global-batch-size, or --schedule '
+        '1f1b or zb-v',
+    )
+
+
+def _stages(sizes: dict) -> int:
+    pp = sizes['pp']
+    return pp * {'1f1b': 1, 'interleaved': sizes['vpp']}.get(sizes['schedule'], 2) if pp > 1 else 1

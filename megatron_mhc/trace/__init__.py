@@ -1,0 +1,1 @@
+"""Profiler traces: what ran under what."""

@@ -1,0 +1,1 @@
+"""The seams in a user's own Megatron tree."""
