@@ -1,4 +1,4 @@
-"""The rooms of this repository import upwards only, and importing the package is light."""
+"""Rooms import the rows above them only, also lazily, and importing the package is light."""
 
 import ast
 import json
@@ -10,29 +10,61 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ('kernels', 'schedules', 'megatron_mhc', 'patches', 'tools', 'examples', 'tests')
+PACKAGE = 'megatron_mhc'
+FOLDERS = ('kernels', 'schedules', PACKAGE, 'patches', 'tools', 'examples', 'tests')
 LONGEST = 450  # lines
 
-# Room -> what its files may import, besides the standard library, at module level and within
-# functions. A function may import what its room can do without until it is called.
-EAGER = {
-    'kernels': ('torch', 'triton', 'megatron_mhc.kernels'),
-    'schedules': ('megatron_mhc.schedules',),
-    'megatron_mhc': ('torch', 'packaging', 'megatron_mhc', 'megatron.core'),
-    'patches': ('torch', 'packaging', 'numpy', 'megatron_mhc', 'megatron'),
+# Room -> the rooms that it may import, all of them above it. ``.name`` is a file at the root.
+ROOMS = {
+    '.compat': '',
+    'inputs': '',
+    'kernels': '',
+    'schedules': '',
+    '.op_inputs': 'inputs kernels',
+    '.ops': 'kernels .op_inputs',
+    'manifolds': '.ops',
+    'settings': 'inputs kernels schedules manifolds',
+    'checkpoints': 'inputs settings',
+    'residual': 'inputs kernels schedules .ops manifolds settings',
+    '.__init__': '.ops settings residual',
+    'mudd': 'kernels settings residual',
+    'monitor': 'inputs .ops settings residual',
+    'optim': 'inputs settings checkpoints',
+    'pipeline': 'inputs schedules settings residual',
+    'runtime': 'inputs kernels settings checkpoints',
+    'engram': 'inputs kernels settings checkpoints residual optim',
+    'sizing': 'schedules manifolds settings mudd engram',
+    'trace': 'inputs',
+    'patches': 'inputs .compat schedules settings checkpoints residual mudd monitor optim pipeline '
+    'runtime engram sizing',
+    '.seam': 'inputs patches',
+    'tree': 'inputs .compat .seam',
+    '.bootstrap': 'inputs .compat settings runtime patches',
+    '.adaptor': '.bootstrap',
+    'convert': 'inputs .ops manifolds settings checkpoints residual runtime .bootstrap',
+    'recipes': 'inputs schedules manifolds settings sizing .bootstrap',
+    'study': 'inputs kernels schedules settings sizing recipes .bootstrap',
+    'commands': 'inputs .compat kernels schedules settings residual .__init__ runtime trace '
+    'patches',
+    '.run': 'inputs runtime patches .bootstrap',
+    '.cli': 'inputs .__init__ runtime monitor tree convert recipes study commands .run',
+    '.__main__': '.cli',
 }
-LAZY = {
-    'megatron_mhc': (
-        *('matplotlib', 'megatron.training', 'numpy', 'safetensors', 'tensorboard', 'tqdm'),
-        *('triton', 'yaml'),
-    ),
+# What else a room may import, besides the standard library: at module level, and within functions.
+# A function may import what its room can do without until it is called.
+PACKAGE_LIBRARIES = 'torch packaging megatron.core'
+LIBRARIES = {
+    'kernels': 'torch triton',
+    'schedules': '',
+    'patches': 'torch packaging numpy megatron',
 }
+LAZY_LIBRARIES = 'matplotlib megatron.training numpy safetensors tensorboard tqdm triton yaml'
 # These may need torch: they run a plan instead of describing one.
-EXECUTOR = ('schedules/executor',)
+EXECUTOR = 'megatron_mhc.schedules.executor'
 
 
-def files(*rooms: str) -> list[Path]:
-    found = (p for room in rooms for p in (ROOT / room).rglob('*.py'))
+def files(*folders: str) -> list[Path]:
+    found = (p for folder in folders for p in (ROOT / folder).rglob('*.py'))
     # The links inside the package show the same files a second time.
     return sorted(
         p for p in found if not any(parent.is_symlink() for parent in p.parents if parent != ROOT)
@@ -41,6 +73,24 @@ def files(*rooms: str) -> list[Path]:
 
 def label(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    """The name under which the package has the file; links lead to three of its rooms."""
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    parts = parts if parts[0] == PACKAGE else (PACKAGE, *parts)
+    inner = parts[:-1] if parts[-1] == '__init__' and len(parts) > 2 else parts
+    return '.'.join(inner)
+
+
+def room_of(module: str, modules: dict[str, Path]) -> str | None:
+    """The room of what is imported as ``module``, an attribute or a module; None if not ours."""
+    parts = module.split('.')
+    if parts[0] != PACKAGE:
+        return None
+    if len(parts) > 1 and (parts[1] in ROOMS or '.'.join(parts[:2]) in modules):
+        return parts[1] if parts[1] in ROOMS else f'.{parts[1]}'
+    return '.__init__'
 
 
 def imports(tree: ast.Module):
@@ -62,6 +112,17 @@ def imports(tree: ast.Module):
                 yield f'{prefix}.{alias.name}', node.lineno, id(node) in lazy
 
 
+def named(path: Path, tree: ast.Module, modules: dict[str, Path]):
+    """``(module, line)`` of modules that are imported by their name in a string."""
+    command = label(path) == f'{PACKAGE}/cli.py'
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # The table of commands leaves out the package.
+            name = f'{PACKAGE}.{node.value}' if command else node.value
+            if name in modules and name != PACKAGE and not node.value.startswith('_'):
+                yield name, node.lineno
+
+
 def type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.unparse(node.test)
 
@@ -70,38 +131,117 @@ def within(module: str, allowed: tuple[str, ...]) -> bool:
     return any(module == name or module.startswith(name + '.') for name in allowed)
 
 
-def violations(path: Path, room: str) -> list[str]:
-    found = []
-    eager = EAGER[room] + (('torch',) if label(path).startswith(EXECUTOR) else ())
-    for module, line, lazy in imports(ast.parse(path.read_text())):
-        if module.split('.')[0] in sys.stdlib_module_names:
-            continue
-        if within(module, eager + LAZY.get(room, ()) if lazy else eager):
-            # The package proper reaches down to the patches only when a run begins.
-            downwards = room == 'megatron_mhc' and within(module, ('megatron_mhc.patches',))
-            if not downwards or lazy:
-                continue
-        found.append(f'{label(path)}:{line}: {room} may not import {module}')
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """``(room, room that it imports)`` -> where."""
+    modules = {module_of(path): path for path in files('kernels', 'schedules', PACKAGE, 'patches')}
+    found = {}
+    for module, path in modules.items():
+        room, tree = room_of(module, modules), ast.parse(path.read_text())
+        ours = [(name, line) for name, line, _ in imports(tree) if within(name, (PACKAGE,))]
+        for name, line in [*ours, *named(path, tree, modules)]:
+            other = room_of(name, modules)
+            if other != room:
+                found.setdefault((room, other), []).append(f'{label(path)}:{line}')
     return found
 
 
-@pytest.mark.parametrize('room', list(EAGER))
-def test_rooms_import_upwards_only(room):
-    found = [violation for path in files(room) for violation in violations(path, room)]
+def test_rooms_import_what_their_row_allows():
+    """Rows name earlier rows only, so that no circle is left, by whatever way it would go."""
+    order = list(ROOMS)
+    upwards = [
+        f'{room} -> {other}'
+        for room, row in ROOMS.items()
+        for other in row.split()
+        if order.index(other) >= order.index(room)
+    ]
+    found = arrows()
+    wrong = [
+        f'{place}: {room} may not import {other}'
+        for (room, other), places in found.items()
+        if other not in ROOMS[room].split()
+        for place in places
+    ]
+    floors = {}
+    for room in order:
+        below = [floors[other] for from_, other in found if from_ == room and other in floors]
+        floors[room] = 1 + max(below, default=-1)
+    print(
+        f'rooms: {len(order)}, floors: {max(floors.values()) + 1}, arrows: {len(found)}, '
+        f'upward: {len(upwards)}, not in a row: {len(wrong)}'
+    )
+    assert not upwards and not wrong, '\n'.join([*upwards, *wrong])
+    unused = [
+        f'{room}: {other}'
+        for room, row in ROOMS.items()
+        for other in row.split()
+        if (room, other) not in found
+    ]
+    assert not unused, f'allowed, but not needed: {unused}'
+
+
+def test_every_folder_is_a_room():
+    folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / '__init__.py').exists()}
+    assert folders <= ROOMS.keys()
+
+
+def test_a_circle_is_noticed(tmp_path, monkeypatch):
+    """Through a link, in a function, and by a name in a string."""
+    for name, text in {
+        'megatron_mhc/__init__.py': '',
+        'megatron_mhc/settings/__init__.py': 'def f():\n    from megatron_mhc.patches import x\n',
+        'megatron_mhc/inputs/__init__.py': "NAME = 'megatron_mhc.patches.x'\n",
+        'megatron_mhc/cli.py': "TABLE = {'x': 'inputs'}\n",
+        'patches/x.py': 'import megatron_mhc.settings\n',
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / 'megatron_mhc' / 'patches').symlink_to('../patches')
+    monkeypatch.setitem(globals(), 'ROOT', tmp_path)
+    assert arrows() == {
+        ('settings', 'patches'): ['megatron_mhc/settings/__init__.py:2'],
+        ('inputs', 'patches'): ['megatron_mhc/inputs/__init__.py:1'],
+        ('.cli', 'inputs'): ['megatron_mhc/cli.py:1'],
+        ('patches', 'settings'): ['patches/x.py:1'],
+    }
+    with pytest.raises(AssertionError, match='settings may not import patches'):
+        test_rooms_import_what_their_row_allows()
+
+
+def foreign_libraries(path: Path) -> list[str]:
+    folder, module = label(path).split('/')[0], module_of(path)
+    eager = LIBRARIES.get(folder, PACKAGE_LIBRARIES).split()
+    if module.startswith(EXECUTOR):
+        eager.append('torch')
+    lazy = LAZY_LIBRARIES.split() if folder == PACKAGE else []
+    found = []
+    for name, line, in_function in imports(ast.parse(path.read_text())):
+        known = name.split('.')[0] in sys.stdlib_module_names or within(name, (PACKAGE,))
+        allowed = (*eager, *lazy) if in_function else tuple(eager)
+        if not known and not within(name, allowed):
+            found.append(f'{label(path)}:{line}: {folder} may not import {name}')
+    return found
+
+
+def test_libraries():
+    found = [
+        line
+        for path in files('kernels', 'schedules', PACKAGE, 'patches')
+        for line in foreign_libraries(path)
+    ]
     assert not found, '\n'.join(found)
 
 
-def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
+def test_a_wrong_library_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), 'ROOT', tmp_path)
     path = tmp_path / 'kernels' / 'x.py'
     path.parent.mkdir()
     path.write_text('import math\nimport torch\nfrom megatron import core\n')
-    assert violations(path, 'kernels') == ['kernels/x.py:3: kernels may not import megatron.core']
+    assert foreign_libraries(path) == ['kernels/x.py:3: kernels may not import megatron.core']
 
 
 def test_no_relative_and_no_bare_imports():
     found = []
-    for path in files(*ROOMS):
+    for path in files(*FOLDERS):
         for module, line, _ in imports(ast.parse(path.read_text())):
             if module.split('.')[0] in ('', 'kernels', 'schedules', 'patches', 'tools', 'tests'):
                 found.append(f'{label(path)}:{line}: {module}: import megatron_mhc....')
@@ -137,10 +277,10 @@ def rebindings(tree: ast.Module) -> list[int]:
 
 
 def test_only_patches_rebind_megatron_names():
-    rooms = [room for room in ROOMS if room not in ('patches', 'tests')]
+    folders = [folder for folder in FOLDERS if folder not in ('patches', 'tests')]
     found = [
         f'{label(path)}:{line}'
-        for path in files(*rooms)
+        for path in files(*folders)
         for line in rebindings(ast.parse(path.read_text()))
     ]
     assert not found, f'rebinds a Megatron name outside patches/: {found}'
@@ -152,11 +292,13 @@ def test_a_rebinding_is_noticed():
 
 
 def test_files_stay_short_and_folders_stay_unimportable():
-    long = {label(p): len(p.read_text().splitlines()) for p in files(*ROOMS)}
+    long = {label(p): len(p.read_text().splitlines()) for p in files(*FOLDERS)}
     assert not {name: count for name, count in long.items() if count > LONGEST}
     # A top-level importable `kernels` or `tools` would hide another library's.
     inits = [
-        room for room in ROOMS if room != 'megatron_mhc' and (ROOT / room / '__init__.py').exists()
+        folder
+        for folder in FOLDERS
+        if folder != PACKAGE and (ROOT / folder / '__init__.py').exists()
     ]
     assert not inits
 

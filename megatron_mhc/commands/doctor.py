@@ -23,6 +23,7 @@ from megatron_mhc.compat import (
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.kernels.backend import kernel_obstacle
 from megatron_mhc.runtime.script_path import enter_folder
+from megatron_mhc.settings.refusals import REFUSALS
 
 OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
 
@@ -130,11 +131,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '(default: in the current folder, if it holds megatron/core)',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
+    parser.add_argument(
+        '--refusals',
+        action='store_true',
+        help='list every combination of flags that is refused, why, and what to use instead',
+    )
     parser.set_defaults(run=main)
+
+
+def refusals() -> list[dict]:
+    """Every refused combination, as plain values."""
+    return [
+        {
+            'flag': row.flag,
+            'beside': table.feature.format('|'.join(table.values)),
+            'reason': row.reason,
+            'remedy': row.remedy,
+            'otherwise': table.otherwise,
+        }
+        for table in REFUSALS
+        for row in table.rows
+    ]
+
+
+def _print_refusals() -> None:
+    beside = None
+    for row in refusals():
+        if row['beside'] != beside:
+            beside = row['beside']
+            print(f'{beside} (or {row["otherwise"]})')
+        print(f'  {row["flag"]}\n    {row["reason"]}; {row["remedy"]}')
 
 
 def main(options: argparse.Namespace) -> int:
     """Print the report; 1 when something needs a remedy, else 0."""
+    if options.refusals:
+        if options.json:
+            print(json.dumps(refusals(), indent=2))
+        else:
+            _print_refusals()
+        return 0
     if options.script is not None:
         if not options.script.exists():
             refuse(

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'examples' / 'pretrain_gpt.py'
 MODEL = (
     '--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '

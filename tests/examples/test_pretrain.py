@@ -20,7 +20,7 @@ import torch
 
 from megatron_mhc.runtime import save_lock
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'examples' / 'pretrain_gpt.py'
 MODEL = (
     '--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '

@@ -14,7 +14,7 @@ import torch
 
 from megatron_mhc import ResidualConfig
 
-WORKER = pathlib.Path(__file__).parent / 'layouts' / 'edge_worker.py'
+WORKER = pathlib.Path(__file__).parents[1] / 'layouts' / 'edge_worker.py'
 
 
 def test_stages_that_disagree_are_stopped(tmp_path):

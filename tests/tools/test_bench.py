@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-BENCH = Path(__file__).resolve().parents[1] / 'tools' / 'bench'
+BENCH = Path(__file__).resolve().parents[2] / 'tools' / 'bench'
 sys.path.insert(0, str(BENCH))
 
 import bench  # noqa: E402

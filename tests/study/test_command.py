@@ -46,7 +46,7 @@ def test_ten_thousand_gpus(command):
     assert found['best'][0]['gpus'] == 10_000
 
 
-BENCH = Path(__file__).resolve().parents[1] / 'tools' / 'bench'
+BENCH = Path(__file__).resolve().parents[2] / 'tools' / 'bench'
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 LINE = re.compile(r'iteration +(\d+)/.*throughput.*lm loss: (\S+) ')
 
 

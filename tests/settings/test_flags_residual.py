@@ -392,7 +392,7 @@ def test_quick_start_flags_for_gpus_need_no_optional_package(parse):
 
     from megatron.training.arguments import core_transformer_config_from_args, validate_args
 
-    path = pathlib.Path(__file__).parent.parent / 'tools' / 'quickstart_flags.py'
+    path = pathlib.Path(__file__).parents[2] / 'tools' / 'quickstart_flags.py'
     spec = importlib.util.spec_from_file_location('quickstart_flags', path)
     flags = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(flags)

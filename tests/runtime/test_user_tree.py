@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # Prints what plain Python, or the launcher, lets it find.
 PROBE = """
 import json, multiprocessing, os, sys

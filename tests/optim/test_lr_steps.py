@@ -14,7 +14,7 @@ import torch
 
 from megatron_mhc.optim.lr_steps import style_of
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEP = ['--lr-decay-style', 'step']
 PAPER = 'step 0.8:0.316 0.9:0.1'
 

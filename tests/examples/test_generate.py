@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
+EXAMPLES = pathlib.Path(__file__).parents[2] / 'examples'
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --position-embedding-type rope --transformer-impl local

@@ -20,7 +20,7 @@ from megatron_mhc.sizing.flops import residual_flops, step_flops, token_flops
 from megatron_mhc.sizing.memory import Layout, edge_bytes, rank_memory, stages_of
 from megatron_mhc.sizing.size import parameters, summary
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 CASES = [(name, layout) for name in RECIPES for layout in LAYOUTS[name]]
 
 

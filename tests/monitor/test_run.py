@@ -13,7 +13,7 @@ import pytest
 from megatron_mhc.cli import main as cli
 from megatron_mhc.monitor.report import Run, loss_gap, read_run
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 POISONED = ROOT / 'tests' / 'layouts' / 'poisoned_pretrain.py'
 MODEL = (
     '--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '
