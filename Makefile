@@ -24,8 +24,9 @@ train: $(VENV)/.installed ## train a small GPT with mHC on real text and plot it
 compare: $(VENV)/.installed ## train standard, hc and mhc from one seed and plot them together
 	@$(RUN) tools/quickstart.py compare $(ARGS)
 
+# In the order that tests/conftest.py gives the files.
 test: $(VENV)/.installed ## run the tests, two files at a time (-n 0: one)
-	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.installed ## time the mHC ops on a GPU, beside torch and every installed peer
 	@$(RUN) tools/bench/bench.py $(ARGS)
