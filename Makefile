@@ -8,7 +8,7 @@ VENV ?= .venv
 export PYTHON
 RUN := $(VENV)/bin/python
 
-.PHONY: help train compare test bench lint clean
+.PHONY: help train compare test bench lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -33,6 +33,9 @@ bench: $(VENV)/.installed ## time the mHC ops on a GPU, beside torch and every i
 
 lint: $(VENV)/.installed ## check style and imports
 	@$(RUN) -m ruff check . $(ARGS)
+
+types: $(VENV)/.installed ## check types (mypy; pyproject.toml says how strictly which room)
+	@$(RUN) -m mypy $(ARGS)
 
 clean: ## remove caches, builds and the runs of train and compare (not .venv)
 	rm -rf build dist *.egg-info runs .cache .pytest_cache .ruff_cache .hypothesis

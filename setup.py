@@ -52,6 +52,7 @@ setup(
             'build',
             'emerging-optimizers>=0.3',
             'hypothesis',
+            'mypy',
             'pytest',
             'pytest-timeout',
             'pytest-xdist',

@@ -197,7 +197,8 @@ def _seam(inputs: _Inputs) -> list[Row]:
             _, h_post, h_res, carried = Read.apply(x, *parameters)
             written = (carried, y, h_post, h_res, None, DROPOUT, inputs.seed)
             if fused:
-                return WriteRead.apply(*written, *parameters)[:4]
+                together: tuple[Tensor, ...] = WriteRead.apply(*written, *parameters)
+                return together[:4]
             x_new = Write.apply(*written)
             return x_new, *Read.apply(x_new, *parameters)[:3]
 
@@ -237,7 +238,7 @@ def _rows(
     sizes = dict(zip(bounds, want, strict=True))
     rows = []
     for (name, bound), a, b in zip(bounds.items(), got, want, strict=True):
-        error = _error(a, b, sizes.get((sums or {}).get(name)))
+        error = _error(a, b, sizes.get((sums or {}).get(name, '')))
         rows.append(Row(op, name, error, bound, error < bound))
     return rows
 

@@ -56,7 +56,9 @@ def kernel_obstacle(device: torch.device, dtype: torch.dtype, n: int) -> str | N
         return f'the kernels take bf16, fp16 and fp32 streams, not {dtype}'
     obstacle = _platform_obstacle(device)
     if obstacle is None and n == 8 and dtype != torch.bfloat16 and device.type == 'cuda':
-        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(device)
+        # torch has it, its stub does not.
+        room = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         if room < WIDE_EIGHT_STREAMS:
             return f'8 streams of {dtype} take more shared memory than this GPU has; bf16 fits'
     return obstacle

@@ -39,7 +39,7 @@ POINTERS = {
     torch.int32: '*i32',
     torch.int64: '*i64',
 }
-ALIGNED = [['tt.divisibility', 16]]
+ALIGNED: list[list[str | int]] = [['tt.divisibility', 16]]
 WARP = 32
 
 
@@ -51,8 +51,8 @@ class Job:
     kernel: str
     signature: dict[str, str]
     constants: dict[tuple[int], object]
-    attributes: dict[tuple[int], list]
-    options: dict[str, object]
+    attributes: dict[tuple[int], list[list[str | int]]]
+    options: dict[str, int]
     arch: int
 
 
@@ -123,7 +123,7 @@ def compile_launches(
         yield from pool.map(_attempt, jobs)
 
 
-def specialization(value: object) -> tuple[str, bool]:
+def specialization(value: torch.Tensor | float | None) -> tuple[str, bool]:
     """``(type, divisible by 16)`` of an argument as Triton's launcher specialises it.
 
     The type is ``constexpr`` for a value which the launcher compiles in: None and the integer 1.
@@ -145,7 +145,9 @@ def specialization(value: object) -> tuple[str, bool]:
 def _job(launch: Launch, arch: int) -> Job:
     require_compiler()
     run_time = arguments(launch)
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], object] = {}
+    attributes: dict[tuple[int], list[list[str | int]]] = {}
     for index, name in enumerate(inspect.signature(launch.kernel.fn).parameters):
         signature[name], aligned = 'constexpr', False
         if name in run_time:
@@ -184,8 +186,8 @@ def _compile(job: Job) -> Resources:
     instructions = Counter(SASS.findall(sass))
     spills = (_widths(instructions, name) for name in ('STL', 'LDL'))
     return Resources(
-        registers=int(re.search(r'REG:(\d+)', usage).group(1)),
-        stack_bytes=int(re.search(r'STACK:(\d+)', usage).group(1)),
+        registers=_usage(usage, 'REG'),
+        stack_bytes=_usage(usage, 'STACK'),
         spill_bytes=sum(bits // 8 * count for widths in spills for bits, count in widths.items()),
         shared_bytes=compiled.metadata.shared,
         instructions=instructions.total() - instructions['NOP'],
@@ -209,13 +211,23 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         return usage, run([tools.nvdisasm.path, '-c', file.name]).stdout
 
 
+def _usage(text: str, name: str) -> int:
+    """A figure of ``cuobjdump -res-usage``."""
+    found = re.search(rf'{name}:(\d+)', text)
+    if found is None:
+        raise RuntimeError(
+            f'cuobjdump -res-usage does not say {name}; take the cuobjdump that Triton brings'
+        )
+    return int(found.group(1))
+
+
 # An instruction after its address and guard: /*0070*/ @!P0 LDG.E.128 R4, ...
 SASS = re.compile(r'^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)', re.MULTILINE)
 WIDTHS = {'U8': 8, 'S8': 8, 'U16': 16, 'S16': 16, '64': 64, '128': 128, '256': 256}
 
 
 def _widths(instructions: Counter[str], name: str) -> dict[int, int]:
-    widths = Counter()
+    widths: Counter[int] = Counter()
     for instruction, count in instructions.items():
         head, *modifiers = instruction.split('.')
         if head == name:
@@ -237,7 +249,7 @@ PARAMETER = re.compile(r'_param_(\d+)\]')
 
 def _narrowest(ptx: str, parameters: list[str]) -> dict[str, int]:
     """The narrowest global access through each pointer: addresses are traced to parameters."""
-    sources = {}
+    sources: dict[str, set[str]] = {}
     for instruction, register, rest in DEFINITION.findall(ptx):
         # A value read from memory is no address: kernels take no pointers to pointers.
         if instruction.startswith('ld.param'):
@@ -245,9 +257,10 @@ def _narrowest(ptx: str, parameters: list[str]) -> dict[str, int]:
         elif not instruction.startswith('ld.'):
             sources.setdefault(register, set()).update(re.findall(r'%rd\d+', rest))
     pointers = {index for index, name in enumerate(parameters) if name.endswith('_ptr')}
-    narrowest = {}
+    narrowest: dict[str, int] = {}
     for access in ACCESS.finditer(ptx):
-        seen, front = set(), {access['at'] or access['source']}
+        seen: set[str] = set()
+        front = {access['at'] or access['source']}
         while front:
             seen |= front
             front = set().union(*(sources.get(register, ()) for register in front)) - seen

@@ -6,6 +6,8 @@ step, and neither a GPU nor memory is needed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def seam_launches(
 
 def distinct(launches: list[Launch]) -> list[Launch]:
     """The first launch of each kernel with its constants and options."""
-    kept = {}
+    kept: dict[tuple[object, ...], Launch] = {}
     for launch in launches:
         key = (launch.name, *launch.constants.items(), *launch.options.items())
         kept.setdefault(key, launch)
@@ -79,7 +81,7 @@ def distinct(launches: list[Launch]) -> list[Launch]:
 
 def _inputs(
     n: int, channels: int, tokens: int, dtype: torch.dtype, dropout: float
-) -> tuple[Tensor, tuple, tuple]:
+) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
     """Streams, the mapping's parameters with its settings, and y's bias, dropout and seed."""
     m = n * n + 2 * n
     settings = MappingSettings(n, ITERATIONS, NORM_EPS, 'auto')

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_mhc.kernels.triton.launch import Launch
 
 STREAMS = ('x_ptr', 'y_ptr', 'u_ptr', 'out_ptr', 'g_ptr', 'dx_ptr', 'dy_ptr', 'du_ptr')
-PARAMETERS = ('weight_ptr', 'high_ptr', 'low_ptr', 'bias_ptr', 'alpha_ptr', 'seed_ptr')
-PARAMETERS += ('dweight_ptr', 'dbias_ptr', 'dalpha_ptr')
+PARAMETERS = (
+    *('weight_ptr', 'high_ptr', 'low_ptr', 'bias_ptr', 'alpha_ptr', 'seed_ptr'),
+    *('dweight_ptr', 'dbias_ptr', 'dalpha_ptr'),
+)
 # Constants that change what a kernel reads or writes.
 VARIANTS = ('MIX', 'HAS_G', 'HAS_U', 'WRITE_DX')
 
@@ -151,7 +153,7 @@ def stream_names(launch: Launch) -> list[str]:
     return [name for name, value in found if getattr(value, 'ndim', 0) == 2]
 
 
-def arguments(launch: Launch) -> dict[str, object]:
+def arguments(launch: Launch) -> dict[str, Any]:
     """Run-time arguments of a launch by the names of the kernel's parameters."""
     parameters = inspect.signature(launch.kernel.fn).parameters
     names = (name for name in parameters if name not in launch.constants)

@@ -8,7 +8,7 @@ with every Triton. How many warps stay resident, and on which matrix unit, depen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_mhc.kernels.traffic import arguments, stream_names, variant
 from megatron_mhc.kernels.triton.alignment import DIVISOR
@@ -88,7 +88,9 @@ def state(launch: Launch, arch: int, found: Resources) -> str:
     return f'{resident_warps(arch, found, launch.options["num_warps"])} {found.mma}'
 
 
-def recorded(launch: Launch, arch: int, record: dict, version: str, dtype: str) -> str | None:
+def recorded(
+    launch: Launch, arch: int, record: dict[str, Any], version: str, dtype: str
+) -> str | None:
     """The ``state`` on record for this launch and Triton ``version``; None where there is none."""
     # A point release may bring another assembler.
     release = version.partition('+')[0]
@@ -98,12 +100,12 @@ def recorded(launch: Launch, arch: int, record: dict, version: str, dtype: str) 
     if release not in record['triton'] or dtype != record['dtype'] or not alike:
         return None
     name = f'{label(launch)} {launch.constants["N"]}'
-    states = record['kernels'].get(name, {}).get(str(arch))
+    states: list[str | None] | str | None = record['kernels'].get(name, {}).get(str(arch))
     return states[record['triton'].index(release)] if isinstance(states, list) else states
 
 
 def judge(
-    launch: Launch, arch: int, found: Resources, record: dict, wanted: str | None
+    launch: Launch, arch: int, found: Resources, record: dict[str, Any], wanted: str | None
 ) -> tuple[list[str], list[str]]:
     """Problems of a compiled kernel with their remedies, and reasons why others are none.
 
@@ -137,7 +139,7 @@ def _always(launch: Launch, arch: int, found: Resources) -> list[Problem]:
             text = f'{" ".join(narrow)}: {bits} bits an access, not {VECTOR_BITS}'
             problems.append(Problem('vector', -bits, f'{text}: wider tile or fewer warps'))
     precision = launch.constants.get('PRECISION')
-    wanted = OPERANDS.get(precision, set())
+    wanted = OPERANDS.get(precision, set()) if precision else set()
     operands = {word.partition('.')[2] for word in found.mma.split() if word != '-'}
     if not operands <= wanted or bool(operands) != bool(wanted):
         text = f'matrix instructions {found.mma} for precision {precision}: operands changed type'
@@ -162,12 +164,14 @@ def _lost(launch: Launch, arch: int, found: Resources, wanted: str | None) -> li
     return problems
 
 
-def _reason(launch: Launch, arch: int, problem: Problem, exceptions: list[dict]) -> str | None:
+def _reason(
+    launch: Launch, arch: int, problem: Problem, exceptions: list[dict[str, Any]]
+) -> str | None:
     kernel, n = label(launch), launch.constants['N']
     for noted in exceptions:
         known = kernel.startswith(noted['kernel']) and problem.rule == noted['rule']
         known = known and n == noted['num_streams'] and arch in noted.get('arch', [arch])
         # Of an access a limit says how narrow it may be, of all else how much there may be.
         if known and problem.value <= noted['limit'] * (-1 if problem.rule == 'vector' else 1):
-            return noted['reason']
+            return str(noted['reason'])
     return None

@@ -5,14 +5,19 @@ loaded when it is first used.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from megatron_mhc.settings.residual import ResidualConfig
+
+if TYPE_CHECKING:
+    from megatron_mhc import ops
+    from megatron_mhc.residual.spec import with_residual
 
 __version__ = '0.1.0'
 __all__ = ['ResidualConfig', '__version__', 'ops', 'with_residual']
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == 'ops':
         return importlib.import_module('megatron_mhc.ops')
     if name == 'with_residual':

@@ -55,7 +55,7 @@ def core_version() -> str | None:
         return None
     info = folder / 'package_info.py'
     try:
-        version = runpy.run_path(str(info))['__shortversion__']
+        version: str = runpy.run_path(str(info))['__shortversion__']
         _numbers(core_minor(version))
     except Exception as error:  # whatever running the file raises
         raise RuntimeError(
@@ -132,7 +132,7 @@ def require_supported_core() -> str:
         )
     folder = core_folder()
     in_range = CORE_MIN <= _numbers(core_minor(version)) < CORE_BELOW
-    if not in_range and not is_patched(folder):
+    if not in_range and (folder is None or not is_patched(folder)):
         raise RuntimeError(
             f'megatron-core {version} in {folder} is outside the supported range {CORE_SPECIFIER}: '
             'the patched symbols are only known there. Install a release inside it, e.g. '
@@ -153,7 +153,7 @@ def require_one_tree() -> None:
     ``megatron`` is a namespace: what one copy lacks Python takes from the next one on its path. A
     folder that only adds to the namespace, with no core of its own, is no other copy.
     """
-    core = pathlib.Path(sys.modules['megatron.core'].__file__).parent
+    core = pathlib.Path(sys.modules['megatron.core'].__file__ or '').parent
     for name, module in list(sys.modules.items()):
         if name.startswith('megatron.') and name.count('.') == 1 and hasattr(module, '__path__'):
             part = pathlib.Path(next(iter(module.__path__)))

@@ -81,7 +81,8 @@ def sinkhorn(logits: Tensor, iterations: int = 20, *, backend: str = 'auto') -> 
         return reference.sinkhorn_ref(logits, iterations)
     from megatron_mhc.kernels.autograd.ops import Sinkhorn
 
-    return Sinkhorn.apply(_rows(logits.float(), n, n), iterations).view(logits.shape)
+    h_res: Tensor = Sinkhorn.apply(_rows(logits.float(), n, n), iterations)
+    return h_res.view(logits.shape)
 
 
 def mapping(
@@ -154,7 +155,7 @@ def pre(x: Tensor, h_pre: Tensor, *, backend: str = 'auto') -> Tensor:
         return reference.pre_ref(x, h_pre)
     from megatron_mhc.kernels.autograd.ops import Pre
 
-    u = Pre.apply(_rows(x, x.shape[-1]), _rows(h_pre.float(), n))
+    u: Tensor = Pre.apply(_rows(x, x.shape[-1]), _rows(h_pre.float(), n))
     return u.view(*x.shape[:-1], -1)
 
 
@@ -194,7 +195,8 @@ def post_res(
         return reference.post_res_ref(x, y, h_post, h_res, bias, dropout, seed)
     from megatron_mhc.kernels.autograd.ops import PostRes
 
-    x_new = PostRes.apply(*_write_arguments(x, y, h_post, h_res), _vector(bias), dropout, seed)
+    written = _write_arguments(x, y, h_post, h_res)
+    x_new: Tensor = PostRes.apply(*written, _vector(bias), dropout, seed)
     return x_new.view(x.shape)
 
 
@@ -261,7 +263,8 @@ def write(
     from megatron_mhc.kernels.autograd.seam import Write
 
     arguments = _write_arguments(*_streams_first(y, carried))
-    return Write.apply(*arguments, _vector(bias), dropout, seed).view(x.shape)
+    x_new: Tensor = Write.apply(*arguments, _vector(bias), dropout, seed)
+    return x_new.view(x.shape)
 
 
 def write_read(

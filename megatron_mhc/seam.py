@@ -14,6 +14,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.patches.placed import PLACED, Seam, plain
@@ -21,7 +22,7 @@ from megatron_mhc.patches.placed import PLACED, Seam, plain
 ENTRY = 'arguments'
 
 
-def mhc_seam(id: str, accept: str | None = None) -> Callable:
+def mhc_seam(id: str, accept: str | None = None) -> Callable[[Any], Any]:
     """Decorator: the place of patch ``id``.
 
     Args:
@@ -29,23 +30,23 @@ def mhc_seam(id: str, accept: str | None = None) -> Callable:
         accept: fingerprint of a signature that no release has and that the user vouches for.
     """
 
-    def place(declared):
+    def place(declared: Any) -> Any:
         function, rebuild = plain(declared)
         seam = PLACED[id] = Seam(function, function, accept)
         if id == ENTRY:
             seam.current = functools.partial(_enter, seam)
 
         @functools.wraps(function)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             return seam.current(*args, **kwargs)
 
-        call.seam = seam
+        call.__dict__['seam'] = seam
         return rebuild(call)
 
     return place
 
 
-def _enter(seam: Seam, *args, **kwargs):
+def _enter(seam: Seam, *args: Any, **kwargs: Any) -> Any:
     from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
     from megatron_mhc.patches.engine import apply
 

@@ -26,7 +26,8 @@ from megatron_mhc.settings.flags_monitor import add_monitor_arguments, resolve_m
 from megatron_mhc.settings.flags_pipeline import add_pipeline_arguments, resolve_pipeline
 from megatron_mhc.settings.flags_residual import add_residual_arguments, resolve_arguments
 from megatron_mhc.settings.megatron_sizes import check_sizes
-from megatron_mhc.settings.refusals import POST_STREAM, check_residual
+from megatron_mhc.settings.refusals import check_residual
+from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.settings.shared_flags import add_groups, hand_over
 
 # What adds our argument groups, in the order in which --help shows them.
@@ -54,7 +55,9 @@ def _wrap(original: Callable) -> Callable:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
         shared = add_groups(parser, GROUPS)
-        parser.error = functools.partial(_error, parser, parser.error)
+        # On this instance alone; it raises, which a partial does not say.
+        error = functools.partial(_error, parser, parser.error)
+        parser.error = error  # type: ignore[method-assign, assignment]
         after_parsing(parser, functools.partial(accept, shared=shared))
         return parser
 

@@ -16,6 +16,8 @@ from megatron_mhc.patches.engine import Patch, on_every_release
 def ships_prebuilt_helpers() -> bool:
     """Whether the installed Megatron-Core has the built helpers and no Makefile to build them."""
     datasets = importlib.util.find_spec('megatron.core.datasets')
+    if datasets is None or datasets.origin is None:
+        return False
     folder = pathlib.Path(datasets.origin).parent
     built = importlib.util.find_spec('megatron.core.datasets.helpers_cpp') is not None
     return built and not (folder / 'Makefile').exists()

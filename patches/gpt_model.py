@@ -31,7 +31,8 @@ from megatron_mhc.settings.flags_pipeline import (
 )
 from megatron_mhc.settings.flags_residual import parsed_arguments, residual_config_from_args
 from megatron_mhc.settings.pipeline import PipelineConfig
-from megatron_mhc.settings.refusals import INVERTED_V, check_residual
+from megatron_mhc.settings.refusals import check_residual
+from megatron_mhc.settings.refused_pipeline import INVERTED_V
 from megatron_mhc.settings.residual import ResidualConfig
 
 

@@ -79,6 +79,8 @@ def report(monitor: Monitor, step: dict[str, Any]) -> None:
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
     args, settings = parsed_arguments(), monitor.settings
+    # A step is logged by Megatron's training, which has parsed them.
+    assert args is not None
     norm = None if step['skipped_iter'] else step['grad_norm']
     broken = settings.alarm != 'off' and norm is not None and not math.isfinite(norm)
     sampled = monitor.is_due(step['iteration'])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from megatron.core.optimizer import get_standard_config_overrides
 from torch import nn
@@ -25,7 +26,7 @@ from megatron_mhc.settings.residual import ResidualConfig
 
 def _wrap(original: Callable) -> Callable:
     signature = inspect.signature(original)
-    none_means_standard = core_minor(core_version()) == '0.17'
+    none_means_standard = core_minor(core_version() or '') == '0.17'
 
     def _get_param_groups(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
@@ -52,7 +53,7 @@ def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> No
     widened = (HyperConnectionBlockMixin, MuddLayerMixin)
     for chunk in chunks:
         if not any(isinstance(module, widened) for module in chunk.modules()):
-            inner = chunk
+            inner: Any = chunk
             while hasattr(inner, 'module'):
                 inner = inner.module
             raise RuntimeError(

@@ -16,7 +16,10 @@ def after_parsing(parser: argparse.ArgumentParser, check: Check) -> None:
 
     Several checks may be added to one parser; the first one added runs first.
     """
-    parser.parse_known_args = functools.partial(_parse, parser, parser.parse_known_args, check)
+    # On this instance alone.
+    parser.parse_known_args = functools.partial(  # type: ignore[method-assign]
+        _parse, parser, parser.parse_known_args, check
+    )
 
 
 def _parse(parser: argparse.ArgumentParser, original: Callable, check: Check, *args, **kwargs):

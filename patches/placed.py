@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -18,12 +19,12 @@ class Seam:
     ``wrap`` is the factory of the patch that is switched on.
     """
 
-    original: Callable
-    current: Callable
+    original: Callable[..., Any]
+    current: Callable[..., Any]
     accepted: str | None
-    wrap: Callable | None = None
+    wrap: Callable[..., Any] | None = None
 
-    def switch(self, wrap: Callable | None) -> None:
+    def switch(self, wrap: Callable[..., Any] | None) -> None:
         """Call through ``wrap(original)`` from now on, or ``original`` alone for None."""
         self.wrap = wrap
         self.current = self.original
@@ -34,7 +35,7 @@ class Seam:
 PLACED: dict[str, Seam] = {}
 
 
-def plain(declared: object) -> tuple[Callable, Callable]:
+def plain(declared: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     """The function that stands in a class or module, and what makes it a class method again."""
     if isinstance(declared, classmethod | staticmethod):
         return declared.__func__, type(declared)

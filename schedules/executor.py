@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_mhc.schedules.executor_channels import Transport
+from megatron_mhc.schedules.executor_channels import Key, Transport
 from megatron_mhc.schedules.executor_lanes import run_lanes
 from megatron_mhc.schedules.executor_streams import Launched
 from megatron_mhc.schedules.plan import Kind, Op, Plan
@@ -117,9 +117,9 @@ class _Run:
         self.plan, self.rank, self.stages, self.transport = plan, rank, stages, transport
         self.fused = fused
         # ('F' or 'B', stage, microbatch, direction) of the consumer -> tensor.
-        self.inputs: dict[tuple, Tensor | Launched[Tensor]] = {}
+        self.inputs: dict[Key, Tensor | Launched[Tensor]] = {}
         # The same of the producer -> tensor to be sent.
-        self.outputs: dict[tuple, Tensor | Launched[Tensor]] = {}
+        self.outputs: dict[Key, Tensor | Launched[Tensor]] = {}
 
     def do(self, op: Op) -> None:
         match op.kind:
@@ -131,9 +131,9 @@ class _Run:
             case Kind.SEND:
                 self.send(op)
             case Kind.RECV:
-                self.transport.receive(op)
+                self.link.receive(op)
             case Kind.WAIT:
-                self.inputs[op.payload, *op.key] = self.transport.wait(op)
+                self.inputs[op.payload, *op.key] = self.link.wait(op)
             case Kind.W:
                 self.stage(op).backward_weight(op.microbatch)
             case Kind.R:
@@ -142,6 +142,14 @@ class _Run:
                 self.stage(op).reduce()
             case Kind.PARAM_SYNC:
                 self.stage(op).param_sync()
+
+    @property
+    def link(self) -> Transport:
+        if self.transport is None:
+            raise RuntimeError(
+                f'plan {self.plan.schedule} has messages; give the transport that carries them'
+            )
+        return self.transport
 
     def stage(self, op: Op) -> Stage:
         return self.stages[op.stage, op.direction]
@@ -161,19 +169,21 @@ class _Run:
                 f'{"nothing" if result is None else "a tensor"}, but '
                 f'{"a" if result is None else "no"} neighbouring stage takes one'
             )
+        if result is None:
+            return
         if peer == self.rank:
             onwards = op.stage + (1 if payload == 'F' else -1)
             self.inputs[payload, onwards, op.microbatch, op.direction] = result
-        elif peer is not None:
+        else:
             self.outputs[payload, *op.key] = result
 
     def send(self, op: Op) -> None:
         result = self.outputs.pop((op.payload, *op.key))
         if isinstance(result, Launched):
             with result.on_its_stream() as tensor:
-                self.transport.send(op, tensor)
+                self.link.send(op, tensor)
         else:
-            self.transport.send(op, result)
+            self.link.send(op, result)
 
     def finish(self) -> None:
         if self.transport is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,14 +28,25 @@ from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Op, Plan
 ShapeOf = Callable[[Op], torch.Size | None]
 # (source rank, target rank, payload, producing stage, direction)
 Channel = tuple[int, int, str, int, int]
+# (payload, stage, microbatch, direction)
+Key = tuple[str, int, int, int]
 # A header is (number of dimensions, sizes ...) in this many integers.
 HEADER = 8
 # Ranks within a channel.
 SOURCE, TARGET = 0, 1
 
+
+class Pair(Protocol):
+    """A communicator of two ranks; the stubs of torch leave both out of its backends."""
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work: ...
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work: ...
+
+
 # Channels outlive a transport, which is made for every step. They belong to a group: after
 # destroy_process_group there is another one.
-_pairs: dict[tuple[dist.ProcessGroup, Channel], dist.ProcessGroup] = {}
+_pairs: dict[tuple[dist.ProcessGroup, Channel], Pair] = {}
 
 
 class Transport:
@@ -69,10 +81,10 @@ class Transport:
         self.plan, self.rank, self.ranks, self.group = plan, rank, tuple(ranks), group
         self.shape_of, self.dtype, self.device = shape_of, dtype, device
         self._sent: deque[tuple[Op, list[Tensor], list[dist.Work]]] = deque()
-        self._posted: dict[tuple, tuple[Op, Tensor, dist.Work]] = {}
+        self._posted: dict[Key, tuple[Op, Tensor, dist.Work]] = {}
         # Receives of unknown shape, in the order of the plan.
         self._unknown: dict[Channel, deque[Op]] = defaultdict(deque)
-        self._arrived: dict[tuple, Tensor] = {}
+        self._arrived: dict[Key, Tensor] = {}
         self._tagged = has_tags(group, device)
         if not self._tagged:
             self._connect(timeout)
@@ -160,8 +172,11 @@ class Transport:
         try:
             if self._tagged:
                 start = dist.isend if sends else dist.irecv
-                peer = self.ranks[self.plan.peer(op)]
-                return start(tensor, peer, group=self.group, tag=_tag(link))
+                peer = self.ranks[_other(link, sends)]
+                work = start(tensor, peer, group=self.group, tag=_tag(link))
+                if work is None:
+                    raise RuntimeError('this rank is not in the group')
+                return work
             pair = _pairs[self.group, link]
             return pair.send([tensor], TARGET, 0) if sends else pair.recv([tensor], SOURCE, 0)
         except (RuntimeError, ValueError) as error:
@@ -174,7 +189,7 @@ class Transport:
             raise RuntimeError(self._failure(op)) from error
 
     def _failure(self, op: Op) -> str:
-        peer = self.plan.peer(op)
+        peer = _other(self.plan.channel(op), op.kind is Kind.SEND)
         return (
             f'pipeline rank {self.rank} (rank {self.ranks[self.rank]}): {op} with pipeline rank '
             f'{peer} (rank {self.ranks[peer]}) did not complete; that rank failed or is stuck: '
@@ -210,18 +225,23 @@ class Transport:
                 ) from error
             _pairs[self.group, link] = pair
 
-    def _pair(self, name: str, end: int, timeout: timedelta) -> dist.ProcessGroup:
+    def _pair(self, name: str, end: int, timeout: timedelta) -> Pair:
         """This end of a new channel.
 
         Not ``dist.new_group``: all ranks of the world have to call that, in the same order (with
         ``use_local_synchronization`` as well, since names of groups are counted on each rank).
         """
-        store = dist.PrefixStore(name, self.group.get_group_store())
+        # torch has it here, its stub only in a private module.
+        store = dist.PrefixStore(name, self.group.get_group_store())  # type: ignore[attr-defined]
         if self.device.type == 'cpu':
-            return dist.ProcessGroupGloo(store, end, 2, timeout)
+            gloo: Pair = dist.ProcessGroupGloo(store, end, 2, timeout)  # type: ignore[assignment]
+            return gloo
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout, options.group_name = timeout, name
-        return dist.ProcessGroupNCCL(store, end, 2, options)
+        options._timeout = timeout
+        # A new type of string, which not every torch has.
+        options.group_name = name  # type: ignore[assignment]
+        nccl: Pair = dist.ProcessGroupNCCL(store, end, 2, options)  # type: ignore[assignment]
+        return nccl
 
 
 def has_tags(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -229,8 +249,13 @@ def has_tags(group: dist.ProcessGroup, device: torch.device) -> bool:
     return device.type == 'cpu' or dist.get_backend(group) == 'gloo'
 
 
-def _key(op: Op) -> tuple:
+def _key(op: Op) -> Key:
     return op.payload, *op.key
+
+
+def _other(link: Channel, sends: bool) -> int:
+    source, target, *_ = link
+    return target if sends else source
 
 
 def _tag(link: Channel) -> int:

@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,11 +81,11 @@ def yield_lane() -> None:
 
 class _YieldPoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         yield_lane()
         return grad
 
@@ -95,7 +96,8 @@ def yield_point(x: Tensor) -> Tensor:
     Apply it to the *input* of work on a side stream, and on that stream: autograd replays it there,
     so that the compute stream is not made to wait before the hand-over.
     """
-    return _YieldPoint.apply(x)
+    same: Tensor = _YieldPoint.apply(x)
+    return same
 
 
 def run_lanes[A, B](
@@ -119,17 +121,19 @@ def run_lanes[A, B](
     lanes = _Lanes(backward_first)
     stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
-    def run[T](lane: int, function: Callable[[], T]) -> T | None:
+    def run[T](lane: int, function: Callable[[], T]) -> list[T]:
+        """What ``function`` returned, or nothing where a lane has failed."""
         failure = None
         try:
             lanes.wait(lane)
-            return function()
+            return [function()]
         except BaseException as error:
             failure = error
+            return []
         finally:
             lanes.finish(lane, failure)
 
-    def run_backward() -> B | None:
+    def run_backward() -> list[B]:
         if stream is None:
             return run(_Lanes.BACKWARD, backward)
         # Both are a thread's own; the stream context sets the device too.
@@ -145,7 +149,7 @@ def run_lanes[A, B](
         _active = None
     if lanes.failure is not None:
         raise lanes.failure
-    return ours, theirs
+    return ours[0], theirs[0]
 
 
 @functools.cache

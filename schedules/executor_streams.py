@@ -58,11 +58,11 @@ class Launched[T]:
         self._value = value
         self._stream = stream
         self._event = stream.record_event() if stream is not None else None
-        self._seen: set[torch.cuda.Stream] = {stream}
+        self._seen: set[torch.cuda.Stream | None] = {stream}
 
     def result(self) -> T:
         """The value; whatever the current stream runs next sees it complete."""
-        if self._stream is not None:
+        if self._event is not None:
             current = torch.cuda.current_stream()
             if current not in self._seen:
                 self._seen.add(current)

@@ -12,13 +12,16 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from megatron_mhc.schedules.plan import Kind, Op, Plan
 
 # What takes time: kind and stage; of a fused slot, those of its parts.
 Work = tuple[tuple[Kind, int], ...]
-Time = TypeVar('Time')
+# A number, or an array of numpy, which is not imported here.
+Time = Any
+# The step that made a result, by its kind and by ``Op.key``.
+Made = dict[tuple[str, tuple[int, int, int]], int]
 
 
 class Step(NamedTuple):
@@ -77,7 +80,7 @@ def walk(plan: Plan) -> Path:
     Raises:
         ValueError: the plan has messages or collectives, or cannot proceed.
     """
-    made: dict[tuple[str, tuple[int, int, int]], int] = {}
+    made: Made = {}
     steps: list[Step] = []
     position, before = [0] * plan.pp, [-1] * plan.pp
     left = sum(map(len, plan.ranks))
@@ -104,7 +107,7 @@ def _work(op: Op) -> Work:
     return tuple((leaf.kind, leaf.stage) for leaf in op.leaves)
 
 
-def _sources(plan: Plan, op: Op, made: dict) -> tuple[int, ...] | None:
+def _sources(plan: Plan, op: Op, made: Made) -> tuple[int, ...] | None:
     """The results of other ranks that ``op`` needs; None where a result is not there yet."""
     sources = []
     for leaf in op.leaves:

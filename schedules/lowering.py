@@ -68,16 +68,17 @@ def place_communication(plan: Plan) -> Plan:
 
 def _crossing(plan: Plan) -> dict[tuple[Kind, int, int], tuple[str, bool, bool]]:
     """Of a kind and stage: its payload, and whether that crosses ranks before and after."""
-    found = {}
+    found: dict[tuple[Kind, int, int], tuple[str, bool, bool]] = {}
     for direction, holders in enumerate(plan.placement):
         for stage, here in enumerate(holders):
             for kind in Kind:
                 payload = PAYLOAD.get(kind, '')
-                ends = (
-                    plan.peer(Op(message, stage, 0, direction, payload)) not in (None, here)
+                before, after = (
+                    bool(payload)
+                    and plan.peer(Op(message, stage, 0, direction, payload)) not in (None, here)
                     for message in (Kind.RECV, Kind.SEND)
                 )
-                found[kind, stage, direction] = payload, *(bool(payload) and end for end in ends)
+                found[kind, stage, direction] = payload, before, after
     return found
 
 

@@ -204,8 +204,13 @@ class Plan:
         """What a SEND, RECV or WAIT uses, alike at both ends: one per (peer, kind, chunk).
 
         ``(source rank, target rank, payload, producing stage, direction)``
+
+        Raises:
+            ValueError: its stage has no neighbour there.
         """
         here, there = self.rank_of(op.stage, op.direction), self.peer(op)
+        if there is None:
+            raise ValueError(f'{op}: there is no stage at its other end; validate the plan')
         if op.kind is Kind.SEND:
             return here, there, op.payload, op.stage, op.direction
         stage = op.stage + (-1 if op.payload == 'F' else 1)

@@ -38,7 +38,10 @@ def write_csv(plan: Plan) -> str:
 
 
 def _write(plan: Plan, separator: str) -> str:
-    lines = [('schedule', plan.schedule), ('microbatches', plan.microbatches)]
+    lines: list[tuple[object, ...]] = [
+        ('schedule', plan.schedule),
+        ('microbatches', plan.microbatches),
+    ]
     lines += [('placement', *holders) for holders in plan.placement]
     lines += [ops or ('-',) for ops in plan.ranks]
     return ''.join(separator.join(map(str, line)) + '\n' for line in lines)
@@ -52,7 +55,7 @@ def read_plan(text: str) -> Plan:
     """
     names: list[str] = []
     counts: list[int] = []
-    placement: list[tuple[int, ...]] = []
+    holders: list[tuple[int, ...]] = []
     ranks: list[tuple[Op, ...]] = []
     for number, line in enumerate(text.splitlines(), 1):
         words = [word for word in re.split(r'[,\s]+', line.partition('#')[0]) if word]
@@ -62,15 +65,15 @@ def read_plan(text: str) -> Plan:
             elif words and words[0] == 'microbatches':
                 counts.append(_once(_count(words[1:]), counts, 'microbatches'))
             elif words and words[0] == 'placement':
-                placement.append(_holders(words[1:], placement))
+                holders.append(_holders(words[1:], holders))
             elif words:
                 ranks.append(tuple(_operations(words)))
         except ValueError as error:
             raise ValueError(f'line {number}: {error}') from error
     if not any(ranks):
         raise ValueError('no operations; give a line for each rank, such as 0F0 0F1 0B0 0B1')
-    placement = tuple(placement) or _placement(ranks)
-    if not all(rank < len(ranks) for holders in placement for rank in holders):
+    placement = tuple(holders) or _placement(ranks)
+    if not all(rank < len(ranks) for held in placement for rank in held):
         raise ValueError(f'placement: names a rank that has no operations; there are {len(ranks)}')
     _check_stages(ranks, placement)
     microbatches = counts[0] if counts else _microbatches(ranks)
@@ -79,7 +82,7 @@ def read_plan(text: str) -> Plan:
             f'microbatches {microbatches}: through {len(placement[0])} stages they are more than '
             f'{MOST_PASSES} forward passes, too many to follow singly; give fewer'
         )
-    plan = Plan(names[0] if names else _UNNAMED, microbatches, tuple(placement), tuple(ranks))
+    plan = Plan(names[0] if names else _UNNAMED, microbatches, placement, tuple(ranks))
     if names or Kind.RECV not in plan.kinds or Kind.WAIT in plan.kinds:
         return plan
     return plan.with_ranks(tuple(map(_with_waits, plan.ranks)))

@@ -47,7 +47,7 @@ def render_text(
 
 def _columns_per_unit(timeline: Timeline) -> float:
     """So many that the label of the shortest operation, and a space, fits."""
-    wide, short = 2, float('inf')
+    wide, short = 2.0, float('inf')
     for entry in timeline.entries:
         if entry.lane == COMPUTE_LANE and entry.op.kind is not Kind.R and entry.end > entry.start:
             parts = len(entry.op.leaves)

@@ -13,18 +13,23 @@ MICROSECONDS = 1000.0  # of the trace, per unit of the timeline
 
 def render_trace(timeline: Timeline) -> str:
     """The JSON of a trace: a process for each rank, a thread for each lane, a unit is 1 ms."""
-    events = []
+    events: list[dict[str, object]] = []
     threads: dict[int, int] = {}
     for row in rows(timeline):
         if row.rank not in threads:
             events.append(_name('process_name', row.rank, 0, f'rank {row.rank}'))
-            sort = {'name': 'process_sort_index', 'ph': 'M', 'pid': row.rank, 'tid': 0}
+            sort: dict[str, object] = {
+                'name': 'process_sort_index',
+                'ph': 'M',
+                'pid': row.rank,
+                'tid': 0,
+            }
             events.append(sort | {'args': {'sort_index': row.rank}})
         thread = threads[row.rank] = threads.get(row.rank, -1) + 1
         events.append(_name('thread_name', row.rank, thread, row.name))
         for entry in row.entries:
             op = entry.op
-            arguments = {'stage': op.stage, 'direction': op.direction}
+            arguments: dict[str, int | None] = {'stage': op.stage, 'direction': op.direction}
             if op.kind is not Kind.FUSE and op.microbatch >= 0:
                 arguments['microbatch'] = op.microbatch
             if op.kind is Kind.SEND:
@@ -46,5 +51,5 @@ def render_trace(timeline: Timeline) -> str:
     return json.dumps({'traceEvents': events, 'displayTimeUnit': 'ms', 'otherData': about})
 
 
-def _name(what: str, rank: int, thread: int, name: str) -> dict:
+def _name(what: str, rank: int, thread: int, name: str) -> dict[str, object]:
     return {'name': what, 'ph': 'M', 'pid': rank, 'tid': thread, 'args': {'name': name}}

@@ -78,7 +78,7 @@ class _Simulation:
         self.facts: set[Fact] = set()
         self.waiting: dict[Fact, list[int]] = {}
         self.blocked: dict[int, tuple[Fact, float]] = {}
-        self.lane_free: dict[tuple, float] = {}
+        self.lane_free: dict[tuple[object, ...], float] = {}
         self.entries: list[Entry] = []
         self.exposed = [0.0] * plan.pp
 

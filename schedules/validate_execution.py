@@ -12,20 +12,16 @@ and NCCL's do for a rank that only posts its sends, just take waits away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import TypeGuard
 
 from megatron_mhc.schedules.plan import Kind, Op
 from megatron_mhc.schedules.validate_index import Index
 
-
-class Need(NamedTuple):
-    """The operation at ``here`` of a rank waits for that at ``there`` of rank ``other``."""
-
-    here: int
-    other: int
-    there: int
+# ``(here, other, there)``: the operation at ``here`` of a rank waits for that at ``there`` of rank
+# ``other``. A plain tuple, since a large plan has millions of them.
+Need = tuple[int, int, int]
 
 
 def stuck(index: Index) -> list[str]:
@@ -95,8 +91,13 @@ def _needs(index: Index) -> list[list[Need]]:
     return needs
 
 
-def _all(here: Iterable[int], other: int, there: Iterable[int]) -> Iterable[Need]:
+def _all(here: Sequence[int | None], other: int, there: Sequence[int | None]) -> Iterable[Need]:
+    assert _complete(here) and _complete(there)
     return zip(here, repeat(other), there, strict=False)
+
+
+def _complete(positions: Sequence[int | None]) -> TypeGuard[Sequence[int]]:
+    return None not in positions
 
 
 def _waiting(index: Index, rank: int, need: Need) -> str:

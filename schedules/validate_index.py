@@ -6,7 +6,7 @@ here; the checks compare whole columns of positions, one for each kind of operat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -63,14 +63,14 @@ class Index:
         return {head: column for found in self.columns.values() for head, column in found.items()}
 
     @cached_property
-    def _at(self) -> dict[Head, list[int | None]]:
+    def _at(self) -> dict[Head, Sequence[int | None]]:
         return {
             head: self._by_microbatch(head[3], column)
             for head, column in self.order.items()
             if column.microbatches[0] >= 0
         }
 
-    def _by_microbatch(self, direction: int, column: Column) -> list[int | None]:
+    def _by_microbatch(self, direction: int, column: Column) -> Sequence[int | None]:
         count = self.plan.microbatches_of(direction)
         if column.microbatches == list(range(count)):
             return column.positions
@@ -80,17 +80,17 @@ class Index:
             found[microbatch] = position
         return found
 
-    def at(self, kind: Kind, payload: str, stage: int, direction: int) -> list[int | None]:
+    def at(self, kind: Kind, payload: str, stage: int, direction: int) -> Sequence[int | None]:
         """Positions by microbatch; None where the operation is missing."""
-        missing = [None] * self.plan.microbatches_of(direction)
+        missing: Sequence[int | None] = [None] * self.plan.microbatches_of(direction)
         return self._at.get((kind, payload, stage, direction), missing)
 
-    def backward_at(self, stage: int, direction: int) -> list[int | None]:
+    def backward_at(self, stage: int, direction: int) -> Sequence[int | None]:
         """Positions by microbatch of what gives the gradient of the input, B or I."""
         whole, split = (self.at(kind, '', stage, direction) for kind in (Kind.B, Kind.I))
         return [i if b is None else b for b, i in zip(whole, split, strict=True)]
 
-    def computed_at(self, payload: str, stage: int, direction: int) -> list[int | None]:
+    def computed_at(self, payload: str, stage: int, direction: int) -> Sequence[int | None]:
         """Positions by microbatch of what makes or uses a tensor of this payload."""
         if payload == 'F':
             return self.at(Kind.F, '', stage, direction)

@@ -54,17 +54,18 @@ def _right(f: int | None, b: int | None, i: int | None, w: int | None) -> bool:
 def _backward(
     f: int | None, b: int | None, i: int | None, w: int | None
 ) -> Iterator[tuple[Kind, str]]:
-    if b is None and i is None:
+    backward = i if b is None else b
+    if backward is None:
         yield Kind.B, 'missing, and I and W in its place too'
     elif b is not None and i is not None:
         yield Kind.I, 'B of the same microbatch does its work'
-    elif f is not None and (i if b is None else b) <= f:
+    elif f is not None and backward <= f:
         yield Kind.I if b is None else Kind.B, 'stands before its F'
     if i is not None and w is None:
         yield Kind.W, 'missing, though its I leaves the weight gradients to it'
     elif w is not None and i is None:
         yield Kind.W, 'there is no I that leaves weight gradients to it'
-    elif i is not None and w <= i:
+    elif i is not None and w is not None and w <= i:
         yield Kind.W, 'stands before its I'
 
 

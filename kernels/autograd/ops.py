@@ -62,10 +62,10 @@ class Mapping(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, alpha, proj, inv = ctx.saved_tensors
-        grads = [grad.contiguous() for grad in grads]
+        dpre, dpost, dres = (grad.contiguous() for grad in grads)
         iterations = ctx.settings.sinkhorn_iterations
         _, dproj, dnorm, dbias, dalpha = maps_backward(
-            *grads, proj, inv, bias, alpha, x.shape[1], iterations
+            dpre, dpost, dres, proj, inv, bias, alpha, x.shape[1], iterations
         )
         dx, dweight = read_backward(x, weight, dproj, dnorm, ctx.settings.precision)
         return dx, dweight, dbias, dalpha, None
@@ -81,7 +81,7 @@ class Pre(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, du: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, Tensor]:
         x, h_pre = ctx.saved_tensors
         dpre, dx = pre_backward(du.contiguous(), x, h_pre)
         return dx, dpre

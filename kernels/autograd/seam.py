@@ -159,9 +159,7 @@ def _read_backward(
     return dx, dweight, dbias, dalpha
 
 
-def _write_backward(
-    g: Tensor, saved: tuple[Tensor | None, ...], dropout: float
-) -> tuple[Tensor | None, ...]:
+def _write_backward(g: Tensor, saved: tuple[Any, ...], dropout: float) -> tuple[Tensor | None, ...]:
     """For carried g itself (see above), then dy, dh_post, dh_res and the bias."""
     carried, y, h_post, y_bias, seed = saved
     dy, dpost, dres, _ = post_res_backward(g, carried, y, h_post, None, y_bias, dropout, seed)

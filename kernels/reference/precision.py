@@ -23,7 +23,7 @@ def shown_overflow(normed: Tensor, x: Tensor) -> Tensor:
     return normed.masked_fill(overflowed, torch.nan)
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Context in which a surrounding autocast region cannot lower the precision."""
     if device.type == 'meta':
         # It has no autocast, and torch refuses to switch it off.

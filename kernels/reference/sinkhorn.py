@@ -40,7 +40,8 @@ def sinkhorn_ref(logits: Tensor, iterations: int = 20) -> Tensor:
     with without_autocast(logits.device):
         # [n, n, ...]: the sums run over leading axes, so that tokens stay contiguous.
         m = at_least_fp32(logits).movedim((-2, -1), (0, 1)).contiguous()
-        return _Sinkhorn.apply(m, iterations).movedim((0, 1), (-2, -1))
+        h_res: Tensor = _Sinkhorn.apply(m, iterations)
+        return h_res.movedim((0, 1), (-2, -1))
 
 
 def passes_between_logarithms(n: int) -> int:

@@ -55,6 +55,8 @@ def post_res_ref(
         if bias is not None:
             y = y + bias.to(dtype)
         if dropout > 0:
+            if seed is None:
+                raise ValueError('seed: None, but dropout > 0 needs one; give [1] int64')
             channels = y.shape[-1]
             scale = dropout_scale_ref(y.numel() // channels, channels, dropout, seed)
             y = y * scale.to(dtype).view(y.shape)
@@ -70,7 +72,7 @@ def post_res_ref(
 def _mix(weights: Tensor, streams: Sequence[Tensor]) -> Tensor:
     """sum_j weights[..., j] * streams[j], in the order of the streams."""
     first, *others = weights.split(1, dim=-1)
-    total = first * streams[0]
+    total: Tensor = first * streams[0]
     for weight, stream in zip(others, streams[1:], strict=True):
         total = torch.addcmul(total, weight, stream)
     return total

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -26,18 +28,30 @@ SAID: set[str] = set()
 logger = logging.getLogger('megatron_mhc.kernels')
 
 
+class Kernel(Protocol):
+    """What we use of a function under ``triton.jit``, compiled or interpreted; hashable."""
+
+    __name__: str
+    arg_names: list[str]
+    fn: Callable[..., object]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
+
+    def __hash__(self) -> int: ...
+
+
 def excess_bytes(tensor: torch.Tensor) -> int:
     """How far behind a multiple of 16 bytes ``tensor`` starts; on meta as it would elsewhere."""
     if tensor.is_meta:
-        return tensor.storage_offset() * tensor.element_size() % DIVISOR
+        return int(tensor.storage_offset()) * tensor.element_size() % DIVISOR
     return tensor.data_ptr() % DIVISOR
 
 
-def say_what_is_slow(kernel: object, arguments: tuple) -> None:
+def say_what_is_slow(kernel: Kernel, arguments: tuple[Any, ...]) -> None:
     """Log once a process each: streams that start badly, and a hidden size that has no 16.
 
     Args:
-        kernel: with ``arg_names``; arguments: its run-time values, in that order.
+        kernel: any; arguments: its run-time values, in that order.
     """
     if len(SAID) == 2:
         return
@@ -71,14 +85,14 @@ def say_what_is_slow(kernel: object, arguments: tuple) -> None:
 
 
 @functools.cache
-def _places(kernel: object) -> tuple[list[tuple[str, int]], int | None]:
+def _places(kernel: Kernel) -> tuple[list[tuple[str, int]], int | None]:
     """Where the inputs and the hidden size stand among the arguments."""
     names = kernel.arg_names
     inputs = [(INPUTS[name], place) for place, name in enumerate(names) if name in INPUTS]
     return inputs, names.index('C') if 'C' in names else None
 
 
-def _log(arguments: tuple, text: str, *values: object) -> None:
+def _log(arguments: tuple[Any, ...], text: str, *values: object) -> None:
     device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
     # The interpreter on the CPU is for tests: nothing is fast there.
     logger.log(logging.INFO if device.type == 'cpu' else logging.WARNING, text, *values)

@@ -10,11 +10,12 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 
-from megatron_mhc.kernels.triton.alignment import say_what_is_slow
+from megatron_mhc.kernels.triton.alignment import Kernel, say_what_is_slow
 
 # A thread can have so many; as a cap it keeps the assembler from squeezing.
 MOST_REGISTERS = 255
@@ -45,11 +46,11 @@ class Launch:
     or None for an absent tensor), ``constants`` its ``tl.constexpr`` parameters.
     """
 
-    kernel: object
+    kernel: Kernel
     grid: tuple[int, ...]
-    arguments: tuple
-    constants: dict[str, object]
-    options: dict[str, object]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
 
     @property
     def name(self) -> str:
@@ -63,9 +64,10 @@ class Launch:
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
     """Collect launches in the yielded list instead of running them."""
-    token = _RECORD.set([])
+    launches: list[Launch] = []
+    token = _RECORD.set(launches)
     try:
-        yield _RECORD.get()
+        yield launches
     finally:
         _RECORD.reset(token)
 
@@ -76,7 +78,7 @@ def interpreted() -> bool:
 
 
 def launch(
-    kernel: object, grid: tuple[int, ...], *arguments: object, tile: Tile, **constants: object
+    kernel: Kernel, grid: tuple[int, ...], *arguments: object, tile: Tile, **constants: object
 ) -> None:
     """Run ``kernel`` on the device of its tensors; nothing is read back."""
     options = {

@@ -170,8 +170,7 @@ def project(
 
     S is how often the channels were split; the sums over S are v phi and ||v||^2.
     """
-    partial, squares, _ = _project(x, weight, n, precision)
-    return partial, squares
+    return _project(x, weight, n, precision)
 
 
 def post_res_project(
@@ -188,7 +187,9 @@ def post_res_project(
     """The seam: ``post_res_forward`` and ``project`` of its result, which is returned last."""
     n = h_post.shape[1]
     mixing = (y, bias, seed, h_post, h_res)
-    return _project(x, weight, n, precision, mixing, dropout)
+    x_new = torch.empty_like(x)
+    partial, squares = _project(x, weight, n, precision, mixing, dropout, x_new)
+    return partial, squares, x_new
 
 
 def _project(
@@ -198,7 +199,8 @@ def _project(
     precision: str,
     mixing: tuple[torch.Tensor | None, ...] | None = None,
     dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, width = x.shape
     channels, columns = width // n, map_columns(n)
     precision = resolved_precision(precision, x.dtype)
@@ -211,7 +213,6 @@ def _project(
     partial = x.new_empty(splits, tokens, columns, dtype=torch.float32)
     squares = x.new_empty(splits, tokens, dtype=torch.float32)
     y, bias, seed, h_post, h_res = mixing or (None,) * 5
-    out = None if mixing is None else torch.empty_like(x)
     launch(
         projection_kernel,
         (programs, splits),
@@ -229,4 +230,4 @@ def _project(
         PRECISION=precision,
         UPCAST=interpreted(),
     )
-    return partial, squares, out
+    return partial, squares

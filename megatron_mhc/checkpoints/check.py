@@ -112,7 +112,7 @@ def _arguments(state: Any) -> argparse.Namespace | None:
             f'its saved arguments are a {type(args).__name__} where Megatron saves a Namespace, so '
             'its model cannot be told'
         )
-    return args
+    return args if isinstance(args, argparse.Namespace) else argparse.Namespace(**vars(args))
 
 
 def checkpoint_arguments(directory: str, step: int | None = None) -> argparse.Namespace | None:

@@ -42,7 +42,9 @@ def iteration_folder(root: pathlib.Path, step: int | None, flag: str) -> pathlib
     written = _written(root, flag)
     if written is None and not step:
         return None
-    folder = root / RELEASE if written == RELEASE else root / f'iter_{step or int(written):07d}'
+    folder = (
+        root / RELEASE if written == RELEASE else root / f'iter_{step or int(written or 0):07d}'
+    )
     if not folder.is_dir():
         there = sorted(path.name for path in root.glob('iter_*') if path.is_dir())
         named = f'{step_flag} {step}' if step and written != RELEASE else TRACKER
@@ -72,7 +74,8 @@ def _written(root: pathlib.Path, flag: str) -> str | None:
 
 def _readable(file: pathlib.Path) -> bool:
     try:
-        return file.open('rb').close() is None
+        with file.open('rb'):
+            return True
     except OSError:
         return False
 

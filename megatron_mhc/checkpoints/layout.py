@@ -129,7 +129,7 @@ def chunks_of(args: argparse.Namespace, saved: argparse.Namespace | None) -> int
         if given := getattr(args, 'num_virtual_stages_per_pipeline_rank', None):
             return given
         if each := getattr(args, 'num_layers_per_virtual_pipeline_stage', None):
-            layers = args.num_layers or saved.num_layers
+            layers: int = args.num_layers or vars(saved)['num_layers']
             layers += bool(getattr(args, 'account_for_embedding_in_pipeline_split', False))
             layers += bool(getattr(args, 'account_for_loss_in_pipeline_split', False))
             return layers // stages // each

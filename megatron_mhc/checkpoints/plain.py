@@ -106,6 +106,7 @@ def load_metadata(file: pathlib.Path) -> Metadata:
 @contextlib.contextmanager
 def one_line(name: str, *others: type[Exception]) -> Iterator[None]:
     """Errors of readers, and ``others``, as one line that begins with ``name``."""
+    broken: tuple[type[Exception], ...] = (*_BROKEN, *others)
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -115,7 +116,7 @@ def one_line(name: str, *others: type[Exception]) -> Iterator[None]:
             f'{name} holds more than plain values ({_first_line(error)}), which could run code as '
             'it is loaded; save the checkpoint again without them'
         ) from error
-    except (*_BROKEN, *others) as error:
+    except broken as error:
         raise ValueError(f'{name} {_unreadable(error)}') from error
 
 

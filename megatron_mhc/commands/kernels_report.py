@@ -171,8 +171,10 @@ def _print(found: dict) -> None:
     rows = found['kernels']
     # Said first: which Triton an overlay on PYTHONPATH brings is easily mistaken.
     print(f'Triton {found["triton"]} from {found["triton_path"]}, torch {found["torch"]}')
-    header = ('kernel', 'n', 'sm', 'regs', 'spills', 'shared KB', 'warps', '128-bit loads')
-    header += ('stores', 'MMA', 'verdict')
+    header = (
+        *('kernel', 'n', 'sm', 'regs', 'spills', 'shared KB', 'warps', '128-bit loads'),
+        *('stores', 'MMA', 'verdict'),
+    )
     layout = '{:34} {:>2} {:>4} {:>5} {:>6} {:>9} {:>5} {:>13} {:>7} {:16} {}'
     print(layout.format(*header))
     for row in rows:
@@ -188,7 +190,7 @@ def _print(found: dict) -> None:
     compiled = f'{len(rows)} compiled in {found["seconds"]} s with Triton {found["triton"]}'
     print(f'\n{compiled}: {_sum(found)}')
     for title, key in (('noted', 'notes'), ('out of bounds', 'problems')):
-        listed = {}
+        listed: dict[str, list[str]] = {}
         for row in rows:
             for text in row[key]:
                 where = f'{row["kernel"]} (n={row["num_streams"]}, sm_{row["arch"]})'

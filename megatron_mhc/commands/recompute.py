@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
 from megatron_mhc.kernels.backend import KERNEL_STREAMS
 from megatron_mhc.settings.recompute_cost import block_cost, kept_cost, whole_cost
 from megatron_mhc.settings.residual import RECOMPUTE_BLOCKS, ResidualConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlock
 
 PROGRAM = 'megatron-mhc recompute'
 HEADS = 4
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--blocks',
         nargs='+',
-        type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', RECOMPUTE_BLOCKS),
+        type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', words=RECOMPUTE_BLOCKS),
         default=['none', 'auto', 'stage'],
         metavar='B',
         help='values of --mhc-recompute-layer-num (default: none auto stage)',
@@ -139,8 +141,10 @@ def main(options: argparse.Namespace) -> int:
             size = layers.layers[0].recompute_block_size
             # What a checkpoint keeps and recomputes is not in the formula.
             formula = ('-', '-') if options.full else costs(n, sublayers, size)
-            cells = (sublayers, residual.recompute_layer_num, size or '-', values[1], formula[0])
-            cells += (values[3], formula[1], values[0], values[2])
+            cells = (
+                *(sublayers, residual.recompute_layer_num, size or '-', values[1], formula[0]),
+                *(values[3], formula[1], values[0], values[2]),
+            )
             pairs = zip(cells, COLUMNS, strict=True)
             print(' | '.join(f'{cell!s:>{len(name)}}' for cell, name in pairs))
     return 0
@@ -173,7 +177,7 @@ def start_megatron() -> None:
 
 def build(
     num_layers: int, residual: ResidualConfig, hidden_size: int, full: int = 0, **settings: Any
-) -> nn.Module:
+) -> TransformerBlock:
     """A block of ``num_layers`` local layers as in a middle pipeline stage, in fp32.
 
     Args:
@@ -216,7 +220,7 @@ def build(
     return block.cuda()
 
 
-def measure(block: nn.Module, tokens: int, width: int) -> Row:
+def measure(block: TransformerBlock, tokens: int, width: int) -> Row:
     """Run ``block`` forward and backward on random streams of that ``width`` and count bytes."""
     from megatron.core.pipeline_parallel import schedules
 
@@ -235,7 +239,9 @@ def measure(block: nn.Module, tokens: int, width: int) -> Row:
     meter = StorageMeter()
     for module in block.modules():
         if isinstance(module, HyperConnection):
-            module.forward, module.post = meter.owned(module.forward), meter.owned(module.post)
+            # What these own is counted, on this instance alone.
+            module.forward = meter.owned(module.forward)  # type: ignore[method-assign]
+            module.post = meter.owned(module.post)  # type: ignore[method-assign]
     with meter:
         x, output = forward()
         grad = torch.randn_like(output)

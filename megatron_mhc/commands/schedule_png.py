@@ -69,8 +69,8 @@ def render_png(timeline: Timeline) -> bytes:
                 middle = entry.start + whole[1] / 2
                 axes.text(middle, line, text, ha='center', va='center', fontsize=7, clip_on=True)
         for (face, alpha, edge), spans in boxes.items():
-            look = {'facecolors': face, 'alpha': alpha, 'linewidth': edge, 'edgecolors': '#444'}
-            axes.broken_barh(spans, (line - 0.42, 0.84), zorder=2 if edge else 1, **look)
+            style = {'facecolors': face, 'alpha': alpha, 'linewidth': edge, 'edgecolors': '#444'}
+            axes.broken_barh(spans, (line - 0.42, 0.84), zorder=2 if edge else 1, **style)
     axes.set_yticks(
         range(len(shown)),
         [f'rank {r.rank}' if r.name == COMPUTE_LANE else r.name for r in shown],

@@ -87,7 +87,7 @@ class Layout:
         names = [
             name for layer in layers for _, group in self.sublayer_names(layer) for name in group
         ]
-        return [*names, *(self.head if learned else ())]
+        return [*names, *(self.head or () if learned else ())]
 
 
 def _megatron(sublayer: str) -> tuple[str, ...]:
@@ -125,7 +125,7 @@ LAYOUTS = {
             'megatron-dev',
             transposed=True,
             names=_MEGATRON,
-            head=tuple('decoder.' + name for name in _HEAD),
+            head=('decoder.hc_head_fn', 'decoder.hc_head_base', 'decoder.hc_head_scale'),
             head_always=True,
             flag='enable_hyper_connections',
         ),
@@ -159,12 +159,12 @@ def to_tensors(streams: Streams, layout: Layout, stacked: bool) -> dict[str, Ten
     head = streams.head
     if head is None and layout.head_always:
         head = mean_as_head(streams.num_streams, streams.hidden_size)
-    if head is not None and layout.head is None:
-        raise ValueError(
-            f'--to {layout.name}: its model takes the mean of the streams and has no place for the '
-            'learned merge of this checkpoint; choose another layout'
-        )
     if head is not None:
+        if layout.head is None:
+            raise ValueError(
+                f'--to {layout.name}: its model takes the mean of the streams and has no place for '
+                'the learned merge of this checkpoint; choose another layout'
+            )
         tensors.update(zip(layout.head, head, strict=True))
     return tensors
 
@@ -177,7 +177,7 @@ def _stored(own: Parameters, layout: Layout, n: int) -> list[Tensor]:
 
 
 def _stack(tensors: dict[str, Tensor], layout: Layout, num_layers: int) -> dict[str, Tensor]:
-    stacked = {}
+    stacked: dict[str, list[Tensor]] = {}
     for number in range(num_layers):
         pairs = zip(layout.sublayer_names(None), layout.sublayer_names(number), strict=True)
         for (_, together), (_, names) in pairs:
@@ -226,15 +226,16 @@ def from_tensors(
             phi, bias = transpose_res(phi, n), transpose_res(bias, n)
         return Parameters(phi, bias, alpha)
 
-    layers = tuple(
-        tuple(
+    def sublayers(number: int) -> tuple[Parameters, Parameters]:
+        attention, mlp = (
             sublayer(names, number if stacked else None)
             for _, names in layout.sublayer_names(None if stacked else number)
         )
-        for number in range(num_layers)
-    )
+        return attention, mlp
+
+    layers = tuple(map(sublayers, range(num_layers)))
     head = None
-    if learned:
+    if learned and layout.head is not None:
         shapes = ((n, width), (n,), (1,))
         values = (part(name, None, shape) for name, shape in zip(layout.head, shapes, strict=True))
         head = Parameters(*values)

@@ -115,7 +115,8 @@ def differences(
     """The largest difference between the maps of two layouts of ``streams`` on random tokens."""
     n, width = streams.num_streams, streams.num_streams * streams.hidden_size
     generator = torch.Generator().manual_seed(0)
-    rms = torch.logspace(*torch.tensor(RMS).log10().tolist(), TOKENS)
+    low, high = torch.tensor(RMS).log10().tolist()
+    rms = torch.logspace(low, high, TOKENS)
     x = torch.randn(TOKENS, width, generator=generator) * rms[:, None]
     sides = [(layout, to_tensors(streams, layout, stacked=False)) for layout in (first, second)]
     largest = dict.fromkeys(OF, 0.0)

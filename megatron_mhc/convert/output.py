@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_mhc.checkpoints.files import CONFIG_FILE, RELEASE, TRACKER
 from megatron_mhc.checkpoints.plain import without_group_warning
@@ -94,8 +96,9 @@ class _ByChunk(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         items = []
         for name, (shape, dtype, chunks) in self.content.entries().items():
-            if shape is None:
+            if shape is None or dtype is None:
                 items.append(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO))
+                continue
             for chunk in chunks:
                 offsets, sizes = map(torch.Size, chunk)
                 data = TensorWriteData(
@@ -111,7 +114,10 @@ class _ByChunk(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         name = write_item.index.fqn
         if write_item.type == WriteItemType.BYTE_IO:
-            return self.content.value(name)
+            opaque = self.content.value(name)
+            assert opaque is not None
+            return opaque
+        assert write_item.tensor_data is not None
         part = write_item.tensor_data.chunk
         value = self.content.chunk(name, Chunk(tuple(part.offsets), tuple(part.sizes)))
         # A view, of a mapped file or of all layers, would be saved with all that is behind it.
@@ -151,14 +157,15 @@ def write_safetensors(root: pathlib.Path, content: Content, config: dict[str, An
     Megatron's arguments lie beside them, so that the way back finds them.
     """
     library = require_safetensors()
-    shards, size = [[]], 0
+    shards: list[list[str]] = [[]]
+    size = 0
     for name, entry in content.entries().items():
         if shards[-1] and size + entry.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += entry.nbytes
-    files = {}
+    files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = MODEL
         if len(shards) > 1:

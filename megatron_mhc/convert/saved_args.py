@@ -150,6 +150,7 @@ def read_streams(source: Source, described: Described) -> Streams:
     Raises:
         ValueError: tensors are missing, or of other shapes than the arguments say.
     """
+    assert described.layout is not None
     return from_tensors(
         source.tensor,
         described.layout,

@@ -58,7 +58,9 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.shape is None else torch.Size(self.shape).numel() * self.dtype.itemsize
+        if self.shape is None or self.dtype is None:
+            return 0
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def whole(value: object) -> Entry:
@@ -74,6 +76,7 @@ class Source:
 
     Attributes:
         format: ``torch_dist``, ``torch`` or ``safetensors``.
+        config: of ``safetensors`` alone, its ``config.json``.
         args: the arguments of the run that saved it.
         common: of its plain state, what describes the weights, ``args`` among it.
         entries: name -> ``Entry`` of all that belongs to the model, in the file's order.
@@ -81,6 +84,7 @@ class Source:
     """
 
     format: str
+    config: dict[str, Any]
 
     def __init__(self, folder: pathlib.Path, common: dict[str, Any]) -> None:
         self.folder = folder
@@ -88,12 +92,13 @@ class Source:
             raise ValueError(
                 f'{folder} holds a {type(common).__name__}: it is no checkpoint of Megatron-Core'
             )
-        self.args = common.get('args')
-        if not isinstance(self.args, argparse.Namespace):
+        args = common.get('args')
+        if not isinstance(args, argparse.Namespace):
             raise ValueError(
                 f'{folder} has no saved arguments, without which its model cannot be told; save it '
                 'with megatron.training'
             )
+        self.args = args
         self.common = {name: common[name] for name in KEPT if name in common}
         self.entries: dict[str, Entry] = {}
         self.left_out = 0
@@ -146,7 +151,9 @@ class DistributedSource(Source):
                 self.entries[name] = Entry(None, None)
 
     def chunk(self, name: str, chunk: Chunk) -> Tensor:
-        return self.stored.tensor(name, *chunk, self.entries[name].dtype)
+        dtype = self.entries[name].dtype
+        assert dtype is not None
+        return self.stored.tensor(name, *chunk, dtype)
 
     def opaque(self, name: str) -> io.BytesIO:
         return io.BytesIO(self.stored.read(name))

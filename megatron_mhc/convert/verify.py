@@ -14,9 +14,10 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mhc import ops
 from megatron_mhc.convert.maps import maps, merge_gates, stored_head, stored_parameters
@@ -25,6 +26,9 @@ from megatron_mhc.convert.source import OPAQUE, Source, open_source
 from megatron_mhc.residual.hyper_connection import HyperConnection
 from megatron_mhc.runtime.script_path import same_path_for_a_child
 from megatron_mhc.settings.residual import ResidualConfig
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 SEQUENCES, LENGTH, SEED = 2, 64, 1
 # One process, plain layers, every sum in fp32.
@@ -133,7 +137,7 @@ def logits(path: pathlib.Path, origin: str) -> Tensor:
     return model(tokens, positions, mask).float()
 
 
-def build(source: Source, described: Described) -> nn.Module:
+def build(source: Source, described: Described) -> GPTModel:
     """A model of the saved arguments with local layers, n streams if there are any."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -174,7 +178,7 @@ def build(source: Source, described: Described) -> nn.Module:
     return model
 
 
-def load(model: nn.Module, source: Source, described: Described) -> None:
+def load(model: GPTModel, source: Source, described: Described) -> None:
     """Fill ``model``, and give it the maps of the checkpoint's layout where that is not ours."""
     foreign = described.layout is not None and described.name != 'mhc'
     if foreign:
@@ -195,7 +199,7 @@ def _maps_streams(name: str) -> bool:
     return '_hyper_connection.' in name or 'stream_merge.' in name
 
 
-def _load_sharded(model: nn.Module, source: Source, foreign: bool) -> None:
+def _load_sharded(model: GPTModel, source: Source, foreign: bool) -> None:
     """By the names of a distributed checkpoint, where equal layers are one tensor."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -210,9 +214,10 @@ def _load_sharded(model: nn.Module, source: Source, foreign: bool) -> None:
             part.data.copy_(value.reshape(part.data.shape))
 
 
-def _use_maps(model: nn.Module, source: Source, described: Described) -> None:
+def _use_maps(model: GPTModel, source: Source, described: Described) -> None:
     """Replace what our modules compute by ``maps.py``, from the tensors in the file."""
     layout, n = described.layout, described.num_streams
+    assert layout is not None
 
     def get(layer: int):
         return lambda name: (
@@ -222,8 +227,11 @@ def _use_maps(model: nn.Module, source: Source, described: Described) -> None:
     def use(connection: HyperConnection, layer: int, sublayer: int) -> None:
         index = None if described.stacked else layer
         stored = stored_parameters(get(layer), layout, index, sublayer)
-        connection.all_maps = lambda x: maps(layout, x, stored, n, described.iterations)
-        connection.read = lambda x: HyperConnection.read(connection, x)
+        # On this instance alone.
+        connection.all_maps = (  # type: ignore[method-assign]
+            lambda x: maps(layout, x, stored, n, described.iterations)
+        )
+        connection.read = lambda x: HyperConnection.read(connection, x)  # type: ignore[method-assign]
 
     for layer, module in enumerate(model.decoder.layers):
         use(module.self_attention_hyper_connection, layer, 0)

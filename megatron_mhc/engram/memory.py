@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,6 +21,9 @@ from megatron_mhc.engram.token_map import current_tokenizer, token_map
 from megatron_mhc.residual.single_pass import hand_on
 from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.refused_engram import check_engram, check_stage
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 class EngramMemory(MegatronModule):
@@ -126,7 +130,7 @@ def _note(memory: EngramMemory, model: nn.Module, args: tuple, kwargs: dict) -> 
     memory.note(given['input_ids'], given.get('position_ids'))
 
 
-def _add(memory: EngramMemory, layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+def _add(memory: EngramMemory, layer: TransformerLayer, args: tuple, kwargs: dict) -> tuple:
     if args:
         return (memory.add_to(args[0], layer.layer_number), *args[1:]), kwargs
     streams = memory.add_to(kwargs['hidden_states'], layer.layer_number)

@@ -27,7 +27,7 @@ def check_memory(
                 f'but this run asks for [{_shown(engram)}]; repeat its --engram flags, or leave '
                 'out --load to train from scratch'
             )
-        if engram is None or not (args.load and loads_optimizer(args)):
+        if engram is None or stored is None or not (args.load and loads_optimizer(args)):
             continue
         if stored.lr_mult != engram.lr_mult:
             raise ValueError(

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 # Beyond these a value is a slip: no machine has so many, and fp32 no such factor to multiply with.
 MOST_TOKENS = 2**31 - 1
@@ -62,8 +62,23 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f'{name} {value!r}: wanted a bool; give True or False')
 
 
+@overload
 def integer(
-    least: int | None = None, most: int = MOST_TOKENS, remedy: str = '', words: tuple = ()
+    least: int | None = None, most: int = MOST_TOKENS, remedy: str = ''
+) -> Callable[[str], int]: ...
+
+
+@overload
+def integer(
+    least: int | None = None, most: int = MOST_TOKENS, remedy: str = '', *, words: tuple[str, ...]
+) -> Callable[[str], int | str]: ...
+
+
+def integer(
+    least: int | None = None,
+    most: int = MOST_TOKENS,
+    remedy: str = '',
+    words: tuple[str, ...] = (),
 ) -> Callable[[str], int | str]:
     """A type for argparse: an integer in digits, or one of ``words``.
 
@@ -94,9 +109,12 @@ def number(
 
     def parsed(text: str) -> float:
         value = _converted(float, text)
-        inside = value is not None and math.isfinite(value)
-        inside = inside and (least is None or least <= value <= most)
-        if not inside or (above and value == least):
+        if (
+            value is None
+            or not math.isfinite(value)
+            or (least is not None and not least <= value <= most)
+            or (above and value == least)
+        ):
             wanted = _wanted('a finite number', least, most, above)
             raise argparse.ArgumentTypeError(f'{shown(text)}: {wanted}; {remedy}')
         return value
@@ -133,7 +151,7 @@ def environment_integer(name: str, default: int) -> int:
     return value
 
 
-def _converted(kind: type, text: str) -> Any:
+def _converted[Number](kind: Callable[[str], Number], text: str) -> Number | None:
     try:
         return kind(text)
     except ValueError:

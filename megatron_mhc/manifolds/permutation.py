@@ -33,7 +33,8 @@ def mixture_of_permutations(logits: Tensor, n: int) -> Tensor:
     weights = logits.softmax(dim=-1)
     # In fp64, of which TF32 takes no digits away where a run allows it for matrix products.
     mixed = weights.double() @ permutation_matrices(n, logits.device)
-    return mixed.to(logits.dtype).unflatten(-1, (n, n))
+    matrix: Tensor = mixed.to(logits.dtype).unflatten(-1, (n, n))
+    return matrix
 
 
 def bias_of_permutations(n: int, preset: str) -> Tensor:

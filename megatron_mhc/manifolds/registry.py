@@ -64,7 +64,8 @@ def load(name: str, n: int) -> Manifold:
     """
     if name in BUILT_IN:
         module = importlib.import_module(f'megatron_mhc.manifolds.{name}')
-        return getattr(module, BUILT_IN[name])(n)
+        manifold: Manifold = getattr(module, BUILT_IN[name])(n)
+        return manifold
     from megatron_mhc.manifolds.trial import tried
 
     point = offered()[name]

@@ -21,7 +21,7 @@ def tried(point: importlib.metadata.EntryPoint, n: int) -> Manifold:
     """
     where = f'entry point {point.value}'
     try:
-        manifold = point.load()(n)
+        manifold: Manifold = point.load()(n)
         problem = problem_of(manifold)
     except Exception as error:  # anything may go wrong in code that is not ours
         raise ValueError(

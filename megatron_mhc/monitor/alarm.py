@@ -54,7 +54,7 @@ def trouble(
         if bad.any():
             # The backward meets the last one first.
             return (
-                f'{_where(report, bad.nonzero().max().item())}: the gradient of its mapping '
+                f'{_where(report, int(bad.nonzero().max()))}: the gradient of its mapping '
                 'parameters is not finite, and the forward was; the backward came from there or '
                 'from behind it: the loss or the output layer, if it is the last sublayer'
             )
@@ -67,11 +67,11 @@ def trouble(
     single, composite = _larger(report, SINGLE), _larger(report, COMPOSITE)
     above = (single > settings.alarm_gain).nonzero().flatten()
     if above.numel():
-        return _gain_line(report, above[0].item(), 'H_res has', single, settings)
+        return _gain_line(report, int(above[0]), 'H_res has', single, settings)
     above = (composite > settings.alarm_gain).nonzero().flatten()
     if above.numel():
         # The product grows from the last sublayer backwards.
-        where = above[-1].item()
+        where = int(above[-1])
         return _gain_line(report, where, 'the product of H_res from it on has', composite, settings)
     return None
 

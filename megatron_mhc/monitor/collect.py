@@ -32,6 +32,8 @@ class Monitor:
         iteration: the number of the step that runs, as it will be logged.
     """
 
+    _gradient_squares: Tensor | None
+
     def __init__(
         self, chunks: Iterable[nn.Module], settings: MonitorConfig, iteration: Callable[[], int]
     ) -> None:
@@ -75,7 +77,8 @@ class Monitor:
             totals = (x.sum(dtype=torch.float32), maps, y.sum(dtype=torch.float32))
             # A sum is finite if its terms are: no more than one value a tensor is written.
             bad = ~torch.isfinite(torch.stack(totals))
-            self._bad[row] = bad.long() if self._bad[row] is None else self._bad[row] + bad
+            before = self._bad[row]
+            self._bad[row] = bad.long() if before is None else before + bad
         if first and self.is_due(iteration):
             self._samples[row] = self._sample(self.connections[row], x, carried)
 
@@ -120,7 +123,7 @@ class Monitor:
     def _clear(self) -> None:
         self._samples: list[Sample | None] = [None] * len(self.connections)
         self._bad: list[Tensor | None] = [None] * len(self.connections)
-        self._gradient_squares: Tensor | None = None
+        self._gradient_squares = None
 
     def detach(self) -> None:
         """Stop watching."""

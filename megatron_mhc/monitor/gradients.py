@@ -60,6 +60,6 @@ class MappingGradients:
         squares = torch.zeros(len(self._parameters), dtype=torch.float64, device=device)
         if parts:
             norms = torch.stack(torch._foreach_norm(parts)).double()
-            shares = torch.tensor(shares, dtype=torch.float64, device=device)
-            squares.index_add_(0, torch.tensor(rows, device=device), norms.square() * shares)
+            owned = torch.tensor(shares, dtype=torch.float64, device=device)
+            squares.index_add_(0, torch.tensor(rows, device=device), norms.square() * owned)
         return squares

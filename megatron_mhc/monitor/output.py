@@ -49,7 +49,7 @@ def write(report: Report, iteration: int, per_layer: bool, writer: Any, wandb_wr
         return
     for tag, value in values.items():
         writer.add_scalar(tag, value, iteration)
-    if report.h_res is not None:
+    if report.h_res is not None and report.composite is not None:
         gains = torch.stack([report.metrics[name] for name in GAIN_ROWS])
         for tag, tensor in ((H_RES, report.h_res), (COMPOSITE, report.composite), (GAINS, gains)):
             writer.add_tensor(tag, tensor.float(), iteration)

@@ -82,7 +82,7 @@ def gather(monitor: Monitor, layers: int, streams: int, sampled: bool, loss_scal
     if sampled:
         measured = None
         composite = _composites(monitor, sample, rows, length, n, device)
-        if sample is not None:
+        if sample is not None and composite is not None:
             tokens = ones(sample.h_res.shape[1])
             measured = torch.cat([tokens, sums(sample, composite)], -1)
         widths += [1, len(names), n * n, n * n]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
 
@@ -164,7 +165,9 @@ def draw(runs: list[Run], output: pathlib.Path, sublayers: list[int] | None) -> 
             f'--output {output}: unknown format {output.suffix or "(none)"}; name a .png, .svg or '
             '.pdf file'
         )
-    curves, maps = figure.subfigures(2, 1, height_ratios=[4, len(mapped)])
+    # An array of two, which its annotation leaves out.
+    parts: Any = figure.subfigures(2, 1, height_ratios=[4, len(mapped)])
+    curves, maps = parts
     _draw_curves(curves.subplots(4, 2), runs)
     panels = maps.subfigures(len(mapped), 1, squeeze=False)[:, 0]
     for panel, run, numbers in zip(panels, mapped, chosen, strict=True):

@@ -85,7 +85,8 @@ class DenseAggregate(KeepFP32):
             self.projection_out = MappingProjection(outputs, inner)
         self.reset_parameters()
         for parameter in self.parameters():
-            parameter.sequence_parallel = sequence_parallel
+            # Megatron's mark, which no class declares.
+            parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

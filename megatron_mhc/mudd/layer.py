@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,33 @@ from megatron_mhc.mudd.aggregate import DenseAggregate
 from megatron_mhc.mudd.sizes import ways_after
 from megatron_mhc.settings.residual import ResidualConfig
 
+if TYPE_CHECKING:
+
+    class _Norm(nn.Module):
+        """What ``ThreeWayNorm`` needs of the norm behind it, and what ``connect_densely`` adds."""
+
+        others: tuple[nn.Module, nn.Module]
+
+        def forward(self, x: Tensor) -> Tensor: ...
+
+    class _Linear(nn.Module):
+        """The same of ``ThreeWayLinear`` and the projection."""
+
+        weight: nn.Parameter
+        bias: nn.Parameter | None
+        sequence_parallel: bool
+        groups: int
+        head_dim: int
+
+    class _Layer(nn.Module):
+        """The same of ``MuddLayerMixin`` and the layer."""
+
+        layer_number: int
+
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+else:
+    _Norm = _Linear = _Layer = object
+
 
 class Carried(NamedTuple):
     """What comes with the residual way ``[s, b, C]``: the three others, and every output so far."""
@@ -37,18 +65,18 @@ def carried_by(x: Tensor) -> Carried | None:
     return x.__dict__.get('mudd')
 
 
-class ThreeWayNorm:
+class ThreeWayNorm(_Norm):
     """The norm before attention: ``[s, b, C]`` with what it carries -> ``[s, b, 3C]``."""
 
     def forward(self, x: Tensor) -> Tensor:
         carried = carried_by(x)
         # The first layer reads the embedding every way.
         ways = carried.ways if carried else (x, x, x)
-        norms = (super().forward, *self.others)
+        norms: tuple[Callable[[Tensor], Tensor], ...] = (super().forward, *self.others)
         return torch.cat([norm(way) for norm, way in zip(norms, ways, strict=True)], dim=-1)
 
 
-class ThreeWayLinear:
+class ThreeWayLinear(_Linear):
     """The projection to queries, keys and values: ``[s, b, 3C]`` -> ``[s, b, (q + k + v) / tp]``.
 
     Its weight keeps Megatron's order, head by head within each query group.
@@ -71,12 +99,12 @@ class ThreeWayLinear:
         return torch.cat(outputs, dim=-1).flatten(-2), None
 
 
-class MuddLayerMixin:
+class MuddLayerMixin(_Layer):
     """Overrides the layer's forward, before and after which dense connections stand."""
 
     aggregate: tuple[DenseAggregate, ...] = ()
 
-    def forward(self, *args: object, **kwargs: object) -> tuple:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple:
         x = kwargs['hidden_states'] if 'hidden_states' in kwargs else args[0]
         carried = carried_by(x)
         if carried is None and self.layer_number > 1:
@@ -108,6 +136,11 @@ def _with(mixin: type, base: type) -> type:
     return type(f'{mixin.__name__}{base.__name__}', (mixin, base), {'__doc__': mixin.__doc__})
 
 
+def _become(module: nn.Module, mixin: type) -> None:
+    base: type = type(module)
+    module.__class__ = _with(mixin, base)
+
+
 def connect_densely(block: TransformerBlock, residual: ResidualConfig) -> None:
     """Give a built block its aggregates, and its layers their three further inputs.
 
@@ -131,7 +164,7 @@ def connect_densely(block: TransformerBlock, residual: ResidualConfig) -> None:
     )
     for layer, aggregate in zip(block.layers, block.dense_aggregates, strict=True):
         attention = layer.self_attention
-        linear = getattr(attention, 'linear_qkv', None)
+        linear: Any = getattr(attention, 'linear_qkv', None)
         if type(attention) is not SelfAttention or type(linear) is not ColumnParallelLinear:
             raise ValueError(
                 f'--residual-type mudd: layer {layer.layer_number} has {type(attention).__name__} '
@@ -140,10 +173,10 @@ def connect_densely(block: TransformerBlock, residual: ResidualConfig) -> None:
             )
         norm = layer.input_layernorm
         layer.key_layernorm, layer.value_layernorm = _copy_of(norm), _copy_of(norm)
-        norm.__class__ = _with(ThreeWayNorm, type(norm))
+        _become(norm, ThreeWayNorm)
         norm.others = (layer.key_layernorm, layer.value_layernorm)
-        linear.__class__ = _with(ThreeWayLinear, type(linear))
+        _become(linear, ThreeWayLinear)
         linear.groups = attention.num_query_groups_per_partition
         linear.head_dim = attention.hidden_size_per_attention_head
-        layer.__class__ = _with(MuddLayerMixin, type(layer))
+        _become(layer, MuddLayerMixin)
         layer.aggregate = (aggregate,)

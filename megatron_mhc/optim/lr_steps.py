@@ -69,7 +69,7 @@ def resolve_lr_steps(args: argparse.Namespace) -> bool:
     # Megatron loads the scheduler of the checkpoint, whatever the flags say.
     if args.use_checkpoint_opt_param_scheduler and args.load and loads_optimizer(args):
         saved = checkpoint_arguments(args.load, args.ckpt_step)
-        if is_step_style(getattr(saved, 'lr_decay_style', '')):
+        if saved is not None and is_step_style(getattr(saved, 'lr_decay_style', '')):
             args.lr_decay_style = saved.lr_decay_style
     return is_step_style(args.lr_decay_style)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.pipeline_parallel import schedules
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mhc.pipeline.deferred_wgrad import WeightGradients, delayed_modules
 from megatron_mhc.residual.post_stream import left_in_flight, taken
 from megatron_mhc.residual.recompute import RecomputedBlock, opened_blocks
 from megatron_mhc.schedules.executor_streams import Launched, high_priority_stream
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
 
 
 class ChunkStage:
@@ -29,7 +32,7 @@ class ChunkStage:
 
     def __init__(
         self,
-        chunk: nn.Module,
+        chunk: DistributedDataParallel,
         config: Any,
         forward_step: Callable[[int, Tensor | None], tuple[Tensor, Tensor]],
         *,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import layers
@@ -30,7 +31,7 @@ class WeightGradients:
         delayed: the chunk's ``delayed_modules``.
     """
 
-    def __init__(self, delayed: list[nn.Module]) -> None:
+    def __init__(self, delayed: list[Any]) -> None:
         self._pending: list[Weight] = []
         self._delayed = delayed
 
@@ -53,7 +54,7 @@ class WeightGradients:
             module.backward_dw()
 
 
-def delayed_modules(chunk: nn.Module) -> list[nn.Module]:
+def delayed_modules(chunk: nn.Module) -> list[Any]:
     """Transformer Engine layers of ``chunk`` that put off their weight gradients, last first.
 
     Each keeps its own first-in-first-out store, so that only the order of microbatches matters.
@@ -61,8 +62,8 @@ def delayed_modules(chunk: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in reversed(list(chunk.modules()))
-        if getattr(module, 'wgrad_store', None) is not None
-        and module.wgrad_store.delay_wgrad_compute()
+        if (store := getattr(module, 'wgrad_store', None)) is not None
+        and store.delay_wgrad_compute()
     ]
 
 
@@ -135,7 +136,7 @@ def split_linear(
     sequence_parallel: bool,
     *,
     tp_group=None,
-    **others: object,
+    **others: Any,
 ) -> Tensor:
     """Megatron's linear with its weight gradient split off.
 

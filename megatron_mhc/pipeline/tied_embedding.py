@@ -10,14 +10,18 @@ layouts these are.
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.utils import get_attr_wrapped_model
 from torch import nn
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
 # The chunk that holds the embedding, of the model that is being built.
-_first_chunk: weakref.ref | None = None
+_first_chunk: weakref.ref[GPTModel] | None = None
 
 
 def has_second_copy(chunk: nn.Module) -> bool:
@@ -40,7 +44,7 @@ def drop_unused_output_weight(chunk: nn.Module) -> None:
 
 
 @torch.no_grad()
-def tie(chunk: nn.Module) -> None:
+def tie(chunk: GPTModel) -> None:
     """Fill the second copy of a rank that holds all; called for every chunk as it is built.
 
     Raises:
@@ -51,7 +55,7 @@ def tie(chunk: nn.Module) -> None:
         _first_chunk = weakref.ref(chunk)
     if not has_second_copy(chunk):
         return
-    first = _first_chunk and _first_chunk()
+    first = None if _first_chunk is None else _first_chunk()
     if first is None:
         raise RuntimeError(
             'tied embeddings: the last chunk was built before the first one on this rank, so its '

@@ -22,11 +22,12 @@ class Replayed:
     """An iterator that can be run through a second time.
 
     Args:
-        source: the data iterator of one chunk; None where the rank reads no data.
+        source: the data iterator of one chunk.
     """
 
-    def __init__(self, source: Iterator | None) -> None:
-        self._source, self._seen, self._position = source, [], 0
+    def __init__(self, source: Iterator) -> None:
+        self._source, self._position = source, 0
+        self._seen: list[Any] = []
 
     def __iter__(self) -> Replayed:
         return self
@@ -81,7 +82,7 @@ def run_twice(
 @contextlib.contextmanager
 def _unwatched(model: list[nn.Module]) -> Iterator[None]:
     """Without the probes of ``--mhc-monitor``, which have seen the step."""
-    probes = [
+    probes: list[tuple[Any, Any]] = [
         (module, module.probe)
         for chunk in model
         for module in chunk.modules()
@@ -127,7 +128,9 @@ class _State:
     def restore(self) -> None:
         for key, parameter in self._parameters():
             if key in self.gradients:
-                _gradient(parameter).copy_(self.gradients[key])
+                gradient = _gradient(parameter)
+                assert gradient is not None
+                gradient.copy_(self.gradients[key])
             else:
                 # Without Megatron's buffers a first backward makes the gradient.
                 parameter.grad = None

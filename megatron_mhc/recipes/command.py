@@ -148,7 +148,7 @@ def layout_of(options: argparse.Namespace) -> Layout:
 
 
 def _list(options: argparse.Namespace) -> int:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             'name': recipe.name,
             **summary(recipe.shape()),

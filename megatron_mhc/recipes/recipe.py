@@ -29,7 +29,8 @@ STEP_SCHEDULE: Flags = {
     'lr-step-milestones': (0.8, 0.9),
     'lr-step-rates': (0.316, 0.1),
 }
-BLOCK_RECOMPUTE: Flags = {'mhc-recompute-layer-num': 'auto'}
+BLOCKS = 'auto'
+BLOCK_RECOMPUTE: Flags = {'mhc-recompute-layer-num': BLOCKS}
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def recipe_flags(
     if one_queue is None:
         one_queue = layout.tp > 1
     if isinstance(residual, str):
-        blocks = 'none' if residual == 'standard' else BLOCK_RECOMPUTE['mhc-recompute-layer-num']
+        blocks = 'none' if residual == 'standard' else BLOCKS
         residual = ResidualConfig(residual, recompute_layer_num=blocks)
     return {
         'MODEL_ARGS': _model(recipe, layout),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import TYPE_CHECKING
 
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import WrappedTensor
@@ -15,8 +16,21 @@ from megatron_mhc.residual.recompute_choice import choose_block_size
 from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
 from megatron_mhc.settings.residual import ResidualConfig
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
-class HyperConnectionBlockMixin:
+    class _Host(nn.Module):
+        """What the mixin needs of the block class behind it, and what ``widen_block`` adds."""
+
+        config: TransformerConfig
+        pre_process: bool
+        num_streams: int
+        single_pass: bool
+else:
+    _Host = object
+
+
+class HyperConnectionBlockMixin(_Host):
     """A block whose layers carry n streams; given to a built block by ``widen_block``."""
 
     def forward(self, hidden_states: Tensor | WrappedTensor, *args: object, **kwargs: object):
@@ -53,7 +67,8 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     a child of the block (checkpoints collect those) and runs as a pre-hook of the final norm, so
     that the norm keeps its parameter names.
     """
-    block.__class__ = hyper_connection_block(type(block))
+    block_class: type = type(block)
+    block.__class__ = hyper_connection_block(block_class)
     block.num_streams = residual.num_residual_streams
     block.single_pass = residual.single_pass
     size = choose_block_size(block, residual)

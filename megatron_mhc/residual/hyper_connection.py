@@ -87,11 +87,12 @@ class KeepFP32(nn.Module):
 def mark_parameters(module: nn.Module, residual: ResidualConfig, sequence_parallel: bool) -> None:
     """Set what Megatron reads off a parameter: how to sum its gradient, and which optimizer."""
     for parameter in module.parameters():
-        parameter.sequence_parallel = sequence_parallel
+        # Megatron's marks, which no class declares.
+        parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         if residual.mapping_optimizer == 'scalar':
             # The only mark by which every release keeps a matrix from Muon, and its DDP buffer
             # apart. It means a learning rate of its own too, so --decoupled-lr is refused.
-            parameter.is_embedding_or_output_parameter = True
+            parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
 
 
 class HyperConnection(KeepFP32):
@@ -174,7 +175,7 @@ class HyperConnection(KeepFP32):
 
     def all_maps(self, x: Tensor) -> Maps:
         """``maps``, with those that are held fixed in their place."""
-        return self._fix(x, self.maps(x) if self._has_parameters() else (None,) * 3)
+        return self._fix(x, self.maps(x) if self._has_parameters() else None)
 
     def observe(self, x: Tensor, carried: ops.Carried, y: Tensor) -> None:
         """Show the monitors, if there are any, what this sublayer read and made."""
@@ -207,16 +208,20 @@ class HyperConnection(KeepFP32):
     def _has_parameters(self) -> bool:
         return next(self.parameters(), None) is not None
 
-    def _fix(self, x: Tensor, maps: Maps | tuple[None, None, None]) -> Maps:
-        """Replace the maps named in ``fixed_mappings`` by 1/n, 1 and I (mHC, Table 1)."""
-        if not self.residual.fixed_mappings:
+    def _fix(self, x: Tensor, maps: Maps | None) -> Maps:
+        """Replace the maps named in ``fixed_mappings`` by 1/n, 1 and I (mHC, Table 1).
+
+        Without parameters all three are named, and ``maps`` is None.
+        """
+        if maps is not None and not self.residual.fixed_mappings:
             return maps
         n = self.num_streams
         fixed = torch.ones(n, device=x.device)
-        constants = {'pre': fixed / n, 'post': fixed, 'res': torch.eye(n, device=x.device)}
-        return tuple(
-            constants[name].expand(*x.shape[:-1], *constants[name].shape)
-            if name in self.residual.fixed_mappings
-            else value
-            for name, value in zip(MAPPINGS, maps, strict=True)
-        )
+        constants = fixed / n, fixed, torch.eye(n, device=x.device)
+
+        def chosen(place: int) -> Tensor:
+            if maps is not None and MAPPINGS[place] not in self.residual.fixed_mappings:
+                return maps[place]
+            return constants[place].expand(*x.shape[:-1], *constants[place].shape)
+
+        return chosen(0), chosen(1), chosen(2)

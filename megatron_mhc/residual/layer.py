@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -35,6 +36,38 @@ from megatron_mhc.residual.mhc import ManifoldHyperConnection
 from megatron_mhc.residual.recompute import RecomputedBlock, Written, block_of
 from megatron_mhc.residual.single_pass import SinglePassHyperConnection
 from megatron_mhc.settings.residual import ResidualConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    from megatron_mhc.residual.post_stream import PostStream
+
+    class _Host(nn.Module):
+        """What the mixin needs of the layer class behind it."""
+
+        config: TransformerConfig
+        layer_number: int
+        self_attention: nn.Module
+        mlp: nn.Module
+        is_moe_layer: bool
+
+        def __init__(
+            self,
+            config: TransformerConfig,
+            submodules: TransformerLayerSubmodules,
+            *args: object,
+            **kwargs: object,
+        ) -> None: ...
+
+        def _forward_attention(
+            self, hidden_states: Tensor, *args: object, **kwargs: object
+        ) -> tuple[Any, ...]: ...
+
+        def _forward_mlp(
+            self, hidden_states: Tensor, *args: object, **kwargs: object
+        ) -> Tensor: ...
+else:
+    _Host = object
 
 # Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
 _TAIL: ContextVar[dict | None] = ContextVar('megatron_mhc_tail', default=None)
@@ -133,13 +166,13 @@ def output_projections_rescaled(
         config.output_layer_init_method = original
 
 
-class HyperConnectionLayerMixin:
+class HyperConnectionLayerMixin(_Host):
     """Overrides the two sublayer methods; everything else is the layer class behind it."""
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: object,
+        submodules: TransformerLayerSubmodules,
         *args: object,
         residual: ResidualConfig,
         **kwargs: object,
@@ -173,7 +206,7 @@ class HyperConnectionLayerMixin:
         self.recompute_block_size = 0
         self.following: tuple[HyperConnection, ...] = ()
         # A ``PostStream``: where the MLP's F_post,res runs if not on the current stream.
-        self.post_stream = None
+        self.post_stream: PostStream | None = None
 
     def _forward_attention(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple:
         connection = self.self_attention_hyper_connection
@@ -223,7 +256,7 @@ def _read(
     ahead = hidden_states.__dict__.pop('mhc_read_ahead', None)
     observed = hidden_states._backward_hooks or hidden_states.retains_grad
     if ahead is not None and ahead[:2] == (connection, _state(hidden_states)) and not observed:
-        return ahead[2:]
+        return ahead[2], ahead[3]
     _, u, carried = (
         connection(hidden_states) if block is None else block.read(connection, hidden_states)
     )
@@ -259,7 +292,7 @@ def _write(
     x, u, carried = written(pending) if block is None else block.write(written, pending)
     connection.hand_over(x, pending.carried)
     if following is not None:
-        x.mhc_read_ahead = (following, _state(x), u, carried)
+        x.__dict__['mhc_read_ahead'] = (following, _state(x), u, carried)
     return x
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,14 @@ from megatron_mhc.residual.hyper_connection import HyperConnection, MappingProje
 # to differ, or H_res gets no gradient at all.
 IDENTITY_PRE = 3.0
 IDENTITY_POST = 1.0
+
+
+class _Settings(TypedDict):
+    num_streams: int
+    sinkhorn_iterations: int
+    norm_eps: float
+    backend: str
+    precision: str
 
 
 class ManifoldHyperConnection(HyperConnection):
@@ -96,14 +106,14 @@ class ManifoldHyperConnection(HyperConnection):
             **self._settings(),
         )
 
-    def _alphas(self) -> list[nn.Parameter]:
+    def _alphas(self) -> list[Tensor]:
         present = [self.alpha_pre, self.alpha_post, getattr(self, 'alpha_res', None)]
         return [alpha for alpha in present if alpha is not None]
 
     def _parameters_of_mapping(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.mapping_proj(), self.bias, torch.cat(self._alphas())
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> _Settings:
         return {
             'num_streams': self.num_streams,
             'sinkhorn_iterations': self.residual.sinkhorn_iterations,

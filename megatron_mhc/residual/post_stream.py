@@ -15,7 +15,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -27,6 +27,10 @@ from megatron_mhc.residual.layer import HyperConnectionLayerMixin
 from megatron_mhc.schedules.executor_lanes import yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import Launched, launch, side_stream
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 HIGH_PRIORITY = -1
 # What `megatron-mhc schedule trace` looks for.
@@ -66,20 +70,21 @@ class PostStream:
             # A parameter's gradient is accumulated, on the compute stream, as soon as it is
             # there. Behind this view it is not, until the backward has handed over.
             bias = bias.view_as(bias)
-        x = None
+        made: list[Tensor] = []
 
         def produce(y: Tensor, bias: Tensor | None, *others: object) -> Tensor:
-            nonlocal x
             with torch.profiler.record_function(RANGE):
                 x = write(yield_point(y) if hands_over else y, bias, *others)
             # Pipeline schedules free a stage's output in place and therefore refuse views.
             x = make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
+            made.append(x)
             # An alias: x will hold what was launched, and its own storage may be replaced.
             return x.detach()
 
         stream = side_stream(self._name, HIGH_PRIORITY)
         launched = launch(stream, produce, y, bias, *others)
-        x.mhc_in_flight = launched
+        (x,) = made
+        x.__dict__['mhc_in_flight'] = launched
         if hands_over:
             yield_lane()
         return x
@@ -110,7 +115,7 @@ def left_in_flight() -> Iterator[None]:
         _LEFT.reset(token)
 
 
-def use_post_stream(model: nn.Module) -> None:
+def use_post_stream(model: GPTModel) -> None:
     """Move F_post,res of every MLP sublayer of ``model.decoder`` to a stream of high priority.
 
     Args:
@@ -136,7 +141,7 @@ def use_post_stream(model: nn.Module) -> None:
     block.register_forward_hook(_settle_output)
 
 
-def _move_residual_add(layer: nn.Module, stream: PostStream) -> None:
+def _move_residual_add(layer: TransformerLayer, stream: PostStream) -> None:
     original = layer.mlp_bda
     if original is not get_bias_dropout_add:
         raise ValueError(

@@ -30,6 +30,7 @@ from megatron_mhc.schedules.executor_streams import Launched, launch
 
 # Streams, and what was read from them: sublayer input and what its write needs.
 Written = tuple[Tensor, Tensor | None, ops.Carried | None]
+Read = tuple[Tensor, Tensor, ops.Carried]
 
 _OPENED: ContextVar[list[RecomputedBlock] | None] = ContextVar('megatron_mhc_blocks', default=None)
 
@@ -108,7 +109,7 @@ class RecomputedBlock:
         self._kept_storages: set[int] = set()
         # Of the sublayer that runs.
         self._inputs: list[_Input] = []
-        self._rebuilt: Launched | None = None
+        self._rebuilt: Launched[list[Tensor]] | None = None
         self._home = _current_stream()
         opened = _OPENED.get()
         if opened is not None:
@@ -124,7 +125,7 @@ class RecomputedBlock:
         """Whether the sublayer that runs is the last one."""
         return self._left == 1
 
-    def read(self, connection: HyperConnection, x: Tensor) -> Written:
+    def read(self, connection: HyperConnection, x: Tensor) -> Read:
         """``connection(x)``, to be dropped. ``x`` is kept unless the block itself made it."""
         start = None if self._steps else self._keep(x)
 
@@ -132,7 +133,7 @@ class RecomputedBlock:
             return connection(x if start is None else start)
 
         with self._saving():
-            result = connection(x)
+            result: Read = connection(x)
         self._record(run, result[1])
         return result
 
@@ -146,6 +147,7 @@ class RecomputedBlock:
             self._keep(seed)
 
         def run(x: Tensor | None, carried: ops.Carried | None) -> Written:
+            assert carried is not None
             return write(Pending(y, carried, bias, dropout, seed))
 
         for given in self._inputs:
@@ -159,7 +161,7 @@ class RecomputedBlock:
         self._left -= 1
         if self._left:
             # The streams hold the block, never the other way round: a cycle would hold memory.
-            result[0].mhc_block = self, result[0]._version
+            result[0].__dict__['mhc_block'] = self, result[0]._version
         return result
 
     def rebuild(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -213,6 +215,7 @@ class RecomputedBlock:
                 self._rebuilt.result()
             self._rebuilt.result()
             self._rebuilt = None
+        assert slot.tensor is not None
         return slot.tensor
 
     def _run_again(self, kept: tuple[Tensor, ...]) -> list[Tensor]:
@@ -231,6 +234,7 @@ class RecomputedBlock:
             for step in self._steps:
                 x, u, carried = step.run(x, carried)
                 if step.input is not None:
+                    assert u is not None
                     with torch.no_grad():
                         step.input.refill(u)
                     filled.append(step.input.alias)

@@ -36,20 +36,21 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         return u, carried
 
     def hand_over(self, x: Tensor, carried: ops.Carried) -> None:
-        x.mhc_next_pre = carried.next_pre
+        assert isinstance(carried, _CarriedWithRead)
+        x.__dict__['mhc_next_pre'] = carried.next_pre
 
 
 def start(x: Tensor, num_streams: int) -> None:
     """Let the first sublayer read stream 0 of the expanded embedding ``[s, b, n*C]``."""
     first = torch.zeros(num_streams, device=x.device)
     first[0] = 1
-    x.mhc_next_pre = first.expand(*x.shape[:-1], num_streams)
+    x.__dict__['mhc_next_pre'] = first.expand(*x.shape[:-1], num_streams)
 
 
 def hand_on(x: Tensor, changed: Tensor) -> None:
     """Streams that something beside the sublayers made of ``x`` are read with the same H_pre."""
     if 'mhc_next_pre' in x.__dict__:
-        changed.mhc_next_pre = x.mhc_next_pre
+        changed.__dict__['mhc_next_pre'] = x.__dict__['mhc_next_pre']
 
 
 def pre_for(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron_mhc.residual.layer import hyper_connection_layer
 from megatron_mhc.settings.residual import STREAM_TYPES, ResidualConfig
 
-Spec = ModuleSpec | TransformerBlockSubmodules
+type Spec = ModuleSpec | TransformerBlockSubmodules
 
 
 def with_residual(spec: Spec, residual: ResidualConfig) -> Spec:

@@ -13,10 +13,14 @@ import json
 import os
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megatron_mhc.runtime.process_identity import ProcessIdentity, is_gone, this_process
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 # Seconds to look for a culprit; a store that has gone too must not keep a rank from ending.
 PATIENCE = 5.0
@@ -106,7 +110,7 @@ def _first(lost: bool, text: str) -> str:
     return f'no rank has said within {PATIENCE:g} s why it ended ({which}); read their logs'
 
 
-def _on_this_node(store: dist.Store, rank: int) -> dict[int, ProcessIdentity]:
+def _on_this_node(store: Store, rank: int) -> dict[int, ProcessIdentity]:
     """The other ranks of this node; launchers number them in one go."""
     local = int(os.environ.get('LOCAL_RANK', '0'))
     first, count = rank - local, int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
@@ -125,5 +129,5 @@ def _store_is_gone() -> str:
     return 'the rendezvous store does not answer: rank 0, which keeps it, ended first'
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     return dist.distributed_c10d._get_default_store()

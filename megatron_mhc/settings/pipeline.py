@@ -7,13 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_mhc.inputs.values import MOST_TOKENS, check_integer
-from megatron_mhc.schedules.catalog import (
-    forward_only,
-    make_plan,
-    obstacle,
-    placement_of,
-    too_many,
-)
+from megatron_mhc.schedules.catalog import make_plan, obstacle, placement_of, too_many
+from megatron_mhc.schedules.generate_line import forward_only
 from megatron_mhc.schedules.inverted_v import CHUNKS
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.plan import Plan

@@ -51,4 +51,4 @@ def block_size(layer_num: int | str, n: int, sublayers: int) -> int:
         return 0
     if layer_num == 'auto':
         return best_block(n, sublayers)
-    return max(1, sublayers if layer_num == 'stage' else min(layer_num, sublayers))
+    return max(1, sublayers if layer_num == 'stage' else min(int(layer_num), sublayers))

@@ -177,7 +177,8 @@ def evenly_divided(settings: object) -> int | None:
 
     if get('num_layers') is None or any(map(get, _MOVING)):
         return None
-    layers = get('num_layers') // (get('pipeline_model_parallel_size') or 1)
-    if get('num_layers_per_virtual_pipeline_stage') is not None:
-        return get('num_layers_per_virtual_pipeline_stage')
+    layers: int = get('num_layers') // (get('pipeline_model_parallel_size') or 1)
+    of_virtual_stage: int | None = get('num_layers_per_virtual_pipeline_stage')
+    if of_virtual_stage is not None:
+        return of_virtual_stage
     return layers // (get('num_virtual_stages_per_pipeline_rank') or 1)

@@ -69,7 +69,7 @@ def _as_released(action: argparse.Action, flag: str, value: object) -> object:
     if value is None:
         return action.default
     try:
-        return action.type(str(value)) if action.type else value
+        return action.type(str(value)) if callable(action.type) else value
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise ValueError(
             f"{flag} {value}: with --residual-type standard this is Megatron's own flag, which "

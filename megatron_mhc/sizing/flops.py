@@ -43,10 +43,10 @@ def token_flops(shape: ModelShape) -> Counter[str]:
 
 def layer_flops(shape: ModelShape, sparse: bool) -> dict[str, int]:
     """The same of one decoder layer, with experts or dense; streams aside."""
-    experts = shape.experts
+    experts = shape.experts if sparse else None
     projections, core = _attention(shape)
     parts = {'attention_projections': projections, 'attention_core': core}
-    if not sparse:
+    if experts is None:
         return parts | {'dense_mlp': _mlp(shape, shape.ffn)}
     return parts | {
         'router': 2 * shape.hidden * experts.count,
@@ -87,7 +87,8 @@ def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int
             mapping += matrix_flops(residual.manifold, n, residual.sinkhorn_iterations)
         elif residual.hc_variant == 'dynamic':
             mapping = 2 * wide * (n + 2) + 2 * wide
-    merge = {'learned': 2 * wide * n + 4 * wide, 'pre': 2 * wide}.get(residual.stream_merge, wide)
+    merges = {'learned': 2 * wide * n + 4 * wide, 'pre': 2 * wide}
+    merge = merges.get(residual.stream_merge or '', wide)
     return sublayers * (mapping + 2 * wide + 2 * wide * n + 2 * wide) + merge
 
 

@@ -151,7 +151,7 @@ def rank_memory(shape: ModelShape, layout: Layout, sequences: int) -> list[RankM
         ValueError: the batch or the layers do not divide, or the schedule does not exist.
     """
     microbatches = layout.microbatches(sequences)
-    live = (1.0,)
+    live: tuple[float, ...] = (1.0,)
     if layout.pp > 1:
         live = live_at_peak(layout.schedule, layout.pp, microbatches, layout.vpp)
     stages = stages_of(shape, layout.pp, layout.placement, layout.chunks)
@@ -271,7 +271,7 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
 
 def _inside(shape: ModelShape, layer: int) -> int:
     """Values a token that attention and MLP of a layer keep, behind their norms."""
-    attention, experts = shape.attention, shape.experts
+    attention, experts = shape.attention, shape.experts_of(layer)
     # What is fp32 in any model counts as so many values.
     wide = FP32 // shape.value_bytes
     heads = attention.heads
@@ -285,7 +285,7 @@ def _inside(shape: ModelShape, layer: int) -> int:
         values += (1 + attention.latent_norm) * latents + attention.rope_dim
     # Before and behind the activation function.
     inner = 2 + shape.gated
-    if not shape.has_experts(layer):
+    if experts is None:
         return values + inner * shape.ffn
     # Dispatched tokens; router logits and scores in fp32.
     values += experts.top_k * (shape.hidden + inner * experts.ffn) + inner * experts.shared_ffn

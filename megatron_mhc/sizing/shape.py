@@ -121,9 +121,13 @@ class ModelShape:
         """L: attention and MLP of every layer."""
         return 2 * self.layers
 
+    def experts_of(self, layer: int) -> Experts | None:
+        """The mixture of experts in decoder layer ``layer`` (from 0); None: a dense MLP."""
+        return self.experts if self.experts and self.experts.layers[layer] else None
+
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of decoder layer ``layer`` (from 0) is a mixture of experts."""
-        return self.experts is not None and self.experts.layers[layer]
+        return self.experts_of(layer) is not None
 
 
 # What changes the parameters and is not described here: argument -> flag.

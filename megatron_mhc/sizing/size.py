@@ -63,7 +63,7 @@ def summary(shape: ModelShape) -> dict[str, int]:
 def ends(shape: ModelShape, *, first: bool, last: bool) -> Counter[str]:
     """Embedding (V C, and learned positions); final norm, stream merge and output layer (V C)."""
     matrix = shape.vocab * shape.hidden
-    parts = Counter()
+    parts: Counter[str] = Counter()
     if first:
         parts['embedding'] = matrix + shape.learned_positions * shape.hidden
     if last:
@@ -75,7 +75,7 @@ def ends(shape: ModelShape, *, first: bool, last: bool) -> Counter[str]:
 
 def layer_parameters(shape: ModelShape, layer: int) -> Counter[str]:
     """Parameters of decoder layer ``layer`` (from 0) by part."""
-    hidden, experts = shape.hidden, shape.experts
+    hidden, experts = shape.hidden, shape.experts_of(layer)
     parts = Counter(
         attention=_attention(shape),
         norms=2 * shape.norm_vectors * hidden,
@@ -84,7 +84,7 @@ def layer_parameters(shape: ModelShape, layer: int) -> Counter[str]:
     if shape.engram and layer + 1 in shape.engram.layers:
         parts['engram'] = reader_parameters(shape.engram, hidden, shape.residual.streams)
         parts['engram_tables'] = table_parameters(shape.engram)
-    if shape.has_experts(layer):
+    if experts is not None:
         parts['router'] = experts.count * (hidden + shape.linear_bias)
         parts['routed_experts'] = experts.count * _mlp(shape, experts.ffn)
         if experts.shared_ffn:

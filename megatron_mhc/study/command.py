@@ -41,8 +41,10 @@ from megatron_mhc.study.points import Study, best_of, pareto, run_study
 from megatron_mhc.study.sweep import Sweep
 
 PROGRAM = 'megatron-mhc study'
-_STUDY_ONLY = ('output', 'set', 'kernel_times', 'gpus', 'tp', 'pp', 'vpp', 'ep', 'dp', 'schedule')
-_STUDY_ONLY += ('micro_batch_size', 'num_residual_streams', 'recompute', 'global_batch_size')
+_STUDY_ONLY = (
+    *('output', 'set', 'kernel_times', 'gpus', 'tp', 'pp', 'vpp', 'ep', 'dp', 'schedule'),
+    *('micro_batch_size', 'num_residual_streams', 'recompute', 'global_batch_size'),
+)
 _COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -138,7 +140,7 @@ def _study(options: argparse.Namespace) -> int:
             f'RECIPE or --model, one of both: name one of {", ".join(RECIPES)}, or give flags'
         )
     hardware = hardware_of(options.hardware, options.set)
-    kernels = BytesModel(hardware)
+    kernels: BytesModel | Measured = BytesModel(hardware)
     if options.kernel_times is not None:
         if hardware.post_overlap:
             raise ValueError('--kernel-times: set post_overlap=0; times are measured as they are')
@@ -238,9 +240,10 @@ def _print(study: Study, hardware: Hardware, flags: dict[int, str], title: str, 
             print(f'no other is better in step, memory and GPUs at once ({shown}):')
             print(table(front[:top]))
         print(verdict(points, hardware))
-        if n in flags:
+        best = best_of(points)
+        if best is not None and n in flags:
             print('    ' + flags[n])
-            print(queues(best_of(points), hardware))
+            print(queues(best, hardware))
 
 
 def _progress(total: int) -> Callable[[int], object]:

@@ -133,7 +133,7 @@ class CostModel:
         adam_bytes = ADAM + (width if width < FP32 else 0)
         reduce, gather, optimizer, data = [], [], [], []
         for rank, parts in enumerate(rank_parameters(self.shape, layout)):
-            shares = {groups.dp: 0, groups.expert_dp: 0}
+            shares = {groups.dp: 0.0, groups.expert_dp: 0.0}
             adam = 0.0
             for part, whole in parts.items():
                 split, replicas = sharing(part, layout)
@@ -171,7 +171,7 @@ class CostModel:
         linear = sum(flops.values()) * tokens / layout.tp / self.linear_flops
         residual = self._sublayer(layout)
         exchanged = 0
-        if sparse:
+        if sparse and shape.experts is not None:
             exchanged = shape.value_bytes * own * shape.experts.top_k * shape.hidden
         # Dispatch and combine.
         exchange = 2 * groups.ep.exchange_seconds(exchanged)
@@ -192,10 +192,11 @@ class CostModel:
         wide = shape.value_bytes * tokens * shape.hidden
         # One of each for attention, and for the MLP or the shared experts; dispatched tokens too.
         sizes = [wide, wide]
-        if not sparse or shape.experts.shared_ffn:
+        experts = shape.experts if sparse else None
+        if experts is None or experts.shared_ffn:
             sizes += [wide, wide]
-        if sparse:
-            sizes += [wide * shape.experts.top_k] * 2
+        if experts is not None:
+            sizes += [wide * experts.top_k] * 2
         return sum(map(groups.tp.gather_seconds, sizes)), sum(map(groups.tp.sent, sizes))
 
     def _rebuild(self, stage: Costs, layout: Layout, sublayers: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ PRESETS = {
 }
 
 
-def hardware_of(name: str, changes: list[str] = ()) -> Hardware:
+def hardware_of(name: str, changes: Sequence[str] = ()) -> Hardware:
     """A preset by name or a machine from a YAML file, with fields changed.
 
     Args:
@@ -203,7 +204,7 @@ def _known(field: str, where: str) -> None:
 
 def _typed(field: str, value: Any, where: str) -> Any:
     """YAML takes 1e3 for text, and ``--set`` everything."""
-    kind = {'str': str, 'int': int, 'float': float}[Hardware.__dataclass_fields__[field].type]
+    kind = {'str': str, 'int': int, 'float': float}[str(Hardware.__dataclass_fields__[field].type)]
     try:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError

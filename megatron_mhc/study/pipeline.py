@@ -10,7 +10,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.longest_path import Path, Work, walk
@@ -89,12 +89,12 @@ def run_steps(cases: list[Case], advance: Callable[[int], object] = bool) -> lis
         schedule = layout.schedule if layout.pp > 1 else '1f1b'
         rebuilt = any(stage.recompute for stage in case.stages)
         groups[_Key(schedule, layout.pp, case.microbatches, layout.vpp, rebuilt)].append(index)
-    steps: list[Step | None] = [None] * len(cases)
+    steps: dict[int, Step] = {}
     for key, indices in groups.items():
         for index, step in zip(indices, _run(key, [cases[i] for i in indices]), strict=True):
             steps[index] = step
         advance(len(indices))
-    return steps
+    return [steps[index] for index in range(len(cases))]
 
 
 def _run(key: _Key, cases: list[Case]) -> list[Step]:
@@ -145,7 +145,7 @@ def _times(path: Path, cases: list[Case]) -> ndarray:
     works = {work for rank in path.ranks for work in rank}
     duration = {work: _duration(work, rows, overlap, numpy.minimum) for work in works}
     makespan = path.makespan(duration, hop, numpy.maximum)
-    busy = [sum(n * duration[work] for work, n in rank.items()) for rank in path.ranks]
+    busy: list[Any] = [sum(n * duration[work] for work, n in rank.items()) for rank in path.ranks]
     whole, still, alone = makespan.reshape(3, count)
     work = functools.reduce(numpy.maximum, busy)[:count]
     return numpy.stack([whole, work, whole - still, whole - alone], axis=1)
@@ -154,7 +154,7 @@ def _times(path: Path, cases: list[Case]) -> ndarray:
 def _duration(work: Work, rows: dict[str, ndarray], overlap: ndarray, smaller: Callable) -> ndarray:
     """Seconds of an operation; in a fused slot one part computes while the other exchanges."""
     parts = [(_compute(kind, stage, rows), _exchange(kind, stage, rows)) for kind, stage in work]
-    whole = sum(compute + exchange for compute, exchange in parts)
+    whole: Any = sum(compute + exchange for compute, exchange in parts)
     if len(parts) == 1:
         return whole
     (forward, dispatch), (backward, combine) = parts

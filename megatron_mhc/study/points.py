@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -159,8 +159,8 @@ def run_study(
     for residual in variants:
         for layout in layouts:
             plain = _seconds(*found[STANDARD, layout][1:])
-            model = models[residual].shape
-            points.append(_point(model, sequences, hardware, *found[residual, layout], plain))
+            shape = models[residual].shape
+            points.append(_point(shape, sequences, hardware, *found[residual, layout], plain))
     return Study(points, refused)
 
 
@@ -243,7 +243,7 @@ def _holders(layout: Layout) -> list[int]:
 
 def _largest(case: Case, value: Callable[[Costs], float]) -> float:
     """Of all ranks, the sum over its stages."""
-    sums: Counter[int] = Counter()
+    sums: dict[int, float] = defaultdict(float)
     for holder, stage in zip(_holders(case.layout), case.stages, strict=True):
         sums[holder] += value(stage)
     return max(sums.values())

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from megatron_mhc.schedules.catalog import obstacle
 from megatron_mhc.settings.pipeline import PIPELINE_SCHEDULES
@@ -28,6 +28,18 @@ class Reason(NamedTuple):
     check: int
     words: str
     remedy: str
+
+
+class Sizes(TypedDict):
+    """What ``Layout`` takes."""
+
+    gpus: int
+    tp: int
+    pp: int
+    ep: int
+    micro_batch: int
+    schedule: str
+    vpp: int
 
 
 @dataclass(frozen=True)
@@ -67,14 +79,21 @@ class Sweep:
                 '--micro-batch-size, --num-residual-streams or --recompute'
             )
 
-    def combinations(self) -> Iterator[dict[str, int | str]]:
+    def combinations(self) -> Iterator[Sizes]:
         """What ``Layout`` takes; without a pipeline there is no schedule to choose."""
         sizes = itertools.product(self.gpus, self.tp, self.pp, self.ep, self.micro_batch)
         for gpus, tp, pp, ep, micro_batch in sizes:
-            same = {'gpus': gpus, 'tp': tp, 'pp': pp, 'ep': ep, 'micro_batch': micro_batch}
             for schedule in self.schedule if pp > 1 else ('1f1b',):
                 for vpp in self.vpp if schedule == 'interleaved' else (2,):
-                    yield same | {'schedule': schedule, 'vpp': vpp}
+                    yield Sizes(
+                        gpus=gpus,
+                        tp=tp,
+                        pp=pp,
+                        ep=ep,
+                        micro_batch=micro_batch,
+                        schedule=schedule,
+                        vpp=vpp,
+                    )
 
 
 def legal_layouts(
@@ -85,7 +104,8 @@ def legal_layouts(
     Raises:
         ValueError: none exists; says why those that come closest do not, and what to change.
     """
-    layouts, refused = [], Counter()
+    layouts: list[Layout] = []
+    refused: Counter[Reason] = Counter()
     for sizes in sweep.combinations():
         reason = impossible(shape, sequences, sizes, sweep.dp)
         if reason is None:
@@ -99,7 +119,7 @@ def legal_layouts(
 
 
 def impossible(
-    shape: ModelShape, sequences: int, sizes: dict, dp: tuple[int, ...] = ()
+    shape: ModelShape, sequences: int, sizes: Sizes, dp: tuple[int, ...] = ()
 ) -> Reason | None:
     """The first reason why a layout cannot be; None where it can.
 
@@ -120,7 +140,7 @@ def impossible(
 _Checks = Iterator[tuple[bool, str, str]]
 
 
-def _of_model(shape: ModelShape, sizes: dict) -> _Checks:
+def _of_model(shape: ModelShape, sizes: Sizes) -> _Checks:
     tp, ep = sizes['tp'], sizes['ep']
     attention, experts = shape.attention, shape.experts
     heads = attention.groups if isinstance(attention, GroupedAttention) else attention.heads
@@ -147,7 +167,7 @@ def _of_model(shape: ModelShape, sizes: dict) -> _Checks:
     )
 
 
-def _of_ranks(sequences: int, sizes: dict, dp: tuple[int, ...]) -> _Checks:
+def _of_ranks(sequences: int, sizes: Sizes, dp: tuple[int, ...]) -> _Checks:
     gpus, schedule, pp = sizes['gpus'], sizes['schedule'], sizes['pp']
     model = sizes['tp'] * pp
     words = 'the GPUs are no multiple of tp x pp'
@@ -174,6 +194,6 @@ def _of_ranks(sequences: int, sizes: dict, dp: tuple[int, ...]) -> _Checks:
     )
 
 
-def _stages(sizes: dict) -> int:
+def _stages(sizes: Sizes) -> int:
     pp = sizes['pp']
     return pp * {'1f1b': 1, 'interleaved': sizes['vpp']}.get(sizes['schedule'], 2) if pp > 1 else 1

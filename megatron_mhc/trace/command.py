@@ -152,7 +152,7 @@ def _value(row: dict, name: str) -> float | None:
 
 def _lines(found: dict) -> list[str]:
     head = ('run', 'rank', 'ms', 'idle', 'SEND/RECV', 'send', 'recv', 'all-to-all', 'collectives')
-    table = [(*head, 'F_post,res', 'delay us', '90th', 'streams')]
+    table: list[tuple[str, ...]] = [(*head, 'F_post,res', 'delay us', '90th', 'streams')]
     for total in found['totals']:
         rows = [row for row in found['ranks'] if row['run'] == total['run']]
         table += [_cells(row, _rank(row)) for row in rows] + [_cells(total, 'all')]

@@ -121,7 +121,8 @@ def _read_chrome(path: Path, head: bytes) -> Trace:
 
 
 def _chrome_kernels(path: Path, events: list[dict]) -> tuple[tuple[Kernel, ...], dict[int, int]]:
-    kernels, launches, ranges = [], {}, defaultdict(list)
+    kernels, ranges = [], defaultdict(list)
+    launches: dict[Any, tuple[Any, int]] = {}
     for event in events:
         if event.get('ph') != 'X':
             continue
@@ -193,7 +194,8 @@ def _nsys_kernels(path: Path, database: sqlite3.Connection) -> Trace:
     if not rows:
         raise ValueError(_NO_KERNELS.format(path=path))
     _require_one(path, {row[5] for row in rows}, {row[6] for row in rows})
-    launches, ranges, priorities = {}, defaultdict(list), {}
+    launches: dict[Any, tuple[Any, int]] = {}
+    ranges, priorities = defaultdict(list), {}
     if _LAUNCH_TABLE in tables:
         query = f'SELECT correlationId, globalTid, start FROM {_LAUNCH_TABLE}'
         for correlation, thread, start in database.execute(query):
@@ -223,10 +225,10 @@ def _with_launches(
     plain: list[tuple], launches: dict[Any, tuple[Any, int]], ranges: dict[Any, list[Range]]
 ) -> tuple[Kernel, ...]:
     """Kernels with thread, launch time and the ranges around it."""
-    by_thread = defaultdict(list)
+    by_thread: dict[Any, list[tuple[int, int, int, int, str, str]]] = defaultdict(list)
     kernels = []
     for name, start, end, stream, correlation, collective in plain:
-        thread, launched = launches.get(correlation, (None, None))
+        thread, launched = launches.get(correlation, (None, 0))
         if thread is None:
             kernels.append(Kernel(name, start, end, stream, collective=collective))
         else:

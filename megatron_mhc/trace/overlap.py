@@ -114,7 +114,7 @@ def _post(trace: Trace, kinds: dict[str, list[Kernel]]) -> dict:
     launches = defaultdict(list)
     for kernel in sorted(
         (kernel for kernel in trace.kernels if kernel.launched is not None),
-        key=lambda kernel: kernel.launched,
+        key=_launched,
     ):
         launches[kernel.thread].append(kernel)
     delays, late = [], 0
@@ -123,7 +123,7 @@ def _post(trace: Trace, kinds: dict[str, list[Kernel]]) -> dict:
         ready = _ready(first, call, launches, arrivals)
         if ready is not None:
             delays.append(first.start - ready)
-            late += first.launched > ready
+            late += _launched(first) > ready
     on_stream = Counter(call[0].stream for call in calls.values())
     own = {id(kernel) for call in calls.values() for kernel in call}
     others = Counter(kernel.stream for kernel in kinds[COMPUTE] if id(kernel) not in own)
@@ -137,6 +137,12 @@ def _post(trace: Trace, kinds: dict[str, list[Kernel]]) -> dict:
         for stream, number in sorted(on_stream.items())
     ]
     return {'calls': len(calls), 'delays': delays, 'late': late, 'streams': streams}
+
+
+def _launched(kernel: Kernel) -> int:
+    """Of a kernel whose launch the trace has."""
+    assert kernel.launched is not None
+    return kernel.launched
 
 
 def _call(kernel: Kernel) -> Any:
@@ -155,7 +161,7 @@ def _ready(
     if first.launched is None:
         return None
     earlier = launches[first.thread]
-    at = bisect.bisect_left(earlier, first.launched, key=lambda kernel: kernel.launched)
+    at = bisect.bisect_left(earlier, first.launched, key=_launched)
     # What still ran when the call began is not what it waited for.
     producer = next(
         (kernel for kernel in reversed(earlier[:at])
@@ -166,7 +172,7 @@ def _ready(
         if kind_of(producer) != COMPUTE:
             return producer.end
         between = any(
-            _any_between(others, producer.launched, first.launched)
+            _any_between(others, _launched(producer), first.launched)
             for thread, others in launches.items()
             if thread != first.thread
         )
@@ -178,8 +184,8 @@ def _ready(
 
 
 def _any_between(kernels: list[Kernel], start: int, end: int) -> bool:
-    at = bisect.bisect_right(kernels, start, key=lambda kernel: kernel.launched)
-    return at < len(kernels) and kernels[at].launched < end
+    at = bisect.bisect_right(kernels, start, key=_launched)
+    return at < len(kernels) and _launched(kernels[at]) < end
 
 
 def shares(pools: Sequence[dict]) -> dict:

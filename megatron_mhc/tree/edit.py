@@ -88,9 +88,11 @@ def parameters(function: Function) -> Iterator[tuple[str, str]]:
 def placed_seams(module: ast.Module) -> Iterator[tuple[str, Function]]:
     """``(id, function)`` of every seam in a file."""
     for node in ast.walk(module):
-        for decorator in getattr(node, 'decorator_list', ()):
+        if not isinstance(node, Function):
+            continue
+        for decorator in node.decorator_list:
             match decorator:
-                case ast.Call(func=ast.Name('mhc_seam'), args=[ast.Constant(id)]):
+                case ast.Call(func=ast.Name('mhc_seam'), args=[ast.Constant(str(id))]):
                     yield id, node
 
 
@@ -106,8 +108,9 @@ def add_seams(source: bytes, seams: Sequence[tuple[Function, str]]) -> bytes:
     for function, text in seams:
         # Above its other decorators, where a name that is rebound at run time is wrapped too.
         row = min(node.lineno for node in (function, *function.decorator_list)) - 1
-        indentation = re.match(rb'[ \t]*', lines[row]).group()
-        if not re.match(rb'@|def\b|async\b', lines[row][len(indentation) :]):
+        code = lines[row].lstrip(b' \t')
+        indentation = lines[row].removesuffix(code)
+        if not re.match(rb'@|def\b|async\b', code):
             raise ValueError(f'line {row + 1}: {function.name} shares its line with other code')
         inserted[row] = indentation + text.encode() + _end_of(lines[row])
     if not any(line.rstrip(b'\r\n') == IMPORT for line in lines):
@@ -122,19 +125,29 @@ def _end_of(line: bytes) -> bytes:
     return line[len(line.rstrip(b'\r\n')) :]
 
 
+def _last_line(node: ast.stmt) -> int:
+    # Only a tree that nobody has parsed lacks it.
+    return node.end_lineno or node.lineno
+
+
 def _row_of_import(module: ast.Module, before: int) -> int:
     """After the last import above the first seam, else after the docstring, else at the top."""
     imports = [
-        node.end_lineno
-        for node in module.body
-        if isinstance(node, ast.Import | ast.ImportFrom) and node.end_lineno <= before
+        _last_line(node) for node in module.body if isinstance(node, ast.Import | ast.ImportFrom)
     ]
-    if imports:
-        return imports[-1]
+    above = [line for line in imports if line <= before]
+    if above:
+        return above[-1]
     first = module.body[0]
     if ast.get_docstring(module, clean=False) is not None:
-        return first.end_lineno
+        return _last_line(first)
     return min(node.lineno for node in (first, *getattr(first, 'decorator_list', ()))) - 1
+
+
+def _id_of(text: str) -> str:
+    seam = SEAM.fullmatch(text.encode())
+    assert seam is not None
+    return seam['id'].decode()
 
 
 def _check(result: bytes, texts: set[str]) -> None:
@@ -148,8 +161,6 @@ def _check(result: bytes, texts: set[str]) -> None:
         for node in module.body
     )
     found = {id for id, _ in placed_seams(module)}
-    if (
-        not imported
-        or not {SEAM.fullmatch(text.encode())['id'].decode() for text in texts} <= found
-    ):
+    wanted = {_id_of(text) for text in texts}
+    if not imported or not wanted <= found:
         raise ValueError('no line can be added beside a statement that shares its line')

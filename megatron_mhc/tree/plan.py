@@ -104,7 +104,8 @@ def diff(tree: Tree, plan: Plan) -> Iterator[bytes]:
     for path, contents in plan.items():
         name = tree.relative(path).encode()
         yield b'diff --git a/%b b/%b\n' % (name, name)
+        before, after = map(lines_of, contents)
         for line in difflib.diff_bytes(
-            difflib.unified_diff, *map(lines_of, contents), b'a/' + name, b'b/' + name, n=3
+            difflib.unified_diff, before, after, b'a/' + name, b'b/' + name, n=3
         ):
             yield line if line.endswith(b'\n') else line + b'\n\\ No newline at end of file\n'

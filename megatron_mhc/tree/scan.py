@@ -97,7 +97,7 @@ class Tree:
 
     def findings(self) -> list[Finding]:
         """Every seam that this tree's version has."""
-        placed = {}
+        placed: dict[str, list[tuple[pathlib.Path, Function]]] = {}
         for path in self.touched:
             for id, function in placed_seams(self._module(path)):
                 placed.setdefault(id, []).append((path, function))
@@ -213,6 +213,7 @@ def _version(root: pathlib.Path) -> str:
         if isinstance(statement, ast.Assign)
         and isinstance(statement.targets[0], ast.Name)
         and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, int | str)
     }
     try:
         return '.'.join(str(int(numbers[name])) for name in ('MAJOR', 'MINOR', 'PATCH'))
