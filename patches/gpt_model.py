@@ -30,6 +30,7 @@ from megatron_mhc.settings.flags_pipeline import (
     pipeline_config_from_args,
 )
 from megatron_mhc.settings.flags_residual import parsed_arguments, residual_config_from_args
+from megatron_mhc.settings.model_config import PIPELINE, POST_STREAM, RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig
 from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
@@ -38,7 +39,7 @@ from megatron_mhc.settings.residual import ResidualConfig
 
 def residual_of(config: Any) -> ResidualConfig:
     """``config.residual_config`` where a caller set it, else what the command line asked for."""
-    residual = getattr(config, 'residual_config', None)
+    residual = RESIDUAL.peek(config)
     if residual is not None:
         return residual
     args = parsed_arguments()
@@ -47,7 +48,7 @@ def residual_of(config: Any) -> ResidualConfig:
 
 def pipeline_of(config: Any) -> PipelineConfig | None:
     """``config.pipeline_config`` where a caller set it, else what the command line asked for."""
-    pipeline = getattr(config, 'pipeline_config', None)
+    pipeline = PIPELINE.peek(config)
     if pipeline is None and (args := parsed_arguments()) is not None:
         pipeline = pipeline_config_from_args(args)
     return pipeline
@@ -55,11 +56,8 @@ def pipeline_of(config: Any) -> PipelineConfig | None:
 
 def post_stream_of(config: Any) -> str:
     """``config.mhc_post_stream`` where a caller set it, else ``--mhc-post-stream``."""
-    own = getattr(config, 'mhc_post_stream', None)
-    config.mhc_post_stream = (
-        own or getattr(parsed_arguments(), 'mhc_post_stream', None) or 'compute'
-    )
-    return config.mhc_post_stream
+    own = POST_STREAM.peek(config)
+    return own or getattr(parsed_arguments(), 'mhc_post_stream', None) or 'compute'
 
 
 def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None) -> bool:
@@ -72,7 +70,7 @@ def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None
     if vp_stage == 0:
         # The second chunk shares the config, in which the next lines set what nobody else may.
         INVERTED_V.check(config, pipeline.schedule)
-    config.pipeline_config = pipeline
+    PIPELINE.attach(config, pipeline)
     # Set here because the check in the config demands Megatron's own overlap with it.
     config.delay_wgrad_compute = is_te_min_version('2.3.0')
     ranks = config.pipeline_model_parallel_size
@@ -112,7 +110,7 @@ def _wrap(original: Callable) -> Callable:
                 bound.arguments['transformer_layer_spec'], residual
             )
             # The communicator and the optimizer read it from the config they share with the model.
-            config.residual_config = residual
+            RESIDUAL.attach(config, residual)
             negotiate_shapes_if_needed(config)
             # Ahead of every chunk: tied embeddings are reduced across stages while they are built.
             if not bound.arguments.get('vp_stage'):
@@ -139,7 +137,9 @@ def _wrap(original: Callable) -> Callable:
         drop_unused_output_weight(self)
         if together:
             tie(self)
-        if post_stream_of(config) == 'high':
+        post_stream = post_stream_of(config)
+        POST_STREAM.attach(config, post_stream)
+        if post_stream == 'high':
             use_post_stream(self)
 
     return __init__

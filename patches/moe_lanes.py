@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.schedules.executor_lanes import in_lanes, yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import launch, side_stream
+from megatron_mhc.settings.model_config import PIPELINE
 
 _MOVED: ContextVar[bool] = ContextVar('megatron_mhc_moe_moved', default=False)
 
@@ -49,7 +50,7 @@ def _wrap(original: Callable) -> Callable:
 
 def _backward_may_be_in_lanes(config: Any) -> bool:
     """Whether microbatches of this model meet in fused slots, at the latest in their backward."""
-    pipeline = getattr(config, 'pipeline_config', None)
+    pipeline = PIPELINE.peek(config)
     return pipeline is not None and pipeline.schedule != 'zb-v' and torch.is_grad_enabled()
 
 

@@ -14,11 +14,12 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.pipeline.edges import shapes_are_negotiated
+from megatron_mhc.settings.model_config import RESIDUAL
 
 
 def _wrap(original: Callable) -> Callable:
     def _communicate(self, *, tensor_shape, **kwargs):
-        residual = getattr(self.config, 'residual_config', None)
+        residual = RESIDUAL.peek(self.config)
         if residual is None or not residual.enabled or shapes_are_negotiated(self.config):
             return original(self, tensor_shape=tensor_shape, **kwargs)
         streams, hidden_size = residual.streams, self.config.hidden_size

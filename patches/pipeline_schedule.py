@@ -12,11 +12,12 @@ from megatron.core.utils import get_model_config
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.pipeline.deferred_wgrad import mark_delayed_parameters, split_linear
 from megatron_mhc.pipeline.step import run_pipeline_step
+from megatron_mhc.settings.model_config import PIPELINE
 
 
 def _run_plan(original: Callable) -> Callable:
     def forward_backward_pipelining_with_interleaving(*, model, **kwargs):
-        pipeline = getattr(get_model_config(model[0]), 'pipeline_config', None)
+        pipeline = PIPELINE.peek(get_model_config(model[0]))
         if pipeline is None:
             return original(model=model, **kwargs)
         return run_pipeline_step(pipeline, model=model, **kwargs)
@@ -34,7 +35,7 @@ def _with_delayed_hooks(original: Callable) -> Callable:
     def __init__(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         config, settings = bound.arguments['config'], bound.arguments['ddp_config']
-        if getattr(config, 'pipeline_config', None) is not None and config.delay_wgrad_compute:
+        if PIPELINE.peek(config) is not None and config.delay_wgrad_compute:
             bound.arguments['ddp_config'] = dataclasses.replace(settings, delay_wgrad_compute=True)
             mark_delayed_parameters(bound.arguments['module'])
         original(*bound.args, **bound.kwargs)

@@ -34,7 +34,7 @@ ROOMS = {
     'runtime': 'inputs kernels settings checkpoints',
     'engram': 'inputs kernels settings checkpoints residual optim',
     'sizing': 'schedules manifolds settings mudd engram',
-    'trace': 'inputs',
+    'trace': 'inputs kernels',
     'patches': 'inputs .compat schedules settings checkpoints residual mudd monitor optim pipeline '
     'runtime engram sizing',
     '.seam': 'inputs patches',

@@ -138,7 +138,7 @@ def main(options: argparse.Namespace) -> int:
             layers = build(sublayers // 2, residual, options.hidden_size, options.full)
             row = measure(layers, options.tokens, n * options.hidden_size)
             values = [f'{b / (options.tokens * options.hidden_size * 4):.1f}' for b in row]
-            size = layers.layers[0].recompute_block_size
+            size = layers.layers[0].recompute_segment_size
             # What a checkpoint keeps and recomputes is not in the formula.
             formula = ('-', '-') if options.full else costs(n, sublayers, size)
             cells = (

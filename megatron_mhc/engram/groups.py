@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_mhc.optim.group_rules import Overrides, Rule, laid_on_top, scaled_rates
 from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.settings.model_config import ENGRAM
 
 TABLES = '*decoder.engram.layer_*.table.weight'
 
@@ -36,7 +37,7 @@ def with_table_rules(
 def require_memory(chunks: Iterable[nn.Module], engram: EngramConfig) -> None:
     """Raise RuntimeError where the script built something else than a GPTModel."""
     for chunk in chunks:
-        if getattr(chunk.config, 'engram_config', None) is None:
+        if ENGRAM.peek(chunk.config) is None:
             raise RuntimeError(
                 f'--engram-layers {" ".join(map(str, engram.layers))} had no effect: only GPTModel '
                 'is given a memory; use a GPT model or leave the flag out'

@@ -20,6 +20,7 @@ from megatron_mhc.engram.layer import EngramLayer
 from megatron_mhc.engram.token_map import current_tokenizer, token_map
 from megatron_mhc.residual.single_pass import hand_on
 from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.settings.model_config import ENGRAM
 from megatron_mhc.settings.refused_engram import check_engram, check_stage
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def prepare_engram(config: TransformerConfig, engram: EngramConfig) -> None:
         first_stage_layers = layout.layout[0][0].count(LayerType.decoder)
     check_stage(engram, first_stage_layers)
     # The optimizer reads it from the config it shares with the model.
-    config.engram_config = engram
+    ENGRAM.attach(config, engram)
 
 
 def attach(model: GPTModel, engram: EngramConfig, num_streams: int) -> None:

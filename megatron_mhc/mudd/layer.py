@@ -1,7 +1,7 @@
 """A transformer layer whose query, key, value and residual are inputs of their own.
 
-What reaches a layer is its residual way; the three others and all outputs so far travel as an
-attribute of that tensor, so that nothing is kept on a module between two calls. Attention and MLP
+What reaches a layer is its residual way; the three others and all outputs so far travel on that
+tensor (``DENSE_WAYS``), so that nothing is kept on a module between two calls. Attention and MLP
 are the layer's own. Only two modules of a built layer get another class: the norm before
 attention, which then norms three ways, and the projection to queries, keys and values, which then
 multiplies each part of its weight with another way.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.mudd.aggregate import DenseAggregate
 from megatron_mhc.mudd.sizes import ways_after
+from megatron_mhc.residual.attached import DENSE_WAYS, DenseWays
 from megatron_mhc.settings.residual import ResidualConfig
 
 if TYPE_CHECKING:
@@ -54,22 +55,11 @@ else:
     _Norm = _Linear = _Layer = object
 
 
-class Carried(NamedTuple):
-    """What comes with the residual way ``[s, b, C]``: the three others, and every output so far."""
-
-    ways: tuple[Tensor, ...]
-    history: tuple[Tensor, ...]
-
-
-def carried_by(x: Tensor) -> Carried | None:
-    return x.__dict__.get('mudd')
-
-
 class ThreeWayNorm(_Norm):
     """The norm before attention: ``[s, b, C]`` with what it carries -> ``[s, b, 3C]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        carried = carried_by(x)
+        carried = DENSE_WAYS.peek(x)
         # The first layer reads the embedding every way.
         ways = carried.ways if carried else (x, x, x)
         norms: tuple[Callable[[Tensor], Tensor], ...] = (super().forward, *self.others)
@@ -106,7 +96,7 @@ class MuddLayerMixin(_Layer):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple:
         x = kwargs['hidden_states'] if 'hidden_states' in kwargs else args[0]
-        carried = carried_by(x)
+        carried = DENSE_WAYS.peek(x)
         if carried is None and self.layer_number > 1:
             raise RuntimeError(
                 f'layer {self.layer_number}: the outputs of earlier layers did not arrive with its '
@@ -119,7 +109,7 @@ class MuddLayerMixin(_Layer):
         # In a tuple, or it would be registered as a child of this layer too.
         *ways, residual = self.aggregate[0](history)
         if ways:
-            residual.mudd = Carried(tuple(ways), history)
+            DENSE_WAYS.attach(residual, DenseWays(tuple(ways), history))
         return residual, *rest
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_mhc.pipeline.deferred_wgrad import WeightGradients, delayed_modules
 from megatron_mhc.residual.post_stream import left_in_flight, taken
-from megatron_mhc.residual.recompute import RecomputedBlock, opened_blocks
+from megatron_mhc.residual.recompute import RecomputedSegment, opened_segments
 from megatron_mhc.schedules.executor_streams import Launched, high_priority_stream
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ChunkStage:
         self._forward_step = forward_step
         self._delayed = delayed_modules(chunk)
         self._kept: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self._blocks: dict[int, list[RecomputedBlock]] = {}
+        self._segments: dict[int, list[RecomputedSegment]] = {}
         self._weights: dict[int, WeightGradients] = {}
         self.tokens: Tensor | int = 0
 
@@ -56,32 +56,32 @@ class ChunkStage:
         """Output for the next stage, cut from the graph; None on the last stage."""
         if x is not None and not self.evaluating:
             x.requires_grad_()
-        with opened_blocks() as blocks, left_in_flight():
+        with opened_segments() as segments, left_in_flight():
             output, tokens = self._forward_step(microbatch, x)
         self.tokens += tokens
         sent = None if self.is_last else taken(output)
         if self.evaluating:
             return sent
         self._kept[microbatch] = x, output
-        self._blocks[microbatch] = blocks
+        self._segments[microbatch] = segments
         if not self.is_last:
             # The graph needs the output's node only; its values go with what was sent.
             schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
         return sent
 
     def recompute(self, microbatch: int) -> None:
-        """Rebuild the block that the backward of ``microbatch`` begins with.
+        """Rebuild the segment that the backward of ``microbatch`` begins with.
 
-        It rebuilds the others as it gets to them, so that one block is alive at a time.
+        It rebuilds the others as it gets to them, so that one segment is alive at a time.
         """
         stream = high_priority_stream() if self.recompute_stream == 'high' else None
-        for block in self._blocks[microbatch][-1:]:
-            block.rebuild(stream)
+        for segment in self._segments[microbatch][-1:]:
+            segment.rebuild(stream)
 
     def backward(self, microbatch: int, grad: Tensor | None) -> Tensor | None:
         """Gradient of the input; the weights' are accumulated."""
         x, output = self._kept.pop(microbatch)
-        self._blocks.pop(microbatch)
+        self._segments.pop(microbatch)
         gradient = schedules.backward_step(x, output, grad, self.config)
         WeightGradients(self._delayed).run()
         return gradient
@@ -89,7 +89,7 @@ class ChunkStage:
     def backward_input(self, microbatch: int, grad: Tensor | None) -> Tensor | None:
         """Gradient of the input; the weights' are left for ``backward_weight``."""
         x, output = self._kept.pop(microbatch)
-        self._blocks.pop(microbatch)
+        self._segments.pop(microbatch)
         weights = self._weights[microbatch] = WeightGradients(self._delayed)
         with weights.collect():
             return schedules.backward_step(x, output, grad, self.config)

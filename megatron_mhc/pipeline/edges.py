@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron_mhc.schedules.executor_channels import Transport
 from megatron_mhc.schedules.plan import Plan
 from megatron_mhc.settings.flags_residual import parsed_arguments
+from megatron_mhc.settings.model_config import RESIDUAL
 
 
 def transport_for(
@@ -26,7 +27,7 @@ def transport_for(
         sequence: tokens of a sequence on this context-parallel rank.
         micro_batch_size: sequences of a microbatch, b.
     """
-    residual = getattr(config, 'residual_config', None)
+    residual = RESIDUAL.peek(config)
     streams = 1 if residual is None else residual.streams
     if config.sequence_parallel:
         sequence //= parallel_state.get_tensor_model_parallel_world_size()

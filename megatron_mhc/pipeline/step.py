@@ -9,6 +9,7 @@ is the plan's.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,11 @@ from megatron_mhc.pipeline.verify import run_twice
 from megatron_mhc.schedules.executor import in_turn, run_plan
 from megatron_mhc.schedules.executor_lanes import run_lanes
 from megatron_mhc.schedules.inverted_v import CHUNKS, stage_of
+from megatron_mhc.settings.model_config import POST_STREAM, RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig
+
+# Training steps so far, by the first chunk of a model.
+_STEPS_BEGUN: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 def run_pipeline_step(
@@ -67,12 +72,12 @@ def run_pipeline_step(
     if p2p_communicator is not None:
         group, context_size = p2p_communicator.pp_group, pg_collection.cp.size()
     rank, ranks = group.rank(), group.size()
-    recompute_stream = getattr(getattr(config, 'residual_config', None), 'recompute_stream', None)
+    recompute_stream = getattr(RESIDUAL.peek(config), 'recompute_stream', None)
     rebuilds = recompute_stream is not None
     plan = proved_plan(pipeline, group, num_microbatches, forward_only, rebuilds)
     transport = transport_for(config, plan, group, seq_length // context_size, micro_batch_size)
     # Only where something is launched on a side stream is there a reason to take turns.
-    takes_turns = config.num_moe_experts or config.mhc_post_stream == 'high'
+    takes_turns = config.num_moe_experts or POST_STREAM.peek(config) == 'high'
     fused = run_lanes if takes_turns else in_turn
     early = not force_all_reduce and all(map(overlaps_reduction, model))
     stages: dict[tuple[int, int], ChunkStage] = {}
@@ -119,7 +124,7 @@ def run_pipeline_step(
         losses = passes(data_iterator, False, False)
     else:
         with gradient_sync_off(model):
-            if verifies_next_step(config, pipeline):
+            if verifies_next_step(model[0], pipeline):
                 losses = run_twice(passes, model, data_iterator)
             else:
                 losses = passes(data_iterator, False, early)
@@ -164,10 +169,10 @@ def finalize(
     )
 
 
-def verifies_next_step(config: Any, pipeline: PipelineConfig) -> bool:
-    """Whether ``--pipeline-verify-steps`` covers the step that begins now."""
-    begun = config.__dict__.setdefault('pipeline_steps_begun', 0)
-    config.pipeline_steps_begun = begun + 1
+def verifies_next_step(chunk: nn.Module, pipeline: PipelineConfig) -> bool:
+    """Whether ``--pipeline-verify-steps`` covers the step of this model that begins now."""
+    begun = _STEPS_BEGUN.get(chunk, 0)
+    _STEPS_BEGUN[chunk] = begun + 1
     return begun < pipeline.verify_steps
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from megatron_mhc.recipes.recipe import BLOCK_RECOMPUTE, Flags, Recipe, recipe_flags, words
 from megatron_mhc.settings.flags_engram import engram_config_from_args
 from megatron_mhc.settings.flags_residual import residual_config_from_args
+from megatron_mhc.settings.model_config import ENGRAM, RESIDUAL
 from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.sizing.memory import Layout
 
@@ -85,8 +86,8 @@ def build(args: argparse.Namespace) -> nn.Module:
     from megatron.training.arguments import core_transformer_config_from_args
 
     config = core_transformer_config_from_args(args)
-    config.residual_config = residual_config_from_args(args)
-    config.engram_config = engram_config_from_args(args)
+    RESIDUAL.attach(config, residual_config_from_args(args))
+    ENGRAM.attach(config, engram_config_from_args(args))
     with torch.device('meta'):
         return GPTModel(
             config,

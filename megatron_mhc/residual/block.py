@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.residual import single_pass
 from megatron_mhc.residual.layer import HyperConnectionLayerMixin
-from megatron_mhc.residual.recompute_choice import choose_block_size
+from megatron_mhc.residual.recompute_choice import choose_segment_size
 from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
 from megatron_mhc.settings.residual import ResidualConfig
 
@@ -71,9 +71,9 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     block.__class__ = hyper_connection_block(block_class)
     block.num_streams = residual.num_residual_streams
     block.single_pass = residual.single_pass
-    size = choose_block_size(block, residual)
+    size = choose_segment_size(block, residual)
     for layer in block.layers:
-        layer.recompute_block_size = size
+        layer.recompute_segment_size = size
     for layer, following in itertools.pairwise(block.layers):
         if isinstance(layer, HyperConnectionLayerMixin):
             layer.precedes(following)

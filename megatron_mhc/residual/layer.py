@@ -30,10 +30,12 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from megatron_mhc import ops
+from megatron_mhc.kernels.profiler_names import POST_RANGE
+from megatron_mhc.residual.attached import READ_AHEAD, ReadAhead
 from megatron_mhc.residual.hc import UnconstrainedHyperConnection
 from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
-from megatron_mhc.residual.recompute import RecomputedBlock, Written, block_of
+from megatron_mhc.residual.recompute import RecomputedSegment, Written, segment_of
 from megatron_mhc.residual.single_pass import SinglePassHyperConnection
 from megatron_mhc.settings.residual import ResidualConfig
 
@@ -202,8 +204,8 @@ class HyperConnectionLayerMixin(_Host):
             else build_hyper_connection(config, residual, first + 1)
         )
 
-        # Sublayers in a block; 0: nothing is recomputed. ``widen_block`` sets it.
-        self.recompute_block_size = 0
+        # Sublayers in a segment; 0: nothing is recomputed. ``widen_block`` sets it.
+        self.recompute_segment_size = 0
         self.following: tuple[HyperConnection, ...] = ()
         # A ``PostStream``: where the MLP's F_post,res runs if not on the current stream.
         self.post_stream: PostStream | None = None
@@ -212,30 +214,31 @@ class HyperConnectionLayerMixin(_Host):
         connection = self.self_attention_hyper_connection
         if connection is None:
             return super()._forward_attention(hidden_states, *args, **kwargs)
-        block = block_of(hidden_states, self.recompute_block_size)
-        u, carried = _read(connection, hidden_states, block)
+        segment = segment_of(hidden_states, self.recompute_segment_size)
+        u, carried = _read(connection, hidden_states, segment)
         with _collected_tail() as tail:
             y, context = super()._forward_attention(u, *args, **kwargs)
         connection.observe(hidden_states, carried, y)
         pending = Pending(y, carried, **tail)
-        return _write(pending, block, connection, self.mlp_hyper_connection), context
+        return _write(pending, segment, connection, self.mlp_hyper_connection), context
 
     def _forward_mlp(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         connection = self.mlp_hyper_connection
         if connection is None:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
-        block = block_of(hidden_states, self.recompute_block_size)
-        u, carried = _read(connection, hidden_states, block)
+        segment = segment_of(hidden_states, self.recompute_segment_size)
+        u, carried = _read(connection, hidden_states, segment)
         with _collected_tail() as tail:
             y = super()._forward_mlp(u, *args, **kwargs)
         connection.observe(hidden_states, carried, y)
         if self.post_stream is None or not self.training:
-            # The name that `megatron-mhc schedule trace` looks for.
-            with torch.profiler.record_function('mhc/F_post_res'):
-                return _write(Pending(y, carried, **tail), block, connection, *self.following)
+            with torch.profiler.record_function(POST_RANGE):
+                return _write(Pending(y, carried, **tail), segment, connection, *self.following)
         bias, dropout = tail['bias'], tail['dropout']
         return self.post_stream.run(
-            lambda y, bias, carried: _write(Pending(y, carried, bias, dropout), block, connection),
+            lambda y, bias, carried: _write(
+                Pending(y, carried, bias, dropout), segment, connection
+            ),
             *(y, bias, carried),
             hands_over=not self.is_moe_layer,
         )
@@ -250,28 +253,28 @@ class HyperConnectionLayerMixin(_Host):
 
 
 def _read(
-    connection: HyperConnection, hidden_states: Tensor, block: RecomputedBlock | None
+    connection: HyperConnection, hidden_states: Tensor, segment: RecomputedSegment | None
 ) -> tuple[Tensor, ops.Carried]:
     """Sublayer input, from the read that came with the streams if there is one."""
-    ahead = hidden_states.__dict__.pop('mhc_read_ahead', None)
+    ahead = READ_AHEAD.take(hidden_states)
     observed = hidden_states._backward_hooks or hidden_states.retains_grad
-    if ahead is not None and ahead[:2] == (connection, _state(hidden_states)) and not observed:
-        return ahead[2], ahead[3]
+    if ahead is not None and ahead.connection is connection and not observed:
+        return ahead.u, ahead.carried
     _, u, carried = (
-        connection(hidden_states) if block is None else block.read(connection, hidden_states)
+        connection(hidden_states) if segment is None else segment.read(connection, hidden_states)
     )
     return u, carried
 
 
 def _write(
     pending: Pending,
-    block: RecomputedBlock | None,
+    segment: RecomputedSegment | None,
     connection: HyperConnection,
     following: HyperConnection | None = None,
 ) -> Tensor:
     """The next streams. Where the kernels run, the next sublayer reads them in the same pass.
 
-    What it read travels as an attribute of the streams, so that any code between the two sublayers
+    What it read travels on the streams (``READ_AHEAD``), so that any code between the two sublayers
     that replaces, changes or observes the tensor gets the plain path. In inference mode, which
     does not count changes of a tensor, there is no other.
     """
@@ -279,8 +282,8 @@ def _write(
         following = None
     if following is not None and not following.joins(pending.carried):
         following = None
-    if block is not None and block.ends:
-        # The next block rebuilds its first read from the streams that it keeps.
+    if segment is not None and segment.ends:
+        # The next segment rebuilds its first read from the streams that it keeps.
         following = None
 
     def written(pending: Pending) -> Written:
@@ -289,19 +292,11 @@ def _write(
         x, u, carried = following(pending)
         return _viewless(x), u, carried
 
-    x, u, carried = written(pending) if block is None else block.write(written, pending)
+    x, u, carried = written(pending) if segment is None else segment.write(written, pending)
     connection.hand_over(x, pending.carried)
     if following is not None:
-        x.__dict__['mhc_read_ahead'] = (following, _state(x), u, carried)
+        READ_AHEAD.attach(x, ReadAhead(following, u, carried))
     return x
-
-
-def _state(x: Tensor) -> tuple:
-    """What a read ahead depends on: the values of ``x``, and the graph that it was made in.
-
-    A checkpoint returns tensors that were made without a graph and gives them another one.
-    """
-    return x._version, x.grad_fn, x.requires_grad, torch.is_grad_enabled()
 
 
 def _viewless(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
+from megatron_mhc.kernels.profiler_names import POST_RANGE
+from megatron_mhc.residual.attached import IN_FLIGHT
 from megatron_mhc.residual.layer import HyperConnectionLayerMixin
 from megatron_mhc.schedules.executor_lanes import yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import Launched, launch, side_stream
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
 HIGH_PRIORITY = -1
-# What `megatron-mhc schedule trace` looks for.
-RANGE = 'mhc/F_post_res'
 _LEFT: ContextVar[bool] = ContextVar('megatron_mhc_left_in_flight', default=False)
 
 
@@ -73,7 +73,7 @@ class PostStream:
         made: list[Tensor] = []
 
         def produce(y: Tensor, bias: Tensor | None, *others: object) -> Tensor:
-            with torch.profiler.record_function(RANGE):
+            with torch.profiler.record_function(POST_RANGE):
                 x = write(yield_point(y) if hands_over else y, bias, *others)
             # Pipeline schedules free a stage's output in place and therefore refuse views.
             x = make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
@@ -84,7 +84,7 @@ class PostStream:
         stream = side_stream(self._name, HIGH_PRIORITY)
         launched = launch(stream, produce, y, bias, *others)
         (x,) = made
-        x.__dict__['mhc_in_flight'] = launched
+        IN_FLIGHT.attach(x, launched)
         if hands_over:
             yield_lane()
         return x
@@ -92,8 +92,8 @@ class PostStream:
 
 def settle(x: Any) -> None:
     """Let the current stream wait until ``x``, if it is a tensor in flight, is written."""
-    if isinstance(x, Tensor) and 'mhc_in_flight' in x.__dict__:
-        x.__dict__.pop('mhc_in_flight').result()
+    if isinstance(x, Tensor) and (launched := IN_FLIGHT.take(x)) is not None:
+        launched.result()
 
 
 def taken(x: Tensor) -> Tensor | Launched[Tensor]:
@@ -101,7 +101,7 @@ def taken(x: Tensor) -> Tensor | Launched[Tensor]:
 
     A message posted on the stream of what was launched waits for ``x`` only.
     """
-    launched = x.__dict__.pop('mhc_in_flight', None)
+    launched = IN_FLIGHT.take(x)
     return x.detach() if launched is None else launched
 
 

@@ -1,15 +1,15 @@
-"""Drop what the mHC kernels produce in a forward and rebuild it for the backward, in blocks.
+"""Drop what the mHC kernels produce in a forward and rebuild it for the backward, in segments.
 
-mHC, section 4.3.2: of a block of sublayers only its first streams and every sublayer's output are
+mHC, section 4.3.2: of a segment of sublayers only its first streams and every sublayer's output are
 kept; streams, maps and sublayer inputs come back by running the kernels again, never the sublayers.
-The backward needs the last block first; the others are rebuilt one at a time, when it gets there.
+The backward needs the last segment first; the others are rebuilt one at a time, when it gets there.
 
 The graph stays as it is; only the tensors saved in it are taken out, so that gradients are those
 without recomputation, bit for bit. A sublayer saves its input in its own graph: that one keeps its
 place and loses its storage.
 
-Which block a sublayer belongs to travels with the streams, as an attribute. What comes from
-elsewhere (another stage, a checkpoint, a hook that replaced or changed it) begins a new block.
+Which segment a sublayer belongs to travels on the streams (``SEGMENT``). What comes from
+elsewhere (another stage, a checkpoint, a hook that replaced or changed it) begins a new segment.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_mhc import ops
 from megatron_mhc.kernels.reference.dropout import dropout_seed
+from megatron_mhc.residual.attached import SEGMENT
 from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
 from megatron_mhc.schedules.executor_streams import Launched, launch
 
@@ -32,32 +33,34 @@ from megatron_mhc.schedules.executor_streams import Launched, launch
 Written = tuple[Tensor, Tensor | None, ops.Carried | None]
 Read = tuple[Tensor, Tensor, ops.Carried]
 
-_OPENED: ContextVar[list[RecomputedBlock] | None] = ContextVar('megatron_mhc_blocks', default=None)
+_OPENED: ContextVar[list[RecomputedSegment] | None] = ContextVar(
+    'megatron_mhc_segments', default=None
+)
 
 
 @contextlib.contextmanager
-def opened_blocks() -> Iterator[list[RecomputedBlock]]:
-    """The blocks that the forward inside opens, first to last, as they come."""
-    blocks: list[RecomputedBlock] = []
-    token = _OPENED.set(blocks)
+def opened_segments() -> Iterator[list[RecomputedSegment]]:
+    """The segments that the forward inside opens, first to last, as they come."""
+    segments: list[RecomputedSegment] = []
+    token = _OPENED.set(segments)
     try:
-        yield blocks
+        yield segments
     finally:
         _OPENED.reset(token)
 
 
-def block_of(x: Tensor, size: int) -> RecomputedBlock | None:
-    """The block of the sublayer that reads ``x``; None where nothing is recomputed.
+def segment_of(x: Tensor, size: int) -> RecomputedSegment | None:
+    """The segment of the sublayer that reads ``x``; None where nothing is recomputed.
 
     Args:
-        x: streams. Those that a sublayer left bring its block along, once.
-        size: sublayers in a block, 0 for no recomputation.
+        x: streams. Those that a sublayer left bring its segment along.
+        size: sublayers in a segment, 0 for no recomputation.
     """
-    block, version = x.__dict__.pop('mhc_block', (None, None))
+    # Taken in any case: streams bring a segment along once.
+    segment = SEGMENT.take(x)
     if size == 0 or not torch.is_grad_enabled():
         return None
-    # Nothing rebuilds streams that were changed since.
-    return RecomputedBlock(size) if version != x._version else block
+    return segment or RecomputedSegment(size)
 
 
 class _Slot:
@@ -94,8 +97,8 @@ class _Step(NamedTuple):
     input: _Input | None
 
 
-class RecomputedBlock:
-    """Up to ``size`` sublayers of one forward. Independent of other blocks and microbatches.
+class RecomputedSegment:
+    """Up to ``size`` sublayers of one forward. Independent of other segments and microbatches.
 
     Every sublayer calls ``read``, unless the write before read ahead for it, and ``write``.
     ``rebuild`` may be called ahead of the backward; else the backward does so when it arrives.
@@ -126,7 +129,7 @@ class RecomputedBlock:
         return self._left == 1
 
     def read(self, connection: HyperConnection, x: Tensor) -> Read:
-        """``connection(x)``, to be dropped. ``x`` is kept unless the block itself made it."""
+        """``connection(x)``, to be dropped. ``x`` is kept unless the segment itself made it."""
         start = None if self._steps else self._keep(x)
 
         def run(x: Tensor | None, carried: ops.Carried | None) -> Written:
@@ -160,8 +163,8 @@ class RecomputedBlock:
         self._record(run, result[1])
         self._left -= 1
         if self._left:
-            # The streams hold the block, never the other way round: a cycle would hold memory.
-            result[0].__dict__['mhc_block'] = self, result[0]._version
+            # The streams hold the segment, never the other way round: a cycle would hold memory.
+            SEGMENT.attach(result[0], self)
         return result
 
     def rebuild(self, stream: torch.cuda.Stream | None = None) -> None:

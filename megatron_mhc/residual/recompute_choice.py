@@ -1,4 +1,4 @@
-"""The size of a recompute block for one model chunk, and the line at start that says so."""
+"""The size of a recompute segment for one model chunk, and the line at start that says so."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_mhc.settings.recompute_cost import block_cost, block_size, kept_co
 from megatron_mhc.settings.residual import ResidualConfig
 
 
-def choose_block_size(block: TransformerBlock, residual: ResidualConfig) -> int:
-    """Sublayers in a recompute block of this chunk, 0 for no recomputation; says so once."""
-    blocks, n = residual.recompute_layer_num, residual.num_residual_streams
-    if blocks == 'none':
+def choose_segment_size(block: TransformerBlock, residual: ResidualConfig) -> int:
+    """Sublayers in a recompute segment of this chunk, 0 for no recomputation; says so once."""
+    wanted, n = residual.recompute_layer_num, residual.num_residual_streams
+    if wanted == 'none':
         return 0
     sublayers = sum(isinstance(module, HyperConnection) for module in block.modules())
     # Other stages may have other numbers of layers; layers of one sublayer have no such table.
@@ -26,14 +26,14 @@ def choose_block_size(block: TransformerBlock, residual: ResidualConfig) -> int:
     sizes, choices = {}, []
     for stage in sorted(stages, reverse=True):
         alive = _alive_at_once(block.config, stage)
-        size = sizes[stage] = block_size(blocks, n, alive)
+        size = sizes[stage] = block_size(wanted, n, alive)
         if not stage:
             continue
         choices.append(
             f'L_r = {size} for {alive} sublayers of a stage (kept {kept_cost(n, alive, size)}C, at '
             f'most {block_cost(n, alive, size)}C, without {whole_cost(n, alive)}C values a token)'
         )
-    announce(f'--mhc-recompute-layer-num {blocks}, by formula: {"; ".join(choices)}')
+    announce(f'--mhc-recompute-layer-num {wanted}, by formula: {"; ".join(choices)}')
     return sizes[sublayers]
 
 

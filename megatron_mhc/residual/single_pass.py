@@ -4,7 +4,7 @@
 
 The first sublayer reads stream 0, and the H_pre that the last one leaves merges the streams. What
 F_l reads thus depends on no map of X_l itself, so that one pass over the streams can write X_l,
-read it and project it. H_pre travels as an attribute of the streams, hence one pipeline stage.
+read it and project it. H_pre travels on the streams (``NEXT_PRE``), hence one pipeline stage.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_mhc import ops
+from megatron_mhc.residual.attached import NEXT_PRE
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
 
 
@@ -37,20 +38,20 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
 
     def hand_over(self, x: Tensor, carried: ops.Carried) -> None:
         assert isinstance(carried, _CarriedWithRead)
-        x.__dict__['mhc_next_pre'] = carried.next_pre
+        NEXT_PRE.attach(x, carried.next_pre)
 
 
 def start(x: Tensor, num_streams: int) -> None:
     """Let the first sublayer read stream 0 of the expanded embedding ``[s, b, n*C]``."""
     first = torch.zeros(num_streams, device=x.device)
     first[0] = 1
-    x.__dict__['mhc_next_pre'] = first.expand(*x.shape[:-1], num_streams)
+    NEXT_PRE.attach(x, first.expand(*x.shape[:-1], num_streams))
 
 
 def hand_on(x: Tensor, changed: Tensor) -> None:
     """Streams that something beside the sublayers made of ``x`` are read with the same H_pre."""
-    if 'mhc_next_pre' in x.__dict__:
-        changed.__dict__['mhc_next_pre'] = x.__dict__['mhc_next_pre']
+    if (h_pre := NEXT_PRE.peek(x)) is not None:
+        NEXT_PRE.attach(changed, h_pre)
 
 
 def pre_for(x: Tensor) -> Tensor:
@@ -59,10 +60,10 @@ def pre_for(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: something between two sublayers replaced the tensor.
     """
-    carried = x.__dict__.get('mhc_next_pre')
-    if carried is None:
+    h_pre = NEXT_PRE.peek(x)
+    if h_pre is None:
         raise RuntimeError(
             'the H_pre of the sublayer before did not arrive with the streams: something between '
             'two layers replaced the tensor, which --mhc-single-pass cannot follow'
         )
-    return carried
+    return h_pre

@@ -12,12 +12,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_mhc.kernels.profiler_names import FUSED_EDGE, POST_KERNELS, POST_RANGE
 from megatron_mhc.trace.events import Kernel, Trace
 
-POST_RANGE = 'mhc/F_post_res'
-POST_KERNELS = ('post_res_forward_kernel', 'post_res_backward_kernel')
 COMPUTE, P2P, ALL_TO_ALL, COLLECTIVES = 'compute', 'p2p', 'all_to_all', 'collectives'
-_SEAM = 'WriteRead'
 _WORDS = (
     (ALL_TO_ALL, re.compile('all_?to_?all')),
     (P2P, re.compile('send|recv')),
@@ -150,8 +148,8 @@ def _call(kernel: Kernel) -> Any:
     for span in kernel.ranges:
         if span.name == POST_RANGE:
             return kernel.thread, span
-    seam = any(span.name.startswith(_SEAM) for span in kernel.ranges)
-    return id(kernel) if kernel.name.startswith(POST_KERNELS) and not seam else None
+    fused_edge = any(span.name.startswith(FUSED_EDGE) for span in kernel.ranges)
+    return id(kernel) if kernel.name.startswith(POST_KERNELS) and not fused_edge else None
 
 
 def _ready(

@@ -24,7 +24,7 @@ from megatron_mhc.commands.storage_meter import StorageMeter
 from megatron_mhc.residual.hyper_connection import HyperConnection
 from megatron_mhc.residual.layer import HyperConnectionLayerMixin
 from megatron_mhc.residual.post_stream import settle, use_post_stream
-from megatron_mhc.residual.recompute import RecomputedBlock, opened_blocks
+from megatron_mhc.residual.recompute import RecomputedSegment, opened_segments
 from megatron_mhc.settings.recompute_cost import block_size
 
 pytestmark = pytest.mark.skipif(
@@ -85,15 +85,15 @@ def share_storage(monkeypatch):
 
 
 @contextlib.contextmanager
-def in_blocks(layers, size=ALL):
-    """The blocks that the forward inside opens, of ``size`` sublayers of these layers."""
+def in_segments(layers, size=ALL):
+    """The segments that the forward inside opens, of ``size`` sublayers of these layers."""
     layers = [m for m in layers.modules() if isinstance(m, HyperConnectionLayerMixin)]
     for layer in layers:
-        layer.recompute_block_size = size
-    with opened_blocks() as blocks:
-        yield blocks
+        layer.recompute_segment_size = size
+    with opened_segments() as segments:
+        yield segments
     for layer in layers:
-        layer.recompute_block_size = 0
+        layer.recompute_segment_size = 0
 
 
 @pytest.fixture
@@ -136,10 +136,10 @@ def test_no_bit_changes(build, share_storage, case, backend):
     expected = plain_step(made('none'))
     for size in SIZES[backend]:
         model = made(size)
-        with opened_blocks() as blocks:
+        with opened_segments() as segments:
             loss = forward(model)
         sublayers = block_size(size, residual.get('num_residual_streams', 4), 4)
-        assert len(blocks) == math.ceil(4 / sublayers)
+        assert len(segments) == math.ceil(4 / sublayers)
         loss.backward()
         assert_equal({'loss': loss.detach(), **taken(model)}, expected)
 
@@ -147,7 +147,7 @@ def test_no_bit_changes(build, share_storage, case, backend):
 def test_no_bit_changes_where_attention_and_mlp_are_layers_of_their_own(build):
     model = build({'kernel_backend': 'torch'}, spec=split_spec)
     expected = plain_step(model)
-    with in_blocks(model):
+    with in_segments(model):
         loss = forward(model)
     loss.backward()
     assert_equal({'loss': loss.detach(), **taken(model)}, expected)
@@ -174,15 +174,15 @@ def test_sublayers_run_once_and_kernels_twice(build, reads, size, by_plan):
     for layer in model.decoder.layers:
         for module in (layer.self_attention, layer.mlp):
             module.register_forward_hook(lambda module, *_: sublayers.append(module))
-    with opened_blocks() as blocks:
+    with opened_segments() as segments:
         loss = forward(model)
     assert len(reads) == 6
     if by_plan:
         # Only the one that the backward begins with: 1 of 1, 2 of 4, 6 of 6 sublayers.
-        blocks[-1].rebuild()
+        segments[-1].rebuild()
         again = len(reads)
         assert again == 6 + {1: 1, 4: 2, ALL: 6}[size]
-        blocks[-1].rebuild()
+        segments[-1].rebuild()
         assert len(reads) == again
     loss.backward()
     assert len(reads) == 12 and len(sublayers) == 6
@@ -204,7 +204,7 @@ def metered(layers):
 @pytest.mark.parametrize('post', ['compute', 'high'])
 @pytest.mark.parametrize('backend', BOTH)
 def test_only_first_streams_and_sublayer_outputs_are_kept(stage, backend, post):
-    """mHC, section 4.3.2: n*C a token for the block and C a token and sublayer."""
+    """mHC, section 4.3.2: n*C a token for the segment and C a token and sublayer."""
     residual = {'init': 'identity', 'kernel_backend': backend}
     run, layers = stage(residual, post, num_layers=2, add_bias_linear=False)
     sublayers, fp32 = 2 * len(layers), 4
@@ -216,16 +216,16 @@ def test_only_first_streams_and_sublayer_outputs_are_kept(stage, backend, post):
     assert ours >= sublayers * TOKENS * (STREAMS + 1) * HIDDEN * fp32
     del output
 
-    with metered(layers) as meter, in_blocks(layers) as blocks:
+    with metered(layers) as meter, in_segments(layers) as segments:
         output = run(streams())
     assert meter.alive() == (of_sublayers + output.nbytes, output.nbytes)
-    (block,) = blocks
-    kept = sum(tensor.nbytes for tensor in block.kept)
+    (segment,) = segments
+    kept = sum(tensor.nbytes for tensor in segment.kept)
     assert kept == TOKENS * (STREAMS + sublayers) * HIDDEN * fp32
 
     with metered(layers) as rebuilt:
-        block.rebuild()
-    assert rebuilt.alive().owned > 0 and not block.kept
+        segment.rebuild()
+    assert rebuilt.alive().owned > 0 and not segment.kept
     output.sum().backward()
     del output
     assert rebuilt.alive().owned == 0
@@ -233,17 +233,17 @@ def test_only_first_streams_and_sublayer_outputs_are_kept(stage, backend, post):
 
 @pytest.mark.parametrize('size', [4, 6])
 @pytest.mark.parametrize('post', ['compute', 'high'])
-def test_a_graph_that_is_given_up_frees_its_blocks(stage, post, size):
+def test_a_graph_that_is_given_up_frees_its_segments(stage, post, size):
     """At once: a reference cycle would hold the memory until it is collected."""
     run, layers = stage(post=post)
-    with in_blocks(layers, size) as blocks:
+    with in_segments(layers, size) as segments:
         output = run(streams())
-    freed = [weakref.ref(block) for block in blocks]
+    freed = [weakref.ref(segment) for segment in segments]
     gc.disable()
     try:
         settle(output)
-        del blocks, output
-        assert [block() for block in freed] == [None] * -(-6 // size)
+        del segments, output
+        assert [segment() for segment in freed] == [None] * -(-6 // size)
     finally:
         gc.enable()
 
@@ -257,7 +257,7 @@ def test_the_output_of_a_stage_may_be_freed(stage):
     run(expected_x).backward(torch.ones_like(expected_x))
     expected = {'x': expected_x.grad, **taken(layers)}
     x = streams()
-    with in_blocks(layers):
+    with in_segments(layers):
         output = run(x)
     grad = torch.ones_like(output)
     schedules.deallocate_output_tensor(output, True)
@@ -273,9 +273,9 @@ def test_many_microbatches_are_alive_and_rebuilt_in_any_order(build, order):
     expected = [plain_step(chunk, seed) for seed, chunk in enumerate(chunks)]
     rebuilds, losses = [], []
     for seed, chunk in enumerate(chunks):
-        with in_blocks(chunk, 4) as blocks:
+        with in_segments(chunk, 4) as segments:
             losses.append(forward(chunk, seed))
-        rebuilds.append(blocks[-1].rebuild)
+        rebuilds.append(segments[-1].rebuild)
     for index in order:
         rebuilds[index]()
     for index in reversed(order):
@@ -292,7 +292,7 @@ def test_ddp_gets_its_gradients(build):
     settings = DistributedDataParallelConfig(overlap_grad_reduce=True)
     wrapped = DistributedDataParallel(model.config, settings, model)
     wrapped.zero_grad_buffer()
-    with in_blocks(model):
+    with in_segments(model):
         loss = forward(wrapped)
     loss.backward()
     wrapped.finish_grad_sync()
@@ -302,9 +302,9 @@ def test_ddp_gets_its_gradients(build):
 
 def test_without_gradients_there_is_nothing_to_do(build, reads):
     model = build({'kernel_backend': 'torch'})
-    with torch.no_grad(), in_blocks(model) as blocks:
+    with torch.no_grad(), in_segments(model) as segments:
         loss = forward(model)
-    assert not loss.requires_grad and not blocks
+    assert not loss.requires_grad and not segments
     assert len(reads) == 6
 
 
@@ -333,13 +333,13 @@ def test_streams_that_others_touch_between_layers(build, backend):
         return {'loss': loss.detach(), **taken(model)}
 
     expected = step()
-    with in_blocks(model):
+    with in_segments(model):
         got = step()
     assert_equal(got, expected)
 
 
 def test_streams_that_two_layers_read(stage):
-    """The second begins a block of its own."""
+    """The second begins a segment of its own."""
     run, layers = stage()
 
     def step():
@@ -349,7 +349,7 @@ def test_streams_that_two_layers_read(stage):
         return taken(layers)
 
     expected = step()
-    with in_blocks(layers):
+    with in_segments(layers):
         got = step()
     assert_equal(got, expected)
 
@@ -362,7 +362,7 @@ def test_a_backward_that_skips_the_stage_output_rebuilds_too(stage):
     run(streams())
     inner.pop().square().sum().backward()
     expected = taken(layers)
-    with in_blocks(layers):
+    with in_segments(layers):
         run(streams())
     inner.pop().square().sum().backward()
     assert_equal(taken(layers), expected)
@@ -370,32 +370,32 @@ def test_a_backward_that_skips_the_stage_output_rebuilds_too(stage):
 
 def test_other_kernels_than_in_the_forward_are_noticed(stage):
     run, layers = stage()
-    with in_blocks(layers) as blocks:
+    with in_segments(layers) as segments:
         output = run(streams())
     layers[1].mlp_hyper_connection.requires_grad_(False)
     with pytest.raises(RuntimeError, match='did not save the same tensors'):
-        blocks[0].rebuild()
+        segments[0].rebuild()
     del output
 
 
-def test_a_block_is_freed_before_the_next_is_rebuilt(stage, monkeypatch):
+def test_a_segment_is_freed_before_the_next_is_rebuilt(stage, monkeypatch):
     run, layers = stage()
-    with in_blocks(layers, 2) as blocks:
+    with in_segments(layers, 2) as segments:
         output = run(streams())
     order, made = [], []
-    rebuild = RecomputedBlock.rebuild
+    rebuild = RecomputedSegment.rebuild
 
-    def noted(block, stream=None):
-        if not block._steps:
+    def noted(segment, stream=None):
+        if not segment._steps:
             return
-        order.append(blocks.index(block))
-        slots = list(block._slots)
+        order.append(segments.index(segment))
+        slots = list(segment._slots)
         left_over = [tensor for tensor in made if tensor() is not None]
-        assert not left_over, f'of {len(made)} tensors of the blocks before'
-        rebuild(block, stream)
+        assert not left_over, f'of {len(made)} tensors of the segments before'
+        rebuild(segment, stream)
         made.extend(weakref.ref(slot.tensor) for slot in slots)
 
-    monkeypatch.setattr(RecomputedBlock, 'rebuild', noted)
+    monkeypatch.setattr(RecomputedSegment, 'rebuild', noted)
     output.sum().backward()
     assert order == [2, 1, 0] and made
 
@@ -408,7 +408,7 @@ def full(method, layers):
     }
 
 
-# recompute method, layers of a checkpoint, size of the blocks -> blocks opened: forward, backward.
+# recompute method, layers of a checkpoint, size of the segments -> opened: in forward, in backward.
 # Three layers; a checkpoint's own forward keeps nothing, so opens none.
 FULL = {
     ('uniform', 2, 3): (0, 3),
@@ -421,20 +421,20 @@ FULL = {
 
 @pytest.mark.parametrize('backend', BOTH)
 @pytest.mark.parametrize('case', FULL)
-def test_blocks_inside_full_recomputation(build, backend, case):
+def test_segments_inside_full_recomputation(build, backend, case):
     method, layers, size = case
     expected = plain_step(build({'kernel_backend': backend}, **full(method, layers)))
     residual = {'kernel_backend': backend, 'recompute_layer_num': size}
     model = build(residual, **full(method, layers))
-    with opened_blocks() as forwards:
+    with opened_segments() as forwards:
         loss = forward(model)
-    with opened_blocks() as backwards:
+    with opened_segments() as backwards:
         loss.backward()
     assert (len(forwards), len(backwards)) == FULL[case]
     assert_equal({'loss': loss.detach(), **taken(model)}, expected)
 
 
-def test_a_plan_rebuilds_the_block_that_the_backward_begins_with(stage):
+def test_a_plan_rebuilds_the_segment_that_the_backward_begins_with(stage):
     from megatron_mhc.pipeline.chunk_stage import ChunkStage
 
     run, layers = stage()
@@ -443,8 +443,8 @@ def test_a_plan_rebuilds_the_block_that_the_backward_begins_with(stage):
     chunk = ChunkStage(
         layers, config, lambda m, x: (run(x), 0), recompute_stream='compute', **settings
     )
-    with in_blocks(layers, 4):
+    with in_segments(layers, 4):
         chunk.forward(0, streams())
-    first, last = chunk._blocks[0]
+    first, last = chunk._segments[0]
     chunk.recompute(0)
     assert first.kept and not last.kept

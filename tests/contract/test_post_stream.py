@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_mhc.residual import post_stream
 from megatron_mhc.residual import recompute as block_recompute
+from megatron_mhc.residual.attached import IN_FLIGHT
 from megatron_mhc.residual.post_stream import left_in_flight, taken, use_post_stream
-from megatron_mhc.residual.recompute import opened_blocks
+from megatron_mhc.residual.recompute import opened_segments
 from megatron_mhc.schedules import executor_lanes, executor_streams
 
 pytestmark = pytest.mark.skipif(
@@ -217,8 +218,8 @@ def test_a_rebuild_on_another_stream_is_waited_for(model, device, monkeypatch, b
 
     def dropped(model):
         for layer in model.decoder.layers:
-            layer.recompute_block_size = size
-        with opened_blocks() as blocks:
+            layer.recompute_segment_size = size
+        with opened_segments() as blocks:
             loss = forward(model)
         device.races.clear()
         blocks[-1].rebuild(device.stream('high', -1))
@@ -239,12 +240,12 @@ def test_a_stage_output_is_sent_from_the_stream_that_makes_it(model, device, cas
     block.final_layernorm = None  # of another stage
     x = torch.randn(SEQUENCE, BATCH, HIDDEN)
 
-    assert not hasattr(block(hidden_states=x, attention_mask=None), 'mhc_in_flight')
+    assert IN_FLIGHT.peek(block(hidden_states=x, attention_mask=None)) is None
     with device:
         with left_in_flight():
             output = block(hidden_states=x, attention_mask=None)
         launched = taken(output)
-        assert not hasattr(output, 'mhc_in_flight')
+        assert IN_FLIGHT.peek(output) is None
         # As a pipeline schedule does once the output is sent.
         output.data = torch.empty(1)
         compute = device.streams['compute']

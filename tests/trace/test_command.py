@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc.inputs.refusal import OneLineParser
+from megatron_mhc.kernels.profiler_names import FUSED_EDGE, POST_KERNELS, POST_RANGE
 from megatron_mhc.trace import command as schedule_trace
 from megatron_mhc.trace.events import Kernel, Range, read_trace
-from megatron_mhc.trace.overlap import POST_KERNELS, kind_of, overlap, union
+from megatron_mhc.trace.overlap import kind_of, overlap, union
 
 SENDRECV = 'ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)'
 GATHER = 'ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)'
@@ -25,7 +26,7 @@ MAIN, AUTOGRAD = 100, 200
 #   all-to-all 140-180: 20 of 40 bare, and 20 more at 500-520 that DeepEP runs: 40 of 60
 #   all-gather 380-420 and, at once, 400-460: 60 of 80 bare
 # F_post,res, forward at 165, launched early, 5 us after the GEMM of the same thread ended; backward
-# at 470 on the other thread, whose input is the message of 450; and one in a seam, not counted.
+# at 470 on the other thread, whose input is the message of 450; one in a fused edge: not counted.
 KERNELS = [
     ('gemm', 0, 100, 7, MAIN, 0),
     ('gemm', 90, 160, 9, MAIN, 20),
@@ -181,10 +182,10 @@ def test_nsys_export(tmp_path, capsys):
 
 def test_nsys_names_of_ranges(tmp_path):
     kernels = [(SENDRECV, 0, 1, 30, MAIN, 44), ('elementwise', 2, 3, 20, MAIN, 50)]
-    spans = [('c10d::recv_', 43, 45, MAIN), ('mhc/F_post_res', 49, 51, MAIN)]
+    spans = [('c10d::recv_', 43, 45, MAIN), (POST_RANGE, 49, 51, MAIN)]
     trace = read_trace(write_nsys(tmp_path / 'a.sqlite', kernels, spans))
     assert [[span.name for span in kernel.ranges] for kernel in trace.kernels] == [
-        ['c10d::recv_'], ['mhc/F_post_res'],
+        ['c10d::recv_'], [POST_RANGE],
     ]  # fmt: skip
 
 
@@ -276,7 +277,7 @@ def test_delay(tmp_path, capsys):
 
 def test_range_of_the_torch_backend_is_one_call(tmp_path, capsys):
     pieces = [('elementwise', at, at + 5, 20, MAIN, at) for at in (130, 140, 150)]
-    spans = [('mhc/F_post_res', 125, 155, MAIN), ('aten::mul', 129, 131, MAIN)]
+    spans = [(POST_RANGE, 125, 155, MAIN), ('aten::mul', 129, 131, MAIN)]
     _, found = run(capsys, write(tmp_path / 'a.json', post_at(115, pieces, spans, 'gemm', 110)))
     post = found['ranks'][0]['post_res']
     assert post['calls'] == 1 and post['delay_us']['max'] == 5
@@ -336,7 +337,7 @@ def test_kernel_names_are_the_shipped_ones():
     source = (Path(__file__).parents[2] / 'kernels/triton/post_res.py').read_text()
     seam = (Path(__file__).parents[2] / 'kernels/autograd/seam.py').read_text()
     assert all(f'def {name}(' in source for name in POST_KERNELS)
-    assert 'class WriteRead(Function)' in seam
+    assert f'class {FUSED_EDGE}(Function)' in seam
 
 
 @pytest.mark.parametrize(
