@@ -295,6 +295,7 @@ def _write(
     x, u, carried = written(pending) if segment is None else segment.write(written, pending)
     connection.hand_over(x, pending.carried)
     if following is not None:
+        assert u is not None and carried is not None
         READ_AHEAD.attach(x, ReadAhead(following, u, carried))
     return x
 
