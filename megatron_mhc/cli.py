@@ -32,6 +32,7 @@ COMMANDS = {
         'draw loss, gradient norm, gains and maps of runs with --mhc-monitor',
     ),
     'kernels': ('commands.kernels', 'about the Triton kernels'),
+    'docs': ('commands.docs', 'list the guides, or print one'),
 }
 
 
