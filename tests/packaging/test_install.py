@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINKED = ('kernels', 'patches', 'schedules')
 IGNORED = shutil.ignore_patterns(
     '.git', '.venv*', '.cache', '.ruff_cache', '.pytest_cache', '.hypothesis', '__pycache__',
-    'build', 'dist', 'runs', '*.egg-info'
+    'build', 'dist', 'runs', 'site', '*.egg-info'
 )  # fmt: skip
 
 # Finds files without running the package, which would import torch.
