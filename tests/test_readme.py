@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 
+from megatron_mhc import __version__
 from megatron_mhc.commands.doctor import report
 from megatron_mhc.compat import (
     CORE_BELOW,
@@ -70,6 +71,12 @@ def test_flag_table():
     for page in (ROOT / 'README.md', *DOCS.glob('*.md')):
         assert set(ours.findall(page.read_text())) <= flags, page
     assert '--residual-type' in ours.findall(README)
+
+
+def test_version_is_written_alike():
+    assert f'\nversion: {__version__}\n' in (ROOT / 'CITATION.cff').read_text()
+    newest = re.search(r'^## .*?(\d+\.\d+\.\d+)', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)
+    assert newest[1] == __version__
 
 
 def test_length():

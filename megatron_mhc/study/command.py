@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=main)
     parser.description = (
         'Estimate step time, memory and messages of every layout of ranks. No GPU and no Megatron '
-        'is needed. What is modelled: `megatron-mhc docs study`.'
+        'is needed.'
     )
     add = parser.add_argument
     add('name', nargs='?', choices=RECIPES, metavar='RECIPE', help=', '.join(RECIPES))

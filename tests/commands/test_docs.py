@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.cli import main
+from megatron_mhc.cli import GUIDES, main
 from megatron_mhc.commands import docs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,15 @@ def test_a_page_is_printed_as_it_is(run, page):
     text = (ROOT / 'megatron_mhc' / 'docs' / f'{page}.md').read_text()
     assert text.startswith('# ')
     assert run(page) == (0, text, '')
+
+
+@pytest.mark.parametrize('name', GUIDES)
+def test_help_of_a_command_names_its_guide(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, '--help'])
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert last == f'guide: megatron-mhc docs {GUIDES[name]}'
+    assert GUIDES[name] in docs.PAGES
 
 
 def test_a_terminal_gets_a_pager(run, monkeypatch):
