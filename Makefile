@@ -8,7 +8,7 @@ VENV ?= .venv
 export PYTHON
 RUN := $(VENV)/bin/python
 
-.PHONY: help train compare test bench lint types clean
+.PHONY: help train compare test bench lint types docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -31,12 +31,23 @@ test: $(VENV)/.installed ## run the tests, two files at a time (-n 0: one)
 bench: $(VENV)/.installed ## time the mHC ops on a GPU, beside torch and every installed peer
 	@$(RUN) tools/bench/bench.py $(ARGS)
 
-lint: $(VENV)/.installed ## check style and imports
+lint: $(VENV)/.installed ## check style, imports and spelling
 	@$(RUN) -m ruff check . $(ARGS)
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m codespell_lib
+
+# What builds the site is installed when it is first wanted.
+$(VENV)/.docs: $(VENV)/.installed
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[docs]' $(PIP_ARGS)
+	@touch $@
+
+# Not --quiet, under which --strict counts no warnings.
+docs: $(VENV)/.docs ## build the guides and the API reference as a site, in site/
+	@$(RUN) -m mkdocs build --strict $(ARGS)
 
 types: $(VENV)/.installed ## check types (mypy; pyproject.toml says how strictly which room)
 	@$(RUN) -m mypy $(ARGS)
 
 clean: ## remove caches, builds and the runs of train and compare (not .venv)
-	rm -rf build dist *.egg-info runs .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info runs site .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -type d -exec rm -rf {} +

@@ -29,8 +29,13 @@ setup(
     description='Hyper-connection residuals (HC and mHC) for released Megatron-Core',
     long_description=README.read_text(encoding='utf-8') if README.exists() else '',
     long_description_content_type='text/markdown',
+    author='The megatron-mhc authors',
+    # An SPDX expression; the text is in LICENSE, which every wheel and sdist has.
+    license='Apache-2.0',
+    license_files=['LICENSE'],
     packages=PACKAGES,
-    package_data={'': ['py.typed', '*.json']},
+    # The guides, which messages name and `megatron-mhc docs` prints, with their pictures.
+    package_data={'': ['py.typed', '*.json', '*.md'], 'megatron_mhc.docs': ['*.png']},
     python_requires='>=' + '.'.join(map(str, COMPAT['PYTHON_MIN'])),
     # torch carries no version: whatever a vendor container brings satisfies it, so pip never
     # replaces that build. Triton is an extra, because everything has a plain torch path.
@@ -50,6 +55,7 @@ setup(
         'kernels': ['triton>=' + COMPAT['core_minor'](COMPAT['TRITON_TESTED'][0])],
         'test': [
             'build',
+            'codespell',
             'emerging-optimizers>=0.3',
             'hypothesis',
             'mypy',
@@ -59,9 +65,12 @@ setup(
             'ruff',
             'setuptools>=68',
         ],
+        'docs': ['mkdocs>=1.6', 'mkdocstrings[python]>=0.26'],
     },
     entry_points={'console_scripts': ['megatron-mhc = megatron_mhc.cli:main']},
     classifiers=[
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
         'Programming Language :: Python :: 3 :: Only',
         *(f'Programming Language :: Python :: {version}' for version in COMPAT['PYTHON_TESTED']),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',

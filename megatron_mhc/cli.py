@@ -32,6 +32,18 @@ COMMANDS = {
         'draw loss, gradient norm, gains and maps of runs with --mhc-monitor',
     ),
     'kernels': ('commands.kernels', 'about the Triton kernels'),
+    'docs': ('commands.docs', 'list the guides, or print one'),
+}
+# name -> the page of `megatron-mhc docs` that its --help ends with.
+GUIDES = {
+    'doctor': 'troubleshooting',
+    'patch': 'patches',
+    'convert': 'conversion',
+    'schedule': 'schedules',
+    'study': 'study',
+    'recompute': 'flags',
+    'report': 'flags',
+    'kernels': 'kernels',
 }
 
 
@@ -48,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
     commands = parser.add_subparsers(dest='command')
     for name, (module, words) in COMMANDS.items():
-        command = commands.add_parser(name, help=words)
+        guide = f'guide: megatron-mhc docs {GUIDES[name]}' if name in GUIDES else None
+        command = commands.add_parser(name, help=words, epilog=guide)
         if argv[:1] == [name]:
             importlib.import_module(f'megatron_mhc.{module}').add_arguments(command)
     options = parser.parse_args(argv)

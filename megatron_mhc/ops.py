@@ -285,9 +285,8 @@ def write_read(
 ) -> tuple[Tensor, Tensor, Carried]:
     """The seam: ``write`` of one sublayer and ``read`` of the next, one pass over the streams.
 
-    Args:
-        y, carried, y_bias, dropout, seed: as for ``write`` of the first sublayer.
-        weight, bias, alpha and the others: as for ``read`` of the second.
+    ``y``, ``carried``, ``y_bias``, ``dropout`` and ``seed`` are as for ``write`` of the first
+    sublayer; ``weight``, ``bias``, ``alpha`` and the others as for ``read`` of the second.
 
     Returns:
         The streams between the two, bit for bit those of ``write``; the second sublayer's input;

@@ -31,7 +31,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         description='Run a Megatron pretrain script, unmodified, with hyper-connections available.',
-        epilog='flags that SCRIPT gains (SCRIPT --help lists them beside its own):\n'
+        epilog='flags that SCRIPT gains (beside its own; guide: megatron-mhc docs flags):\n'
         + flags.format_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

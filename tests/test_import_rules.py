@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,11 @@ def test_rooms_import_what_their_row_allows():
         if (room, other) not in found
     ]
     assert not unused, f'allowed, but not needed: {unused}'
+
+
+def test_the_page_has_every_room_in_this_order():
+    page = (ROOT / PACKAGE / 'docs' / 'architecture.md').read_text()
+    assert re.findall(r'^\| `([\w.]+)` \|', page, re.MULTILINE) == list(ROOMS)
 
 
 def test_every_folder_is_a_room():

@@ -1,4 +1,4 @@
-"""What the README states as a table is what the code reads."""
+"""What the README and the guides state is what the code reads, and their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 
+from megatron_mhc import __version__
 from megatron_mhc.commands.doctor import report
 from megatron_mhc.compat import (
     CORE_BELOW,
@@ -24,19 +25,22 @@ from megatron_mhc.patches.arguments import GROUPS
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
-FLAGS = (ROOT / 'megatron_mhc' / 'README.md').read_text()
+DOCS = ROOT / 'megatron_mhc' / 'docs'
+FLAGS = (DOCS / 'flags.md').read_text()
+SUPPORT = (DOCS / 'support.md').read_text()
 
 
 def test_compatibility_table():
-    rows = dict(re.findall(r'^\| (0\.\d+\.\d+) \| (\w+) \|$', README, re.MULTILINE))
+    rows = dict(re.findall(r'^\| (0\.\d+\.\d+) \| (\w+) \|$', SUPPORT, re.MULTILINE))
     assert rows == TESTED
-    assert f'Megatron-Core `{CORE_SPECIFIER}`' in README
-    assert f'Python >= {PYTHON_MIN[0]}.{PYTHON_MIN[1]}' in README
+    for page in (README, SUPPORT):
+        assert f'Megatron-Core `{CORE_SPECIFIER}`' in page
+        assert f'Python >= {PYTHON_MIN[0]}.{PYTHON_MIN[1]}' in page
     low, high = ('.'.join(map(str, bound)) for bound in (CORE_MIN, CORE_BELOW))
     assert f'>={low},<{high}' == CORE_SPECIFIER
     versions = {'Python': PYTHON_TESTED, 'torch': TORCH_TESTED, 'Triton': TRITON_TESTED}
     tested = '; '.join(f'{name} {", ".join(seen)}' for name, seen in versions.items())
-    assert f'tested: {tested}.' in ' '.join(README.split())
+    assert f'tested: {tested}.' in ' '.join(SUPPORT.split())
 
 
 def test_doctor_names_what_nobody_has_tested(monkeypatch):
@@ -62,24 +66,51 @@ def test_flag_table():
         add_group(parser)
     flags = {option for action in parser._actions for option in action.option_strings}
     assert documented(FLAGS) == flags
-    assert documented(README) < flags
+    # Wherever else a page names a flag of ours, it is spelt as the parser has it.
+    ours = re.compile(r'(?<![\w-])--(?:residual|mhc|hc|mudd|engram|lr-step)(?:-[a-z]+)+')
+    for page in (ROOT / 'README.md', *DOCS.glob('*.md')):
+        assert set(ours.findall(page.read_text())) <= flags, page
+    assert '--residual-type' in ours.findall(README)
+
+
+def test_version_is_written_alike():
+    assert f'\nversion: {__version__}\n' in (ROOT / 'CITATION.cff').read_text()
+    newest = re.search(r'^## .*?(\d+\.\d+\.\d+)', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)
+    assert newest[1] == __version__
 
 
 def test_length():
-    assert README.count('\n') <= 220
+    assert README.count('\n') <= 120
 
 
 ROOMS = ('megatron_mhc', 'patches', 'schedules', 'kernels', 'examples', 'tests', 'tools')
 # What `make bench` writes.
 MADE = ('results.md',)
-PAGES = [ROOT / 'README.md', *(page for room in ROOMS for page in (ROOT / room).rglob('*.md'))]
+PAGES = [*ROOT.glob('*.md'), *(page for room in ROOMS for page in (ROOT / room).rglob('*.md'))]
 
 
 def test_every_file_that_a_page_names_exists():
     """Markdown by its name alone may lie beside the page; others are named from the root."""
     for page in PAGES:
         text = page.read_text()
-        named = re.findall(r'`([\w./-]+\.md)`', text) + re.findall(r'\]\(([\w./-]+)\)', text)
+        named = re.findall(r'`([\w./-]+\.md)`', text)
         rooted = re.findall(rf'(?<![\w/])((?:{"|".join(ROOMS)})/[\w./-]*\w\.\w+)', text)
         for name in {*named, *rooted} - {*MADE}:
             assert (ROOT / name).exists() or (page.parent / name).exists(), (page, name)
+
+
+def test_every_link_leads_somewhere():
+    """Links are relative to their page, so that any reader of Markdown follows them."""
+    found = 0
+    for page in PAGES:
+        for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+            name, _, heading = target.partition('#')
+            if re.match(r'[a-z]+:', name):
+                continue
+            path = page.parent / name if name else page
+            assert path.exists(), (page, target)
+            headings = re.findall(r'^#+ (.+)$', path.read_text(), re.MULTILINE) if heading else ()
+            slugs = {re.sub(r'[^\w -]', '', words).lower().replace(' ', '-') for words in headings}
+            assert not heading or heading in slugs, (page, target)
+            found += 1
+    assert found > 40

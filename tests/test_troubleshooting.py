@@ -9,7 +9,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGE = (ROOT / 'megatron_mhc' / 'TROUBLESHOOTING.md').read_text()
+PAGE = (ROOT / 'megatron_mhc' / 'docs' / 'troubleshooting.md').read_text()
 OURS = PAGE.partition('## No message of ours')[0]
 QUOTED = re.findall(r'^\| `([^`]+)` \|', OURS, re.MULTILINE)
 

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc study``."""
     parser.set_defaults(run=main)
     parser.description = (
-        'Estimate step time, memory and messages of every layout of ranks (STUDY.md says what is '
-        'modelled). No GPU and no Megatron is needed.'
+        'Estimate step time, memory and messages of every layout of ranks. No GPU and no Megatron '
+        'is needed.'
     )
     add = parser.add_argument
     add('name', nargs='?', choices=RECIPES, metavar='RECIPE', help=', '.join(RECIPES))

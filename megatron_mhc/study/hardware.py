@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of machine: its spec sheet first, then assumptions (``STUDY.md`` has the reasons).
+    """One kind of machine: its spec sheet first, then assumptions (reasons: ``docs/study.md``).
 
     Args:
         name: for people.

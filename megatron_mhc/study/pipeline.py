@@ -1,7 +1,8 @@
 """Pipeline steps of many layouts at once, as the schedule simulator has them.
 
 Cases with one plan are arrays on one longest path through it. Steps of more than ``EXACT`` x P
-microbatches grow by the same time for every P more, as far as the longest path does (``STUDY.md``).
+microbatches grow by the same time for every P more, as far as the longest path does
+(``docs/study.md``).
 """
 
 from __future__ import annotations

@@ -100,6 +100,8 @@ LINES = (
     said('kernels report --num-streams 3', '--num-streams', '3'),
     said('kernels report --arch 70', '--arch', '70'),
     said('kernels accuracy --num-streams 3', '--num-streams', '3'),
+    said('docs nosuch', 'PAGE', 'nosuch'),
+    said('docs flags extra', 'extra'),
     said('doctor extra', 'extra'),
     said('doctor --fix', '--fix'),
     said('patch', 'TREE'),

@@ -1,6 +1,7 @@
 """``.ci/run``, dry: every tested version has its turn, and the first failure ends it by name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.compat import TESTED, TORCH_TESTED, TRITON_TESTED
+from megatron_mhc.compat import PYTHON_TESTED, TESTED, TORCH_TESTED, TRITON_TESTED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +40,8 @@ if 'install' in arguments:
 """
 MAKE = """#!/bin/sh
 echo "make $*" >> log
-mkdir -p .cache/ci-runs/train
+mkdir -p .cache/ci-runs/train site
+echo x > site/api.html
 echo x > .cache/ci-runs/train/losses.png
 echo 'resuming at iteration 20'
 """
@@ -79,7 +81,8 @@ def test_every_version_has_its_turn(clone, torch):
     done = run(clone, torch)
     assert done.returncode == 0, done.stdout + done.stderr
     log = (clone / 'log').read_text().splitlines()
-    assert 'make test ARGS=--durations=10' in log
+    steps = [line.strip() for line in log if line.startswith('make ')]
+    assert steps[1:4] == ['make lint', 'make docs', 'make test ARGS=--durations=10']
     assert [line.split()[-1] for line in log if 'kernels report' in line] == [
         f'triton-{version}.dist-info' for version in TRITON_TESTED
     ]
@@ -109,7 +112,14 @@ def test_the_first_failure_ends_it_by_name(clone):
     assert not list((clone / '.cache').glob('ci-overlay*'))
 
 
+def test_the_workflow_only_starts_it():
+    workflow = (ROOT / '.github/workflows/ci.yml').read_text()
+    assert re.findall(r'- run: (.+)', workflow) == ['.ci/run']
+    assert f'python: [{", ".join(map(repr, PYTHON_TESTED))}]' in workflow
+
+
 def test_nothing_depends_on_one_machine():
-    for path in (ROOT / '.ci/run', ROOT / 'Makefile', *(ROOT / 'tools').glob('*.sh')):
+    settings = (ROOT / name for name in ('.github/workflows/ci.yml', 'mkdocs.yml', 'setup.py'))
+    for path in (ROOT / '.ci/run', ROOT / 'Makefile', *(ROOT / 'tools').glob('*.sh'), *settings):
         for word in ('/work', '/home/', '/root', '/opt/', 'index-url http'):
             assert word not in path.read_text(), (path, word)

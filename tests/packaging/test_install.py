@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINKED = ('kernels', 'patches', 'schedules')
 IGNORED = shutil.ignore_patterns(
     '.git', '.venv*', '.cache', '.ruff_cache', '.pytest_cache', '.hypothesis', '__pycache__',
-    'build', 'dist', 'runs', '*.egg-info'
+    'build', 'dist', 'runs', 'site', '*.egg-info'
 )  # fmt: skip
 
 # Finds files without running the package, which would import torch.
@@ -51,6 +52,23 @@ for name in json.loads(sys.argv[1]):
     found[name] = importlib.util.find_spec(name).origin
 bare = [n for n in ('kernels', 'patches', 'schedules') if n in sys.modules]
 print(json.dumps({'found': found, 'bare': bare}))
+"""
+
+
+# The help of every command, in one process: torch is imported once.
+HELP = """
+import contextlib, io, json
+import megatron_mhc.cli
+said = {}
+for name in megatron_mhc.cli.COMMANDS:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            megatron_mhc.cli.main([name, '--help'])
+        except SystemExit as ended:
+            assert not ended.code, (name, ended.code)
+    said[name] = text.getvalue()
+print(json.dumps({'file': megatron_mhc.__file__, 'said': said}))
 """
 
 
@@ -144,11 +162,38 @@ def test_wheel(wheel, expected, elsewhere, tree, tmp_path):
     assert check(python, tree, expected)['top'] == str(tree / 'megatron_mhc')
 
 
+def test_a_wheel_has_the_guides_and_the_licence(wheel, tree):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (name for name in names if name.endswith('.dist-info/METADATA'))
+        facts = archive.read(metadata).decode().partition('\n\n')[0]
+    pages = {path.relative_to(tree) for path in (tree / 'megatron_mhc' / 'docs').iterdir()}
+    assert len(pages) > 10 and set(map(str, pages)) <= set(names)
+    assert any(name.endswith('/LICENSE') for name in names)
+    assert 'Author: The megatron-mhc authors' in facts and 'License: Apache-2.0' in facts
+    # Sources of the site, tests and notes stay behind.
+    assert not [name for name in names if name.endswith(('.yml', '.cff')) or 'tests' in name]
+
+
+def test_every_command_answers_from_another_folder(wheel, elsewhere, tmp_path):
+    python = environment(tmp_path / 'venv', wheel)
+    # Without torch, as in an environment that holds nothing but the wheel.
+    page = run(python.parent / 'megatron-mhc', 'docs', 'schedules', cwd=elsewhere)
+    assert page == (ROOT / 'schedules' / 'README.md').read_text()
+    (site,) = (tmp_path / 'venv').glob('lib/python3.*/site-packages')
+    path = {'PYTHONPATH': str(site)}
+    found = json.loads(run(sys.executable, '-c', HELP, cwd=elsewhere, env=path))
+    assert Path(found['file']).is_relative_to(site)
+    for name, text in found['said'].items():
+        assert text.startswith(f'usage: megatron-mhc {name}'), (name, text)
+
+
 def test_sdist_builds_the_same_wheel(tree, wheel, expected, elsewhere, tmp_path):
     shutil.unpack_archive(build(tree, 'sdist'), tmp_path / 'sources', filter='data')
     (sources,) = (tmp_path / 'sources').iterdir()
     again = build(sources, 'wheel')
     assert again.name == wheel.name
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
     check(environment(tmp_path / 'venv', again), elsewhere, expected)
 
 

@@ -1,0 +1,54 @@
+"""``megatron-mhc docs``: the guides that are part of the package, listed or printed."""
+
+from __future__ import annotations
+
+import argparse
+import pydoc
+import sys
+from pathlib import Path
+
+from megatron_mhc.inputs.refusal import refuse
+
+FOLDER = Path(__file__).resolve().parents[1] / 'docs'
+# page -> what it is about, in the order in which one reads them.
+PAGES = {
+    'index': 'where to begin',
+    'flags': 'every flag; recomputation, optimizer, monitors, Transformer Engine, inference',
+    'support': 'versions, parallelism, what is refused, kernels',
+    'troubleshooting': 'by the text of the error',
+    'checkpoints': 'what is kept, and what reads it',
+    'conversion': 'streams for a standard checkpoint, and other layouts of them',
+    'schedules': 'pipeline schedules: which one, how they work',
+    'manifolds': 'what H_res is kept on',
+    'mudd': 'dense connections',
+    'engram': 'conditional memory',
+    'study': 'the fastest layout of ranks, and what the estimate leaves out',
+    'patches': 'what changes in Megatron; the seams in your own tree',
+    'api': 'the library, for code of your own',
+    'kernels': 'what the kernels move, and how to change one',
+    'architecture': 'the rooms of the package, and which way imports go',
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The page, or none for the list."""
+    parser.add_argument('page', nargs='?', choices=list(PAGES), metavar='PAGE', help='to print')
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """List the pages, or print one of them: through a pager on a terminal, else as it is."""
+    if options.page is None:
+        for page, words in PAGES.items():
+            print(f'{page:16} {words}')
+        return 0
+    path = FOLDER / f'{options.page}.md'
+    try:
+        text = path.read_text(encoding='utf-8')
+    except OSError as error:
+        refuse('megatron-mhc docs', f'{path}: {error.strerror}; install the package again')
+    if sys.stdout.isatty():
+        pydoc.pager(text)
+    else:
+        sys.stdout.write(text)
+    return 0
