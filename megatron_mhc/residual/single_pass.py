@@ -59,7 +59,7 @@ def pre_for(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: something between two sublayers replaced the tensor.
     """
-    carried = x.__dict__.get('mhc_next_pre')
+    carried: Tensor | None = x.__dict__.get('mhc_next_pre')
     if carried is None:
         raise RuntimeError(
             'the H_pre of the sublayer before did not arrive with the streams: something between '
