@@ -71,11 +71,11 @@ def accept(
 ) -> None:
     """Validate the parsed flags and apply the patches that they need."""
     # Imported here: the patches import megatron.core, which --help does not need.
+    from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
+    from megatron_mhc.patches.monitor import MONITOR_PATCHES
     from megatron_mhc.patches.registry import (
         ENGRAM_PATCHES,
-        LR_STEPS_PATCH,
         MODEL_PATCHES,
-        MONITOR_PATCHES,
         RESIDUAL_PATCHES,
         SCHEDULE_PATCHES,
         SCHEDULE_TRAINING_PATCHES,

@@ -9,11 +9,11 @@ import json
 import pathlib
 
 from megatron_mhc.patches.engine import Patch
+from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
+from megatron_mhc.patches.monitor import MONITOR_PATCHES
 from megatron_mhc.patches.registry import (
     ALL_PATCHES,
     ENGRAM_PATCHES,
-    LR_STEPS_PATCH,
-    MONITOR_PATCHES,
     RESIDUAL_PATCHES,
     SCHEDULE_PATCHES,
     SCHEDULE_TRAINING_PATCHES,

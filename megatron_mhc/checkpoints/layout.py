@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_mhc.inputs.values import flag_of
@@ -81,7 +82,7 @@ def check_chunks(args: argparse.Namespace, found: Any) -> None:
     _check_files(args, found, where)
 
 
-def _differences(args: argparse.Namespace, found: Any):
+def _differences(args: argparse.Namespace, found: Any) -> Iterator[tuple[str, Any, Any]]:
     """``(what, saved, asked)`` of each argument under which names or places differ."""
     restored = getattr(args, 'use_checkpoint_args', False)
     same_places = restored and getattr(args, 'use_mp_args_from_checkpoint_args', False)
@@ -125,14 +126,14 @@ def chunks_of(args: argparse.Namespace, saved: argparse.Namespace | None) -> int
                 PipelineParallelLayerLayout,
             )
 
-            return PipelineParallelLayerLayout.get_num_stages_from_str(layout) // stages
+            return int(PipelineParallelLayerLayout.get_num_stages_from_str(layout) // stages)
         if given := getattr(args, 'num_virtual_stages_per_pipeline_rank', None):
-            return given
+            return int(given)
         if each := getattr(args, 'num_layers_per_virtual_pipeline_stage', None):
             layers: int = args.num_layers or vars(saved)['num_layers']
             layers += bool(getattr(args, 'account_for_embedding_in_pipeline_split', False))
             layers += bool(getattr(args, 'account_for_loss_in_pipeline_split', False))
-            return layers // stages // each
+            return int(layers // stages // each)
     # What cannot be divided, parsed or found is for Megatron to refuse.
     except Exception:
         return None

@@ -101,7 +101,7 @@ class Stored:
                 raise ValueError('it was written through an extension, such as compression')
             with (self.folder / place.relative_path).open('rb') as file:
                 file.seek(place.offset)
-                data = file.read(place.length)
+                data: bytes = file.read(place.length)
         check_archive(io.BytesIO(data), f'{self.folder}: {name}')
         return data
 

@@ -42,9 +42,9 @@ class Run:
     name: str
     scalars: dict[str, dict[int, float]]
     iteration: int | None
-    gains: list
-    h_res: list
-    composite: list
+    gains: list[Any]
+    h_res: list[Any]
+    composite: list[Any]
 
 
 def read_run(folder: pathlib.Path, name: str) -> Run:
@@ -175,7 +175,7 @@ def draw(runs: list[Run], output: pathlib.Path, sublayers: list[int] | None) -> 
     figure.savefig(output)
 
 
-def _draw_curves(axes, runs: list[Run]) -> None:
+def _draw_curves(axes: Any, runs: list[Run]) -> None:
     (loss, gap), (norm, similarity), histories, by_sublayer = axes
     for index, run in enumerate(runs):
         colour = f'C{index}'
@@ -220,7 +220,7 @@ def loss_gap(run: Run, baseline: Run) -> dict[int, float]:
     }
 
 
-def _draw_maps(figure, run: Run, sublayers: list[int]) -> None:
+def _draw_maps(figure: Any, run: Run, sublayers: list[int]) -> None:
     last = len(run.h_res) - 1
     drawn = [(f'H_res[{number}]', run.h_res[number]) for number in sublayers]
     # From the last one on, the composite is the single map.

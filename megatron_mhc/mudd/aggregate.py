@@ -112,4 +112,6 @@ class DenseAggregate(KeepFP32):
                 h = F.gelu(F.linear(h, self.projection_in().to(x.dtype)))
                 weights = weights + F.linear(h, self.projection_out().to(x.dtype))
             weights = weights.expand(*newest.shape[:-1], -1)
-            return WeighedSum.apply(weights.unflatten(-1, (self.ways, -1)), *history)
+            weights = weights.unflatten(-1, (self.ways, -1))
+            sums: tuple[Tensor, ...] = WeighedSum.apply(weights, *history)
+            return sums

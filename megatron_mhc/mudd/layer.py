@@ -94,7 +94,7 @@ class MuddLayerMixin(_Layer):
 
     aggregate: tuple[DenseAggregate, ...] = ()
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         x = kwargs['hidden_states'] if 'hidden_states' in kwargs else args[0]
         carried = DENSE_WAYS.peek(x)
         if carried is None and self.layer_number > 1:

@@ -36,7 +36,7 @@ def laid_on_top(
         rule_of: ``(name, their rule) -> the whole rule``, or None for a parameter that is not ours.
     """
     overrides = overrides or {}
-    own: dict[tuple, set[int]] = {}
+    own: dict[tuple[Any, ...], set[int]] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             theirs = combine_param_group_overrides(
@@ -80,7 +80,7 @@ def scaled_rates(factor: float, theirs: Rule, config: OptimizerConfig) -> Rule:
     return {**scaled, 'lr_mult': factor}
 
 
-def _key(name: str, matches: Callable) -> ParamKey:
+def _key(name: str, matches: Callable[..., bool]) -> ParamKey:
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))
 
 

@@ -47,10 +47,6 @@ class InvertedVLayout(PipelineParallelLayerLayout):
         """Number of layers of ``layer_type`` before this chunk, in forward order."""
         if pp_rank is None:
             pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-        if vp_stage is None:
-            raise ValueError(
-                'vp_stage: None, but a rank of the inverted V holds two chunks; say which one'
-            )
         ranks = self.pipeline_model_parallel_size
-        before = (holder_of(s, ranks) for s in range(stage_of(pp_rank, vp_stage, ranks)))
+        before = (holder_of(s, ranks) for s in range(stage_of(pp_rank, vp_stage or 0, ranks)))
         return sum(self.layout[rank][chunk].count(layer_type) for rank, chunk in before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from megatron_mhc.settings.flags_residual import residual_config_from_args
 from megatron_mhc.settings.model_config import ENGRAM, RESIDUAL
 from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.sizing.memory import Layout
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 ARCHITECTURE = ('MODEL_ARGS', 'MOE_ARGS', 'RESIDUAL_ARGS')
 
@@ -74,12 +78,15 @@ def parsed(line: list[str], kind: type = argparse.ArgumentParser) -> argparse.Na
         'no-gradient-accumulation-fusion': True,
     }
     parser = arguments.add_megatron_arguments(kind(allow_abbrev=False))
-    args = parser.parse_args([*line, *(word for flag in words(local) for word in flag)])
+    args: argparse.Namespace = parser.parse_args(
+        [*line, *(word for flag in words(local) for word in flag)]
+    )
     args.rank, args.world_size = 0, 1
-    return arguments.validate_args(args)
+    args = arguments.validate_args(args)
+    return args
 
 
-def build(args: argparse.Namespace) -> nn.Module:
+def build(args: argparse.Namespace) -> GPTModel:
     """The GPT model of ``args`` with parameters that have a shape and no memory."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec

@@ -201,7 +201,7 @@ def words(flags: Flags) -> list[list[str]]:
     ]
 
 
-def _several(value: object) -> tuple:
+def _several(value: object) -> tuple[object, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import WrappedTensor
@@ -33,7 +33,9 @@ else:
 class HyperConnectionBlockMixin(_Host):
     """A block whose layers carry n streams; given to a built block by ``widen_block``."""
 
-    def forward(self, hidden_states: Tensor | WrappedTensor, *args: object, **kwargs: object):
+    def forward(
+        self, hidden_states: Tensor | WrappedTensor, *args: object, **kwargs: object
+    ) -> Any:
         inference = kwargs.get('inference_context') or kwargs.get('inference_params')
         if inference is not None and self.config.pipeline_model_parallel_size > 1:
             raise NotImplementedError(
@@ -89,6 +91,8 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
         )
 
 
-def _merge_first(block: TransformerBlock, norm: nn.Module, inputs: tuple) -> tuple:
+def _merge_first(
+    block: TransformerBlock, norm: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[Any, ...]:
     del norm
     return (block.stream_merge(inputs[0]), *inputs[1:])

@@ -81,7 +81,9 @@ class KeepFP32(nn.Module):
                 return tensor.to(device=moved.device)
             return moved
 
-        return super()._apply(keep_fp32, recurse)
+        # Without annotations in torch.
+        module: nn.Module = super()._apply(keep_fp32, recurse)  # type: ignore[no-untyped-call]
+        return module
 
 
 def mark_parameters(module: nn.Module, residual: ResidualConfig, sequence_parallel: bool) -> None:

@@ -72,13 +72,13 @@ else:
     _Host = object
 
 # Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
-_TAIL: ContextVar[dict | None] = ContextVar('megatron_mhc_tail', default=None)
+_TAIL: ContextVar[dict[str, Any] | None] = ContextVar('megatron_mhc_tail', default=None)
 
 
 @contextlib.contextmanager
-def _collected_tail() -> Iterator[dict]:
+def _collected_tail() -> Iterator[dict[str, Any]]:
     """What ``bias_dropout`` was given inside the context, as arguments of F_post,res."""
-    tail: dict = {}
+    tail: dict[str, Any] = {}
     token = _TAIL.set(tail)
     try:
         yield tail
@@ -157,7 +157,7 @@ def output_projections_rescaled(
         return
 
     def rescaled(weight: Tensor, *args: object, **kwargs: object) -> Tensor | None:
-        result = original(weight, *args, **kwargs)
+        result: Tensor | None = original(weight, *args, **kwargs)
         weight.data.div_(math.sqrt(residual.num_residual_streams))
         return result
 
@@ -210,7 +210,9 @@ class HyperConnectionLayerMixin(_Host):
         # A ``PostStream``: where the MLP's F_post,res runs if not on the current stream.
         self.post_stream: PostStream | None = None
 
-    def _forward_attention(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple:
+    def _forward_attention(
+        self, hidden_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Any, ...]:
         connection = self.self_attention_hyper_connection
         if connection is None:
             return super()._forward_attention(hidden_states, *args, **kwargs)
@@ -302,7 +304,8 @@ def _write(
 
 def _viewless(x: Tensor) -> Tensor:
     """Pipeline schedules free a stage's output in place and therefore refuse views."""
-    return make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
+    same: Tensor = make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
+    return same
 
 
 class HyperConnectionTransformerLayer(HyperConnectionLayerMixin, TransformerLayer):

@@ -76,10 +76,9 @@ class PostStream:
             with torch.profiler.record_function(POST_RANGE):
                 x = write(yield_point(y) if hands_over else y, bias, *others)
             # Pipeline schedules free a stage's output in place and therefore refuse views.
-            x = make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
-            made.append(x)
+            made.append(make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True))
             # An alias: x will hold what was launched, and its own storage may be replaced.
-            return x.detach()
+            return made[0].detach()
 
         stream = side_stream(self._name, HIGH_PRIORITY)
         launched = launch(stream, produce, y, bias, *others)
@@ -151,11 +150,13 @@ def _move_residual_add(layer: TransformerLayer, stream: PostStream) -> None:
 
     @functools.wraps(original)
     def moved(training: bool, fused: bool) -> Callable[..., Tensor]:
-        add = original(training, fused)
+        add: Callable[..., Tensor] = original(training, fused)
         if not training:
             return add
 
-        def launched(x_with_bias: tuple, residual: Tensor, prob: float) -> Tensor:
+        def launched(
+            x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+        ) -> Tensor:
             return stream.run(
                 lambda y, bias, residual: add((y, bias), residual, prob),
                 *(*x_with_bias, residual),
@@ -167,13 +168,13 @@ def _move_residual_add(layer: TransformerLayer, stream: PostStream) -> None:
     layer.mlp_bda = moved
 
 
-def _settle_inputs(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _settle_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     del module
     for value in (*args, *kwargs.values()):
         settle(value)
 
 
-def _settle_output(module: nn.Module, args: tuple, output: Any) -> None:
+def _settle_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     del module, args
     if not _LEFT.get():
         for value in output if isinstance(output, tuple) else (output,):

@@ -133,7 +133,8 @@ class RecomputedSegment:
         start = None if self._steps else self._keep(x)
 
         def run(x: Tensor | None, carried: ops.Carried | None) -> Written:
-            return connection(x if start is None else start)
+            result: Read = connection(x if start is None else start)
+            return result
 
         with self._saving():
             result: Read = connection(x)
@@ -265,5 +266,5 @@ def _current_stream() -> torch.cuda.Stream | None:
     return torch.cuda.current_stream() if torch.cuda.is_available() else None
 
 
-def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
+def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)

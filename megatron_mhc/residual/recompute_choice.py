@@ -53,7 +53,7 @@ def _alive_at_once(config: Any, sublayers: int) -> int:
     """Sublayers whose graph exists at one time: under full recomputation, those of a checkpoint."""
     if config.recompute_granularity != 'full':
         return sublayers
-    recomputed = 2 * config.recompute_num_layers
+    recomputed: int = 2 * config.recompute_num_layers
     if config.recompute_method == 'block' and recomputed < sublayers:
         # Layers of their own first; the others are not recomputed as a whole.
         return sublayers - recomputed

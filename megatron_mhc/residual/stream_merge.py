@@ -65,7 +65,7 @@ class StreamMerge(KeepFP32):
         if self.residual.single_pass:
             return ops.pre(x, pre_for(x), backend=self.residual.kernel_backend)
         streams = at_least_fp32(x).unflatten(-1, (self.num_streams, self.hidden_size))
-        total = streams.sum(dim=-2)
+        total: Tensor = streams.sum(dim=-2)
         if self.residual.stream_merge == 'mean':
             total = total / self.num_streams
         return total.to(x.dtype)

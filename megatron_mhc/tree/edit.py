@@ -141,7 +141,8 @@ def _row_of_import(module: ast.Module, before: int) -> int:
     first = module.body[0]
     if ast.get_docstring(module, clean=False) is not None:
         return _last_line(first)
-    return min(node.lineno for node in (first, *getattr(first, 'decorator_list', ()))) - 1
+    decorators: list[ast.expr] = getattr(first, 'decorator_list', [])
+    return min([first.lineno, *(decorator.lineno for decorator in decorators)]) - 1
 
 
 def _id_of(text: str) -> str:

@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_mhc.compat import TESTED, core_minor, nearest_minor, take_as_it_is
 from megatron_mhc.tree.edit import (
@@ -40,7 +41,7 @@ class Finding:
         placed: whether it is there already.
     """
 
-    seam: dict
+    seam: dict[str, Any]
     state: str
     path: str
     detail: str = ''
@@ -104,7 +105,7 @@ class Tree:
         rows = [row for row in json.loads(SEAMS.read_text()) if self.minor in row['fingerprints']]
         return [self._finding(row, placed.get(row['id'], [])) for row in rows]
 
-    def _finding(self, row: dict, placed: list[tuple[pathlib.Path, Function]]) -> Finding:
+    def _finding(self, row: dict[str, Any], placed: list[tuple[pathlib.Path, Function]]) -> Finding:
         module, _, names = row['target'].partition(':')
         spots = placed or list(self._definitions(self.file_of(module), names.split('.')))
         if not spots:
@@ -169,7 +170,7 @@ class Tree:
         base = parents if statement.level else ()
         return '.'.join((*base, *filter(None, [statement.module])))
 
-    def _moved(self, row: dict) -> str:
+    def _moved(self, row: dict[str, Any]) -> str:
         """Where else a definition of that name is."""
         name = row['target'].partition(':')[2].split('.')
         pattern = re.compile(rb'^[ \t]*(class|def) %b\b' % name[0].encode(), re.MULTILINE)
@@ -182,7 +183,7 @@ class Tree:
         return f'{row["target"]} is not there{found}; {_by_hand(row, "what took its place")}'
 
 
-def _by_hand(row: dict, where: str) -> str:
+def _by_hand(row: dict[str, Any], where: str) -> str:
     return f'put `{seam_line(row["id"])}` above {where} and `{IMPORT.decode()}` above that'
 
 

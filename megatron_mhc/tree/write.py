@@ -78,7 +78,7 @@ def _is_committed(root: pathlib.Path, path: str) -> bool:
     return committed.returncode == 0 and same
 
 
-def _git(root: pathlib.Path, *command: str) -> subprocess.CompletedProcess:
+def _git(root: pathlib.Path, *command: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         ['git', '-C', str(root), *command],
         capture_output=True,

@@ -249,3 +249,9 @@ def test_leading_strides(device, random_seed):
         (want,), truth = true_gradients(run('torch'), tensors, (cotangent,))
         assert error(got, want) < TOLERANCE[torch.float32].streams
         assert_gradients(gradients, truth, tensors, TOLERANCE[torch.float32].gradients)
+
+
+def test_dropout_of_the_reference_needs_a_seed():
+    x, y = torch.randn(3, 8), torch.randn(3, 4)
+    with pytest.raises(ValueError, match='seed: None, but dropout > 0 needs one'):
+        post_res_ref(x, y, torch.ones(3, 2), torch.ones(3, 2, 2), dropout=0.1)

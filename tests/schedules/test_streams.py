@@ -166,6 +166,17 @@ def test_tensor_is_sent_from_the_stream_that_made_it(device):
     assert not [line for line in device.log if line.startswith('main waits')]
 
 
+def test_messages_without_a_transport_are_refused(device):
+    with pytest.raises(RuntimeError, match='plan by hand has messages; give the transport'):
+        run_plan(plan((0, 1), '0F0', '0SEND_F0'), 0, {(0, 0): side_stage()}, None)
+
+
+def test_channel_without_another_end_is_refused():
+    message = Op.parse('0SEND_B0')
+    with pytest.raises(ValueError, match='0SEND_B0: there is no stage at its other end'):
+        plan((0, 1), '0F0').channel(message)
+
+
 def test_next_stage_of_a_rank_waits_for_the_stream(device):
     last = ModuleStage(torch.nn.Identity(), loss=lambda y, _: y, evaluating=True)
     run_plan(plan((0, 0), '0F0', '1F0'), 0, {(0, 0): side_stage(), (1, 0): last}, None)
