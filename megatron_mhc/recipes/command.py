@@ -19,7 +19,6 @@ from megatron_mhc.sizing.memory import FP32, USABLE, Layout, RankMemory, edge_by
 from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.sizing.size import PARTS, parameters, summary
 
-TOPICS = ('list', 'show')
 GIB = 2**30
 GPUS = {'80 GB': 79 * GIB, '141 GB': 139 * GIB}
 _SIZES = ('gpus', 'tp', 'pp', 'ep', 'dp', 'micro_batch')
