@@ -31,7 +31,6 @@ class Schedule:
             the placement, as in evaluation.
         check: what is wrong with ``(pp, microbatches, chunks)``; None if nothing is.
         source: where it is described.
-        splits_backward: whether it runs input and weight gradients apart.
         placement: ``line``, ``interleaved``, ``v`` or ``bidirectional``.
         constraint: for which numbers it exists, in words.
     """
@@ -41,7 +40,6 @@ class Schedule:
     operations: Operations | None
     check: Check
     source: str
-    splits_backward: bool = False
     placement: str = 'line'
     constraint: str = ''
 
@@ -118,7 +116,6 @@ _ALL = (
         lambda rank, pp, m, _: zb_h1(rank, pp, m),
         _any,
         'arXiv 2401.10241',
-        splits_backward=True,
     ),
     Schedule(
         'zb-v',
@@ -126,7 +123,6 @@ _ALL = (
         lambda rank, pp, m, _: zb_v(rank, pp, m),
         _any,
         'arXiv 2405.15362',
-        splits_backward=True,
         placement='v',
     ),
     Schedule(
@@ -135,7 +131,6 @@ _ALL = (
         lambda rank, pp, m, _: dualpipev(rank, pp, m),
         _twice('dualpipev'),
         'github.com/deepseek-ai/DualPipe',
-        splits_backward=True,
         placement='v',
         constraint='m >= 2 pp',
     ),
@@ -145,7 +140,6 @@ _ALL = (
         lambda rank, pp, m, _: dualpipev_w(rank, pp, m),
         _twice('dualpipev-w'),
         'this package',
-        splits_backward=True,
         placement='v',
         constraint='m >= 2 pp',
     ),
@@ -155,7 +149,6 @@ _ALL = (
         lambda rank, pp, m, _: dualpipe(rank, pp, m),
         _bidirectional,
         'arXiv 2412.19437',
-        splits_backward=True,
         placement='bidirectional',
         constraint='pp and m even, m >= 2 pp',
     ),

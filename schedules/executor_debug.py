@@ -1,41 +1,9 @@
-"""Does a step compute the same bits when the device is waited for after every operation?
-
-If not, some stream read a tensor before it was written or after its memory was given away.
-"""
+"""Do two runs of a step leave the same bits?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-
-def compare_with_synchronous(run: Callable[[bool], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Run a step as it is, then synchronously, and compare every bit.
-
-    Args:
-        run: ``run(synchronous)`` does one step and returns its losses and gradients by name. Both
-            calls must start from the same state; what the first returns must not be overwritten by
-            the second.
-
-    Returns:
-        What the synchronous run returned.
-
-    Raises:
-        RuntimeError: they differ; names the first tensor that does.
-    """
-    usual = run(False)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    synchronous = run(True)
-    difference = first_difference(usual, synchronous)
-    if difference is not None:
-        raise RuntimeError(
-            f'{difference}: a step differs from the same step with full synchronisation; a stream '
-            'read or freed a tensor too early, or the step is not deterministic'
-        )
-    return synchronous
 
 
 def first_difference(these: dict[str, Tensor], those: dict[str, Tensor]) -> str | None:

@@ -13,14 +13,14 @@ from megatron_mhc.schedules.executor_split import WeightGradients, backward_inpu
 class ModuleStage:
     """Runs a module for one microbatch after the other; gradients are added to ``.grad``.
 
+    A plan of forward passes runs under ``torch.no_grad``. Override ``reduce`` for replicas.
+
     Args:
         module: takes and returns one tensor.
         data: on the first stage, the input of a microbatch.
         loss: on the last stage, ``(output, microbatch) -> scalar``; what it returns is kept in
             ``losses``, detached.
-        evaluating: run forward passes only.
         recomputing: keep only the input of a forward pass; an R of the plan runs it again.
-        reducing: what REDUCE does, given the module.
     """
 
     def __init__(
@@ -29,12 +29,9 @@ class ModuleStage:
         *,
         data: Callable[[int], Tensor] | None = None,
         loss: Callable[[Tensor, int], Tensor] | None = None,
-        evaluating: bool = False,
         recomputing: bool = False,
-        reducing: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        self.module, self.data, self.loss = module, data, loss
-        self.evaluating, self.recomputing, self.reducing = evaluating, recomputing, reducing
+        self.module, self.data, self.loss, self.recomputing = module, data, loss, recomputing
         self.losses: dict[int, Tensor] = {}
         # By microbatch: the input and, unless it is yet to be recomputed, the output.
         self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -43,17 +40,17 @@ class ModuleStage:
 
     def forward(self, microbatch: int, x: Tensor | None) -> Tensor | None:
         """Output for the next stage; None on the last."""
+        training = torch.is_grad_enabled()
         if x is None:
             x = self.data(microbatch)
-        elif not self.evaluating:
+        elif training:
             x.requires_grad_()
-        drops = self.evaluating or self.recomputing
         if self.recomputing:
             self._random[microbatch] = _random_state()
-        with torch.set_grad_enabled(not drops):
+        with torch.set_grad_enabled(training and not self.recomputing):
             output = self._run(microbatch, x)
-        if not self.evaluating:
-            self._kept[microbatch] = x, None if drops else output
+        if training:
+            self._kept[microbatch] = x, None if self.recomputing else output
         if self.loss is not None:
             self.losses[microbatch] = output.detach()
             return None
@@ -87,9 +84,7 @@ class ModuleStage:
         self._weights.pop(microbatch).weight()
 
     def reduce(self) -> None:
-        """All gradients are there."""
-        if self.reducing is not None:
-            self.reducing(self.module)
+        """All gradients are there, and those of one process are whole."""
 
     def param_sync(self) -> None:
         """The parameters are whole: nothing to gather."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Op, Plan, fuse
+from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Op, Plan
 
 # What a computation takes from the neighbouring stage, and gives to the next.
 PAYLOAD = {Kind.F: 'F', Kind.B: 'B', Kind.I: 'B'}
@@ -153,52 +153,6 @@ def place_param_sync(plan: Plan) -> Plan:
                     lowered.insert(_before_waits(lowered), gather)
             lowered.append(op)
         ranks.append(lowered)
-    return _with(plan, ranks)
-
-
-def split_backward(plan: Plan) -> Plan:
-    """Every B as I, then W: what a stage sends back leaves before its weight gradients are there.
-
-    The W of a fused slot comes after the slot, so that dualpipev gets the slots of dualpipev-w.
-
-    Raises:
-        ValueError: the plan has messages: a send would stay behind its W.
-    """
-    _without(plan, COMMUNICATION, 'messages')
-    ranks = []
-    for ops in plan.ranks:
-        split: list[Op] = []
-        for op in ops:
-            *forward, backward = op.leaves
-            if backward.kind is Kind.B:
-                first = Op(Kind.I, *backward.key)
-                split += [fuse(*forward, first) if forward else first, Op(Kind.W, *backward.key)]
-            else:
-                split.append(op)
-        ranks.append(split)
-    return _with(plan, ranks)
-
-
-def merge_backward(plan: Plan) -> Plan:
-    """Every I that its W follows at once, also in a fused slot, as one B; undoes the split.
-
-    For stages that cannot split their backward. A W that comes later stays where it is.
-
-    Raises:
-        ValueError: the plan has messages, which stand between an I and its W.
-    """
-    _without(plan, COMMUNICATION, 'messages')
-    ranks = []
-    for ops in plan.ranks:
-        merged: list[Op] = []
-        for op in ops:
-            *forward, first = merged[-1].leaves if merged else (op,)
-            if op.kind is Kind.W and first == Op(Kind.I, *op.key):
-                whole = Op(Kind.B, *op.key)
-                merged[-1] = fuse(*forward, whole) if forward else whole
-            else:
-                merged.append(op)
-        ranks.append(merged)
     return _with(plan, ranks)
 
 

@@ -34,7 +34,6 @@ class Kind(StrEnum):
     PARAM_SYNC = 'PARAM_SYNC'  # start the data-parallel parameter gather of a stage
 
 
-COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.FUSE})
 COMMUNICATION = frozenset({Kind.SEND, Kind.RECV, Kind.WAIT})
 COLLECTIVE = frozenset({Kind.REDUCE, Kind.PARAM_SYNC})
 

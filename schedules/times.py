@@ -103,30 +103,3 @@ def durations(plan: Plan, times: Times) -> Callable[[Op], float]:
         return time * share[op.stage, op.direction]
 
     return duration
-
-
-def hop_seconds(
-    sequence: int,
-    microbatch: int,
-    hidden: int,
-    streams: int,
-    bandwidth: float,
-    bytes_per_value: int = 2,
-    tensor_parallel: int = 1,
-) -> float:
-    """Seconds that one pipeline edge of n residual streams takes on a link.
-
-    Args:
-        sequence: S, tokens of the sequence on this context-parallel rank.
-        microbatch: b, sequences of a microbatch.
-        hidden: C.
-        streams: n; 1 for a standard residual.
-        bandwidth: bytes per second, one way.
-        bytes_per_value: 2 for bf16.
-        tensor_parallel: ranks that share the sequence (sequence parallelism), else 1.
-
-    Returns:
-        S * b * n * C * bytes / TP / bandwidth.
-    """
-    values = sequence * microbatch * hidden * streams
-    return values * bytes_per_value / tensor_parallel / bandwidth

@@ -71,6 +71,20 @@ def refused(parse, capsys):
 
 
 @pytest.fixture
+def answer(capsys):
+    """``answer(words)``: exit status, stdout and stderr of ``megatron-mhc words``."""
+    from megatron_mhc.cli import main
+
+    def run(words: str):
+        with pytest.raises(SystemExit) as ended:
+            main(words.split())
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
 def random_seed() -> int:
     """A fresh seed per run, printed when the test fails; REPEAT_SEED repeats one."""
     seed = int(os.environ.get('REPEAT_SEED') or secrets.randbits(32))

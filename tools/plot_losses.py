@@ -7,39 +7,22 @@ import argparse
 from pathlib import Path
 
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
+from megatron_mhc.monitor.events import LOSS as TRAIN
+from megatron_mhc.monitor.events import read_events, scalars
 
 FORMATS = ('.png', '.svg', '.pdf')
-TRAIN, VALID = 'lm loss', 'lm loss validation'
+VALID = f'{TRAIN} validation'
 
 
 def read_losses(folder: Path) -> dict[str, dict[int, float]]:
     """``{tag: {iteration: loss}}`` for training and validation.
 
-    Megatron validates once more after the last iteration, and a resumed run may repeat iterations
-    that it had logged before; the first value of an iteration counts.
-
     Raises:
         ValueError: there are no losses in ``folder``.
+        RuntimeError: TensorBoard is not installed.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not folder.is_dir():
-        raise ValueError(f'{folder}: no such folder; name a run folder')
-    try:
-        # 0: keep every point instead of a random sample.
-        events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
-    # What a damaged file raises depends on where it is damaged.
-    except Exception as error:
-        raise ValueError(f'{folder}: events cannot be read: {error}; name a whole run') from error
-    tags = set(events.Tags()['scalars'])
-    losses = {tag: {} for tag in (TRAIN, VALID)}
-    for tag in tags.intersection(losses):
-        for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time):
-            losses[tag].setdefault(event.step, event.value)
-        losses[tag] = dict(sorted(losses[tag].items()))
-    if not losses[TRAIN]:
-        raise ValueError(f'{folder}: holds no TensorBoard scalar {TRAIN!r}; name a run folder')
-    return losses
+    found = scalars(read_events(folder, str(folder)))
+    return {tag: found.get(tag, {}) for tag in (TRAIN, VALID)}
 
 
 def plot(runs: dict[str, dict[str, dict[int, float]]], output: Path, title: str) -> None:
@@ -90,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         named[name] = Path(folder)
     try:
         plot({n: read_losses(p) for n, p in named.items()}, options.output, options.title)
-    except (ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         refuse(parser.prog, str(error))
 
 

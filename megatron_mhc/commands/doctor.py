@@ -21,6 +21,7 @@ from megatron_mhc.compat import (
     untested,
 )
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.table import table
 from megatron_mhc.kernels.backend import kernel_obstacle
 from megatron_mhc.runtime.script_path import enter_folder
 from megatron_mhc.settings.refusals import REFUSALS
@@ -184,17 +185,16 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
         return int(bool(found['problem'] or broken))
-    for name, value in found.items():
-        if isinstance(value, str) and name != 'problem':
-            print(f'{name:20} {value}')
-    for name, value in found['optional'].items():
-        print(f'{name:20} {value}')
+    values = found | found['optional'] | {'problem': None}
+    print(*table(row for row in values.items() if isinstance(row[1], str)), sep='\n')
     if found['problem']:
         print(f'\nproblem: {found["problem"]}')
         return 1
     print('\npatches (none is applied before a run asks for it)')
-    for row in found['patches']:
-        print(f'  {row["id"]:28} {row["state"]:10} {row["use"]:10} {row["target"]}')
+    rows = found['patches']
+    lines = table([row[key] for key in ('id', 'state', 'use', 'target')] for row in rows)
+    for line, row in zip(lines, rows, strict=True):
+        print(f'  {line}')
         if row in broken:
             print(f'    {row["detail"]}; or install a tested megatron-core')
     return int(bool(broken))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import integer
 from megatron_mhc.kernels.backend import KERNEL_STREAMS
 
@@ -90,10 +91,10 @@ def _print(found: dict) -> None:
     size = f'n = {found["num_streams"]}, C = {found["channels"]}, {found["tokens"]} tokens'
     print(f'{found["device"]}, {found["dtype"]}, {size}, seed {found["seed"]}')
     print('error: relative RMS against fp64 of the same rounded inputs; bound 0: bit for bit\n')
-    layout = '{:26} {:9} {:>9} {:>9}  {}'
-    print(layout.format('op', 'quantity', 'error', 'bound', 'verdict'))
+    cells = [('op', 'quantity', 'error', 'bound', 'verdict')]
     for row in found['rows']:
         numbers = (f'{row["error"]:.1e}', f'{row["bound"]:.1e}')
-        print(layout.format(row['op'], row['quantity'], *numbers, 'ok' if row['ok'] else 'FAIL'))
+        cells.append((row['op'], row['quantity'], *numbers, 'ok' if row['ok'] else 'FAIL'))
+    print(*table(cells, '<<>><'), sep='\n')
     if found['note']:
         print(f'\n{found["note"]}')

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
 from megatron_mhc.kernels.backend import KERNEL_STREAMS
 from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 PROGRAM = 'megatron-mhc kernels report'
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
-RECORD = Path(__file__).parent / 'kernels' / 'record.json'
+RECORD = Path(__file__).parents[1] / 'kernels' / 'record.json'
 
 
 def add_parser(commands: Any) -> None:
@@ -175,18 +176,18 @@ def _print(found: dict) -> None:
         *('kernel', 'n', 'sm', 'regs', 'spills', 'shared KB', 'warps', '128-bit loads'),
         *('stores', 'MMA', 'verdict'),
     )
-    layout = '{:34} {:>2} {:>4} {:>5} {:>6} {:>9} {:>5} {:>13} {:>7} {:16} {}'
-    print(layout.format(*header))
+    cells: list[tuple[object, ...]] = [header]
     for row in rows:
         verdict = 'FAIL' if row['problems'] else 'noted' if row['notes'] else 'ok'
         start = (row['kernel'], row['num_streams'], row['arch'])
         if 'registers' not in row:
-            print(layout.format(*start, *'-------', verdict))
+            cells.append((*start, *'-------', verdict))
             continue
         loads = _wide(row['loads'], row['copies'])
         middle = (row['registers'], row['spill_bytes'], f'{row["shared_bytes"] / 1024:.1f}')
         end = (row['warps'], loads, _wide(row['stores']), row['mma'], verdict)
-        print(layout.format(*start, *middle, *end))
+        cells.append((*start, *middle, *end))
+    print(*table(cells, '<>>>>>>>><'), sep='\n')
     compiled = f'{len(rows)} compiled in {found["seconds"]} s with Triton {found["triton"]}'
     print(f'\n{compiled}: {_sum(found)}')
     for title, key in (('noted', 'notes'), ('out of bounds', 'problems')):
@@ -201,12 +202,11 @@ def _print(found: dict) -> None:
             print(f'  {text}\n    ' + '\n    '.join(places))
     size = f'{found["tokens"]} tokens, C = {found["hidden_size"]}, {found["dtype"]}'
     print(f'\nbytes per sublayer ({size}); vectors of C and fp32 map values per token')
-    layout = '{:26} {:>2} {:>6} {:>7} {:>6} {:>10} {:>11} {:>9}'
-    print(layout.format('form', 'n', 'reads', 'writes', 'sum', 'map reads', 'map writes', 'MB'))
+    cells = [('form', 'n', 'reads', 'writes', 'sum', 'map reads', 'map writes', 'MB')]
+    keys = ('form', 'num_streams', 'reads', 'writes', 'elements', 'map_reads', 'map_writes')
     for row in found['traffic']:
-        numbers = [row[key] for key in ('reads', 'writes', 'elements', 'map_reads', 'map_writes')]
-        megabytes = f'{row["bytes"] / 1e6:.1f}'
-        print(layout.format(row['form'], row['num_streams'], *numbers, megabytes))
+        cells.append((*(row[key] for key in keys), f'{row["bytes"] / 1e6:.1f}'))
+    print(*table(cells, '<>'), sep='\n')
 
 
 def _sum(found: dict) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import input_file, integer, number
 from megatron_mhc.schedules.catalog import SCHEDULES, make_plan, too_many
 from megatron_mhc.schedules.lowering import lower
@@ -240,8 +241,8 @@ def _simulate(options: argparse.Namespace) -> None:
         ('exposed hops', 'exposed_hop', 'of the rank that waits longest'),
         ('peak live activations', 'peak_live', 'microbatches of a whole rank'),
     )
-    for words, key, note in lines:
-        print(f'{words:26} {found[key]:10.6g}  {note}'.rstrip())
+    cells = ((words, f'{found[key]:.6g}', note) for words, key, note in lines)
+    print(*table(cells, '<><'), sep='\n')
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -268,14 +269,16 @@ def _compare(options: argparse.Namespace) -> None:
         print(json.dumps(numbers | {'schedules': rows, 'refused': refused}))
         return
     print(f'{options.pp} ranks, {options.microbatches} microbatches, hop {options.hop:g}')
-    layout = '{:14} {:>9} {:>9} {:>7} {:>9} {:>9} {:>9} {:>5} {:>7}'
-    head = ('step', 'bubble', 'share', 'span b.', 'exposed', 'peak live', 'hops', 'copies')
-    print(layout.format('schedule', *head))
-    for row in rows:
-        keys = ('makespan', 'bubble', 'span_bubble', 'exposed_hop', 'peak_live')
-        step, *others = (f'{row[key]:.6g}' for key in keys)
-        others.insert(1, f'{100 * row["bubble_share"]:.1f} %')
-        print(layout.format(row['schedule'], step, *others, row['hops'], row['model_copies']))
+    head = 'schedule step bubble span_bubble exposed peak_live share hops copies'.split()
+    keys = ('makespan', 'bubble', 'span_bubble', 'exposed_hop', 'peak_live')
+    cells = [
+        (
+            *(row['schedule'], *(f'{row[key]:.6g}' for key in keys)),
+            *(f'{row["bubble_share"]:.1%}', row['hops'], row['model_copies']),
+        )
+        for row in rows
+    ]
+    print(*table([head, *cells], '<>'), sep='\n')
     for row in refused:
         print(f'{row["schedule"]:14} refused: {row["reason"]}')
 

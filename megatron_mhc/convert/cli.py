@@ -16,6 +16,7 @@ from megatron_mhc.convert.maps import RMS, TOKENS
 from megatron_mhc.convert.saved_args import STANDARD
 from megatron_mhc.convert.upcycle import FLAGS
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
 from megatron_mhc.settings.residual import NORM_EPS
 
@@ -148,10 +149,8 @@ def _print(report: Report) -> None:
         f'{"mean" if streams.head is None else "learned"}'
     )
     header = ('from', 'to', 'shape', 'how')
-    table = [header, *((a, b, str(list(shape)), how) for a, b, shape, how in report.rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print('  ' + '  '.join(map(str.ljust, row, widths)).rstrip())
+    for line in table([header, *((a, b, list(shape), how) for a, b, shape, how in report.rows)]):
+        print(f'  {line}')
     print(f'  {report.carried} other entries under their own names; {report.nbytes:,} bytes in all')
     print(f'  {report.left_out} entries of the run left out: optimizer, random states')
     off = {name: size for name, size in report.differences.items() if size}

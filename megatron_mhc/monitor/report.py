@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.monitor.events import LOSS, read_events, scalars
 
-LOSS, GRADIENT_NORM = 'lm loss', 'grad-norm'
+GRADIENT_NORM = 'grad-norm'
 H_RES, COMPOSITE, GAINS = 'mhc/h-res', 'mhc/h-res-composite', 'mhc/gains'
 # What became of the largest gain, forward and backward, while training.
 HISTORY = {
@@ -54,57 +55,18 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
         ValueError: it holds no events, or those of several runs.
         RuntimeError: TensorBoard is not installed.
     """
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        from tensorboard.util.tensor_util import make_ndarray
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            'reading TensorBoard events needs tensorboard, which is not installed; '
-            'pip install tensorboard'
-        ) from error
-    if not folder.is_dir():
-        raise ValueError(f'LOGDIR {folder}: no such folder; name the folder of --tensorboard-dir')
-    folders = {file.parent for file in folder.rglob('*tfevents*') if file.is_file()}
-    if not folders:
-        raise ValueError(
-            f'LOGDIR {folder}: no TensorBoard events; name the folder of --tensorboard-dir'
-        )
-    # 0 keeps every point instead of a random sample; of the maps the newest, and the one before
-    # in case that is cut off.
-    guidance = {'scalars': 0, 'tensors': 2}
-    try:
-        loaded = [
-            EventAccumulator(str(f), size_guidance=guidance).Reload() for f in sorted(folders)
-        ]
-    # What a damaged file raises depends on where it is damaged.
-    except Exception as error:
-        raise ValueError(
-            f'LOGDIR {folder}: its events cannot be read ({type(error).__name__}: {error}); name a '
-            'run whose files are whole'
-        ) from error
-    training = [events for events in loaded if LOSS in events.Tags()['scalars']]
-    if not training:
-        raise ValueError(f'LOGDIR {folder}: its events have no {LOSS!r}; name a run of Megatron')
-    if len(training) > 1:
-        raise ValueError(
-            f'LOGDIR {folder}: {len(training)} folders below it hold runs; name one of them: '
-            f'{", ".join(events.path for events in training)}'
-        )
-    events = training[0]
-    scalars = {
-        # A resumed run repeats iterations; the last value written counts.
-        tag: {e.step: e.value for e in sorted(events.Scalars(tag), key=lambda e: e.wall_time)}
-        for tag in events.Tags()['scalars']
-    }
-    scalars = {tag: dict(sorted(values.items())) for tag, values in scalars.items()}
+    events = read_events(folder, f'LOGDIR {folder}')
+    from tensorboard.util.tensor_util import make_ndarray
+
+    values = scalars(events)
     # A run that was killed may have left some of them only, or some of its last report.
     tags = (GAINS, H_RES, COMPOSITE)
     if not {*tags} <= {*events.Tags()['tensors']}:
-        return Run(name, scalars, None, [], [], [])
+        return Run(name, values, None, [], [], [])
     found = [{event.step: event.tensor_proto for event in events.Tensors(tag)} for tag in tags]
     whole = found[0].keys() & found[1].keys() & found[2].keys()
     if not whole:
-        return Run(name, scalars, None, [], [], [])
+        return Run(name, values, None, [], [], [])
     arrays = [make_ndarray(protos[max(whole)]) for protos in found]
     layers = arrays[1].shape[:1]
     if [array.ndim for array in arrays] != [2, 3, 3] or any(
@@ -116,7 +78,7 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
         raise ValueError(
             f'LOGDIR {folder}: {H_RES} is not as --mhc-monitor writes it; name another'
         )
-    return Run(name, scalars, max(whole), *(array.tolist() for array in arrays))
+    return Run(name, values, max(whole), *(array.tolist() for array in arrays))
 
 
 def chosen_sublayers(run: Run, wanted: list[int] | None) -> list[int]:

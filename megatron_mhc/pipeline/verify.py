@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 from megatron_mhc.pipeline.trackers import Trackers
+from megatron_mhc.schedules.executor_debug import first_difference
 
 
 class Replayed:
@@ -57,24 +58,19 @@ def run_twice(
     replayed = [None if source is None else Replayed(source) for source in iterators]
     before = _State(model)
     losses = step(replayed, False, False)
-    first = _State(model)
+    first = _results(losses, _State(model))
     before.restore()
     for source in replayed:
         if source is not None:
             source.rewind()
     with _unwatched(model):
         again = step(replayed, True, False)
-    for name, tensor in _State(model).gradients.items():
-        if not _same(tensor, first.gradients[name]):
-            raise RuntimeError(
-                f'--pipeline-verify-steps: the gradient of {name} differs from that of the same '
-                'step with full synchronisation: a stream read or freed a tensor too early; use '
-                '--mhc-post-stream compute and report the case'
-            )
-    if not _same(losses, again):
+    difference = first_difference(first, _results(again, _State(model)))
+    if difference is not None:
         raise RuntimeError(
-            '--pipeline-verify-steps: losses differ from those of the same step with full '
-            'synchronisation; use --mhc-post-stream compute and report the case'
+            f'--pipeline-verify-steps: {difference} between a step and the same step with full '
+            'synchronisation: a stream read or freed a tensor too early; use --mhc-post-stream '
+            'compute and report the case'
         )
     return again
 
@@ -166,11 +162,15 @@ def _copied(batch: Any) -> Any:
     return batch
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a == b
+def _results(losses: list, state: _State) -> dict[str, Tensor]:
+    """All gradients and numbers among the losses, by name."""
+    gradients = {f'the gradient of {key}': value for key, value in state.gradients.items()}
+    return gradients | dict(_numbers('loss', losses))
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor | float | int):
+        yield name, torch.as_tensor(value)
+    elif isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(f'{name} {key}', part)

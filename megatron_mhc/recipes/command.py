@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_RANKS, flag_of, integer
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, Recipe
@@ -19,7 +20,6 @@ from megatron_mhc.sizing.memory import FP32, USABLE, Layout, RankMemory, edge_by
 from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.sizing.size import PARTS, parameters, summary
 
-TOPICS = ('list', 'show')
 GIB = 2**30
 GPUS = {'80 GB': 79 * GIB, '141 GB': 139 * GIB}
 _SIZES = ('gpus', 'tp', 'pp', 'ep', 'dp', 'micro_batch')
@@ -162,12 +162,12 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
-    print(f'{"name":8}{"total":>10}{"active":>10}{"mHC":>10}{"tokens":>9}  layouts')
+    cells = [('name', 'total', 'active', 'mHC', 'tokens', 'layouts')]
     for row in rows:
-        print(
-            f'{row["name"]:8}{row["total"] / 1e9:8.3f} B{row["active"] / 1e9:8.3f} B'
-            f'{row["mhc"] / 1e6:8.2f} M{row["tokens"] / 1e9:7.0f} B  {", ".join(row["layouts"])}'
-        )
+        sizes = (f'{row["total"] / 1e9:.3f} B', f'{row["active"] / 1e9:.3f} B')
+        sizes += (f'{row["mhc"] / 1e6:.2f} M', f'{row["tokens"] / 1e9:.0f} B')
+        cells.append((row['name'], *sizes, ', '.join(row['layouts'])))
+    print(*table(cells, '<>>>><'), sep='\n')
     return 0
 
 
@@ -216,15 +216,15 @@ def _text(figures: dict[str, Any]) -> str:
         + (f', {layout["schedule"]}' if layout['pp'] > 1 else ''),
         '',
         'estimated GiB of a rank (live: forward passes held at the peak; recompute: of mHC blocks)',
-        '  pp rank  weights  gradients  optimizer  live x kept  logits    sum  with recompute',
     ]
+    cells = [('pp rank', 'weights', 'gradients', 'optimizer', 'live x kept', 'logits', 'sum')]
+    cells[0] += ('with recompute',)
     for rank, memory in enumerate(figures['memory']):
-        gib = {key: value / GIB for key, value in memory.items()}
-        lines.append(
-            f'  {rank:7}{gib["weights"]:9.1f}{gib["gradients"]:11.1f}{gib["optimizer"]:11.1f}'
-            f'{memory["live"]:7.1f} x{gib["kept"]:5.1f}{gib["logits"]:8.1f}{gib["total"]:7.1f}'
-            f'{gib["total_recompute"]:16.1f}'
-        )
+        gib = {key: f'{value / GIB:.1f}' for key, value in memory.items()}
+        gib['live'] = f'{memory["live"]:.1f} x {gib["kept"]}'
+        keys = ('weights', 'gradients', 'optimizer', 'live', 'logits', 'total', 'total_recompute')
+        cells.append((rank, *(gib[key] for key in keys)))
+    lines += (f'  {line}' for line in table(cells, '>'))
     flops = figures['flops']
     lines += [
         '  with block recomputation: ' + verdict(figures),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from megatron_mhc.inputs.table import table
 from megatron_mhc.recipes.recipe import RECIPES
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.longest_path import Path, walk
@@ -132,15 +133,13 @@ def _work(path: Path, duration: dict) -> float:
 
 def as_text(rows: list[Row]) -> str:
     """The table, its worst errors by source, and what was assumed."""
-    lines = [f'{"source":22}{"setting":46}{"published":>10}{"ours":>9}{"error":>10}']
+    cells = [('source', 'setting', 'published', 'ours', 'error')]
     for row in rows:
         digits = 4 if row.unit != 'units' else 1
         error = f'{row.error:+.4f}' if row.unit != 'units' else f'{row.error:+.1%}'
-        lines.append(
-            f'{row.source:22}{row.setting:46}{row.published:10.{digits}f}{row.ours:9.{digits}f}'
-            f'{error:>10}'
-        )
-    lines.append('')
+        figures = (f'{row.published:.{digits}f}', f'{row.ours:.{digits}f}', error)
+        cells.append((row.source, row.setting, *figures))
+    lines = [*table(cells, '<<>'), '']
     for source in dict.fromkeys(row.source for row in rows):
         errors = [abs(row.error) for row in rows if row.source == source]
         lines.append(f'{source}: {len(errors)} figures, largest error {max(errors):.4f}')

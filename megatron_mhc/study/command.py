@@ -31,9 +31,9 @@ from megatron_mhc.study.output import (
     connections,
     flags_text,
     make_folder,
+    points_table,
     queues,
     refusals,
-    table,
     verdict,
     write,
 )
@@ -238,7 +238,7 @@ def _print(study: Study, hardware: Hardware, flags: dict[int, str], title: str, 
         if front:
             shown = f'{min(top, len(front))} of {len(front)}'
             print(f'no other is better in step, memory and GPUs at once ({shown}):')
-            print(table(front[:top]))
+            print(points_table(front[:top]))
         print(verdict(points, hardware))
         best = best_of(points)
         if best is not None and n in flags:

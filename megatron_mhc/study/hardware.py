@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mhc.inputs.values import shown
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -108,8 +110,6 @@ _ZERO = ('latency_us', 'slot_overlap', 'post_overlap', 'fp32_tflops')
 _LARGEST = 1e30
 # Digits of a number in a file or behind --set that is worth reading.
 _DIGITS = 40
-# Characters of a wrong value in a message.
-_SHOWN = 60
 
 # NVIDIA's data sheets of the SXM parts: products without sparsity, NVLink one way (half of what
 # they print), one network adapter a GPU as in DGX systems; memory as CUDA reports it.
@@ -169,7 +169,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
         raise ValueError(f'{where}: not YAML: {" ".join(str(error).split())}') from error
     except (ValueError, RecursionError) as error:
         # Python reads no integer of thousands of digits, PyYAML no date of the 13th month.
-        raise ValueError(f'{where}: a value that cannot be: {str(error)[:_SHOWN]}') from error
+        raise ValueError(f'{where}: a value that cannot be: {shown(str(error))}') from error
     if not isinstance(found, dict):
         raise ValueError(f'{where}: wanted "field: value" lines of {_fields()}')
     values: dict[str, Any] = {'name': path.stem}
@@ -177,7 +177,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(
-                f'{where}: preset: {_short(preset)}: choose one of {", ".join(PRESETS)}'
+                f'{where}: preset: {shown(preset)}: choose one of {", ".join(PRESETS)}'
             )
         values = dataclasses.asdict(PRESETS[preset]) | values
     for field in found:
@@ -199,7 +199,7 @@ def _fields() -> str:
 
 def _known(field: str, where: str) -> None:
     if not isinstance(field, str) or field not in Hardware.__dataclass_fields__:
-        raise ValueError(f'{where}: there is no field {_short(field)}; there are {_fields()}')
+        raise ValueError(f'{where}: there is no field {shown(field)}; there are {_fields()}')
 
 
 def _typed(field: str, value: Any, where: str) -> Any:
@@ -216,13 +216,4 @@ def _typed(field: str, value: Any, where: str) -> Any:
             raise ValueError
         return found
     except (OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f'{where}: {field}={_short(value)}: wanted {kind.__name__}') from error
-
-
-def _short(value: Any) -> str:
-    """A value as a line can show it."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return 'an integer of thousands of digits'
-    return text if len(text) <= _SHOWN else f'{text[:_SHOWN]}...'
+        raise ValueError(f'{where}: {field}={shown(value)}: wanted {kind.__name__}') from error

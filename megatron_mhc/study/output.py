@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mhc.inputs.table import table
 from megatron_mhc.recipes.recipe import Flags, words
 from megatron_mhc.sizing.memory import USABLE
 from megatron_mhc.study.hardware import Hardware
@@ -20,38 +21,36 @@ if TYPE_CHECKING:
 
 CONNECTIONS = 'CUDA_DEVICE_MAX_CONNECTIONS'
 CSV, PARETO, PICTURE, FLAGS = 'points.csv', 'pareto.csv', 'study.png', 'flags-n{}.sh'
-# Column -> its head, width and format.
+# Column -> its head and format.
 _COLUMNS = {
-    'gpus': ('gpus', 6, 'd'),
-    'tp': ('tp', 4, 'd'),
-    'pp': ('pp', 4, 'd'),
-    'vpp': ('vpp', 4, 'd'),
-    'ep': ('ep', 4, 'd'),
-    'dp': ('dp', 6, 'd'),
-    'schedule': ('schedule', 13, ''),
-    'micro_batch': ('b', 4, 'd'),
-    'microbatches': ('m', 5, 'd'),
-    'streams': ('n', 3, 'd'),
-    'recompute': ('L_r', 6, ''),
-    'step_s': ('step, s', 9, '.4g'),
-    'mfu': ('MFU', 7, '.1%'),
-    'bubble_share': ('bubble', 8, '.1%'),
-    'exposed': ('comm., s', 10, '.3g'),
-    'mhc_overhead': ('mHC', 7, '.1%'),
-    'memory_gib': ('mem., GiB', 11, '.1f'),
-    'wire_gib': ('sent, GiB', 11, '.1f'),
+    'gpus': ('gpus', 'd'),
+    'tp': ('tp', 'd'),
+    'pp': ('pp', 'd'),
+    'vpp': ('vpp', 'd'),
+    'ep': ('ep', 'd'),
+    'dp': ('dp', 'd'),
+    'schedule': ('schedule', ''),
+    'micro_batch': ('b', 'd'),
+    'microbatches': ('m', 'd'),
+    'streams': ('n', 'd'),
+    'recompute': ('L_r', ''),
+    'step_s': ('step, s', '.4g'),
+    'mfu': ('MFU', '.1%'),
+    'bubble_share': ('bubble', '.1%'),
+    'exposed': ('comm., s', '.3g'),
+    'mhc_overhead': ('mHC', '.1%'),
+    'memory_gib': ('mem., GiB', '.1f'),
+    'wire_gib': ('sent, GiB', '.1f'),
 }
 
 
-def table(points: list[Point]) -> str:
+def points_table(points: list[Point]) -> str:
     """One line for each point; ``comm.`` is all communication that nothing covers."""
-    lines = [''.join(f'{head:>{width}}' for head, width, _ in _COLUMNS.values())]
+    cells = [[head for head, _ in _COLUMNS.values()]]
     for point in points:
         row = point.as_dict() | {'exposed': exposed(point), 'wire_gib': sent(point) / 2**30}
-        lines.append(
-            ''.join(f'{row[name]:>{width}{form}}' for name, (_, width, form) in _COLUMNS.items())
-        )
-    return '\n'.join(lines)
+        cells.append([f'{row[name]:{form}}' for name, (_, form) in _COLUMNS.items()])
+    return '\n'.join(table(cells, '>'))
 
 
 def exposed(point: Point) -> float:

@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
-from megatron_mhc.inputs.values import input_file, number
+from megatron_mhc.inputs.table import table
+from megatron_mhc.inputs.values import flag_of, input_file, number
 from megatron_mhc.trace.events import Trace, read_trace
 from megatron_mhc.trace.overlap import ALL_TO_ALL, COLLECTIVES, P2P, measure, shares
 
@@ -54,9 +55,9 @@ _LIMITS = {
     'post_delay': ('F_post,res delay, 90th percentile', 'us'),
 }
 _OPTIONS = {
-    name: '--max-' + ('exposed-' if name in (P2P, ALL_TO_ALL, COLLECTIVES) else '')
-    + name.replace('_', '-') for name in _LIMITS
-}  # fmt: skip
+    name: flag_of(('max_exposed_' if name in (P2P, ALL_TO_ALL, COLLECTIVES) else 'max_') + name)
+    for name in _LIMITS
+}
 
 
 def add_parser(topics: Any) -> None:
@@ -152,16 +153,11 @@ def _value(row: dict, name: str) -> float | None:
 
 def _lines(found: dict) -> list[str]:
     head = ('run', 'rank', 'ms', 'idle', 'SEND/RECV', 'send', 'recv', 'all-to-all', 'collectives')
-    table: list[tuple[str, ...]] = [(*head, 'F_post,res', 'delay us', '90th', 'streams')]
+    cells: list[tuple[str, ...]] = [(*head, 'F_post,res', 'delay us', '90th', 'streams')]
     for total in found['totals']:
         rows = [row for row in found['ranks'] if row['run'] == total['run']]
-        table += [_cells(row, _rank(row)) for row in rows] + [_cells(total, 'all')]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for run, *others in table:
-        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append('  '.join([run.ljust(widths[0]), *cells]).rstrip())
-    lines += [
+        cells += [_cells(row, _rank(row)) for row in rows] + [_cells(total, 'all')]
+    lines = table(cells, '<>') + [
         '',
         'idle: share of the time in which no compute kernel runs. SEND/RECV (send, recv where the',
         'trace tells them apart), all-to-all, collectives: share of their own time that no compute',

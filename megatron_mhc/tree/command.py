@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.table import table
 from megatron_mhc.tree.plan import EDITED, Plan, diff, header, plan_additions, plan_removal
 from megatron_mhc.tree.scan import Finding, Tree, known_releases
 from megatron_mhc.tree.write import replace_all, uncommitted
@@ -68,11 +69,9 @@ def _check(tree: Tree, findings: list[Finding]) -> int:
     print(f'megatron-core {tree.version} in {tree.root}')
     if not tree.is_tested:
         print(f'tested are {known_releases()}; signatures are compared with those of {tree.minor}')
-    rows = [(f.seam['id'], f.state, f.where) for f in findings]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row, finding in zip(rows, findings, strict=True):
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print('  '.join((*cells, finding.seam['reason'])))
+    lines = table((f.seam['id'], f.state, f.where, f.seam['reason']) for f in findings)
+    for line, finding in zip(lines, findings, strict=True):
+        print(line)
         if finding.detail:
             print(f'    {finding.detail}')
     edited = tree.edited()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bad_values import CHOICE, COUNT, FACTOR, FROM_ZERO
-from one_line import Row, said, single
+from one_line import all_rows, said
 
 CONVERT = 'convert src dst --to mhc'
 COMPARE = 'schedule compare --pp 2 --microbatches 4'
@@ -127,10 +127,4 @@ LINES = (
     said('run .', 'SCRIPT', '.'),
 )
 
-
-def rows() -> list[Row]:
-    found = list(LINES)
-    for line, flags, values in KINDS:
-        for flag in flags:
-            found += single(line, flag, values)
-    return found
+ROWS = all_rows(LINES, KINDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bad_values import CHOICE, COUNT, FACTOR, FROM_ZERO, NO_NUMBER
-from one_line import Row, said, single
+from one_line import all_rows, said
 
 MHC = '--residual-type mhc'
 HC = '--residual-type hc'
@@ -104,10 +104,4 @@ LINES = (
     said(f'{V} --pipeline-w-placement after', '--pipeline-w-placement', 'zb-v'),
 )
 
-
-def rows() -> list[Row]:
-    found = list(LINES)
-    for line, flags, values in KINDS:
-        for flag in flags:
-            found += single(line, flag, values)
-    return found
+ROWS = all_rows(LINES, KINDS)

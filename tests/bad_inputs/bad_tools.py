@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bad_values import CHOICE, COUNT, FACTOR, FROM_ZERO
-from one_line import Row, said, single
+from one_line import all_rows, said
 
 KINDS = (
     ('quickstart.py train', ('--iters', '--seed'), COUNT),
@@ -49,10 +49,4 @@ LINES = (
     said('recipe.py 3b --tokenizer x', '--data-path', '--tokenizer'),
 )
 
-
-def rows() -> list[Row]:
-    found = list(LINES)
-    for line, flags, values in KINDS:
-        for flag in flags:
-            found += single(line, flag, values)
-    return found
+ROWS = all_rows(LINES, KINDS)

@@ -40,6 +40,15 @@ def said(line: str, *names: str) -> Row:
     return Row(tuple(line.split()), names)
 
 
+def all_rows(lines: tuple[Row, ...], kinds: tuple[tuple, ...]) -> list[Row]:
+    """``lines``, and of ``kinds``, (line, flags, values), every flag at every value."""
+    found = list(lines)
+    for line, flags, values in kinds:
+        for flag in flags:
+            found += single(line, flag, values)
+    return found
+
+
 def label(row: Row) -> str:
     """The id of a test: short, and in ASCII."""
     return ascii(' '.join(row.line))[1:-1][:120]

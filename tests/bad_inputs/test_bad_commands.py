@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from bad_commands import rows
+from bad_commands import ROWS
 from one_line import check, label
 
 from megatron_mhc.cli import main
-
-ROWS = rows()
 
 
 @pytest.mark.parametrize('row', ROWS, ids=[f'{i}-{label(row)}' for i, row in enumerate(ROWS)])

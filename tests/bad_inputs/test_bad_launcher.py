@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from bad_launcher import rows
+from bad_launcher import ROWS
 from one_line import check, label
 
-ROWS = rows()
 MODEL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', '4']
 
 

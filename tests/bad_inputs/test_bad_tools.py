@@ -9,12 +9,12 @@ import sys
 import pytest
 from bad_files import TOOL_TAKES_A_FILE, write_files
 from bad_files import rows as file_rows
-from bad_tools import rows
+from bad_tools import ROWS as LINES
 from one_line import check, label
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDERS = [ROOT / name for name in ('tools', 'tools/bench', 'examples')]
-ROWS = rows() + file_rows(TOOL_TAKES_A_FILE)
+ROWS = LINES + file_rows(TOOL_TAKES_A_FILE)
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.cli import main
 from megatron_mhc.commands import schedule as schedule_cli
 from megatron_mhc.schedules.catalog import SCHEDULES
 
@@ -19,16 +18,8 @@ DUALPIPEV = '--schedule dualpipev --pp 8 --microbatches 32'
 
 
 @pytest.fixture
-def schedule(capsys):
-    """``schedule(words)``: exit status, stdout and stderr of ``megatron-mhc schedule words``."""
-
-    def run(words: str):
-        with pytest.raises(SystemExit) as ended:
-            main(['schedule', *words.split()])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
+def schedule(answer):
+    return lambda words: answer(f'schedule {words}')
 
 
 def test_simulate_prints_one_object(schedule):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from layout_cases import MOE
 
 SMALL = {'ngram_orders': (2, 3), 'heads': 2, 'table_size': 50, 'dim': 16}
 KINDS = {
@@ -20,13 +21,6 @@ SWIGLU = {
     'activation_func': torch.nn.functional.silu,
     'add_bias_linear': False,
     'bias_activation_fusion': False,
-}
-MOE = {
-    'num_moe_experts': 4,
-    'moe_router_topk': 2,
-    'moe_token_dispatcher_type': 'alltoall',
-    'moe_router_load_balancing_type': 'none',
-    'add_bias_linear': False,
 }
 
 

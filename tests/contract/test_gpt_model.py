@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from layout_cases import MOE
 
 from megatron_mhc import ResidualConfig, with_residual
 
@@ -16,13 +17,6 @@ CONSTANT = {
     'num_residual_streams': 2,
     'fixed_mappings': ('pre', 'post', 'res'),
     'stream_merge': 'mean',
-}
-MOE = {
-    'num_moe_experts': 4,
-    'moe_router_topk': 2,
-    'moe_token_dispatcher_type': 'alltoall',
-    'moe_router_load_balancing_type': 'none',
-    'add_bias_linear': False,
 }
 SWIGLU = {
     'normalization': 'RMSNorm',

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layout_cases import MOE
 
 from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
 )
-MOE = {
-    'num_moe_experts': 4,
-    'moe_router_topk': 2,
-    'moe_token_dispatcher_type': 'alltoall',
-    'moe_router_load_balancing_type': 'none',
-    'add_bias_linear': False,
-}
 SELECTIVE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn', 'mlp']}
 # name -> (residual settings, model settings, seams in three layers)
 CASES = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layout_cases import MOE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,13 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 SEQUENCE, BATCH, HIDDEN = 4, 2, 32
 TORCH = {'init': 'identity', 'kernel_backend': 'torch'}
-MOE = {
-    'num_moe_experts': 4,
-    'moe_router_topk': 2,
-    'moe_token_dispatcher_type': 'alltoall',
-    'moe_router_load_balancing_type': 'none',
-    'add_bias_linear': False,
-}
 # name -> (residual settings, model settings)
 CASES = {
     'mhc': (TORCH, {}),

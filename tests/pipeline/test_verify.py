@@ -122,7 +122,19 @@ def test_a_difference_is_found_and_named():
         chunk.weight.main_grad += synchronous
         return losses
 
-    with pytest.raises(RuntimeError, match='the gradient of chunk 0: weight differs'):
+    named = 'steps: the gradient of chunk 0: weight: 3 of 3 elements, by at most 1 between'
+    with pytest.raises(RuntimeError, match=named):
+        pipeline_verify.run_twice(step, [chunk], [iter([torch.ones(3)])])
+
+
+def test_a_loss_that_differs_is_named():
+    chunk = Chunk()
+
+    def step(iterators, synchronous, early):
+        chunk.step(iterators, synchronous, early)
+        return [{'lm loss': (torch.ones(2), 3 + synchronous)}]
+
+    with pytest.raises(RuntimeError, match='loss 0 lm loss 1: 1 of 1 elements, by at most 1'):
         pipeline_verify.run_twice(step, [chunk], [iter([torch.ones(3)])])
 
 

@@ -13,7 +13,6 @@ import sys
 import pytest
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.cli import main
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
 from megatron_mhc.schedules.inverted_v import holder_of
 from megatron_mhc.sizing.flops import residual_flops, step_flops, token_flops
@@ -34,16 +33,8 @@ def launcher():
 
 
 @pytest.fixture
-def show(capsys):
-    """``show(words)``: exit status, stdout and stderr of ``megatron-mhc recipe words``."""
-
-    def run(line: str):
-        with pytest.raises(SystemExit) as ended:
-            main(['recipe', *line.split()])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
+def show(answer):
+    return lambda words: answer(f'recipe {words}')
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,12 @@ from hypothesis import strategies as st
 from megatron_mhc.schedules.catalog import SCHEDULES, forward_only, make_plan, obstacle
 from megatron_mhc.schedules.lowering import (
     lower,
-    merge_backward,
     place_communication,
     place_param_sync,
     place_recompute,
     place_reductions,
-    split_backward,
 )
-from megatron_mhc.schedules.plan import COMMUNICATION, COMPUTE, Kind, Op, Plan
+from megatron_mhc.schedules.plan import COMMUNICATION, Kind, Op, Plan, fuse
 from megatron_mhc.schedules.validator import live_activations, problems
 
 BACKWARD = (Kind.B, Kind.I)
@@ -157,8 +155,6 @@ def test_a_stage_is_reduced_when_its_last_gradient_is_there_and_the_message_has_
         (place_recompute, 'operations that rebuild'),
         (place_reductions, 'reductions'),
         (place_param_sync, 'parameter gathers'),
-        (split_backward, 'messages'),
-        (merge_backward, 'messages'),
         (lower, 'messages'),
     ],
 )
@@ -176,31 +172,8 @@ def test_evaluation_gets_messages_and_gathers_only():
     assert all(op.payload in ('', 'F') for _, _, op in after.leaves())
 
 
-def test_split_and_merge_word_for_word():
-    whole = plan('0F0 (0F1;0B0)FUSE 0B1', '1F0 1B0 1F1 1B1')
-    split = plan('0F0 (0F1;0I0)FUSE 0W0 0I1 0W1', '1F0 1I0 1W0 1F1 1I1 1W1')
-    assert split_backward(whole) == split and merge_backward(split) == whole
-    late = plan('0F0 0F1 0I0 0I1 0W0 0W1', '1F0 1I0 1F1 1W0 1B1')
-    assert merge_backward(late) == late
-
-
-@settings(max_examples=60, deadline=None)
-@given(made())
-def test_split_and_merge(before):
-    split, merged = split_backward(before), merge_backward(before)
-    assert not any(op.kind is Kind.B for _, _, op in split.leaves())
-    assert split_backward(split) == split and merge_backward(merged) == merged
-    assert merge_backward(split) == merged
-    for after in (split, merged):
-        assert problems(lower(after, recompute=True)) == []
-    for old, new in zip(before.ranks, split.ranks, strict=True):
-        passes = [leaf for op in old for leaf in op.leaves if leaf.kind in COMPUTE]
-        kept = [op for op in passes if op.kind is not Kind.B]
-        assert set(kept) <= {leaf for op in new for leaf in op.leaves}
-
-
 @pytest.mark.parametrize('pp, m', [(2, 4), (4, 9)])
 def test_dualpipev_w_is_dualpipev_with_split_slots(pp, m):
     slots = [op for ops in make_plan('dualpipev-w', pp, m).ranks for op in ops if op.parts]
-    split = split_backward(make_plan('dualpipev', pp, m))
-    assert [op for ops in split.ranks for op in ops if op.parts] == slots
+    whole = [op for ops in make_plan('dualpipev', pp, m).ranks for op in ops if op.parts]
+    assert slots == [fuse(op.parts[0], Op(Kind.I, *op.parts[1].key)) for op in whole]

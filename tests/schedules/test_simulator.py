@@ -4,7 +4,7 @@ import pytest
 
 from megatron_mhc.schedules.plan import Op, Plan
 from megatron_mhc.schedules.simulator import simulate
-from megatron_mhc.schedules.times import Times, hop_seconds
+from megatron_mhc.schedules.times import Times
 
 
 def plan(*ranks, placement=None, microbatches=2, name='by hand'):
@@ -210,15 +210,6 @@ def test_missing_communication_is_named(rank, old, new, text):
 def test_impossible_times_are_refused(wrong, text):
     with pytest.raises(ValueError, match=text):
         Times(**wrong)
-
-
-def test_hop_seconds_are_bytes_over_bandwidth():
-    edge = {'sequence': 4096, 'microbatch': 1, 'bandwidth': 50e9}
-    assert hop_seconds(**edge, hidden=2560, streams=1) == pytest.approx(0.42e-3, rel=0.01)
-    assert hop_seconds(**edge, hidden=2560, streams=4) == pytest.approx(1.68e-3, rel=0.01)
-    assert hop_seconds(**edge, hidden=7168, streams=4) == pytest.approx(4.7e-3, rel=0.01)
-    shared = hop_seconds(**edge, hidden=7168, streams=4, bytes_per_value=4, tensor_parallel=8)
-    assert shared == pytest.approx(4.7e-3 / 4, rel=0.01)
 
 
 def test_forward_only_holds_nothing():

@@ -153,13 +153,14 @@ class Transport:
 
 def side_stage() -> SideStage:
     module = torch.nn.Identity()
-    return SideStage(module, data=lambda _: torch.tensor(5.0, requires_grad=True), evaluating=True)
+    return SideStage(module, data=lambda _: torch.tensor(5.0, requires_grad=True))
 
 
 def plan(placement: tuple[int, ...], *ops: str) -> Plan:
     return Plan('by hand', 1, (placement,), (tuple(map(Op.parse, ops)),))
 
 
+@torch.no_grad()
 def test_tensor_is_sent_from_the_stream_that_made_it(device):
     run_plan(plan((0, 1), '0F0', '0SEND_F0'), 0, {(0, 0): side_stage()}, Transport(device))
     assert 'send 0SEND_F0 5 on side1' in device.log
@@ -177,14 +178,16 @@ def test_channel_without_another_end_is_refused():
         plan((0, 1), '0F0').channel(message)
 
 
+@torch.no_grad()
 def test_next_stage_of_a_rank_waits_for_the_stream(device):
-    last = ModuleStage(torch.nn.Identity(), loss=lambda y, _: y, evaluating=True)
+    last = ModuleStage(torch.nn.Identity(), loss=lambda y, _: y)
     run_plan(plan((0, 0), '0F0', '1F0'), 0, {(0, 0): side_stage(), (1, 0): last}, None)
     assert device.log[-2:] == ['main waits for side1.1', '5 alive for main']
 
 
+@torch.no_grad()
 def test_synchronous_run_waits_for_the_device_after_every_operation(device):
-    last = ModuleStage(torch.nn.Identity(), loss=lambda y, _: y, evaluating=True)
+    last = ModuleStage(torch.nn.Identity(), loss=lambda y, _: y)
     stages = {(0, 0): side_stage(), (1, 0): last}
     run_plan(plan((0, 0), '0F0', '1F0'), 0, stages, None, synchronous=True)
     assert device.log.count('synchronize') == 2

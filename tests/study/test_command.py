@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.cli import main
 from megatron_mhc.recipes.recipe import RECIPES
 from megatron_mhc.sizing.memory import Layout, rank_memory
 from megatron_mhc.study.hardware import PRESETS, hardware_of
@@ -27,16 +26,8 @@ H100 = PRESETS['h100']
 
 
 @pytest.fixture
-def command(capsys):
-    """``command(words)``: exit status, stdout and stderr of ``megatron-mhc study words``."""
-
-    def run(line: str):
-        with pytest.raises(SystemExit) as ended:
-            main(['study', *line.split()])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
+def command(answer):
+    return lambda words: answer(f'study {words}')
 
 
 def test_ten_thousand_gpus(command):
@@ -115,12 +106,12 @@ def test_a_machine_of_ones_own(tmp_path, command):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('preset: h100\nnvlink: 3\n', "there is no field 'nvlink'"),
+        ('preset: h100\nnvlink: 3\n', 'there is no field nvlink'),
         ('tflops: 100\n', 'memory_gib is missing; add it, or preset: h100'),
-        ('preset: h100\ntflops: fast\n', "tflops='fast': wanted float"),
+        ('preset: h100\ntflops: fast\n', 'tflops=fast: wanted float'),
         ('preset: h100\ntflops: -1\n', 'tflops=-1.0: give a finite number above 0'),
         ('preset: h100\ngemm_efficiency: 1.5\n', 'a share; give at most 1'),
-        ('preset: h300\n', "preset: 'h300': choose one of a100"),
+        ('preset: h300\n', 'preset: h300: choose one of a100'),
         ('- a\n', 'wanted "field: value" lines'),
         ('a: [\n', 'not YAML'),
         ('!!python/object/apply:os.getcwd []\n', 'not YAML'),
@@ -130,9 +121,15 @@ def test_a_machine_of_ones_own(tmp_path, command):
         ('preset: h100\ngpus_per_node: [8]\n', 'gpus_per_node=[8]: wanted int'),
         ('preset: h100\ngpus_per_node: yes\n', 'gpus_per_node=True: wanted int'),
         (f'preset: h100\ngpus_per_node: {"9" * 400}\n', 'gpus_per_node: no machine has more than'),
-        (f'preset: h100\ntflops: {"9" * 400}\n', f'tflops={"9" * 60}...: wanted float'),
+        (
+            f'preset: h100\ntflops: {"9" * 400}\n',
+            f'{"9" * 60}... (400 characters): wanted float',
+        ),
         (f'preset: h100\ntflops: {"9" * 5000}\n', 'a value that cannot be: Exceeds the limit'),
-        (f'preset: h100\ntflops: "{"9" * 5000}"\n', f"tflops='{'9' * 59}...: wanted float"),
+        (
+            f'preset: h100\ntflops: "{"9" * 5000}"\n',
+            f'{"9" * 60}... (5000 characters): wanted',
+        ),
         ('preset: h100\ntflops: 1.0e+300\n', 'tflops: no machine has more than 1e+30'),
         ('preset: h100\ntflops: .inf\n', 'tflops: no machine has more than 1e+30'),
         ('preset: h100\ntflops: .nan\n', 'tflops=nan: wanted float'),
@@ -161,7 +158,7 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('27b --calibrate', '--calibrate has models of its own'),
         ('--calibrate --set tflops=1', '--set has no effect with --calibrate'),
         ('27b --hardware h300', '--hardware h300: choose a100, h100'),
-        ('27b --set speed=1', "--set speed=1: there is no field 'speed'"),
+        ('27b --set speed=1', '--set speed=1: there is no field speed'),
         ('27b --set tflops', '--set tflops: wanted FIELD=VALUE'),
         ('27b --tp 3', 'do not divide by tp; choose a --tp that divides 32'),
         ('27b --ep 5', 'do not divide by ep; choose an --ep that divides 72'),
@@ -186,8 +183,8 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         (f'27b --global-batch-size {"9" * 400}', 'wanted an integer from 1'),
         ('27b --gpus ²', '²: wanted an integer from 1'),
         ('27b --hardware /dev/zero.yaml', '--hardware /dev/zero.yaml: No such file'),
-        (f'27b --set gpus_per_node={"9" * 400}', "gpus_per_node='9999"),
-        ('27b --set gpus_per_node=8.5', "gpus_per_node='8.5': wanted int"),
+        (f'27b --set gpus_per_node={"9" * 400}', "gpus_per_node=9999"),
+        ('27b --set gpus_per_node=8.5', 'gpus_per_node=8.5: wanted int'),
         ('27b --set tflops=inf', 'tflops: no machine has more than'),
         ('27b --residual-type mudd', '--residual-type: mudd: a study does not know its kernels'),
         ('27b --residual-type hc', '--residual-type: hc: a study does not know its kernels'),

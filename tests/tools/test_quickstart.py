@@ -193,12 +193,15 @@ def test_losses_are_read_back_and_plotted(tmp_path):
     with SummaryWriter(tmp_path / 'events') as writer:
         for step in range(1, 5):
             writer.add_scalar('lm loss', 5 - step, step, walltime=step)
-        writer.add_scalar('lm loss validation', 3.0, 4, walltime=10)
-        writer.add_scalar('lm loss validation', 9.0, 4, walltime=11)
+        writer.add_scalar('lm loss validation', 9.0, 4, walltime=10)
+        writer.add_scalar('lm loss validation', 3.0, 4, walltime=11)
+    # A resumed run replaces what it does again, wherever its file comes in the folder.
+    with SummaryWriter(tmp_path / 'events', filename_suffix='.resumed') as writer:
+        writer.add_scalar('lm loss', 1.5, 3, walltime=20)
     losses = plot_losses.read_losses(tmp_path / 'events')
-    assert losses == {'lm loss': {1: 4, 2: 3, 3: 2, 4: 1}, 'lm loss validation': {4: 3}}
+    assert losses == {'lm loss': {1: 4, 2: 3, 3: 1.5, 4: 1}, 'lm loss validation': {4: 3}}
     plot_losses.plot({'mhc': losses}, tmp_path / 'x.png', 'title')
     assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
     (tmp_path / 'none').mkdir()
-    with pytest.raises(ValueError, match='no TensorBoard scalar'):
+    with pytest.raises(ValueError, match='no TensorBoard events'):
         plot_losses.read_losses(tmp_path / 'none')
