@@ -12,7 +12,8 @@ import logging
 
 import torch
 
-DIVISOR = 16
+from megatron_mhc.kernels.defaults import DIVISOR
+
 # What callers know the kernels' inputs by; everything else that is long is allocated here.
 INPUTS = {
     'x_ptr': 'the streams x',
