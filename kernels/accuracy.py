@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_mhc.kernels.autograd.fused_edge import Read, Write, WriteRead
 from megatron_mhc.kernels.autograd.ops import Mapping, MappingSettings, PostRes, Pre, Sinkhorn
-from megatron_mhc.kernels.autograd.seam import Read, Write, WriteRead
 from megatron_mhc.kernels.backend import kernel_obstacle
 from megatron_mhc.kernels.defaults import NORM_EPS
 from megatron_mhc.kernels.reference import mapping_ref, post_res_ref, pre_ref, sinkhorn_ref
@@ -54,7 +54,7 @@ def accuracy_table(
     tokens: int,
     seed: int,
 ) -> list[Row]:
-    """Every op with all its gradients against fp64, and the seam against write and read.
+    """Every op with all its gradients against fp64, and the fused edge against write and read.
 
     Args:
         device: a GPU, or the CPU where Triton interprets kernels.
@@ -72,7 +72,7 @@ def accuracy_table(
         raise ValueError(obstacle)
     inputs = _Inputs(device, dtype, num_streams, channels, tokens, seed)
     rows = []
-    for op in (_sinkhorn, _mapping, _pre, _post_res, _sublayer, _seam):
+    for op in (_sinkhorn, _mapping, _pre, _post_res, _sublayer, _fused_edge):
         rows += op(inputs)
     return rows
 
@@ -188,7 +188,7 @@ def _sublayer(inputs: _Inputs) -> list[Row]:
     return _rows('read, write', inputs, tensors, bounds, kernels, reference, sums)
 
 
-def _seam(inputs: _Inputs) -> list[Row]:
+def _fused_edge(inputs: _Inputs) -> list[Row]:
     """``write_read`` against ``write`` and then ``read``: every bit of outputs and gradients."""
 
     def run(fused: bool) -> Callable[..., tuple[Tensor, ...]]:

@@ -8,8 +8,9 @@ import re
 
 import torch
 
+from megatron_mhc.kernels.defaults import KERNEL_STREAMS
+
 BACKENDS = ('auto', 'triton', 'torch')
-KERNEL_STREAMS = (1, 2, 4, 8)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mhc.kernels.autograd.fused_edge import Read, Write, WriteRead
 from megatron_mhc.kernels.autograd.ops import Mapping, MappingSettings, PostRes, Pre, Sinkhorn
-from megatron_mhc.kernels.autograd.seam import Read, Write, WriteRead
 from megatron_mhc.kernels.defaults import NORM_EPS
 from megatron_mhc.kernels.triton.launch import Launch, record_launches
 
@@ -23,7 +23,7 @@ DROPOUT = 0.1
 def shipped_launches(
     num_streams: int, channels: int, tokens: int, dtype: torch.dtype
 ) -> list[Launch]:
-    """Forward and backward, op by op and at the seam, with bias and dropout and without.
+    """Forward and backward, op by op and at the fused edge, with bias and dropout and without.
 
     Args:
         num_streams: n; channels: C; tokens: T.
@@ -35,7 +35,7 @@ def shipped_launches(
     shape = (num_streams, channels, tokens, dtype)
     launches = []
     for dropout in (0.0, DROPOUT):
-        launches += op_launches(*shape, dropout) + seam_launches(*shape, dropout)
+        launches += op_launches(*shape, dropout) + fused_edge_launches(*shape, dropout)
     return distinct(launches)
 
 
@@ -56,10 +56,10 @@ def op_launches(
     return launches
 
 
-def seam_launches(
+def fused_edge_launches(
     n: int, channels: int, tokens: int, dtype: torch.dtype, dropout: float = 0.0
 ) -> list[Launch]:
-    """Two sublayers with the seam between them; otherwise as ``op_launches``."""
+    """Two sublayers with the fused edge between them; otherwise as ``op_launches``."""
     x, parameters, output = _inputs(n, channels, tokens, dtype, dropout)
     with record_launches() as launches:
         u, h_post, h_res, carried = Read.apply(x, *parameters)

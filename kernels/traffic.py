@@ -76,13 +76,13 @@ def our_forms(n: int) -> dict[str, Traffic]:
         'F_pre': pre,
         'F_post,res': post_res,
         'forward in three passes': mapping + pre + post_res,
-        'forward at the seam': kernels['projection MIX'] + maps + pre,
+        'forward at the fused edge': kernels['projection MIX'] + maps + pre,
         'mapping backward': mapping_dx,
         'F_pre backward': pre_dx,
         'F_post,res backward': post_res_dx,
         # Autograd adds the three dx one after the other.
         'backward op by op': mapping_dx + pre_dx + post_res_dx + Traffic(4 * n, 2 * n),
-        'backward at the seam': kernels['post_res_backward']
+        'backward at the fused edge': kernels['post_res_backward']
         + kernels['pre_backward']
         + kernels['maps_backward']
         + kernels['read_backward HAS_G HAS_U'],

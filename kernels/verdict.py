@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_mhc.kernels.defaults import DIVISOR
 from megatron_mhc.kernels.traffic import arguments, stream_names, variant
-from megatron_mhc.kernels.triton.alignment import DIVISOR
 
 if TYPE_CHECKING:
     from megatron_mhc.kernels.offline import Resources

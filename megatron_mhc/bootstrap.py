@@ -1,4 +1,4 @@
-"""What the launcher and the adaptor share: check, choose the device, open the argument seam."""
+"""What the launcher and the adaptor share: check, choose the device, apply the argument patch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import os
 import socket
 import sys
 
-import torch
-
 from megatron_mhc.compat import describe_core, require_supported_core
 from megatron_mhc.inputs.refusal import announce
-from megatron_mhc.runtime import cpu_device
 from megatron_mhc.settings.flags_residual import parsed_arguments
 from megatron_mhc.settings.pipeline import V_SCHEDULES
 
@@ -32,8 +29,13 @@ def prepare(device: str) -> None:
 
     Raises:
         ValueError: unknown device, or one that this machine does not have.
-        RuntimeError: Megatron-Core is absent or out of range, a seam has changed, or models exist.
+        RuntimeError: Megatron-Core is absent or out of range, what a patch is for has changed, or
+            models exist.
     """
+    import torch
+
+    from megatron_mhc.runtime import cpu_device
+
     require_supported_core()
     _require_early()
     if device not in DEVICES:

@@ -228,8 +228,8 @@ def read(
             norm_eps=norm_eps,
         )
         return reference.pre_ref(x, h_pre), Carried(x, h_post, h_res, fused=False)
+    from megatron_mhc.kernels.autograd.fused_edge import Read
     from megatron_mhc.kernels.autograd.ops import MappingSettings
-    from megatron_mhc.kernels.autograd.seam import Read
 
     settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
     outputs = Read.apply(_rows(x, x.shape[-1]), *_parameters(weight, bias, alpha), settings)
@@ -260,7 +260,7 @@ def write(
     require_post_res(x, y, h_post, h_res, bias, dropout, seed)
     if dropout > 0 and seed is None:
         seed = dropout_seed(x.device)
-    from megatron_mhc.kernels.autograd.seam import Write
+    from megatron_mhc.kernels.autograd.fused_edge import Write
 
     arguments = _write_arguments(*_streams_first(y, carried))
     x_new: Tensor = Write.apply(*arguments, _vector(bias), dropout, seed)
@@ -283,7 +283,7 @@ def write_read(
     backend: str = 'auto',
     precision: str = 'auto',
 ) -> tuple[Tensor, Tensor, Carried]:
-    """The seam: ``write`` of one sublayer and ``read`` of the next, one pass over the streams.
+    """The fused edge: ``write`` of one sublayer and ``read`` of the next, in one pass.
 
     ``y``, ``carried``, ``y_bias``, ``dropout`` and ``seed`` are as for ``write`` of the first
     sublayer; ``weight``, ``bias``, ``alpha`` and the others as for ``read`` of the second.
@@ -318,8 +318,8 @@ def write_read(
     )
     if dropout > 0 and seed is None:
         seed = dropout_seed(x.device)
+    from megatron_mhc.kernels.autograd.fused_edge import WriteRead
     from megatron_mhc.kernels.autograd.ops import MappingSettings
-    from megatron_mhc.kernels.autograd.seam import WriteRead
 
     settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
     x_new, *outputs = WriteRead.apply(

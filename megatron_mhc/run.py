@@ -16,15 +16,12 @@ import sys
 from megatron_mhc.bootstrap import DEVICES, prepare
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import environment_integer
-from megatron_mhc.runtime import cpu_device
+from megatron_mhc.patches.flag_groups import GROUPS
 from megatron_mhc.runtime.script_path import enter_folder
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The launcher's own options stand before SCRIPT; everything after it is the script's."""
-    # Imported here: a run imports it only after the device is chosen.
-    from megatron_mhc.patches.arguments import GROUPS
-
     flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     for add_arguments in GROUPS:
         add_arguments(flags)
@@ -66,6 +63,8 @@ def main(argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run'
         prepare(options.device)
     except (RuntimeError, ValueError) as error:
         refuse(prog, str(error))
+    from megatron_mhc.runtime import cpu_device
+
     sys.argv = [str(script), *options.arguments]
     try:
         runpy.run_path(str(script.absolute()), run_name='__main__')

@@ -1,4 +1,4 @@
-"""Seam: Megatron's argument parser. The only residual patch that a ``standard`` run sees.
+"""Patch: Megatron's argument parser. The only residual patch that a ``standard`` run sees.
 
 It adds our flags, and hooks the parser so that everything wrong is said in one line as soon as the
 values are known: before a process group, a model or a dataset exists. The other patches are applied
@@ -16,28 +16,21 @@ from megatron_mhc.checkpoints.check import check_checkpoints, found_checkpoints
 from megatron_mhc.compat import require_one_tree
 from megatron_mhc.engram.resume import check_memory
 from megatron_mhc.inputs.refusal import refuse, with_remedy
-from megatron_mhc.optim.lr_steps import add_lr_step_arguments, resolve_lr_steps
+from megatron_mhc.optim.lr_steps import resolve_lr_steps
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
+from megatron_mhc.patches.flag_groups import GROUPS
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline.embedding_copies import check_embedding_copies
 from megatron_mhc.runtime.kernel_choice import announce_kernels
-from megatron_mhc.settings.flags_engram import add_engram_arguments, resolve_engram
-from megatron_mhc.settings.flags_monitor import add_monitor_arguments, resolve_monitor
-from megatron_mhc.settings.flags_pipeline import add_pipeline_arguments, resolve_pipeline
-from megatron_mhc.settings.flags_residual import add_residual_arguments, resolve_arguments
+from megatron_mhc.settings.flags_engram import resolve_engram
+from megatron_mhc.settings.flags_monitor import resolve_monitor
+from megatron_mhc.settings.flags_pipeline import resolve_pipeline
+from megatron_mhc.settings.flags_residual import resolve_arguments
 from megatron_mhc.settings.megatron_sizes import check_sizes
 from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.settings.shared_flags import add_groups, hand_over
 
-# What adds our argument groups, in the order in which --help shows them.
-GROUPS = (
-    add_residual_arguments,
-    add_engram_arguments,
-    add_pipeline_arguments,
-    add_lr_step_arguments,
-    add_monitor_arguments,
-)
 OWN_FLAGS = (
     '--residual-type',
     '--mhc-',

@@ -1,4 +1,4 @@
-"""Seam of the emulated CPU device: Megatron's argument parser.
+"""Patch of the emulated CPU device: Megatron's argument parser.
 
 It makes an unmodified command line run on the CPU by changing defaults, and refuses in one line, as
 soon as the values are known, what the user asked for explicitly and the CPU cannot do.

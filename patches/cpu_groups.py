@@ -1,4 +1,4 @@
-"""Seam of the emulated CPU device: process groups that hold this rank alone.
+"""Patch of the emulated CPU device: process groups that hold this rank alone.
 
 Of Megatron's two dozen groups a rank most have one member in a small layout, and each would keep
 threads of gloo's that wake a hundred times a second. A group of one exchanges nothing and waits for

@@ -1,4 +1,4 @@
-"""Seam of the emulated CPU device: the distributed optimizer's checkpoint with torch's Adam.
+"""Patch of the emulated CPU device: the distributed optimizer's checkpoint with torch's Adam.
 
 Without Transformer Engine and Apex Megatron falls back to ``torch.optim.AdamW``, which keeps a
 ``step`` tensor per parameter and allocates its state in the first step. The distributed optimizer

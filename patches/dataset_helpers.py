@@ -1,4 +1,4 @@
-"""Seam: the build step of Megatron's C++ dataset helpers, which a wheel cannot run. On any device.
+"""Patch: the build step of Megatron's C++ dataset helpers, which a wheel cannot run. On any device.
 
 The wheel ships the helpers built, but not the Makefile that Megatron calls at start-up; ``make``
 fails and the run exits. A source tree has the Makefile and keeps its build step.

@@ -39,7 +39,7 @@ class Patch:
         target: ``package.module:attribute`` or ``package.module:Class.attribute``.
         wrap: ``original -> replacement``, both plain functions: those of a class method take the
             class as their first argument.
-        reason: why this seam and no other, one sentence.
+        reason: why this place and no other, one sentence.
         fingerprints: core minor release -> ``fingerprint`` of the original there. A release that is
             left out has no such symbol and needs no patch.
         reads: parameters of the original that the patch takes or sets by name; without them it
@@ -92,7 +92,7 @@ def inspect_patch(patch: Patch) -> tuple[str, str]:
     if version is None:
         return 'missing', 'megatron-core is not installed'
     if patch.fingerprints.get(nearest_minor(version)) is None:
-        return 'not needed', f'no such seam in megatron-core {version}'
+        return 'not needed', f'no such place in megatron-core {version}'
     expected = patch.fingerprints.get(core_minor(version))
     if patch.id in _APPLIED:
         return 'applied', expected or ''

@@ -1,4 +1,4 @@
-"""Seam: checkpoints of a 16-bit model in which some parameters are fp32. On any device.
+"""Patch: checkpoints of a 16-bit model in which some parameters are fp32. On any device.
 
 Both mixed-precision optimizers train such a model, but address the state of a parameter by its
 position and count wrongly as soon as one group holds both kinds. Their checkpoint then fails with a

@@ -1,4 +1,4 @@
-"""Seam: ``num_floating_point_operations``, from which Megatron's TFLOP/s line is made.
+"""Patch: ``num_floating_point_operations``, from which Megatron's TFLOP/s line is made.
 
 Megatron counts what the stock model does; hyper-connections and the conditional memory add their
 own share, so that the line does not call such a model slower than it is.

@@ -1,4 +1,4 @@
-"""Seam: ``GPTModel.__init__``, the one place through which every spec of every release passes.
+"""Patch: ``GPTModel.__init__``, the one place through which every spec of every release passes.
 
 Scripts, builders and ``--spec`` differ between releases; all end here. A class attribute is
 wrapped, so that it does not matter which module imported the class when.

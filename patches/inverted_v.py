@@ -1,4 +1,4 @@
-"""Seams of the inverted V: what Megatron must know of a first stage on the last pipeline rank.
+"""Patches of the inverted V: what Megatron must know of a first stage on the last pipeline rank.
 
 The last stage is where Megatron expects it. Only the questions "is this the first stage?", "which
 layers are mine?" and "who has the embedding?" get another answer, and the batch of the rank with

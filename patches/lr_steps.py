@@ -1,4 +1,4 @@
-"""Seam: the learning rate of a parameter group, for ``--lr-decay-style step`` only."""
+"""Patch: the learning rate of a parameter group, for ``--lr-decay-style step`` only."""
 
 from __future__ import annotations
 

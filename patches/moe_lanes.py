@@ -1,4 +1,4 @@
-"""Seams: the communication of a mixture of experts, under the other microbatch of a fused slot.
+"""Patches: the communication of a mixture of experts, under the other microbatch of a fused slot.
 
 Dispatch and combine run on a stream of their own and hand over to the other microbatch once they
 are launched, in the backward too. The residual around them is whatever the layer makes of it. In

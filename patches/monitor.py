@@ -1,4 +1,4 @@
-"""Seams of the monitors: the training loop, the end of the backward, and Megatron's log step."""
+"""Patches of the monitors: the training loop, the end of the backward, and Megatron's log step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seam: ``P2PCommunicator._communicate``, which serves both stock pipeline schedules.
+"""Patch: ``P2PCommunicator._communicate``, which serves both stock pipeline schedules.
 
 Both schedules size their messages by ``config.hidden_size``, the interleaved one inline. Stages
 exchange n streams, so a fixed shape is widened here. Neither end checks shapes in stock Megatron: a

@@ -1,4 +1,4 @@
-"""Seam: the optimizer's parameter groups, where weight decay and learning rate are decided.
+"""Patch: the optimizer's parameter groups, where weight decay and learning rate are decided.
 
 It is also the first point after every model chunk is built, hence where a run is stopped whose
 script builds no GPTModel: ``--residual-type`` would otherwise silently do nothing.

@@ -1,4 +1,4 @@
-"""Seams of a schedule run from a plan: its entry, and the split of the backward."""
+"""Patches of a schedule run from a plan: its entry, and the split of the backward."""
 
 from __future__ import annotations
 

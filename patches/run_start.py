@@ -1,4 +1,4 @@
-"""Seam: the start of training, when process groups exist and nothing has been built."""
+"""Patch: the start of training, when process groups exist and nothing has been built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seam: the call that saves a checkpoint, to say which layouts will be able to read it."""
+"""Patch: the call that saves a checkpoint, to say which layouts will be able to read it."""
 
 from __future__ import annotations
 

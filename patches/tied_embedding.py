@@ -1,4 +1,4 @@
-"""Seam: where Megatron sums the gradients of the copies of the word embedding."""
+"""Patch: where Megatron sums the gradients of the copies of the word embedding."""
 
 from __future__ import annotations
 

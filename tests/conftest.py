@@ -36,7 +36,7 @@ MINIMAL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', 
 
 @pytest.fixture(scope='module')
 def parse():
-    """``parse(flags)`` through Megatron's own parser with the argument seam in place."""
+    """``parse(flags)`` through Megatron's own parser with the argument patch in place."""
     from megatron.training import arguments
 
     from megatron_mhc.patches import engine

@@ -54,14 +54,26 @@ ROOMS = {
 # What else a room may import, besides the standard library: at module level, and within functions.
 # A function may import what its room can do without until it is called.
 PACKAGE_LIBRARIES = 'torch packaging megatron.core'
+# Rooms that describe and parse: help is printed, and ResidualConfig made, without torch.
+LIGHT_ROOMS = (
+    'inputs settings trace tree recipes study commands .__init__ .__main__ .adaptor .bootstrap '
+    '.cli .compat .run .seam'
+)
+LIGHT_LIBRARIES = 'packaging'
 LIBRARIES = {
     'kernels': 'torch triton',
     'schedules': '',
     'patches': 'torch packaging numpy megatron',
 }
-LAZY_LIBRARIES = 'matplotlib megatron.training numpy safetensors tensorboard tqdm triton yaml'
-# These may need torch: they run a plan instead of describing one.
-EXECUTOR = 'megatron_mhc.schedules.executor'
+LAZY_LIBRARIES = (
+    'matplotlib megatron.core megatron.training numpy safetensors tensorboard tqdm torch triton '
+    'yaml'
+)
+# These may need torch: they run what the others of their room describe.
+NEED_TORCH = tuple(
+    f'{PACKAGE}.{name}'
+    for name in ('schedules.executor', 'commands.storage_meter', 'recipes.build')
+)
 
 
 def files(*folders: str) -> list[Path]:
@@ -215,8 +227,10 @@ def test_a_circle_is_noticed(tmp_path, monkeypatch):
 
 def foreign_libraries(path: Path) -> list[str]:
     folder, module = label(path).split('/')[0], module_of(path)
-    eager = LIBRARIES.get(folder, PACKAGE_LIBRARIES).split()
-    if module.startswith(EXECUTOR):
+    modules = {module: path}
+    light = folder == PACKAGE and room_of(module, modules) in LIGHT_ROOMS.split()
+    eager = (LIGHT_LIBRARIES if light else LIBRARIES.get(folder, PACKAGE_LIBRARIES)).split()
+    if module.startswith(NEED_TORCH):
         eager.append('torch')
     lazy = LAZY_LIBRARIES.split() if folder == PACKAGE else []
     found = []
@@ -243,6 +257,11 @@ def test_a_wrong_library_is_noticed(tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_text('import math\nimport torch\nfrom megatron import core\n')
     assert foreign_libraries(path) == ['kernels/x.py:3: kernels may not import megatron.core']
+    path = tmp_path / PACKAGE / 'settings' / 'x.py'
+    path.parent.mkdir(parents=True)
+    path.write_text('import torch\ndef f():\n    import torch\n')
+    found = foreign_libraries(path)
+    assert found == ['megatron_mhc/settings/x.py:1: megatron_mhc may not import torch']
 
 
 def test_no_relative_and_no_bare_imports():
@@ -316,21 +335,21 @@ class Absent:
         if name.split('.')[0] in ('megatron', 'triton', 'transformer_engine', 'apex'):
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 sys.meta_path.insert(0, Absent())
-import torch
 start = time.perf_counter()
 import megatron_mhc
-seconds = time.perf_counter() - start
-print(json.dumps({'seconds': seconds, 'cuda': torch.cuda.is_initialized(),
+megatron_mhc.ResidualConfig('mhc')
+seconds, torch = time.perf_counter() - start, 'torch' in sys.modules
+print(json.dumps({'seconds': seconds, 'torch': torch,
                   'bare': [n for n in ('kernels', 'schedules', 'patches') if n in sys.modules]}))
 """
 
 
 def test_importing_the_package_is_light(tmp_path):
-    """No GPU, no Triton, no Megatron, and less than two seconds more than torch itself."""
+    """No torch, no GPU, no Triton, no Megatron, and less than two seconds; settings included."""
     env = os.environ | {'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''}
     result = subprocess.run(
         [sys.executable, '-c', LIGHT], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
-    assert seen['seconds'] < 2 and not seen['cuda'] and seen['bare'] == []
+    assert seen['seconds'] < 2 and not seen['torch'] and seen['bare'] == []

@@ -21,7 +21,7 @@ from megatron_mhc.compat import (
     TRITON_TESTED,
     untested,
 )
-from megatron_mhc.patches.arguments import GROUPS
+from megatron_mhc.patches.flag_groups import GROUPS
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-DIVISOR = 16
+from megatron_mhc.kernels.defaults import DIVISOR
+
 # What callers know the kernels' inputs by; everything else that is long is allocated here.
 INPUTS = {
     'x_ptr': 'the streams x',

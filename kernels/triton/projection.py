@@ -1,8 +1,8 @@
 """The projection of all streams of a token with its sum of squares, in one pass (mHC, Eq 14-15).
 
 With MIX the same kernel first computes the streams: F_post,res of one sublayer and the projection
-of the next read and write the streams once (the seam). Projected are the values as stored, so that
-fused and unfused paths agree to the bit.
+of the next read and write the streams once (the fused edge). Projected are the values as stored, so
+that fused and unfused paths agree to the bit.
 
 All n streams of a channel block meet in one matrix product, its inner index ``c * n + stream``. The
 channels may be split over programs; each writes its own partial sums, which ``maps_forward``
@@ -184,7 +184,7 @@ def post_res_project(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The seam: ``post_res_forward`` and ``project`` of its result, which is returned last."""
+    """The fused edge: ``post_res_forward``, and ``project`` of its result, returned last."""
     n = h_post.shape[1]
     mixing = (y, bias, seed, h_post, h_res)
     x_new = torch.empty_like(x)

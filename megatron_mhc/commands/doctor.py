@@ -10,8 +10,6 @@ import pathlib
 import platform
 import warnings
 
-import torch
-
 import megatron_mhc
 from megatron_mhc.compat import (
     CORE_SPECIFIER,
@@ -22,7 +20,6 @@ from megatron_mhc.compat import (
 )
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
-from megatron_mhc.kernels.backend import kernel_obstacle
 from megatron_mhc.runtime.script_path import enter_folder
 from megatron_mhc.settings.refusals import REFUSALS
 
@@ -31,6 +28,8 @@ OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'ape
 
 def report() -> dict:
     """Versions, device, optional packages and patches, as plain values."""
+    import torch
+
     try:
         require_supported_core()
         problem = None
@@ -70,6 +69,8 @@ def _core() -> str:
 
 
 def _device() -> str:
+    import torch
+
     if not torch.cuda.is_available():
         return 'no CUDA; the launcher emulates a CUDA device on the CPU'
     major, minor = torch.cuda.get_device_capability()
@@ -78,6 +79,10 @@ def _device() -> str:
 
 def _kernels() -> str:
     """Whether ``--mhc-kernel-backend auto`` takes the Triton kernels here, for bf16 streams."""
+    import torch
+
+    from megatron_mhc.kernels.backend import kernel_obstacle
+
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     obstacle = kernel_obstacle(device, torch.bfloat16, 4)
     if device.type == 'cpu':

@@ -12,15 +12,14 @@ import os
 import secrets
 from typing import Any
 
-import torch
-
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import integer
-from megatron_mhc.kernels.backend import KERNEL_STREAMS
+from megatron_mhc.kernels.defaults import KERNEL_STREAMS
 
 PROGRAM = 'megatron-mhc kernels accuracy'
-DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+# What torch calls them.
+DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 # Hidden size and tokens where none are given: seconds on either device.
 SIZES = {'cpu': (100, 35), 'cuda': (4096, 2048)}
 
@@ -46,6 +45,8 @@ def add_parser(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Print the table; 1 when an error exceeds its bound, else 0."""
+    import torch
+
     device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device == 'cuda' and not torch.cuda.is_available():
         refuse(PROGRAM, 'argument --device: cuda: torch finds no GPU; use --device cpu')
@@ -68,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
         'seed': secrets.randbits(32) if options.seed is None else options.seed,
     }
     try:
-        rows = accuracy_table(torch.device(device), DTYPES[options.dtype], **shape)
+        rows = accuracy_table(torch.device(device), getattr(torch, DTYPES[options.dtype]), **shape)
     except ValueError as error:
         refuse(PROGRAM, f'--device {device}: {error}')
     found = {

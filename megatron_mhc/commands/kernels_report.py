@@ -16,12 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
-from megatron_mhc.kernels.backend import KERNEL_STREAMS
+from megatron_mhc.kernels.defaults import KERNEL_STREAMS
 from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
 from megatron_mhc.kernels.verdict import (
     MULTIPROCESSORS,
@@ -37,7 +35,8 @@ if TYPE_CHECKING:
     from megatron_mhc.kernels.triton.launch import Launch
 
 PROGRAM = 'megatron-mhc kernels report'
-DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+# What torch calls them.
+DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 RECORD = Path(__file__).parents[1] / 'kernels' / 'record.json'
 
 
@@ -84,13 +83,15 @@ def report(options: argparse.Namespace) -> dict:
     Raises:
         RuntimeError: Triton interprets kernels; ValueError: no kernel has the name asked for.
     """
+    import torch
     import triton
 
     from megatron_mhc.kernels.offline import compile_launches, require_compiler
     from megatron_mhc.kernels.shipped import shipped_launches
 
     require_compiler()
-    shape = (options.hidden_size, options.tokens, DTYPES[options.dtype])
+    dtype = getattr(torch, DTYPES[options.dtype])
+    shape = (options.hidden_size, options.tokens, dtype)
     launches = [launch for n in options.num_streams for launch in shipped_launches(n, *shape)]
     if options.kernel:
         names = sorted({launch.name.removesuffix('_kernel') for launch in launches})
@@ -107,7 +108,6 @@ def report(options: argparse.Namespace) -> dict:
         _row(launch, arch, result, options.record, triton.__version__, options.dtype)
         for (launch, arch), result in zip(pairs, results, strict=True)
     ]
-    itemsize = DTYPES[options.dtype].itemsize
     return {
         'triton': triton.__version__,
         'triton_path': str(place),
@@ -119,7 +119,7 @@ def report(options: argparse.Namespace) -> dict:
         'seconds': round(time.perf_counter() - start, 1),
         'kernels': rows,
         'traffic': [
-            _traffic(name, n, form, form.bytes(options.tokens, options.hidden_size, itemsize))
+            _traffic(name, n, form, form.bytes(options.tokens, options.hidden_size, dtype.itemsize))
             for n in options.num_streams
             for name, form in (paper_forms(n) | our_forms(n)).items()
         ],

@@ -1,4 +1,4 @@
-"""``megatron-mhc recompute``: memory of block recompute, measured beside the paper's formula.
+"""``megatron-mhc recompute``: memory of recompute in segments, measured beside the paper's formula.
 
 Builds layers of a GPT with mHC, runs them forward and backward once and counts every byte that
 torch allocates. Unit of the table: C values a token. ``mHC`` is what hyper-connections make, with
@@ -13,16 +13,15 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
-from megatron_mhc.kernels.backend import KERNEL_STREAMS
-from megatron_mhc.settings.recompute_cost import block_cost, kept_cost, whole_cost
+from megatron_mhc.kernels.defaults import KERNEL_STREAMS
+from megatron_mhc.settings.recompute_cost import kept_cost, segment_cost, whole_cost
 from megatron_mhc.settings.residual import RECOMPUTE_BLOCKS, ResidualConfig
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlock
+    from torch import Tensor
 
 PROGRAM = 'megatron-mhc recompute'
 HEADS = 4
@@ -96,7 +95,9 @@ def _estimated_bytes(options: argparse.Namespace) -> int:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print one row for each L and kind of block."""
+    """Print one row for each L and kind of segment."""
+    import torch
+
     if options.hidden_size % HEADS:
         refuse(PROGRAM, f'--hidden-size {options.hidden_size}: wanted a multiple of {HEADS}, heads')
     interpreted = options.kernel_backend == 'triton' and not torch.cuda.is_available()
@@ -154,11 +155,13 @@ def costs(n: int, sublayers: int, size: int) -> tuple[int, int]:
     """What the formula says of the two columns of mHC."""
     if not size:
         return whole_cost(n, sublayers), whole_cost(n, sublayers)
-    return kept_cost(n, sublayers, size), block_cost(n, sublayers, size)
+    return kept_cost(n, sublayers, size), segment_cost(n, sublayers, size)
 
 
 def start_megatron() -> None:
     """Megatron's parallel state for one process; a CUDA device is emulated where there is none."""
+    import torch
+
     from megatron_mhc.runtime import cpu_device
 
     if not torch.cuda.is_available():
@@ -222,6 +225,7 @@ def build(
 
 def measure(block: TransformerBlock, tokens: int, width: int) -> Row:
     """Run ``block`` forward and backward on random streams of that ``width`` and count bytes."""
+    import torch
     from megatron.core.pipeline_parallel import schedules
 
     from megatron_mhc.commands.storage_meter import StorageMeter
@@ -229,7 +233,7 @@ def measure(block: TransformerBlock, tokens: int, width: int) -> Row:
 
     device = next(block.parameters()).device
 
-    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+    def forward() -> tuple[Tensor, Tensor]:
         x = torch.randn(tokens, 1, width, device=device, requires_grad=True)
         block.set_input_tensor(x)
         return x, block(None, None)

@@ -9,16 +9,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_mhc.convert.conversion import TARGETS, Report, convert
-from megatron_mhc.convert.maps import RMS, TOKENS
-from megatron_mhc.convert.saved_args import STANDARD
-from megatron_mhc.convert.upcycle import FLAGS
+from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
 from megatron_mhc.settings.residual import NORM_EPS
+
+if TYPE_CHECKING:
+    from megatron_mhc.convert.conversion import Converted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Convert and tell; 0."""
+    from megatron_mhc.convert.conversion import convert
+
     # As on Ctrl-C, what was begun is taken away again.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = {
@@ -141,7 +143,9 @@ def _progress(nbytes: int) -> Iterator[Callable[[int], Any]]:
         yield bar.update
 
 
-def _print(report: Report) -> None:
+def _print(report: Converted) -> None:
+    from megatron_mhc.convert.maps import RMS, TOKENS
+
     streams = report.streams
     print(
         f'{report.origin} -> {report.target}: {len(streams.layers)} layers, n = '
@@ -167,7 +171,7 @@ def _print(report: Report) -> None:
         )
 
 
-def _how_to_load(report: Report, destination: pathlib.Path) -> str:
+def _how_to_load(report: Converted, destination: pathlib.Path) -> str:
     if report.target == 'mhc':
         streams = report.streams
         flags = ['--residual-type mhc', f'--mhc-num-residual-streams {streams.num_streams}']

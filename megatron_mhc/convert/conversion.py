@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
 from megatron_mhc.convert.complete import check_model, check_parts
-from megatron_mhc.convert.layouts import LAYOUTS, SUBLAYERS, Layout, Streams, to_tensors
+from megatron_mhc.convert.layouts import LAYOUTS, SUBLAYERS, StoredLayout, Streams, to_tensors
 from megatron_mhc.convert.maps import EPS, differences
 from megatron_mhc.convert.output import (
     Content,
@@ -24,7 +25,6 @@ from megatron_mhc.convert.output import (
     write_safetensors,
 )
 from megatron_mhc.convert.saved_args import (
-    STANDARD,
     Described,
     are_stacked,
     converted_args,
@@ -33,10 +33,9 @@ from megatron_mhc.convert.saved_args import (
     read_streams,
 )
 from megatron_mhc.convert.source import Source, open_source
-from megatron_mhc.convert.upcycle import FLAGS, upcycled
+from megatron_mhc.convert.upcycle import upcycled
 from megatron_mhc.convert.verify import largest_difference
 
-TARGETS = tuple(LAYOUTS)
 # Upcycling is exact; what is left of the logits' size is fp32 rounding.
 ROUNDING = 1e-4
 PARTS = ('phi', 'b', 'alpha')
@@ -53,7 +52,7 @@ class Row(NamedTuple):
 
 
 @dataclass
-class Report:
+class Converted:
     """What a conversion did, or with ``dry_run`` would do.
 
     Attributes:
@@ -88,7 +87,7 @@ def convert(
     overwrite: bool = False,
     unchecked: bool = False,
     progress: Callable[[int], contextlib.AbstractContextManager] | None = None,
-) -> Report:
+) -> Converted:
     """Convert a checkpoint; needs neither a GPU nor a process group.
 
     Args:
@@ -137,7 +136,7 @@ def convert(
     factor = (upcycling or {}).get('init_gating_factor')
     args = converted_args(opened.args, streams, layout, factor)
     content = Content(opened, carried, new, {**opened.common, 'args': args, 'iteration': 0})
-    report = Report(
+    report = Converted(
         described.name,
         to,
         _rows(described, layout, new, stacked),
@@ -190,7 +189,7 @@ def _carried(source: Source, described: Described) -> list[str]:
     return names
 
 
-def _write(folder: pathlib.Path, content: Content, streams: Streams, layout: Layout) -> None:
+def _write(folder: pathlib.Path, content: Content, streams: Streams, layout: StoredLayout) -> None:
     if layout.name == 'deepseek-v4':
         config = {
             'num_hidden_layers': len(streams.layers),
@@ -206,7 +205,9 @@ def _write(folder: pathlib.Path, content: Content, streams: Streams, layout: Lay
         write_distributed(folder, content)
 
 
-def _rows(described: Described, layout: Layout, new: dict[str, Tensor], stacked: bool) -> list[Row]:
+def _rows(
+    described: Described, layout: StoredLayout, new: dict[str, Tensor], stacked: bool
+) -> list[Row]:
     rows = []
     own = described.layout
     for sublayer in SUBLAYERS:
@@ -238,7 +239,7 @@ def _joined(names: list[str]) -> str:
     return f'{start}{{{",".join(name.removeprefix(start) for name in names)}}}'
 
 
-def _templates(layout: Layout, sublayer: str, stacked: bool) -> list[list[str]]:
+def _templates(layout: StoredLayout, sublayer: str, stacked: bool) -> list[list[str]]:
     """Names of phi, of b and of alpha."""
     names = layout.names[sublayer]
     if stacked:

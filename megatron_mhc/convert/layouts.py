@@ -55,7 +55,7 @@ class Streams:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StoredLayout:
     """Names and order of one layout.
 
     Args:
@@ -106,14 +106,14 @@ _MERGE = 'decoder.stream_merge.'
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout(
+        StoredLayout(
             'mhc',
             transposed=False,
             names=_MEGATRON,
             streams='mhc_num_residual_streams',
             head=(_MERGE + 'mapping_proj.weight', _MERGE + 'bias', _MERGE + 'alpha'),
         ),
-        Layout(
+        StoredLayout(
             'megatron-main',
             transposed=False,
             names=_MEGATRON,
@@ -121,7 +121,7 @@ LAYOUTS = {
             flag='enable_mhc_connections',
             streams='mhc_num_residual_streams',
         ),
-        Layout(
+        StoredLayout(
             'megatron-dev',
             transposed=True,
             names=_MEGATRON,
@@ -129,7 +129,7 @@ LAYOUTS = {
             head_always=True,
             flag='enable_hyper_connections',
         ),
-        Layout('deepseek-v4', transposed=True, names=_V4, head=_HEAD, head_always=True),
+        StoredLayout('deepseek-v4', transposed=True, names=_V4, head=_HEAD, head_always=True),
     )
 }
 
@@ -141,7 +141,7 @@ def transpose_res(rows: Tensor, num_streams: int) -> Tensor:
     return torch.cat([rows[: 2 * n], res])
 
 
-def to_tensors(streams: Streams, layout: Layout, stacked: bool) -> dict[str, Tensor]:
+def to_tensors(streams: Streams, layout: StoredLayout, stacked: bool) -> dict[str, Tensor]:
     """``streams`` under the names and in the order of ``layout``.
 
     Args:
@@ -169,14 +169,14 @@ def to_tensors(streams: Streams, layout: Layout, stacked: bool) -> dict[str, Ten
     return tensors
 
 
-def _stored(own: Parameters, layout: Layout, n: int) -> list[Tensor]:
+def _stored(own: Parameters, layout: StoredLayout, n: int) -> list[Tensor]:
     if layout.transposed:
         own = own._replace(phi=transpose_res(own.phi, n), bias=transpose_res(own.bias, n))
     joined = len(layout.names[SUBLAYERS[0]]) == 3
     return [own.phi, own.bias, *([own.alpha] if joined else own.alpha.split(1))]
 
 
-def _stack(tensors: dict[str, Tensor], layout: Layout, num_layers: int) -> dict[str, Tensor]:
+def _stack(tensors: dict[str, Tensor], layout: StoredLayout, num_layers: int) -> dict[str, Tensor]:
     stacked: dict[str, list[Tensor]] = {}
     for number in range(num_layers):
         pairs = zip(layout.sublayer_names(None), layout.sublayer_names(number), strict=True)
@@ -188,7 +188,7 @@ def _stack(tensors: dict[str, Tensor], layout: Layout, num_layers: int) -> dict[
 
 def from_tensors(
     get: Callable[[str], Tensor],
-    layout: Layout,
+    layout: StoredLayout,
     *,
     num_streams: int,
     hidden_size: int,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mhc.convert.layouts import Layout, Parameters, Streams, to_tensors
+from megatron_mhc.convert.layouts import Parameters, StoredLayout, Streams, to_tensors
 from megatron_mhc.settings.residual import NORM_EPS
 
 EPS = 1e-6
@@ -31,13 +31,13 @@ RMS = (0.02, 2.0)
 OF = ('H_pre', 'H_post', 'H_res', 'merge')
 
 
-def stored_parameters(get, layout: Layout, layer: int | None, sublayer: int) -> Parameters:
+def stored_parameters(get, layout: StoredLayout, layer: int | None, sublayer: int) -> Parameters:
     """phi, b and the three alpha of one sublayer as ``layout`` stores them."""
     _, names = tuple(layout.sublayer_names(layer))[sublayer]
     return Parameters(get(names[0]), get(names[1]), torch.cat([get(name) for name in names[2:]]))
 
 
-def normalised(layout: Layout, x: Tensor, own_eps: float = NORM_EPS) -> Tensor:
+def normalised(layout: StoredLayout, x: Tensor, own_eps: float = NORM_EPS) -> Tensor:
     """``[..., n*C]`` divided by its root mean square; ``own_eps`` is that of ``mhc``."""
     square = x.square().mean(dim=-1, keepdim=True)
     if layout.name in ('megatron-main', 'megatron-dev'):
@@ -46,7 +46,7 @@ def normalised(layout: Layout, x: Tensor, own_eps: float = NORM_EPS) -> Tensor:
 
 
 def maps(
-    layout: Layout,
+    layout: StoredLayout,
     x: Tensor,
     stored: Parameters,
     num_streams: int,
@@ -87,7 +87,7 @@ def maps(
 
 
 def merge_gates(
-    layout: Layout,
+    layout: StoredLayout,
     x: Tensor,
     head: Parameters | None,
     num_streams: int,
@@ -110,7 +110,7 @@ def merge_gates(
 
 
 def differences(
-    streams: Streams, first: Layout, second: Layout, norm_eps: float
+    streams: Streams, first: StoredLayout, second: StoredLayout, norm_eps: float
 ) -> dict[str, float]:
     """The largest difference between the maps of two layouts of ``streams`` on random tokens."""
     n, width = streams.num_streams, streams.num_streams * streams.hidden_size
@@ -142,7 +142,7 @@ def differences(
     return largest
 
 
-def stored_head(get, layout: Layout, names) -> Parameters | None:
+def stored_head(get, layout: StoredLayout, names) -> Parameters | None:
     """The learned merge that ``layout`` stores; None where the mean is taken."""
     if layout.head is None or layout.head[0] not in names:
         return None

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from megatron_mhc.convert.layouts import LAYOUTS, Layout, Streams, from_tensors
+from megatron_mhc.convert.choices import STANDARD
+from megatron_mhc.convert.layouts import LAYOUTS, StoredLayout, Streams, from_tensors
 from megatron_mhc.convert.source import Source
 from megatron_mhc.settings.flags_residual import FIELDS, resolve_arguments, saved_residual_config
 from megatron_mhc.settings.residual import NORM_EPS, ResidualConfig
 
-STANDARD = 'standard'
 ITERATIONS = 'mhc_sinkhorn_iterations'
 SAMPLES = ('consumed_train', 'consumed_valid', 'skipped_train')
 # How far the run had come: the output is a release, from which training starts anew.
@@ -30,7 +30,7 @@ class Described(NamedTuple):
         norm_eps: of the norm of all streams; that of ``mhc`` where a layout has it built in.
     """
 
-    layout: Layout | None
+    layout: StoredLayout | None
     num_layers: int
     hidden_size: int
     num_streams: int
@@ -165,7 +165,10 @@ def read_streams(source: Source, described: Described) -> Streams:
 
 
 def converted_args(
-    args: argparse.Namespace, streams: Streams, layout: Layout, init_gating_factor: float | None
+    args: argparse.Namespace,
+    streams: Streams,
+    layout: StoredLayout,
+    init_gating_factor: float | None,
 ) -> argparse.Namespace:
     """The arguments of a run that would have saved ``streams`` in ``layout``."""
     args = copy.copy(args)

@@ -23,15 +23,6 @@ from megatron_mhc.inputs.values import (
 from megatron_mhc.manifolds.sinkhorn import IDENTITY
 from megatron_mhc.settings.residual import LEAST_NORM_EPS, NORM_EPS
 
-# Argument -> flag of the command.
-FLAGS = {
-    'num_streams': '--mhc-num-residual-streams',
-    'iterations': '--mhc-sinkhorn-iterations',
-    'stream_merge': '--mhc-stream-merge',
-    'norm_eps': '--mhc-norm-eps',
-    'init_gating_factor': '--mhc-init-gating-factor',
-    'noise': '--break-symmetry',
-}
 # What fp32 still tells from 0.
 LEAST_FACTOR = 1e-30
 # Share of its home stream in what a sublayer reads; the others have the rest.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_mhc.checkpoints.check import checkpoint_arguments, loads_optimizer
 from megatron_mhc.inputs.values import MOST_FACTOR, number
 from megatron_mhc.settings.megatron_sizes import STYLE
 
@@ -66,6 +65,9 @@ def resolve_lr_steps(args: argparse.Namespace) -> bool:
                     f'--{name.replace("_", "-")} has no effect with --lr-decay-style '
                     f'{args.lr_decay_style}: drop it or set --lr-decay-style {STYLE}'
                 )
+    # Torch reads checkpoints, and help does without it.
+    from megatron_mhc.checkpoints.check import checkpoint_arguments, loads_optimizer
+
     # Megatron loads the scheduler of the checkpoint, whatever the flags say.
     if args.use_checkpoint_opt_param_scheduler and args.load and loads_optimizer(args):
         saved = checkpoint_arguments(args.load, args.ckpt_step)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
-from megatron_mhc.pipeline.deferred_wgrad import WeightGradients, delayed_modules
+from megatron_mhc.pipeline.deferred_wgrad import DeferredWgrads, delayed_modules
 from megatron_mhc.residual.post_stream import left_in_flight, taken
 from megatron_mhc.residual.recompute import RecomputedSegment, opened_segments
 from megatron_mhc.schedules.executor_streams import Launched, high_priority_stream
@@ -49,7 +49,7 @@ class ChunkStage:
         self._delayed = delayed_modules(chunk)
         self._kept: dict[int, tuple[Tensor | None, Tensor]] = {}
         self._segments: dict[int, list[RecomputedSegment]] = {}
-        self._weights: dict[int, WeightGradients] = {}
+        self._weights: dict[int, DeferredWgrads] = {}
         self.tokens: Tensor | int = 0
 
     def forward(self, microbatch: int, x: Tensor | None) -> Tensor | Launched[Tensor] | None:
@@ -83,14 +83,14 @@ class ChunkStage:
         x, output = self._kept.pop(microbatch)
         self._segments.pop(microbatch)
         gradient = schedules.backward_step(x, output, grad, self.config)
-        WeightGradients(self._delayed).run()
+        DeferredWgrads(self._delayed).run()
         return gradient
 
     def backward_input(self, microbatch: int, grad: Tensor | None) -> Tensor | None:
         """Gradient of the input; the weights' are left for ``backward_weight``."""
         x, output = self._kept.pop(microbatch)
         self._segments.pop(microbatch)
-        weights = self._weights[microbatch] = WeightGradients(self._delayed)
+        weights = self._weights[microbatch] = DeferredWgrads(self._delayed)
         with weights.collect():
             return schedules.backward_step(x, output, grad, self.config)
 

@@ -1,8 +1,8 @@
 """Weight gradients as an operation of their own, for the linear layers of a Megatron model.
 
 A schedule that splits the backward runs I, the gradient of a stage's input, and W, the gradients of
-its weights, at different times. Inside ``WeightGradients.collect`` the backward of tensor-parallel
-linear layers computes input gradients and puts the weight gradients off; ``WeightGradients.run``
+its weights, at different times. Inside ``DeferredWgrads.collect`` the backward of tensor-parallel
+linear layers computes input gradients and puts the weight gradients off; ``DeferredWgrads.run``
 does them. Layers of Transformer Engine put theirs off by themselves (``delay_wgrad_compute``), and
 their ``backward_dw`` is called here. Everything small (norms, biases, mappings) stays in I.
 """
@@ -24,7 +24,7 @@ Weight = Callable[[], None]
 _pending: list[Weight] | None = None
 
 
-class WeightGradients:
+class DeferredWgrads:
     """The weight gradients that one I left over, for one chunk and microbatch.
 
     Args:

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 
 from megatron_mhc.inputs.refusal import announce
 from megatron_mhc.residual.hyper_connection import HyperConnection
-from megatron_mhc.settings.recompute_cost import block_cost, block_size, kept_cost, whole_cost
+from megatron_mhc.settings.recompute_cost import kept_cost, segment_cost, segment_size, whole_cost
 from megatron_mhc.settings.residual import ResidualConfig
 
 
@@ -26,12 +26,12 @@ def choose_segment_size(block: TransformerBlock, residual: ResidualConfig) -> in
     sizes, choices = {}, []
     for stage in sorted(stages, reverse=True):
         alive = _alive_at_once(block.config, stage)
-        size = sizes[stage] = block_size(wanted, n, alive)
+        size = sizes[stage] = segment_size(wanted, n, alive)
         if not stage:
             continue
         choices.append(
             f'L_r = {size} for {alive} sublayers of a stage (kept {kept_cost(n, alive, size)}C, at '
-            f'most {block_cost(n, alive, size)}C, without {whole_cost(n, alive)}C values a token)'
+            f'most {segment_cost(n, alive, size)}C, without {whole_cost(n, alive)}C values a token)'
         )
     announce(f'--mhc-recompute-layer-num {wanted}, by formula: {"; ".join(choices)}')
     return sizes[sublayers]

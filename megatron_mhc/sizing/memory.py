@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from megatron_mhc.schedules.catalog import SCHEDULES
 from megatron_mhc.schedules.live import live_at_peak
 from megatron_mhc.schedules.stage_layers import layer_counts, stage_at
-from megatron_mhc.settings.recompute_cost import block_size, kept_cost
+from megatron_mhc.settings.recompute_cost import kept_cost, segment_size
 from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
 from megatron_mhc.sizing.size import REPLICATED, ends, layer_parameters
 
@@ -115,9 +115,9 @@ class RankMemory:
         optimizer: two moments, and fp32 master weights of narrower ones, shared out over the
             replicas.
         live: activations at the peak, in whole forward passes of the rank.
-        kept: activations of one such pass, without block recomputation.
-        kept_recompute: with it (mHC, section 4.3.2), in blocks of the model's L_r, else the best.
-        rebuilt: what block recomputation holds at a time, once.
+        kept: activations of one such pass, without recomputed segments.
+        kept_recompute: with it (mHC, section 4.3.2), in segments of the model's L_r, else the best.
+        rebuilt: what a rebuilt segment holds at a time, once.
         logits: of the output layer, once.
     """
 
@@ -247,7 +247,7 @@ def _states(parts: Counter[str], layout: Layout, width: int) -> tuple[int, int, 
 
 
 def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tuple[int, int, int]:
-    """Bytes of a microbatch: kept, kept under block recomputation, and rebuilt at a time."""
+    """Bytes of a microbatch: kept, kept with recomputed segments, and rebuilt at a time."""
     hidden, residual = shape.hidden, shape.residual
     inside = sum(_inside(shape, layer) for stage in stages for layer in stage)
     sublayers = [2 * len(stage) for stage in stages]
@@ -263,10 +263,10 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     kept = always + sum(sublayers) * around
     size = residual.recompute_layer_num
     size = 'auto' if size == 'none' else size
-    blocks = [block_size(size, n, count) for count in sublayers]
-    firsts = sum(kept_cost(n, *pair) for pair in zip(sublayers, blocks, strict=True))
+    sizes = [segment_size(size, n, count) for count in sublayers]
+    firsts = sum(kept_cost(n, *pair) for pair in zip(sublayers, sizes, strict=True))
     recomputed = always + firsts * hidden
-    return token * kept, token * recomputed, token * max(blocks) * around
+    return token * kept, token * recomputed, token * max(sizes) * around
 
 
 def _inside(shape: ModelShape, layer: int) -> int:

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_mhc.schedules.stage_layers import stage_at
-from megatron_mhc.settings.recompute_cost import block_size
+from megatron_mhc.settings.recompute_cost import segment_size
 from megatron_mhc.sizing.flops import layer_flops, token_flops
 from megatron_mhc.sizing.memory import (
     FP32,
@@ -200,12 +200,12 @@ class CostModel:
         return sum(map(groups.tp.gather_seconds, sizes)), sum(map(groups.tp.sent, sizes))
 
     def _rebuild(self, stage: Costs, layout: Layout, sublayers: int) -> None:
-        """Block recomputation runs the forward kernels of every sublayer again.
+        """Recomputed segments run the forward kernels of every sublayer again.
 
-        A V schedule rebuilds the block that a backward begins with ahead of it, as R.
+        A V schedule rebuilds the segment that a backward begins with ahead of it, as R.
         """
         residual = self.shape.residual
-        size = block_size(residual.recompute_layer_num, residual.num_residual_streams, sublayers)
+        size = segment_size(residual.recompute_layer_num, residual.num_residual_streams, sublayers)
         if not residual.enabled or not size:
             return
         forward = self._sublayer(layout).forward

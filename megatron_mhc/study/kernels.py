@@ -26,9 +26,9 @@ class Sublayer(NamedTuple):
 class BytesModel:
     """What our kernels read and write (``kernels.traffic``) at a share of memory bandwidth.
 
-    One sublayer is a seam: F_post,res of the sublayer before, then mapping and F_pre. Where that of
-    the MLP is hidden, every second sublayer has only the rest. A plain residual connection is an
-    addition, in the backward one of gradients.
+    One sublayer is a fused edge: F_post,res of the sublayer before, then mapping and F_pre. Where
+    that of the MLP is hidden, every second sublayer has only the rest. A plain residual connection
+    is an addition, in the backward one of gradients.
 
     Args:
         hardware: its memory bandwidth, and how much of F_post,res it hides.
@@ -72,7 +72,7 @@ def _forms(n: int) -> tuple[tuple[Traffic, Traffic], tuple[Traffic, Traffic]]:
         return (plain, plain), (plain, plain)
     forms = our_forms(n)
     kernels = kernel_forms(n)
-    whole = forms['forward at the seam'], forms['backward at the seam']
+    whole = forms['forward at the fused edge'], forms['backward at the fused edge']
     backward = [
         kernels[name] for name in ('pre_backward', 'maps_backward', 'read_backward HAS_G HAS_U')
     ]

@@ -1,4 +1,4 @@
-"""The figures of a study: one row for each layout, number of streams and size of blocks."""
+"""The figures of a study: one row for each layout, number of streams and size of segments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Point:
 
     Args:
         layout: the ranks.
-        residual: streams and blocks.
+        residual: streams and segments.
         microbatches: m.
         step_s: the whole step.
         tokens_per_gpu_s: tokens a second and GPU.

@@ -25,7 +25,7 @@ from megatron_mhc.residual.hyper_connection import HyperConnection
 from megatron_mhc.residual.layer import HyperConnectionLayerMixin
 from megatron_mhc.residual.post_stream import settle, use_post_stream
 from megatron_mhc.residual.recompute import RecomputedSegment, opened_segments
-from megatron_mhc.settings.recompute_cost import block_size
+from megatron_mhc.settings.recompute_cost import segment_size
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
@@ -138,7 +138,7 @@ def test_no_bit_changes(build, share_storage, case, backend):
         model = made(size)
         with opened_segments() as segments:
             loss = forward(model)
-        sublayers = block_size(size, residual.get('num_residual_streams', 4), 4)
+        sublayers = segment_size(size, residual.get('num_residual_streams', 4), 4)
         assert len(segments) == math.ceil(4 / sublayers)
         loss.backward()
         assert_equal({'loss': loss.detach(), **taken(model)}, expected)

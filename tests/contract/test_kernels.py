@@ -1,4 +1,4 @@
-"""The Triton kernels inside GPT models: equal to the torch path, and seams where they belong."""
+"""The Triton kernels inside GPT models: equal to the torch path, fused edges where they belong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
 )
 SELECTIVE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn', 'mlp']}
-# name -> (residual settings, model settings, seams in three layers)
+# name -> (residual settings, model settings, fused edges in three layers)
 CASES = {
     'mhc': ({'init': 'identity'}, {}, 5),
     'two-streams': ({'num_residual_streams': 2}, {}, 5),
@@ -24,7 +24,7 @@ CASES = {
     'dropout': ({}, {'hidden_dropout': 0.3}, 5),
     'moe': ({}, MOE, 5),
     'fp32-residual': ({}, {'fp32_residual_connection': True}, 5),
-    # Seams between the sublayers of one layer only, in forward and again in recomputation.
+    # Fused edges between the sublayers of one layer only, in forward and again in recomputation.
     'full-recompute': (
         {},
         {
@@ -50,7 +50,7 @@ def block_spec(config):
 
 
 @pytest.fixture
-def seams(monkeypatch):
+def fused_edges(monkeypatch):
     """Counts the reads that came with a sublayer still to be written."""
     calls = []
     original = HyperConnection.forward
@@ -72,15 +72,15 @@ def assert_close_steps(got, expected):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_kernels_equal_torch(build, step, seams, case):
-    residual, settings, expected_seams = CASES[case]
+def test_kernels_equal_torch(build, step, fused_edges, case):
+    residual, settings, expected_edges = CASES[case]
     spec = block_spec if settings is MOE else None
     results = {}
     for backend in ('torch', 'triton'):
-        seams.clear()
+        fused_edges.clear()
         model = build({**residual, 'kernel_backend': backend}, spec=spec, **settings)
         results[backend] = step(model)
-        assert sum(seams) == (expected_seams if backend == 'triton' else 0)
+        assert sum(fused_edges) == (expected_edges if backend == 'triton' else 0)
     assert_close_steps(results['triton'], results['torch'])
 
 
@@ -106,7 +106,7 @@ def test_a_replaced_tensor_between_layers_takes_the_plain_path(build, step):
 
 
 def test_streams_used_twice_get_both_gradients(build, step):
-    """A hook that reads the streams at a seam adds its own loss; none of it may be lost."""
+    """A hook that reads the streams at a fused edge adds its own loss; none of it may be lost."""
     extra = {}
     for backend in ('torch', 'triton'):
         model = build({'kernel_backend': backend, 'init': 'identity'})

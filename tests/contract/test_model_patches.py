@@ -1,4 +1,4 @@
-"""What the seams around the model decide: optimizer groups, and refusals at model build."""
+"""What the patches around the model decide: optimizer groups, and refusals at model build."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_only_phi_may_be_decayed(build, residual_type, decay, standard_rule):
 
 
 def test_a_model_that_was_not_widened_is_refused(build):
-    """The seam for a script that builds something else than a GPTModel."""
+    """The patch for a script that builds something else than a GPTModel."""
     model = build()
     model.config.residual_config = ResidualConfig()
     with pytest.raises(RuntimeError, match='--residual-type mhc had no effect.*GPTModel'):

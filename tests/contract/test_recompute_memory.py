@@ -12,7 +12,7 @@ from megatron_mhc import ResidualConfig
 from megatron_mhc.commands import recompute as recompute_memory
 from megatron_mhc.commands.storage_meter import StorageMeter
 from megatron_mhc.inputs import refusal
-from megatron_mhc.settings.recompute_cost import best_block, block_cost, kept_cost
+from megatron_mhc.settings.recompute_cost import best_segment, kept_cost, segment_cost
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; the command runs on a GPU too'
@@ -37,9 +37,9 @@ def test_memory_is_the_formula(megatron, sublayers):
     to 2n + 1 above: F_post,res as it runs again."""
     for size in ('auto', 12):
         row = measured(sublayers, size)
-        number = best_block(N, sublayers) if size == 'auto' else size
+        number = best_segment(N, sublayers) if size == 'auto' else size
         assert row.kept_by_mhc == kept_cost(N, sublayers, number) * VALUE
-        above = row.peak_of_mhc / VALUE - block_cost(N, sublayers, number)
+        above = row.peak_of_mhc / VALUE - segment_cost(N, sublayers, number)
         assert -6 <= above <= 2 * N + 1
 
 

@@ -103,7 +103,7 @@ def test_offsets_of_wide_streams(interpreter):
 @pytest.mark.parametrize('n', [2, 4])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
 def test_what_is_kept_for_backward(n, dtype, device, random_seed):
-    """A read, a seam and a write keep, beside parameters, per token:
+    """A read, a fused edge and a write keep, beside parameters, per token:
 
     x and x_new (2 n C values), y of both sublayers (2 C values), and in fp32 of each sublayer the
     projection (n^2 + 2n), 1/r (1), H_res (n^2) and H_post (n).

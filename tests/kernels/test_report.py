@@ -45,8 +45,8 @@ def test_forms_for_any_number_of_streams(n):
     assert total.map_reads == total.map_writes == n * n + 2 * n
     three = ours['forward in three passes']
     assert (three.reads, three.writes) == (3 * n + 1, n + 1)
-    assert ours['forward at the seam'].elements == 3 * n + 2
-    assert ours['backward at the seam'].elements == 6 * n + 4
+    assert ours['forward at the fused edge'].elements == 3 * n + 2
+    assert ours['backward at the fused edge'].elements == 6 * n + 4
     # Fusing F_post,res: (3n+1)C -> (n+1)C read and 3nC -> nC written (mHC, Section 4.3.1).
     assert ours['F_post,res'] == Traffic(n + 1, n, n * n + n, 0)
 
@@ -69,9 +69,9 @@ def test_launches_move_what_the_formulas_say(n, channels, dtype):
 
 
 def test_a_step_moves_what_the_forms_say():
-    """Two sublayers with a seam: a first read, the seam and a last write; backward twice."""
+    """Two sublayers with a fused edge: a first read, the edge and a last write; backward twice."""
     n, channels, tokens, dtype = 4, 256, 64, torch.bfloat16
-    launches = shipped.seam_launches(n, channels, tokens, dtype)
+    launches = shipped.fused_edge_launches(n, channels, tokens, dtype)
     vectors = sum(traffic.launch_bytes_by_kind(launch)['streams'] for launch in launches)
     vectors //= tokens * channels * dtype.itemsize
     assert vectors == (2 * n + 1) + (3 * n + 2) + (2 * n + 1) + 2 * (6 * n + 4)

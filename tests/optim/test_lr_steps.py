@@ -63,7 +63,7 @@ def test_refusals_are_one_line_and_name_the_flag(refused, flags):
     assert REFUSED[flags] in refused(flags)
 
 
-def test_the_checkpoints_schedule_brings_the_seam_with_it(parse, tmp_path):
+def test_the_checkpoints_schedule_brings_the_patch_with_it(parse, tmp_path):
     """Megatron loads the style with the scheduler; it has to be one that it knows by then."""
     from megatron_mhc.patches import engine
     from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH

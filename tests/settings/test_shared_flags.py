@@ -24,7 +24,7 @@ def release(parser, *args, **kwargs):
 
 
 def parse(monkeypatch, *flags: str) -> argparse.Namespace:
-    """Through our seam, without the checks that need Megatron."""
+    """Through our patch, without the checks that need Megatron."""
     monkeypatch.setattr(
         arguments,
         'accept',

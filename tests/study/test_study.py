@@ -17,7 +17,7 @@ from megatron_mhc.schedules.lowering import place_recompute
 from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.stage_layers import layer_counts
 from megatron_mhc.schedules.times import Times
-from megatron_mhc.settings.recompute_cost import block_size
+from megatron_mhc.settings.recompute_cost import segment_size
 from megatron_mhc.sizing.flops import step_flops, token_flops
 from megatron_mhc.sizing.memory import Layout, edge_bytes, rank_memory, stages_of
 from megatron_mhc.sizing.size import parameters
@@ -233,7 +233,7 @@ def test_only_the_last_block_is_rebuilt_ahead_of_a_v():
     model = CostModel(shape, H100, BytesModel(H100))
     # Six layers a stage: 12 sublayers, three blocks.
     first = model.stages(Layout(1, schedule='1f1b'))[0]
-    assert first.recompute == 0 and block_size(4, 4, 12) == 4
+    assert first.recompute == 0 and segment_size(4, 4, 12) == 4
     once = BytesModel(H100).sublayer(residual, 1280, 4096).forward
     v = model.stages(Layout(2, pp=2, schedule='zb-v'))
     assert [stage.recompute for stage in v] == pytest.approx([2 * once] * 4)

@@ -39,7 +39,7 @@ from megatron_mhc import ResidualConfig  # noqa: E402
 from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
 from megatron_mhc.patches.registry import RESIDUAL_PATCHES, SCHEDULE_PATCHES  # noqa: E402
-from megatron_mhc.pipeline.deferred_wgrad import WeightGradients, delayed_modules  # noqa: E402
+from megatron_mhc.pipeline.deferred_wgrad import DeferredWgrads, delayed_modules  # noqa: E402
 from megatron_mhc.settings.pipeline import PipelineConfig  # noqa: E402
 
 SEQUENCE, VOCABULARY = 16, 64
@@ -299,7 +299,7 @@ def case_weight_gradients_can_be_put_off():
             engine.apply(SCHEDULE_PATCHES)
             try:
                 model = build(residual, delayed=True, **settings)
-                # What the schedule's seam in DDP asks for.
+                # What the schedule's patch in DDP asks for.
                 model.config.pipeline_config = PipelineConfig('zb-v')
                 chunk = with_main_gradients(model)
                 delayed = delayed_modules(chunk)
@@ -308,7 +308,7 @@ def case_weight_gradients_can_be_put_off():
                 losses = [microbatch(chunk, seed) for seed in (1, 2)]
                 pending = []
                 for loss in losses:
-                    pending.append(WeightGradients(delayed))
+                    pending.append(DeferredWgrads(delayed))
                     with pending[-1].collect():
                         loss.backward()
                 fc1 = 'decoder.layers.0.self_attention.linear_qkv.weight'

@@ -85,13 +85,13 @@ def test_ideal_bytes():
     case = Case(hidden=4096, tokens=8192, streams=4)
     element, value = 2 * 4096 * 8192, 4 * 8192
     weight = 24 * 4 * 4096 * 4
-    # C-wide vectors: the mapping 4, F_pre 5, F_post,res 9; their sum; the seam saves a read.
+    # C-wide vectors: the mapping 4, F_pre 5, F_post,res 9; their sum; the fused edge saves a read.
     for op, forward, backward in (
         ('mapping', 4, 8),
         ('pre', 5, 9),
         ('post', 9, 14),
         ('sublayer', 18, 28),
-        ('seam', 14, 28),
+        ('fused_edge', 14, 28),
         ('sinkhorn', 0, 0),
     ):
         assert bench_bytes.ideal_elements(op, 'fwd', 4) == forward
@@ -104,7 +104,7 @@ def test_ideal_bytes():
     for op, direction, elements, weights in (('mapping', 'fwd', 4, 1), ('layer', 'bwd', 28, 2)):
         rest = bench_bytes.ideal_bytes(op, direction, case) - elements * element
         assert weights * weight < rest < weights * weight + element
-    # Read 9, seam 14, write 9, for two sublayers.
+    # Read 9, fused edge 14, write 9, for two sublayers.
     assert bench_bytes.ideal_elements('layer', 'fwd', 4) == 16
     assert bench_bytes.target('pre', 'fwd', case, 1.0, 0.93) == ('>= 92% of copy', 'met')
     assert bench_bytes.target('sinkhorn', 'fwd', case, 9.0, 0.1) == ('<= 8 us', 'missed')

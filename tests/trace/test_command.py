@@ -267,7 +267,7 @@ def test_delay(tmp_path, capsys):
     # A message from before does not count.
     early = (SENDRECV, 10, 50, 30, AUTOGRAD, 2)
     assert delay(post_at(950, [other, early])) is None
-    # Only within the range is it part of a seam.
+    # Only within the range is it part of a fused edge.
     assert delay(post_at(105, (), [('WriteRead', 1, 2, MAIN)])) == 5
     assert delay(post_at(105, (), [('WriteRead', 1, 501, MAIN)])) is None
     # Nothing to tell by.
@@ -335,9 +335,9 @@ def test_interval_arithmetic():
 
 def test_kernel_names_are_the_shipped_ones():
     source = (Path(__file__).parents[2] / 'kernels/triton/post_res.py').read_text()
-    seam = (Path(__file__).parents[2] / 'kernels/autograd/seam.py').read_text()
+    fused_edge = (Path(__file__).parents[2] / 'kernels/autograd/fused_edge.py').read_text()
     assert all(f'def {name}(' in source for name in POST_KERNELS)
-    assert f'class {FUSED_EDGE}(Function)' in seam
+    assert f'class {FUSED_EDGE}(Function)' in fused_edge
 
 
 @pytest.mark.parametrize(

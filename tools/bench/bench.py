@@ -17,7 +17,7 @@ from typing import NoReturn
 HERE = Path(__file__).resolve().parent
 HIDDEN, TOKENS, STREAMS = (1280, 2560, 4096, 7168), (2048, 8192, 32768), (2, 4)
 # Names only, so that --help needs no torch; a test holds them against the registries.
-OPS = ('sublayer', 'layer', 'seam', 'mapping', 'pre', 'post', 'sinkhorn')
+OPS = ('sublayer', 'layer', 'fused_edge', 'mapping', 'pre', 'post', 'sinkhorn')
 OURS = ('triton', 'triton-unfused', 'torch', 'torch.compile')
 PEERS = (
     *('tilekernels', 'tilekernels-2', 'te', 'te-split-k', 'te-buffer'),

@@ -17,8 +17,8 @@ FORMS = {
     'mapping': ('mapping', 'mapping backward'),
     'pre': ('F_pre', 'F_pre backward'),
     'post': ('F_post,res', 'F_post,res backward'),
-    'sublayer': ('forward in three passes', 'backward at the seam'),
-    'seam': ('forward at the seam', 'backward at the seam'),
+    'sublayer': ('forward in three passes', 'backward at the fused edge'),
+    'fused_edge': ('forward at the fused edge', 'backward at the fused edge'),
 }
 
 
@@ -31,9 +31,9 @@ def traffic(op: str, direction: str, streams: int) -> list[Traffic]:
             kernel_forms(streams)[f'sinkhorn_{"forward" if direction == FORWARD else "backward"}']
         ]
     if op == 'layer' and direction == FORWARD:
-        # One read, the seams, one write: a sublayer and LAYER - 1 seams.
-        seams = traffic('seam', FORWARD, streams) * (LAYER - 1)
-        return traffic('sublayer', FORWARD, streams) + seams
+        # One read, the edges, one write: a sublayer and LAYER - 1 edges.
+        edges = traffic('fused_edge', FORWARD, streams) * (LAYER - 1)
+        return traffic('sublayer', FORWARD, streams) + edges
     if op == 'layer':
         return traffic('sublayer', BACKWARD, streams) * LAYER
     return [our_forms(streams)[FORMS[op][direction == BACKWARD]]]
@@ -65,7 +65,7 @@ NO_WEIGHT = ('sinkhorn', 'pre', 'post')
 COPY_TARGETS = {
     ('pre', FORWARD): 0.92,
     ('post', FORWARD): 0.92,
-    ('seam', FORWARD): 0.85,
+    ('fused_edge', FORWARD): 0.85,
     ('sublayer', BACKWARD): 0.83,
 }
 # Microseconds for 8192 tokens.

@@ -11,7 +11,7 @@ from bench_contender import Contender
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-OPS = ('sublayer', 'layer', 'seam', 'mapping', 'pre', 'post', 'sinkhorn')
+OPS = ('sublayer', 'layer', 'fused_edge', 'mapping', 'pre', 'post', 'sinkhorn')
 """``sublayer`` is read, y given, write; ``layer`` two of them, whose time is given per sublayer."""
 COMPOSITES = ('sublayer', 'layer')
 PARAMS = ('weight', 'bias', 'alpha')
@@ -73,8 +73,8 @@ def _named(groups: list[Group], tensors: tuple[Tensor, ...]) -> dict[str, Tensor
 
 def build(op: str, contender: Contender, inputs: Inputs, *, timed: bool = False) -> Call:
     """The call of ``op`` by ``contender`` on its own copies of ``inputs``, to time or to check."""
-    if op == 'seam':
-        return _seam(contender, inputs, within=timed)
+    if op == 'fused_edge':
+        return _fused_edge(contender, inputs, within=timed)
     return _BUILDERS[op](contender, inputs)
 
 
@@ -167,7 +167,7 @@ def _layer(c: Contender, inputs: Inputs) -> Call:
     return Call([x, *ys, *params], forward, arriving)
 
 
-def _seam(c: Contender, inputs: Inputs, within: bool) -> Call:
+def _fused_edge(c: Contender, inputs: Inputs, within: bool) -> Call:
     y, params = _y(inputs), _params(c, inputs, 1)
     _, state = c.read(*_x(c, inputs).tensors, _params(c, inputs).tensors)
     flat, spec = tree_flatten(state)
@@ -178,7 +178,7 @@ def _seam(c: Contender, inputs: Inputs, within: bool) -> Call:
     arriving = [_d_x(c, inputs), _d_u(inputs, 1)]
 
     def forward() -> tuple[Tensor, ...]:
-        return c.seam(*y.tensors, state, params.tensors, within)
+        return c.fused_edge(*y.tensors, state, params.tensors, within)
 
     return Call([carried, y, params], forward, arriving)
 

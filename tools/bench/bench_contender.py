@@ -95,11 +95,11 @@ class Contender:
     def write_read(
         self, y: Tensor, state: Any, params: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Any]:
-        """``(x_new, u, state)``: the seam between two sublayers."""
+        """``(x_new, u, state)``: the fused edge between two sublayers."""
         x_new = self.write(y, state)
         return x_new, *self.read(x_new, params)
 
-    def seam(
+    def fused_edge(
         self, y: Tensor, state: Any, params: tuple[Tensor, ...], within: bool
     ) -> tuple[Tensor, Tensor]:
         """``write_read`` on its own: ``(x_new, u)``.

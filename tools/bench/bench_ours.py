@@ -85,7 +85,7 @@ class TritonOps(Torch):
 
 
 class Triton(TritonOps):
-    """Our kernels as the layers use them: read, write, and write_read at the seam."""
+    """Our kernels as the layers use them: read, write, and write_read at the fused edge."""
 
     name = 'triton'
     without = ()
@@ -101,7 +101,7 @@ class Triton(TritonOps):
     ) -> tuple[Tensor, Tensor, Any]:
         return ops.write_read(y, state, *params, **self._settings())
 
-    def seam(
+    def fused_edge(
         self, y: Tensor, state: Any, params: tuple[Tensor, ...], within: bool
     ) -> tuple[Tensor, Tensor]:
         x_new, u, carried = self.write_read(y, state, params)

@@ -18,7 +18,7 @@ class Lucidrains(Contender):
 
     name = 'lucidrains'
     timed = False
-    without = ('sublayer', 'layer', 'seam', 'mapping', 'pre', 'post')
+    without = ('sublayer', 'layer', 'fused_edge', 'mapping', 'pre', 'post')
 
     @classmethod
     def available(cls) -> tuple[bool, str]:

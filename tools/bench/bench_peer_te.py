@@ -190,4 +190,4 @@ class TransformerEngineBuffer(TransformerEngine):
 
     name = 'te-buffer'
     buffer = True
-    without = ('seam', 'mapping', 'pre', 'post', 'sinkhorn')
+    without = ('fused_edge', 'mapping', 'pre', 'post', 'sinkhorn')

@@ -109,7 +109,7 @@ class TileKernels(_TileKernels):
         h_pre, h_post, h_res = self._maps(x, params, adds_in_place=True)
         return self.pre(x, h_pre), (x, h_post, h_res)
 
-    def seam(
+    def fused_edge(
         self, y: Tensor, state: Any, params: tuple[Tensor, ...], within: bool
     ) -> tuple[Tensor, Tensor]:
         x_new = self.write(y, state)
@@ -120,7 +120,7 @@ class TileKernelsPerOp(_TileKernels):
     """Release 2, single kernels."""
 
     name = 'tilekernels-2'
-    without = ('sublayer', 'layer', 'seam', 'mapping')
+    without = ('sublayer', 'layer', 'fused_edge', 'mapping')
 
     @classmethod
     def available(cls) -> tuple[bool, str]:

@@ -1,7 +1,7 @@
 """A sublayer's two ends as functions that write the gradient of the streams once.
 
-``Read`` is the mapping and F_pre, ``Write`` is F_post,res, ``WriteRead`` the seam: F_post,res of
-one sublayer and ``Read`` of the next in one pass over the streams.
+``Read`` is the mapping and F_pre, ``Write`` is F_post,res, ``WriteRead`` the fused edge:
+F_post,res of one sublayer and ``Read`` of the next in one pass over the streams.
 
 The streams reach F_post,res as the output ``carried`` of ``Read``. What flows back through it is
 not its gradient but g, the gradient of F_post,res's *output*: ``Read`` multiplies by H_res itself,

@@ -1,4 +1,4 @@
-"""A sublayer's two ends: ``read``, ``write`` and the seam ``write_read``."""
+"""A sublayer's two ends: ``read``, ``write`` and the fused edge ``write_read``."""
 
 import pytest
 import torch
@@ -131,7 +131,7 @@ def test_chain_and_its_gradients(shape, dtype, device, random_seed):
 
 @pytest.mark.parametrize('shape', [(1, 5, 1), (2, 9, 67), (4, 66, 9), (8, 3, 5)], ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_the_seam_changes_no_bit(shape, dtype, device, random_seed):
+def test_the_fused_edge_changes_no_bit(shape, dtype, device, random_seed):
     """Stored streams, maps and all gradients are those of write and then read."""
     n, tokens, channels = shape
     tensors = two_sublayers(n, tokens, channels, device, dtype)
@@ -173,7 +173,7 @@ def test_read_and_write_are_within_one_ulp(dtype, device, random_seed):
     assert_one_ulp(out, post_res_ref(x, y, post, res), terms)
 
 
-@pytest.mark.parametrize('used', ['u', 'carried', 'h_post', 'x_new', 'u of the seam'])
+@pytest.mark.parametrize('used', ['u', 'carried', 'h_post', 'x_new', 'u of the fused edge'])
 def test_outputs_that_are_not_used(used, device, random_seed):
     """No write, no u, a map alone: what has no gradient adds nothing to the others."""
     tensors = two_sublayers(4, 5, 9, device, torch.float32)

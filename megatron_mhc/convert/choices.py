@@ -1,0 +1,16 @@
+"""What the command offers, apart from what needs torch."""
+
+from __future__ import annotations
+
+STANDARD = 'standard'
+# Names of ``LAYOUTS``.
+TARGETS = ('mhc', 'megatron-main', 'megatron-dev', 'deepseek-v4')
+# Argument -> flag of the command.
+FLAGS = {
+    'num_streams': '--mhc-num-residual-streams',
+    'iterations': '--mhc-sinkhorn-iterations',
+    'stream_merge': '--mhc-stream-merge',
+    'norm_eps': '--mhc-norm-eps',
+    'init_gating_factor': '--mhc-init-gating-factor',
+    'noise': '--break-symmetry',
+}
