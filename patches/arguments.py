@@ -21,21 +21,27 @@ from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline.embedding_copies import check_embedding_copies
 from megatron_mhc.runtime.kernel_choice import announce_kernels
-from megatron_mhc.settings.flags_engram import add_engram_arguments, resolve_engram
-from megatron_mhc.settings.flags_monitor import add_monitor_arguments, resolve_monitor
-from megatron_mhc.settings.flags_pipeline import add_pipeline_arguments, resolve_pipeline
-from megatron_mhc.settings.flags_residual import add_residual_arguments, resolve_arguments
+from megatron_mhc.settings.flags_engram import resolve_engram
+from megatron_mhc.settings.flags_monitor import resolve_monitor
+from megatron_mhc.settings.flags_pipeline import resolve_pipeline
+from megatron_mhc.settings.flags_residual import resolve_arguments
+from megatron_mhc.settings.groups import (
+    ENGRAM_FLAGS,
+    MONITOR_FLAGS,
+    PIPELINE_FLAGS,
+    RESIDUAL_FLAGS,
+)
 from megatron_mhc.settings.megatron_sizes import check_sizes
 from megatron_mhc.settings.refusals import POST_STREAM, check_residual
 from megatron_mhc.settings.shared_flags import add_groups, hand_over
 
 # What adds our argument groups, in the order in which --help shows them.
 GROUPS = (
-    add_residual_arguments,
-    add_engram_arguments,
-    add_pipeline_arguments,
+    RESIDUAL_FLAGS,
+    ENGRAM_FLAGS,
+    PIPELINE_FLAGS,
     add_lr_step_arguments,
-    add_monitor_arguments,
+    MONITOR_FLAGS,
 )
 OWN_FLAGS = (
     '--residual-type',
