@@ -29,8 +29,8 @@ def _wrap(original: Callable) -> Callable:
         # Prediction layers (MTP) keep the stock residual.
         residual = residual_config_from_args(settings)
         own = residual_flops(residual, settings.hidden_size, 2 * settings.num_layers)
-        streams = residual.num_residual_streams if residual.enabled else 1
-        own += engram_flops(engram_config_from_args(settings), settings.hidden_size, streams)
+        engram = engram_config_from_args(settings)
+        own += engram_flops(engram, settings.hidden_size, residual.streams)
         return original(*args, **kwargs) + STEP * tokens * own
 
     return num_floating_point_operations

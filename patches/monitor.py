@@ -86,7 +86,7 @@ def report(monitor: Monitor, step: dict[str, Any]) -> None:
     sampled = monitor.is_due(step['iteration'])
     if not (sampled or (broken and not monitor.broken)):
         return
-    streams = residual_config_from_args(args).num_residual_streams
+    streams = residual_config_from_args(args).streams
     found = gather(monitor, args.num_layers, streams, sampled, step['loss_scale'])
     writer = get_tensorboard_writer()
     if args.mhc_monitor and sampled:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from megatron_mhc.convert.choices import STANDARD
 from megatron_mhc.convert.layouts import LAYOUTS, StoredLayout, Streams, from_tensors
 from megatron_mhc.convert.source import Source
-from megatron_mhc.settings.flags_residual import FIELDS, resolve_arguments, saved_residual_config
+from megatron_mhc.settings.flag import flags_of
+from megatron_mhc.settings.flags_residual import resolve_arguments, saved_residual_config
 from megatron_mhc.settings.residual import NORM_EPS, ResidualConfig
 
 ITERATIONS = 'mhc_sinkhorn_iterations'
@@ -176,7 +177,8 @@ def converted_args(
         setattr(args, name, 0)
     factor = init_gating_factor or getattr(args, 'mhc_init_gating_factor', None)
     # Ours, theirs, and by all their names: what is not set below was never given.
-    for name in ('residual_type', *FIELDS, *_theirs()):
+    ours = [flag.dest for flag in flags_of(ResidualConfig).values()]
+    for name in (*ours, *_theirs()):
         if hasattr(args, name):
             delattr(args, name)
     values: dict[str, Any] = {

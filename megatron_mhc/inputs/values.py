@@ -41,10 +41,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
 
 
-def check_integer(name: str, value: Any, least: int, most: int, remedy: str) -> None:
-    """Raise ValueError unless ``value`` is an integer from ``least`` to ``most``."""
+def check_integer(
+    name: str, value: Any, least: int, most: int, remedy: str, words: tuple[str, ...] = ()
+) -> None:
+    """Raise ValueError unless ``value`` is an integer from ``least`` to ``most``, or a word."""
+    if value in words:
+        return
     if not isinstance(value, int) or type(value) is bool or not least <= value <= most:
-        raise ValueError(f'{name} {shown(value)}: {_wanted("an integer", least, most)}; {remedy}')
+        what = f'{", ".join(words)} or an integer' if words else 'an integer'
+        raise ValueError(f'{name} {shown(value)}: {_wanted(what, least, most)}; {remedy}')
 
 
 def check_number(

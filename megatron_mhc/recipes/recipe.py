@@ -255,8 +255,8 @@ def _experts(recipe: Recipe) -> Flags:
 def residual_flags(residual: ResidualConfig) -> Flags:
     """The residual connections' settings that a study or recipe chooses."""
     flags: Flags = {'residual-type': residual.residual_type}
-    if residual.enabled:
-        flags['mhc-num-residual-streams'] = residual.num_residual_streams
+    if residual.has_streams:
+        flags['mhc-num-residual-streams'] = residual.streams
         flags['mhc-init-gating-factor'] = residual.init_gating_factor
         if residual.norm_eps != NORM_EPS:
             flags['mhc-norm-eps'] = residual.norm_eps

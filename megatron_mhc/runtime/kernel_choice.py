@@ -13,7 +13,7 @@ import torch
 from megatron_mhc.inputs.refusal import announce
 from megatron_mhc.kernels.backend import kernel_obstacle
 from megatron_mhc.runtime import cpu_device
-from megatron_mhc.settings.residual import MAPPINGS, STREAM_TYPES, ResidualConfig
+from megatron_mhc.settings.residual import MAPPINGS, ResidualConfig
 
 
 def announce_kernels(args: argparse.Namespace, residual: ResidualConfig) -> None:
@@ -22,7 +22,7 @@ def announce_kernels(args: argparse.Namespace, residual: ResidualConfig) -> None
     Raises:
         ValueError: ``--mhc-kernel-backend triton`` where the kernels cannot run.
     """
-    if residual.residual_type not in STREAM_TYPES:
+    if not residual.has_streams:
         return
     on_gpu = torch.cuda.is_available() and not cpu_device.is_installed()
     device = torch.device('cuda' if on_gpu else 'cpu')

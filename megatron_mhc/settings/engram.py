@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
-from megatron_mhc.inputs.values import (
-    MOST_FACTOR,
-    MOST_LAYERS,
-    MOST_WIDTH,
-    check_integer,
-    check_number,
-    flag_of,
-    shown,
-)
+from megatron_mhc.inputs.values import MOST_FACTOR, MOST_LAYERS, MOST_WIDTH
+from megatron_mhc.settings.flag import check, setting, structure
 
 # A hash takes the orders one by one, and rows are numbered by 32 bits.
 MOST_ORDER, MOST_HEADS, MOST_ROWS, MOST_SEED = 64, 1024, 2**31 - 1, 2**63 - 1
@@ -28,60 +21,99 @@ ROW_BLOCKS = 768
 class EngramConfig:
     """Conditional memory of a model. Plain values only, so that it can be saved.
 
-    Args:
-        layers: decoder layers, counted from 1, before whose attention the memory is read (paper: 2
-            and 15 of 30).
-        ngram_orders: lengths of the suffix n-grams (paper: 2, 3).
-        heads: hash heads K of each order (paper: 8).
-        table_size: least rows of a head's table; each has the next prime of its own. The default
-            gives two layers 5.8e9 parameters, as Engram-27B has 5.7e9.
-        dim: d_mem, width of all retrieved vectors together (paper: 1280).
-        lr_mult: factor >= 0 on the learning rate of the tables (paper: 5).
-        seed: of the hash multipliers and of the initial weights.
+    Each field says what it is through its flag; megatron_mhc/docs/flags.md has them as a table.
 
     Raises:
         ValueError: a value is out of range; the message names the flag that sets it.
     """
 
-    layers: tuple[int, ...]
-    ngram_orders: tuple[int, ...] = (2, 3)
-    heads: int = 8
-    table_size: int = 2_262_400
-    dim: int = 1280
-    lr_mult: float = 5.0
-    seed: int = 0
+    layers: tuple[int, ...] = setting(
+        MISSING,
+        '--engram-layers',
+        int,
+        many=True,
+        least=1,
+        most=MOST_LAYERS,
+        why='layers count from 1; the paper uses 2 15 of 30',
+        structural=True,
+        metavar='N',
+        help='decoder layers, counted from 1, that read the memory before their attention',
+        more='the paper uses 2 15 of 30',
+    )
+    ngram_orders: tuple[int, ...] = setting(
+        (2, 3),
+        '--engram-ngram-orders',
+        int,
+        many=True,
+        least=2,
+        most=MOST_ORDER,
+        why='a bigram has order 2',
+        structural=True,
+        metavar='N',
+        help='lengths of the n-grams that end at a token',
+        source='the paper',
+    )
+    heads: int = setting(
+        8,
+        '--engram-heads',
+        int,
+        least=1,
+        most=MOST_HEADS,
+        structural=True,
+        metavar='K',
+        help='hash heads of each order, with one table each',
+        source='the paper',
+    )
+    table_size: int = setting(
+        2_262_400,
+        '--engram-table-size',
+        int,
+        least=2,
+        most=MOST_ROWS,
+        structural=True,
+        metavar='ROWS',
+        help='minimum rows of one table; each has a prime number of its own',
+        more="the default gives two layers 5.8e9 parameters, about the paper's 5.7e9",
+    )
+    dim: int = setting(
+        1280,
+        '--engram-dim',
+        int,
+        least=1,
+        most=MOST_WIDTH,
+        structural=True,
+        metavar='D',
+        help='width of what a token retrieves from all tables of a layer together, d_mem',
+        source='the paper',
+    )
+    lr_mult: float = setting(
+        5.0,
+        '--engram-lr-mult',
+        float,
+        most=MOST_FACTOR,
+        why='it multiplies the learning rate of the tables',
+        metavar='F',
+        help='factor on the learning rate of the tables, including its minimum; they never decay',
+        more='the tables use Adam',
+        source='the paper',
+    )
+    seed: int = setting(
+        0,
+        '--engram-seed',
+        int,
+        most=MOST_SEED,
+        structural=True,
+        metavar='SEED',
+        help='seed of the hash and of the initial weights of the memory',
+        more='separate from --seed, because a table means nothing under another hash',
+    )
 
     def __post_init__(self) -> None:
-        for name, least, most, remedy in (
-            ('layers', 1, MOST_LAYERS, 'layers count from 1; the paper uses 2 15'),
-            ('ngram_orders', 2, MOST_ORDER, 'a bigram has order 2; the paper uses 2 3'),
-        ):
-            given = getattr(self, name)
-            listed = isinstance(given, tuple | list)
-            whole = listed and all(type(v) is int and least <= v <= most for v in given)
-            if not whole or not given or len(set(given)) != len(given):
-                words = ' '.join(map(shown, given)) if listed else shown(given)
-                raise ValueError(
-                    f'{flag(name)} {words}: wanted different integers from {least} to {most}; '
-                    f'{remedy}'
-                )
-            object.__setattr__(self, name, tuple(sorted(given)))
-        for name, least, most in (
-            ('heads', 1, MOST_HEADS),
-            ('table_size', 2, MOST_ROWS),
-            ('dim', 1, MOST_WIDTH),
-            ('seed', 0, MOST_SEED),
-        ):
-            default = type(self).__dataclass_fields__[name].default
-            check_integer(flag(name), getattr(self, name), least, most, f'the default is {default}')
-        check_number(
-            *(flag('lr_mult'), self.lr_mult, 0, MOST_FACTOR),
-            'it multiplies the learning rate of the tables, and the paper uses 5',
-        )
+        check(self)
         if self.dim % self.tables:
             raise ValueError(
-                f'{flag("dim")} {self.dim}: not a multiple of {len(self.ngram_orders)} orders x '
-                f'{self.heads} heads = {self.tables} tables, which share it; use '
+                f'--engram-dim {self.dim}: not a multiple of the {len(self.ngram_orders)} orders x '
+                f'{self.heads} heads = {self.tables} tables that share it; use '
                 f'{-(-self.dim // self.tables) * self.tables}'
             )
 
@@ -107,15 +139,8 @@ class EngramConfig:
 
     def structure(self) -> tuple:
         """What has to be equal for weights to mean the same."""
-        values = dataclasses.asdict(self)
-        values.pop('lr_mult')
-        return tuple(values.items())
+        return structure(self)
 
     def describe(self) -> str:
         """One line for error messages."""
         return ' '.join(f'{name}={value}' for name, value in dataclasses.asdict(self).items())
-
-
-def flag(name: str) -> str:
-    """The command line's name of a field."""
-    return flag_of(f'engram_{name}')

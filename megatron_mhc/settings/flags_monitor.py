@@ -1,108 +1,96 @@
-"""Command-line flags of the monitors, and the settings that they describe."""
+"""The monitors of a command line: their settings, and from a namespace to them."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
 from megatron_mhc.inputs.refusal import announce
-from megatron_mhc.inputs.values import (
-    MOST_TOKENS,
-    check_integer,
-    check_number,
-    flag_of,
-    integer,
-    number,
-)
+from megatron_mhc.inputs.values import MOST_TOKENS
+from megatron_mhc.settings.flag import check, flags_of, given, setting
 
-ALARMS = ('off', 'warn', 'stop')
 # By type: mHC's composite gain was at most 1.6 in the paper and cannot exceed n; HC's grows with
 # depth from the start and was 3000 where the paper's run had become unstable.
 ALARM_GAINS = {'mhc': 3.0, 'hc': 100.0}
-TOKENS = 1024
 # Gains are fp32: above this an alarm could not be raised.
 GREATEST_GAIN = 1e38
-FLAGS = (
-    'mhc_monitor',
-    'mhc_monitor_interval',
-    'mhc_monitor_tokens',
-    'mhc_monitor_per_layer',
-    'mhc_alarm',
-    'mhc_alarm_gain',
-)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
     """Settings of the monitors.
 
-    Args:
-        interval: iterations between two reports.
-        tokens: K, at most so many tokens a rank are measured at a report.
-        per_layer: write each sublayer's values, not only those over all.
-        alarm: ``off``, ``warn`` or ``stop``.
-        alarm_gain: amax gain magnitude, single or composite, above which the alarm is raised.
-        stops_at_nan: end the run when the gradient norm is not finite, whatever ``alarm`` says.
+    Each field but the last says what it is through its flag; megatron_mhc/docs/flags.md has them as a
+    table. ``stops_at_nan``: end the run when the gradient norm is not finite, whatever ``alarm``
+    says.
+
+    Raises:
+        ValueError: a value is out of range; the message names the flag that sets it.
     """
 
-    interval: int
-    tokens: int = TOKENS
-    per_layer: bool = False
-    alarm: str = 'off'
-    alarm_gain: float = ALARM_GAINS['mhc']
+    writes: bool = setting(
+        False,
+        '--mhc-monitor',
+        bool,
+        help='write the scalars of hyper-connections, and the mean H_res of each sublayer, to '
+        'TensorBoard and W&B',
+        more='single and composite gains of H_res, its distance from doubly stochastic, entropies '
+        'of H_pre and H_post, norms and similarity of the streams, gradient norm of the mapping '
+        'parameters, counts of non-finite values',
+    )
+    interval: int = setting(
+        MISSING,
+        '--mhc-monitor-interval',
+        int,
+        least=1,
+        most=MOST_TOKENS,
+        metavar='N',
+        said='`--log-interval`',
+        why='it counts iterations',
+        help='iterations between two reports',
+    )
+    tokens: int = setting(
+        1024,
+        '--mhc-monitor-tokens',
+        int,
+        least=1,
+        most=MOST_TOKENS,
+        metavar='K',
+        help='maximum number of tokens measured per report and rank, evenly spaced in the '
+        'microbatch',
+    )
+    per_layer: bool = setting(
+        False,
+        '--mhc-monitor-per-layer',
+        bool,
+        help='write each scalar of every sublayer too, as `mhc/NAME/layer-3-mlp`',
+    )
+    alarm: str = setting(
+        'off',
+        '--mhc-alarm',
+        choices=('off', 'warn', 'stop'),
+        help='`warn`: name the first layer in trouble; `stop`: also end all ranks, with status 3',
+        more='trouble is a non-finite stream, map, output or mapping gradient, or a gain above '
+        "--mhc-alarm-gain; takes over Megatron's own NaN check, which would end the run before the "
+        'layer is known',
+    )
+    alarm_gain: float = setting(
+        ALARM_GAINS['mhc'],
+        '--mhc-alarm-gain',
+        float,
+        least=1,
+        most=GREATEST_GAIN,
+        above=True,
+        metavar='GAIN',
+        said=', '.join(f'{gain:g} for {name}' for name, gain in ALARM_GAINS.items()),
+        why='1 is the gain of a doubly stochastic H_res',
+        help='amax gain, single or composite, above which the alarm is raised',
+        more='the mHC paper saw at most 1.6 for mHC and 3000 for HC',
+    )
     stops_at_nan: bool = False
 
-
-def add_monitor_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the ``monitors`` group to ``parser`` and return it."""
-    group = parser.add_argument_group(
-        'monitors',
-        "Stability of hyper-connections, as mhc/... through Megatron's TensorBoard and W&B writers "
-        '(megatron-mhc report draws them). Measured in the first microbatch of the step that is '
-        'reported; nothing waits for the device before that.',
-    )
-    group.add_argument(
-        '--mhc-monitor',
-        action='store_const',
-        const=True,
-        help='write gains of H_res, single and composite, its distance from doubly stochastic, '
-        'entropies of H_pre and H_post, stream norms and similarity, gradient norm of the mapping '
-        'parameters, non-finite counts (default: off)',
-    )
-    group.add_argument(
-        '--mhc-monitor-interval',
-        type=integer(),
-        metavar='N',
-        help='iterations between two reports (default: --log-interval)',
-    )
-    group.add_argument(
-        '--mhc-monitor-tokens',
-        type=integer(),
-        metavar='K',
-        help=f'tokens measured a report and rank, evenly spaced in the microbatch (default: '
-        f'{TOKENS})',
-    )
-    group.add_argument(
-        '--mhc-monitor-per-layer',
-        action='store_const',
-        const=True,
-        help='write the scalars of every sublayer too (default: over all sublayers only)',
-    )
-    group.add_argument(
-        '--mhc-alarm',
-        choices=ALARMS,
-        help='say which layer first had non-finite streams, maps, outputs or mapping gradients, or '
-        "a gain above --mhc-alarm-gain; stop also ends all ranks, with status 3. Takes Megatron's "
-        'own NaN check over, which would end the run before the layer is known (default: off)',
-    )
-    group.add_argument(
-        '--mhc-alarm-gain',
-        type=number(),
-        metavar='GAIN',
-        help='amax gain, single or composite, that raises the alarm (default: 3 for mhc, whose '
-        'paper saw at most 1.6, 100 for hc, whose paper saw 3000)',
-    )
-    return parser
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def monitor_config_from_args(args: argparse.Namespace) -> MonitorConfig | None:
@@ -111,40 +99,25 @@ def monitor_config_from_args(args: argparse.Namespace) -> MonitorConfig | None:
     Raises:
         ValueError: a value is out of range, or a flag has no effect.
     """
-    given = [name for name in FLAGS if getattr(args, name, None) is not None]
-    if not given:
+    values = given(args, MonitorConfig)
+    if not values:
         return None
+    flag = flags_of(MonitorConfig)[next(iter(values))].name
     residual_type = getattr(args, 'residual_type', 'standard')
     if residual_type == 'standard':
         raise ValueError(
-            f'{flag_of(given[0])} has no effect with --residual-type standard, which has no maps '
-            'to monitor; drop it or set --residual-type mhc'
+            f'{flag} has no effect with --residual-type standard, which has no maps to monitor; '
+            'drop it or set --residual-type mhc'
         )
-    alarm = getattr(args, 'mhc_alarm', None) or 'off'
-    if not args.mhc_monitor and alarm == 'off':
+    alarm = values.get('alarm', 'off') != 'off'
+    if not values.get('writes') and not alarm:
         raise ValueError(
-            f'{flag_of(given[0])} has no effect without --mhc-monitor or --mhc-alarm warn; add one'
+            f'{flag} has no effect without --mhc-monitor or --mhc-alarm warn; add one of them'
         )
-    if args.mhc_alarm_gain is not None and alarm == 'off':
+    if 'alarm_gain' in values and not alarm:
         raise ValueError('--mhc-alarm-gain has no effect without an alarm; add --mhc-alarm warn')
-    for name in ('mhc_monitor_interval', 'mhc_monitor_tokens'):
-        value = getattr(args, name)
-        if value is not None:
-            check_integer(flag_of(name), value, 1, MOST_TOKENS, 'leave it out for the default')
-    gain = args.mhc_alarm_gain
-    if gain is not None:
-        check_number(
-            *('--mhc-alarm-gain', gain, 1, GREATEST_GAIN),
-            '1 is the gain of a doubly stochastic H_res; the mHC paper saw 1.6 for mHC and 3000 '
-            'for HC',
-            above=True,
-        )
     return MonitorConfig(
-        interval=args.mhc_monitor_interval or args.log_interval,
-        tokens=args.mhc_monitor_tokens or TOKENS,
-        per_layer=bool(args.mhc_monitor_per_layer),
-        alarm=alarm,
-        alarm_gain=ALARM_GAINS[residual_type] if gain is None else gain,
+        **{'interval': args.log_interval, 'alarm_gain': ALARM_GAINS[residual_type], **values},
         stops_at_nan=bool(getattr(args, 'mhc_alarm_stops_at_nan', False)),
     )
 
@@ -162,8 +135,8 @@ def resolve_monitor(args: argparse.Namespace) -> MonitorConfig | None:
     monitor = monitor_config_from_args(args)
     if monitor is None:
         return None
-    writes = getattr(args, 'tensorboard_dir', None) or getattr(args, 'wandb_project', None)
-    if args.mhc_monitor and not writes:
+    writer = getattr(args, 'tensorboard_dir', None) or getattr(args, 'wandb_project', None)
+    if monitor.writes and not writer:
         raise ValueError(
             '--mhc-monitor has nowhere to write: add --tensorboard-dir or --wandb-project; '
             '--mhc-alarm alone needs neither'

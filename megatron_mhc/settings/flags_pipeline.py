@@ -1,4 +1,4 @@
-"""Command-line flags of the pipeline schedules, and what they make of Megatron's own arguments."""
+"""The pipeline schedule of a command line, and what it makes of Megatron's own arguments."""
 
 from __future__ import annotations
 
@@ -6,63 +6,15 @@ import argparse
 import os
 
 from megatron_mhc.inputs.refusal import announce, is_first_rank
-from megatron_mhc.inputs.values import flag_of, integer
+from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.schedules.inverted_v import CHUNKS, check_layout, even_layout
 from megatron_mhc.schedules.live import live_at_peak
-from megatron_mhc.settings.pipeline import (
-    PIPELINE_SCHEDULES,
-    STREAMS,
-    V_SCHEDULES,
-    W_PLACEMENTS,
-    PipelineConfig,
-)
+from megatron_mhc.settings.flag import flags_of, given, refuse_in_vain
+from megatron_mhc.settings.pipeline import V_SCHEDULES, PipelineConfig, PipelineOptions
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
 
 # Compute, high priority, expert and stage communication, with room for data parallelism.
 ENOUGH_CONNECTIONS = 8
-# Flags that mean something only where a plan is run.
-PLAN_FLAGS = (
-    'pipeline_w_placement',
-    'pipeline_verify_steps',
-)
-
-
-def add_pipeline_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the ``pipeline schedules`` group to ``parser`` and return it."""
-    group = parser.add_argument_group(
-        'pipeline schedules',
-        'Schedules that are data: proved before they run (megatron-mhc schedule shows them). zb-v, '
-        'dualpipev and dualpipev-w hold two chunks a rank in a V, both ends of the model on the '
-        'last pipeline rank.',
-    )
-    group.add_argument(
-        '--pipeline-schedule',
-        choices=PIPELINE_SCHEDULES,
-        help='1f1b and interleaved are stock Megatron; the others run from a plan (default: what '
-        "Megatron's own flags ask for)",
-    )
-    group.add_argument(
-        '--pipeline-w-placement',
-        choices=W_PLACEMENTS,
-        help='weight gradients of a fused slot: slot = in it, under communication that waits, '
-        'after = behind it, so that both stage hops start earlier (default: slot for dualpipev, '
-        'after for dualpipev-w, which differ in this only)',
-    )
-    group.add_argument(
-        '--pipeline-verify-steps',
-        type=integer(),
-        metavar='N',
-        help='run the first N steps twice, the second time with full synchronisation, and stop '
-        'unless losses and gradients agree bit for bit (default: 0)',
-    )
-    group.add_argument(
-        '--mhc-post-stream',
-        choices=STREAMS,
-        help='stream of F_post,res of the MLP sublayers, forward and backward: high = one of high '
-        'priority, so that neither it nor the stage communication waits for other compute '
-        '(default: compute; mHC section 4.3.3; for every residual type)',
-    )
-    return parser
 
 
 def pipeline_config_from_args(args: argparse.Namespace) -> PipelineConfig | None:
@@ -72,20 +24,12 @@ def pipeline_config_from_args(args: argparse.Namespace) -> PipelineConfig | None
         ValueError: flags that contradict each other, or that have no effect.
     """
     schedule = getattr(args, 'pipeline_schedule', None)
-    given = [name for name in PLAN_FLAGS if getattr(args, name, None) is not None]
+    asked = [(cls, name) for cls in (PipelineConfig, PipelineOptions) for name in given(args, cls)]
+    flags = [flags_of(cls)[name] for cls, name in asked]
+    refuse_in_vain(flags, 'schedule', '--pipeline-schedule', schedule or '1f1b')
     if schedule not in V_SCHEDULES:
-        if given:
-            raise ValueError(
-                f'{flag_of(given[0])} has no effect with --pipeline-schedule {schedule or "1f1b"}: '
-                f'it belongs to {", ".join(V_SCHEDULES)}; drop it or choose one of them'
-            )
         return None
     placement = getattr(args, 'pipeline_w_placement', None)
-    if placement is not None and schedule == 'zb-v':
-        raise ValueError(
-            '--pipeline-w-placement has no effect with --pipeline-schedule zb-v, which has no '
-            'fused slots; drop it or use dualpipev'
-        )
     if placement == 'slot' and schedule == 'dualpipev-w':
         raise ValueError(
             '--pipeline-w-placement slot contradicts --pipeline-schedule dualpipev-w: that is '

@@ -252,11 +252,11 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     inside = sum(_inside(shape, layer) for stage in stages for layer in stage)
     sublayers = [2 * len(stage) for stage in stages]
     token = shape.value_bytes * _tokens(shape, layout)
-    if not residual.enabled:
+    if not residual.has_streams:
         # Input and output of the norm.
         kept = token * (inside + sum(sublayers) * 2 * hidden)
         return kept, kept, 0
-    n = residual.num_residual_streams
+    n = residual.streams
     # F_post,res needs every sublayer's output, with or without recomputation.
     always = inside + sum(sublayers) * hidden
     around = (n + 2) * hidden

@@ -7,7 +7,7 @@ from collections import Counter
 from megatron_mhc.engram.sizes import reader_parameters, table_parameters
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.mudd.sizes import mudd_parameters
-from megatron_mhc.settings.residual import MAPPINGS, STREAM_TYPES, ResidualConfig
+from megatron_mhc.settings.residual import MAPPINGS, ResidualConfig
 from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
 
 # Held by every tensor-parallel rank as a whole.
@@ -101,7 +101,7 @@ def mapping_parameters(residual: ResidualConfig, hidden: int) -> int:
     0, one alpha less. HC: C x (n + 2), b, two scales; static: b only.
     """
     n = residual.num_residual_streams
-    if residual.residual_type not in STREAM_TYPES or set(residual.fixed_mappings) == set(MAPPINGS):
+    if not residual.has_streams or set(residual.fixed_mappings) == set(MAPPINGS):
         return 0
     if residual.residual_type == 'mhc':
         logits = num_logits(residual.manifold, n)
@@ -113,7 +113,7 @@ def mapping_parameters(residual: ResidualConfig, hidden: int) -> int:
 
 def merge_parameters(residual: ResidualConfig, hidden: int) -> int:
     """Parameters of the n -> 1 merge before the final norm; only the learned one has any."""
-    if residual.residual_type not in STREAM_TYPES or residual.stream_merge != 'learned':
+    if not residual.has_streams or residual.stream_merge != 'learned':
         return 0
     n = residual.num_residual_streams
     return n * n * hidden + n + 1

@@ -186,9 +186,10 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
             'drop it or give --pp 2 or more'
         )
     streams, blocks = options.num_residual_streams, options.recompute
-    if not shape.residual.enabled and (streams or blocks):
+    if not shape.residual.has_streams and (streams or blocks):
         flag = '--num-residual-streams' if streams else '--recompute'
-        raise ValueError(f'{flag} has no effect with --residual-type standard; drop one of them')
+        kind = shape.residual.residual_type
+        raise ValueError(f'{flag} has no effect with --residual-type {kind}; drop one of them')
     gpus = options.gpus or (64,)
     experts = shape.experts.count if shape.experts else 1
     pipeline = [p for p in _POWERS if p <= shape.layers]

@@ -205,8 +205,8 @@ class CostModel:
         A V schedule rebuilds the segment that a backward begins with ahead of it, as R.
         """
         residual = self.shape.residual
-        size = segment_size(residual.recompute_layer_num, residual.num_residual_streams, sublayers)
-        if not residual.enabled or not size:
+        size = segment_size(residual.recompute_layer_num, residual.streams, sublayers)
+        if not residual.has_streams or not size:
             return
         forward = self._sublayer(layout).forward
         ahead = (sublayers - 1) % size + 1 if layout.placement == 'v' else 0

@@ -55,7 +55,7 @@ class BytesModel:
             value_bytes: of a stream's value.
             overlaps: whether streams can run side by side, so that F_post,res can be hidden.
         """
-        n = residual.num_residual_streams if residual.enabled else 0
+        n = residual.streams if residual.has_streams else 0
         whole, rest = (
             [one.bytes(tokens, hidden, value_bytes) / self.bandwidth for one in forms]
             for forms in _forms(n)
@@ -145,14 +145,14 @@ class Measured:
         Raises:
             ValueError: this C and n, or this width of values, were not measured.
         """
-        if not residual.enabled:
+        if not residual.has_streams:
             return self.bytes.sublayer(residual, hidden, tokens, value_bytes)
         if value_bytes != 2:
             raise ValueError(
                 f'--kernel-times {self.path}: times of {DTYPE}, but the model is fp32; add --bf16 '
                 'behind --model, or drop the flag'
             )
-        n = residual.num_residual_streams
+        n = residual.streams
         found = self.times.get((hidden, n))
         if not found:
             raise ValueError(

@@ -67,8 +67,8 @@ class Point:
 
     @property
     def streams(self) -> int:
-        """n; 1 with standard residual connections."""
-        return self.residual.num_residual_streams if self.residual.enabled else 1
+        """n; 1 without streams."""
+        return self.residual.streams
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, the layout's first."""
@@ -166,8 +166,8 @@ def run_study(
 
 def residuals(given: ResidualConfig, sweep: Sweep) -> list[ResidualConfig]:
     """The kinds of residual connections to look at, as the sweep varies them."""
-    if not given.enabled:
-        return [STANDARD]
+    if not given.has_streams:
+        return [given]
     return [
         dataclasses.replace(given, num_residual_streams=n, recompute_layer_num=blocks)
         for n in sweep.streams
@@ -206,7 +206,7 @@ def _point(
     layout, m = case.layout, case.microbatches
     seconds = _seconds(step, once)
     ranks = rank_memory(shape, layout, sequences)
-    kept = shape.residual.enabled and shape.residual.recompute_layer_num != 'none'
+    kept = shape.residual.has_streams and shape.residual.recompute_layer_num != 'none'
     memory = max(rank.total_recompute if kept else rank.total for rank in ranks)
     peak = layout.gpus * hardware.peak(shape.value_bytes)
     return Point(

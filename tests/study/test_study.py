@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.recipes.recipe import RECIPES
+from megatron_mhc.recipes.recipe import RECIPES, residual_flags
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.lowering import place_recompute
 from megatron_mhc.schedules.simulator import simulate
@@ -28,7 +28,7 @@ from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.links import Group, groups_of
 from megatron_mhc.study.output import breakdown
 from megatron_mhc.study.pipeline import EXACT, Case, run_steps
-from megatron_mhc.study.points import best_of, pareto, run_study
+from megatron_mhc.study.points import best_of, pareto, residuals, run_study
 from megatron_mhc.study.sweep import Sweep, legal_layouts
 
 H100 = PRESETS['h100']
@@ -332,3 +332,21 @@ def test_what_hides_f_post_res_of_the_mlp_takes_half_of_it():
     # n = 4: 14 vectors of C forward, of which F_post,res adds 5 to the passes that stay; 28 and 10.
     assert rest.forward / whole.forward == pytest.approx((14 - 5 / 2) / 14, rel=0.01)
     assert rest.backward / whole.backward == pytest.approx((28 - 10 / 2) / 28, rel=0.01)
+
+
+def test_a_type_without_streams_costs_one():
+    """``enabled`` is not ``has_streams``: dense connections have neither n streams nor our maps."""
+    dense, plain = ResidualConfig('mudd'), ResidualConfig('standard')
+    assert (dense.streams, dense.has_streams, dense.enabled) == (1, False, True)
+    assert residuals(dense, Sweep((8,), (1,), (1,), (1,))) == [dense]
+    point = study_of(gpus=(64,)).points[0]
+    assert dataclasses.replace(point, residual=dense).streams == 1
+    kernels = BytesModel(H100)
+    assert kernels.sublayer(dense, 256, 64) == kernels.sublayer(plain, 256, 64)
+    assert kernels.sublayer(dense, 256, 64) != kernels.sublayer(ResidualConfig('hc'), 256, 64)
+    layout, shape = point.layout, RECIPES['27b'].shape('standard')
+    widened = dataclasses.replace(shape, residual=dense)
+    one, other = (CostModel(model, H100, kernels).stages(layout)[0] for model in (shape, widened))
+    assert one.forward == other.forward and one.recompute == other.recompute
+    kept = {rank_memory(model, layout, 256)[0].kept for model in (shape, widened)}
+    assert len(kept) == 1 and residual_flags(dense) == {'residual-type': 'mudd'}

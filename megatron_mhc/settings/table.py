@@ -1,0 +1,54 @@
+"""The tables of flags in megatron_mhc/docs/flags.md.
+
+``python -m megatron_mhc.settings.table`` writes them to the page.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_mhc.settings.flag import Flag, flags_of
+from megatron_mhc.settings.groups import (
+    ENGRAM_FLAGS,
+    MONITOR_FLAGS,
+    PIPELINE_FLAGS,
+    RESIDUAL_FLAGS,
+    Group,
+)
+
+PAGE = Path(__file__).parents[1] / 'docs' / 'flags.md'
+HEAD = '| flag | default | meaning |\n| --- | --- | --- |\n'
+
+
+def row(flag: Flag) -> str:
+    """One line of a table: flag, default, meaning, and what the flag belongs to."""
+    word = flag.choices and not flag.said and isinstance(flag.default, str | bool)
+    default = f'`{flag.default_text}`' if word else flag.default_text
+    meaning = f'{flag.help}; {flag.belongs_to} only' if flag.only else flag.help
+    return f'| `{flag.name}` | {default} | {meaning} |\n'
+
+
+def with_tables(page: str) -> str:
+    """``page`` with the rows that the settings yield, under the heading of each group.
+
+    Raises:
+        ValueError: a group has no table there.
+    """
+    for group in (RESIDUAL_FLAGS, ENGRAM_FLAGS, PIPELINE_FLAGS, MONITOR_FLAGS):
+        page = _with_table(page, group)
+    return page
+
+
+def _with_table(page: str, group: Group) -> str:
+    heading = f'## {group.title.capitalize()}\n'
+    before, _, rest = page.partition(heading)
+    between, head, after = rest.partition(HEAD)
+    if not head or '\n## ' in between:
+        raise ValueError(f'no table of flags under {heading!r}; add its head:\n{HEAD}')
+    rows = ''.join(row(flag) for cls in group.settings for flag in flags_of(cls).values())
+    return before + heading + between + head + rows + re.sub(r'^(\|.*\n)*', '', after)
+
+
+if __name__ == '__main__':
+    PAGE.write_text(with_tables(PAGE.read_text()))
