@@ -20,8 +20,8 @@ GREATEST_GAIN = 1e38
 class MonitorConfig:
     """Settings of the monitors.
 
-    Each field but the last says what it is through its flag; megatron_mhc/docs/flags.md has them as a
-    table. ``stops_at_nan``: end the run when the gradient norm is not finite, whatever ``alarm``
+    Each field but the last says what it is through its flag (``megatron-mhc docs flags``).
+    ``stops_at_nan``: end the run when the gradient norm is not finite, whatever ``alarm``
     says.
 
     Raises:

@@ -40,9 +40,8 @@ class ResidualConfig:
     """Residual connections of every decoder layer. Plain values only, so that it can be saved.
 
     Each field but ``seed`` says what it is through its flag: meaning, range, and the residual types
-    that it belongs to. ``python -m megatron_mhc.run --help`` prints them, megatron_mhc/docs/flags.md
-    has them as a table. ``seed`` seeds the mapping's own generator; the other weights keep their
-    random stream.
+    that it belongs to. ``python -m megatron_mhc.run --help`` and ``megatron-mhc docs flags`` print
+    them. ``seed`` seeds the mapping's own generator; the other weights keep their random stream.
 
     Raises:
         ValueError: a value is out of range, or has no effect; the message names the flag or field.
@@ -324,8 +323,8 @@ class ResidualConfig:
             )
         if blocks != 'none' and self.single_pass:
             raise ValueError(
-                f'--mhc-recompute-layer-num {blocks} with --mhc-single-pass: a segment rebuilds its '
-                'reads from the streams alone; drop one of the two'
+                f'--mhc-recompute-layer-num {blocks} with --mhc-single-pass: a segment rebuilds '
+                'its reads from the streams alone; drop one of the two'
             )
         if blocks != 'none':
             object.__setattr__(self, 'recompute_stream', stream or 'compute')
