@@ -27,8 +27,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from megatron_mhc.kernels.defaults import DIVISOR
 from megatron_mhc.kernels.traffic import arguments
-from megatron_mhc.kernels.triton.alignment import DIVISOR, excess_bytes
+from megatron_mhc.kernels.triton.alignment import excess_bytes
 from megatron_mhc.kernels.triton.launch import Launch, interpreted
 
 POINTERS = {

@@ -42,6 +42,7 @@ class ModuleStage:
         """Output for the next stage; None on the last."""
         training = torch.is_grad_enabled()
         if x is None:
+            assert self.data is not None, 'the first stage needs data'
             x = self.data(microbatch)
         elif training:
             x.requires_grad_()
@@ -95,7 +96,7 @@ class ModuleStage:
 
     def _take(self, microbatch: int) -> tuple[Tensor, Tensor]:
         x, output = self._kept.pop(microbatch, (None, None))
-        if output is None:
+        if x is None or output is None:
             raise RuntimeError(
                 f'microbatch {microbatch} has no forward to go back through: it has not run, was '
                 'not recomputed, or its backward has run before'

@@ -76,12 +76,12 @@ def backward_input(
     early, late = _divide(_exits(on_path))
     arrived: dict[Node, tuple[Tensor | None, ...]] = {}
 
-    def note(node: Node) -> Callable[[tuple], None]:
+    def note(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
         return lambda grads: arrived.__setitem__(node, grads)
 
     hooks = [node.register_prehook(note(node)) for node in late]
     try:
-        inputs = [x, *(leaf.variable for leaf in early)]
+        inputs = [x, *map(_weight, early)]
         torch.autograd.backward(output, grad, inputs=inputs, retain_graph=True)
     finally:
         for hook in hooks:
@@ -97,7 +97,7 @@ def _weights(late: dict[Node, set[Node]], arrived: dict[Node, tuple[Tensor | Non
             torch.autograd.backward(
                 [GradientEdge(node, i) for i in given],
                 list(given.values()),
-                inputs=[leaf.variable for leaf in late[node]],
+                inputs=[_weight(leaf) for leaf in late[node]],
             )
 
 
@@ -110,6 +110,12 @@ def _is_leaf(node: Node) -> bool:
     return hasattr(node, 'variable') and not isinstance(node, BackwardCFunction)
 
 
+def _weight(leaf: Node) -> Tensor:
+    """What a leaf of the graph adds gradients to."""
+    variable: Tensor = getattr(leaf, 'variable')  # noqa: B009  only leaves have it
+    return variable
+
+
 def _path(root: Node, x: Tensor) -> dict[Node, None]:
     """The operations from ``root`` on from which ``x`` is reached."""
     reaches: dict[Node, bool] = {}
@@ -117,7 +123,7 @@ def _path(root: Node, x: Tensor) -> dict[Node, None]:
     while stack:
         node = stack[-1]
         if node not in reaches:
-            reaches[node] = _is_leaf(node) and node.variable is x
+            reaches[node] = _is_leaf(node) and _weight(node) is x
             stack += [child for child in _successors(node) if child not in reaches]
         else:
             stack.pop()

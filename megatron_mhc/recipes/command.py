@@ -164,9 +164,9 @@ def _list(options: argparse.Namespace) -> int:
         return 0
     cells = [('name', 'total', 'active', 'mHC', 'tokens', 'layouts')]
     for row in rows:
-        sizes = (f'{row["total"] / 1e9:.3f} B', f'{row["active"] / 1e9:.3f} B')
-        sizes += (f'{row["mhc"] / 1e6:.2f} M', f'{row["tokens"] / 1e9:.0f} B')
-        cells.append((row['name'], *sizes, ', '.join(row['layouts'])))
+        total, active = (f'{row[key] / 1e9:.3f} B' for key in ('total', 'active'))
+        mhc, tokens = f'{row["mhc"] / 1e6:.2f} M', f'{row["tokens"] / 1e9:.0f} B'
+        cells.append((row['name'], total, active, mhc, tokens, ', '.join(row['layouts'])))
     print(*table(cells, '<>>>><'), sep='\n')
     return 0
 
@@ -217,8 +217,8 @@ def _text(figures: dict[str, Any]) -> str:
         '',
         'estimated GiB of a rank (live: forward passes held at the peak; recompute: of mHC blocks)',
     ]
-    cells = [('pp rank', 'weights', 'gradients', 'optimizer', 'live x kept', 'logits', 'sum')]
-    cells[0] += ('with recompute',)
+    head = ('pp rank', 'weights', 'gradients', 'optimizer', 'live x kept', 'logits', 'sum')
+    cells: list[tuple[object, ...]] = [(*head, 'with recompute')]
     for rank, memory in enumerate(figures['memory']):
         gib = {key: f'{value / GIB:.1f}' for key, value in memory.items()}
         gib['live'] = f'{memory["live"]:.1f} x {gib["kept"]}'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import MISSING, dataclass
+from typing import Any
 
 from megatron_mhc.inputs.values import MOST_FACTOR, MOST_LAYERS, MOST_WIDTH
 from megatron_mhc.settings.flag import check, setting, structure
@@ -137,7 +138,7 @@ class EngramConfig:
         """Tokens before its own that the convolution reads."""
         return (CONVOLUTION_WIDTH - 1) * self.dilation
 
-    def structure(self) -> tuple:
+    def structure(self) -> tuple[tuple[str, Any], ...]:
         """What has to be equal for weights to mean the same."""
         return structure(self)
 

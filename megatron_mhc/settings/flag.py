@@ -64,7 +64,7 @@ class Flag:
     above: bool = False
     choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
     many: bool = False
-    only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     structural: bool = False
     why: str = ''
     absent: str | None = None
@@ -132,7 +132,8 @@ class Flag:
         elif self.kind is float:
             check_number(self.name, value, self.least, self.most, self.remedy, self.above)
         elif self.kind is int:
-            check_integer(self.name, value, self.least, self.most, self.remedy, words=self.words())
+            least, most = int(self.least), int(self.most)
+            check_integer(self.name, value, least, most, self.remedy, words=self.words())
         elif value not in self.words():
             raise ValueError(
                 f'{self.name} {shown(value)}: unknown value; choose one of '
@@ -166,9 +167,14 @@ def setting(default: Any, name: str, kind: type = str, *, help: str, **more: Any
     return dataclasses.field(default=default, metadata={'flag': flag})
 
 
-@functools.cache
-def flags_of(cls: type) -> dict[str, Flag]:
+def flags_of(cls: type[Any]) -> dict[str, Flag]:
     """Field -> its flag, of the settings ``cls``."""
+    # mypy does not know that every class can be hashed.
+    return _flags_of(cls)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _flags_of(cls: type[Any]) -> dict[str, Flag]:
     fields = dataclasses.fields(cls)
     return {field.name: field.metadata['flag'] for field in fields if 'flag' in field.metadata}
 
@@ -243,7 +249,7 @@ def refuse_stray(config: Any) -> None:
                 )
 
 
-def structure(config: Any) -> tuple:
+def structure(config: Any) -> tuple[tuple[str, Any], ...]:
     """What has to be equal for weights to mean the same: ``(field, value)`` of each."""
     return tuple(
         (name, getattr(config, name))

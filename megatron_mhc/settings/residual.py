@@ -13,7 +13,7 @@ from megatron_mhc.inputs.values import (
     MOST_STREAMS,
     check_integer,
 )
-from megatron_mhc.kernels.defaults import NORM_EPS
+from megatron_mhc.kernels.defaults import NORM_EPS as NORM_EPS
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
 from megatron_mhc.manifolds.sizes import INIT_PRESETS
 from megatron_mhc.settings.flag import ON_OFF, check, refuse_stray, setting, structure
