@@ -97,7 +97,7 @@ def integer(
         if value is None or (least is not None and not least <= value <= most):
             wanted = _wanted('an integer', least, most)
             others = f' or {", ".join(words)}' if words else ''
-            tail = remedy or ('give it in digits' if value is None else 'give one of that range')
+            tail = remedy or ('give it in digits' if value is None else 'give one in that range')
             raise argparse.ArgumentTypeError(f'{shown(text)}: {wanted}{others}; {tail}')
         return value
 
@@ -107,7 +107,7 @@ def integer(
 def number(
     least: float | None = None,
     most: float = MOST_FACTOR,
-    remedy: str = 'give one such as 0.5',
+    remedy: str = 'give a number such as 0.5',
     above: bool = False,
 ) -> Callable[[str], float]:
     """A type for argparse: a finite number, from ``least`` on or above it."""
@@ -134,7 +134,7 @@ def input_file(text: str) -> Path:
         kind = path.stat().st_mode
         problem = None if stat.S_ISREG(kind) else 'not a file'
         if problem is None and not os.access(path, os.R_OK):
-            problem = 'must not be read'
+            problem = 'not readable'
     except (OSError, ValueError) as error:
         problem = getattr(error, 'strerror', None) or str(error)
     if problem is not None:

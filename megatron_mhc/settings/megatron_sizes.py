@@ -51,7 +51,7 @@ def check_sizes(args: argparse.Namespace) -> None:
     for name, (least, most) in SIZES.items():
         value = getattr(args, name, None)
         if value is not None:
-            check_integer(flag_of(name), value, least, most, 'give one that a job can have')
+            check_integer(flag_of(name), value, least, most, 'give a size that a job can have')
     for text in getattr(args, 'rampup_batch_size', None) or ():
         if not str(text).isdecimal() or not 0 <= int(text) <= MOST_TOKENS:
             raise ValueError(

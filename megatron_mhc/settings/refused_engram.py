@@ -24,7 +24,7 @@ _ROWS = (
     Constraint(
         '--recompute-granularity full',
         lambda get: get('recompute_granularity') == 'full',
-        'its backward runs a layer again when the token ids are those of another microbatch',
+        'its backward reruns a layer when the token ids are already those of another microbatch',
         'use --recompute-granularity selective',
     ),
     Constraint(
@@ -33,7 +33,7 @@ _ROWS = (
         lambda get: (
             'mudd' in (get('residual_type'), getattr(get('residual_config'), 'residual_type', ''))
         ),
-        'query, key and value of a layer are inputs of their own, which no memory is defined for',
+        'query, key and value of a layer have separate inputs, for which no memory is defined',
         'use --residual-type mhc, hc or standard',
     ),
     Constraint(

@@ -27,7 +27,7 @@ _ROWS = (
     Constraint(
         '--attention-output-gate',
         lambda get: bool(get('attention_output_gate')),
-        'the gate would need a fifth way, which the paper does not have',
+        'the gate would need a fifth input, which the paper does not define',
         'drop the flag',
     ),
     Constraint(
@@ -64,7 +64,7 @@ _ROWS = (
     Constraint(
         '--mhc-post-stream high',
         lambda get: get('mhc_post_stream') == 'high',
-        'the sum over all outputs follows the MLP at once',
+        'the sum over all outputs comes right after the MLP, with nothing to overlap',
         'drop the flag',
     ),
     Constraint(

@@ -52,7 +52,7 @@ _ROWS = (
     Constraint(
         '--overlap-moe-expert-parallel-comm',
         lambda get: bool(get('overlap_moe_expert_parallel_comm')),
-        'fused slots overlap the all-to-all of one microbatch with the compute of another already',
+        'fused slots already overlap the all-to-all of one microbatch with the compute of another',
         'drop the flag',
     ),
     Constraint(
@@ -60,7 +60,7 @@ _ROWS = (
         lambda get: bool(
             get('moe_shared_expert_overlap') or get('overlap_dispatch_backward_with_experts_wgrad')
         ),
-        'they order the same all-to-all by streams of their own',
+        'they order the same all-to-all on streams of their own',
         'drop the flag',
     ),
     Constraint(

@@ -8,7 +8,7 @@ _ROWS = (
     Constraint(
         '--recompute-granularity full',
         lambda get: get('recompute_granularity') == 'full',
-        'its backward runs forward passes again, which is not tested with a second stream',
+        'its backward reruns forward passes, which is not tested with a second stream',
         'use --recompute-granularity selective',
     ),
     Constraint(

@@ -93,7 +93,7 @@ _ROWS = (
         lambda get: (
             get('optimizer') in ('adam', 'sgd') and get('mhc_mapping_optimizer') == 'scalar'
         ),
-        'it says which of two optimizers trains phi, and there is one for all parameters',
+        'it says which of two optimizers trains phi, but there is only one for all parameters',
         'drop --mhc-mapping-optimizer or use --optimizer muon',
     ),
     Constraint(
@@ -105,7 +105,7 @@ _ROWS = (
     Constraint(
         '--export-kd-teacher-load',
         lambda get: bool(get('export_kd_teacher_load')),
-        'distillation adjusts the shapes of pipeline messages by itself',
+        'distillation sets the shapes of pipeline messages itself',
         'drop the flag',
     ),
     Constraint(

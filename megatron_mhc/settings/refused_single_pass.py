@@ -26,7 +26,7 @@ _ROWS = (
     Constraint(
         '--mhc-post-stream high',
         lambda get: get('mhc_post_stream') == 'high',
-        'the next read follows F_post,res at once',
+        'the next read comes right after F_post,res, with nothing to overlap',
         'drop the flag',
     ),
 )
