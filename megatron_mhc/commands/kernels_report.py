@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PROGRAM = 'megatron-mhc kernels report'
 # What torch calls them.
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
-RECORD = Path(__file__).parent / 'kernels' / 'record.json'
+RECORD = Path(__file__).parents[1] / 'kernels' / 'record.json'
 
 
 def add_parser(commands: Any) -> None:
