@@ -183,7 +183,7 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         (f'27b --global-batch-size {"9" * 400}', 'wanted an integer from 1'),
         ('27b --gpus ²', '²: wanted an integer from 1'),
         ('27b --hardware /dev/zero.yaml', '--hardware /dev/zero.yaml: No such file'),
-        (f'27b --set gpus_per_node={"9" * 400}', "gpus_per_node=9999"),
+        (f'27b --set gpus_per_node={"9" * 400}', 'gpus_per_node=9999'),
         ('27b --set gpus_per_node=8.5', 'gpus_per_node=8.5: wanted int'),
         ('27b --set tflops=inf', 'tflops: no machine has more than'),
         ('27b --residual-type mudd', '--residual-type: mudd: a study does not know its kernels'),
