@@ -7,7 +7,7 @@ stage, microbatch and direction, from the moment it exists until its one consume
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -63,7 +63,7 @@ def in_turn(forward: Callable[[], None], backward: Callable[[], None]) -> None:
 def run_plan(
     plan: Plan,
     rank: int,
-    stages: dict[tuple[int, int], Stage],
+    stages: Mapping[tuple[int, int], Stage],
     transport: Transport | None,
     *,
     fused: Fused = run_lanes,

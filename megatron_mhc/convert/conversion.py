@@ -112,29 +112,20 @@ def convert(
     if to not in TARGETS:
         raise ValueError(f'--to {to}: unknown layout; choose one of {", ".join(TARGETS)}')
     check_destination(destination, source, overwrite)
-    opened = open_source(source, step)
+    opened, layout, upcycling = open_source(source, step), LAYOUTS[to], upcycling or {}
     check_parts(opened)
     described = describe(opened, origin)
-    layout = LAYOUTS[to]
-    if described.layout is layout:
-        raise ValueError(f'--to {to}: {source} is in that layout already')
-    if described.layout is not None and upcycling:
-        raise ValueError(
-            f'{", ".join(FLAGS[name] for name in upcycling)}: only a standard model gets new '
-            f'streams, and {source} is a {described.name} checkpoint, whose own are kept; leave it '
-            'out'
-        )
+    _check_change(source, described, layout, upcycling)
     carried = _carried(opened, described)
     if described.layout is None:
-        streams = upcycled(described.num_layers, described.hidden_size, **(upcycling or {}))
+        streams = upcycled(described.num_layers, described.hidden_size, **upcycling)
     else:
         streams = read_streams(opened, described)
     stacked = to != 'deepseek-v4' and are_stacked(carried)
     new = to_tensors(streams, layout, stacked)
     if not unchecked:
         check_model(opened, origin)
-    factor = (upcycling or {}).get('init_gating_factor')
-    args = converted_args(opened.args, streams, layout, factor)
+    args = converted_args(opened.args, streams, layout, upcycling.get('init_gating_factor'))
     content = Content(opened, carried, new, {**opened.common, 'args': args, 'iteration': 0})
     report = Converted(
         described.name,
@@ -153,22 +144,37 @@ def convert(
             _write(folder, content, streams, layout)
         if verify:
             report.verified = largest_difference(opened.folder, folder, origin)
-            exact = described.name == STANDARD and not (upcycling or {}).get('noise')
-            if exact and to == 'mhc' and not _small(report.verified):
-                raise ValueError(
-                    f'--verify: logits differ by {report.verified["difference"]:.2e} where they '
-                    f'are to be equal, so {destination} was not written; please report it'
-                )
+            exact = described.name == STANDARD and to == 'mhc' and not upcycling.get('noise')
+            if exact:
+                _check_equal(report.verified, destination)
     return report
+
+
+def _check_change(
+    source: pathlib.Path, described: Described, layout: StoredLayout, upcycling: dict[str, Any]
+) -> None:
+    if described.layout is layout:
+        raise ValueError(f'--to {layout.name}: {source} is in that layout already')
+    if described.layout is not None and upcycling:
+        raise ValueError(
+            f'{", ".join(FLAGS[name] for name in upcycling)}: only a standard model gets new '
+            f'streams, and {source} is a {described.name} checkpoint, whose own are kept; leave it '
+            'out'
+        )
+
+
+def _check_equal(verified: dict[str, float], destination: pathlib.Path) -> None:
+    # Of a NaN neither is true.
+    if not verified['difference'] <= ROUNDING * verified['largest']:
+        raise ValueError(
+            f'--verify: logits differ by {verified["difference"]:.2e} where they are to be equal, '
+            f'so {destination} was not written; please report it'
+        )
 
 
 @contextlib.contextmanager
 def _silent(nbytes: int) -> Iterator[Callable[[int], Any]]:
     yield lambda count: None
-
-
-def _small(verified: dict[str, float]) -> bool:
-    return verified['difference'] <= ROUNDING * verified['largest']
 
 
 def _carried(source: Source, described: Described) -> list[str]:
@@ -222,13 +228,13 @@ def _rows(
                 how = 'joined' if len(before) > len(after) else 'split'
             shape = tuple(new[after[0].replace('{layer}', '0')].shape)
             rows.append(Row(_joined(before), _joined(after), shape, how))
+    merge = own.head if own and described.learned else None
     if layout.head is not None and layout.head[0] in new:
-        old = described.layout.head if described.layout and described.learned else ('-',) * 3
-        for before, after in zip(old, layout.head, strict=True):
-            how = 'as it is' if described.learned else 'new: the mean'
-            rows.append(Row(before, after, tuple(new[after].shape), how))
-    elif described.learned:
-        rows += [Row(name, '-', (), 'left out: the mean') for name in described.layout.head]
+        how = 'as it is' if merge else 'new: the mean'
+        for name_before, name in zip(merge or ('-',) * 3, layout.head, strict=True):
+            rows.append(Row(name_before, name, tuple(new[name].shape), how))
+    else:
+        rows += [Row(name, '-', (), 'left out: the mean') for name in merge or ()]
     return rows
 
 

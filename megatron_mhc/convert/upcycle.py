@@ -59,8 +59,30 @@ def upcycled(
         ValueError: a value under which no exact form exists, or none that trains.
     """
     n = num_streams
+    _check(n, iterations, init_gating_factor, stream_merge, norm_eps, noise)
+
+    def parameters(sublayer: int) -> Parameters:
+        phi = torch.zeros(n * n + 2 * n, n * hidden_size)
+        bias = _bias(n, sublayer, noise, seed)
+        return Parameters(phi, bias, torch.full((3,), init_gating_factor))
+
+    layers = tuple((parameters(2 * i), parameters(2 * i + 1)) for i in range(num_layers))
+    head = None
+    if stream_merge == 'learned':
+        head = mean_as_head(n, hidden_size)._replace(alpha=torch.full((1,), init_gating_factor))
+    return Streams(n, hidden_size, iterations, layers, head, norm_eps)
+
+
+def _check(
+    num_streams: int,
+    iterations: int,
+    init_gating_factor: float,
+    stream_merge: str,
+    norm_eps: float,
+    noise: float,
+) -> None:
     check_integer(
-        *('--mhc-num-residual-streams', n, 2, MOST_STREAMS),
+        *('--mhc-num-residual-streams', num_streams, 2, MOST_STREAMS),
         'one stream has nothing to mix, and H_pre = sigma(b) is 1 only where its gradient is gone; '
         'choose 2 or more',
     )
@@ -79,18 +101,13 @@ def upcycled(
         )
     check_number('--break-symmetry', noise, 0, MOST_FACTOR, 'a standard deviation such as 0.1')
 
-    def parameters(sublayer: int) -> Parameters:
-        pre = torch.full((n,), (1 - HOME_SHARE) / (n - 1))
-        pre[sublayer % n] = HOME_SHARE
-        bias = torch.cat([pre.logit(), torch.zeros(n), IDENTITY * torch.eye(n).flatten()])
-        if noise:
-            generator = torch.Generator().manual_seed((seed << 20) + sublayer)
-            bias += noise * torch.randn(bias.shape, generator=generator)
-        phi = torch.zeros(n * n + 2 * n, n * hidden_size)
-        return Parameters(phi, bias, torch.full((3,), init_gating_factor))
 
-    layers = tuple((parameters(2 * i), parameters(2 * i + 1)) for i in range(num_layers))
-    head = None
-    if stream_merge == 'learned':
-        head = mean_as_head(n, hidden_size)._replace(alpha=torch.full((1,), init_gating_factor))
-    return Streams(n, hidden_size, iterations, layers, head, norm_eps)
+def _bias(n: int, sublayer: int, noise: float, seed: int) -> torch.Tensor:
+    """[n^2 + 2n]: the maps of step 0."""
+    pre = torch.full((n,), (1 - HOME_SHARE) / (n - 1))
+    pre[sublayer % n] = HOME_SHARE
+    bias = torch.cat([pre.logit(), torch.zeros(n), IDENTITY * torch.eye(n).flatten()])
+    if noise:
+        generator = torch.Generator().manual_seed((seed << 20) + sublayer)
+        bias += noise * torch.randn(bias.shape, generator=generator)
+    return bias

@@ -9,8 +9,10 @@ is the plan's.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +26,10 @@ from megatron_mhc.pipeline.edges import transport_for
 from megatron_mhc.pipeline.proof import proved_plan
 from megatron_mhc.pipeline.verify import run_twice
 from megatron_mhc.schedules.executor import in_turn, run_plan
+from megatron_mhc.schedules.executor_channels import Transport
 from megatron_mhc.schedules.executor_lanes import run_lanes
 from megatron_mhc.schedules.inverted_v import CHUNKS, stage_of
+from megatron_mhc.schedules.plan import Plan
 from megatron_mhc.settings.model_config import POST_STREAM, RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig
 
@@ -37,7 +41,7 @@ def run_pipeline_step(
     pipeline: PipelineConfig,
     *,
     forward_step_func: Callable,
-    data_iterator: list[Iterator],
+    data_iterator: list[Iterator | None],
     model: list[nn.Module],
     num_microbatches: int,
     seq_length: int,
@@ -71,67 +75,90 @@ def run_pipeline_step(
     context_size = parallel_state.get_context_parallel_world_size()
     if p2p_communicator is not None:
         group, context_size = p2p_communicator.pp_group, pg_collection.cp.size()
-    rank, ranks = group.rank(), group.size()
-    recompute_stream = getattr(RESIDUAL.peek(config), 'recompute_stream', None)
-    rebuilds = recompute_stream is not None
+    rebuilds = _recompute_stream(config) is not None
     plan = proved_plan(pipeline, group, num_microbatches, forward_only, rebuilds)
     transport = transport_for(config, plan, group, seq_length // context_size, micro_batch_size)
-    # Only where something is launched on a side stream is there a reason to take turns.
-    takes_turns = config.num_moe_experts or POST_STREAM.peek(config) == 'high'
-    fused = run_lanes if takes_turns else in_turn
-    early = not force_all_reduce and all(map(overlaps_reduction, model))
-    stages: dict[tuple[int, int], ChunkStage] = {}
 
-    def passes(iterators: list[Iterator | None], synchronous: bool, early: bool) -> list:
-        losses: list = []
-        for chunk in range(CHUNKS):
-            is_last = chunk == CHUNKS - 1 and rank == ranks - 1
+    def forward(iterator, losses, chunk, is_last, microbatch, x):
+        return schedules.forward_step(
+            forward_step_func,
+            iterator,
+            model[chunk],
+            num_microbatches,
+            x,
+            losses,
+            config,
+            cp_group_size=context_size,
+            collect_non_loss_data=collect_non_loss_data,
+            is_first_microbatch=schedules.check_first_val_step(
+                first_val_step, forward_only, microbatch == 0
+            ),
+            current_microbatch=microbatch,
+            vp_stage=chunk,
+            is_last_stage=is_last,
+        )
 
-            def forward_step(microbatch, x, chunk=chunk, is_last=is_last):
-                return schedules.forward_step(
-                    forward_step_func,
-                    iterators[chunk],
-                    model[chunk],
-                    num_microbatches,
-                    x,
-                    losses,
-                    config,
-                    cp_group_size=context_size,
-                    collect_non_loss_data=collect_non_loss_data,
-                    is_first_microbatch=schedules.check_first_val_step(
-                        first_val_step, forward_only, microbatch == 0
-                    ),
-                    current_microbatch=microbatch,
-                    vp_stage=chunk,
-                    is_last_stage=is_last,
-                )
-
-            stages[stage_of(rank, chunk, ranks), 0] = ChunkStage(
-                model[chunk],
-                config,
-                forward_step,
-                is_last=is_last,
-                evaluating=forward_only,
-                recompute_stream=recompute_stream,
-                reduces=early,
-            )
-        run_plan(plan, rank, stages, transport, fused=fused, synchronous=synchronous)
-        return losses
-
-    if config.timers is not None:
-        config.timers('forward-backward', log_level=1).start(barrier=config.barrier_with_L1_time)
-    if forward_only:
-        losses = passes(data_iterator, False, False)
-    else:
+    passes = _Passes(config, model, plan, group.rank(), transport, forward, forward_only)
+    with _timed(config):
+        if forward_only:
+            return passes.run(data_iterator, False, False)
         with gradient_sync_off(model):
             if verifies_next_step(model[0], pipeline):
-                losses = run_twice(passes, model, data_iterator)
+                losses = run_twice(passes.run, model, data_iterator)
             else:
-                losses = passes(data_iterator, False, early)
-        finalize(config, model, stages, pg_collection, force_all_reduce)
+                early = not force_all_reduce and all(map(overlaps_reduction, model))
+                losses = passes.run(data_iterator, False, early)
+        finalize(config, model, passes.stages, pg_collection, force_all_reduce)
+    return losses
+
+
+@dataclass
+class _Passes:
+    """What the plan orders on this rank; ``forward`` is Megatron's, of any chunk."""
+
+    config: Any
+    model: list[nn.Module]
+    plan: Plan
+    rank: int
+    transport: Transport
+    forward: Callable
+    evaluating: bool
+    stages: dict[tuple[int, int], ChunkStage] = field(default_factory=dict)
+
+    def run(self, iterators: list[Iterator | None], synchronous: bool, early: bool) -> list:
+        """All of them; returns the loss records."""
+        losses: list = []
+        for chunk in range(CHUNKS):
+            is_last = chunk == CHUNKS - 1 and self.rank == self.plan.pp - 1
+            self.stages[stage_of(self.rank, chunk, self.plan.pp), 0] = ChunkStage(
+                self.model[chunk],
+                self.config,
+                functools.partial(self.forward, iterators[chunk], losses, chunk, is_last),
+                is_last=is_last,
+                evaluating=self.evaluating,
+                recompute_stream=_recompute_stream(self.config),
+                reduces=early,
+            )
+        # Only where something is launched on a side stream is there a reason to take turns.
+        takes_turns = self.config.num_moe_experts or POST_STREAM.peek(self.config) == 'high'
+        fused = run_lanes if takes_turns else in_turn
+        run_plan(
+            self.plan, self.rank, self.stages, self.transport, fused=fused, synchronous=synchronous
+        )
+        return losses
+
+
+def _recompute_stream(config: Any) -> str | None:
+    return getattr(RESIDUAL.peek(config), 'recompute_stream', None)
+
+
+@contextlib.contextmanager
+def _timed(config: Any) -> Iterator[None]:
+    if config.timers is not None:
+        config.timers('forward-backward', log_level=1).start(barrier=config.barrier_with_L1_time)
+    yield
     if config.timers is not None:
         config.timers('forward-backward').stop()
-    return losses
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def run_twice(
     difference = first_difference(first, _results(again, _State(model)))
     if difference is not None:
         raise RuntimeError(
-            f'--pipeline-verify-steps: {difference} between a step and the same step with full '
+            f'--pipeline-verify-steps: {difference}: a step differs from the same step with full '
             'synchronisation: a stream read or freed a tensor too early; use --mhc-post-stream '
             'compute and report the case'
         )

@@ -67,18 +67,33 @@ SEQUENCE, VOCABULARY = 32, 64
 
 def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     layout = {'tp': 1, 'pp': 1, 'vpp': None, 'ep': 1, 'sp': False, **case.get('layout', {})}
+    sizes = {
+        'tensor_model_parallel_size': layout['tp'],
+        'pipeline_model_parallel_size': layout['pp'],
+        'virtual_pipeline_model_parallel_size': layout['vpp'],
+        'expert_model_parallel_size': layout['ep'],
+        'expert_tensor_parallel_size': 1,
+    }
+    holders = case.get('embedding_ranks')
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout['tp'],
-        pipeline_model_parallel_size=layout['pp'],
-        virtual_pipeline_model_parallel_size=layout['vpp'],
-        expert_model_parallel_size=layout['ep'],
-        expert_tensor_parallel_size=1,
+        **sizes,
         # As a script says which pipeline ranks hold a copy; by default the first and the last.
-        get_embedding_ranks=(lambda ranks: [ranks[i] for i in case['embedding_ranks']])
-        if 'embedding_ranks' in case
-        else None,
+        get_embedding_ranks=holders and (lambda ranks: [ranks[i] for i in holders]),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
+    config = settings(case, sizes | {'sequence_parallel': layout['sp']})
+    stages = range(layout['vpp']) if layout['vpp'] else [None]
+    chunks = [model_chunk(case, config, stage) for stage in stages]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=case.get('step') == 'dist',
+        overlap_grad_reduce=case.get('overlap', False),
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return config, [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+
+
+def settings(case: dict, sizes: dict) -> TransformerConfig:
     config = TransformerConfig(
         num_layers=case.get('layers', 4),
         hidden_size=32,
@@ -86,12 +101,6 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
         num_attention_heads=4,
         use_cpu_initialization=True,
         pipeline_dtype=torch.float32,
-        tensor_model_parallel_size=layout['tp'],
-        pipeline_model_parallel_size=layout['pp'],
-        virtual_pipeline_model_parallel_size=layout['vpp'],
-        expert_model_parallel_size=layout['ep'],
-        expert_tensor_parallel_size=1,
-        sequence_parallel=layout['sp'],
         batch_p2p_comm=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -100,53 +109,41 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         attention_backend=AttnBackend.unfused if TE_WHEEL else AttnBackend.auto,
+        **sizes,
         **case.get('config', {}),
     )
-    if case.get('residual'):
-        config.residual_config = ResidualConfig(**case['residual'])
-    if case.get('engram'):
-        config.engram_config = EngramConfig(**case['engram'])
+    for name, kind in (('residual', ResidualConfig), ('engram', EngramConfig)):
+        if case.get(name):
+            setattr(config, f'{name}_config', kind(**case[name]))
     if case.get('schedule'):
         config.pipeline_config = PipelineConfig(**case['schedule'])
     config.mhc_post_stream = case.get('post_stream', 'compute')
-    moe = config.num_moe_experts is not None
-    chunks = []
-    for vp_stage in range(layout['vpp'] or 1):
-        stage = vp_stage if layout['vpp'] else None
-        chunks.append(
-            GPTModel(
-                config,
-                get_gpt_decoder_block_spec(
-                    config, use_transformer_engine=bool(TE_WHEEL), vp_stage=stage
-                )
-                if moe or TE_WHEEL
-                else get_gpt_layer_local_spec(),
-                vocab_size=VOCABULARY,
-                max_sequence_length=SEQUENCE,
-                pre_process=parallel_state.is_pipeline_first_stage(
-                    ignore_virtual=False, vp_stage=stage
-                ),
-                post_process=parallel_state.is_pipeline_last_stage(
-                    ignore_virtual=False, vp_stage=stage
-                ),
-                share_embeddings_and_output_weights=case.get('tied', False),
-                position_embedding_type='rope' if config.mtp_num_layers else 'learned_absolute',
-                mtp_block_spec=get_gpt_mtp_block_spec(
-                    config, get_gpt_layer_local_spec(), use_transformer_engine=False, vp_stage=stage
-                )
-                if config.mtp_num_layers
-                else None,
-                vp_stage=stage,
-            )
+    return config
+
+
+def model_chunk(case: dict, config: TransformerConfig, stage: int | None) -> GPTModel:
+    spec, mtp = get_gpt_layer_local_spec(), None
+    if config.mtp_num_layers:
+        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)
+    if config.num_moe_experts is not None or TE_WHEEL:
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=bool(TE_WHEEL), vp_stage=stage
         )
-        chunks[-1].model_type = 1
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=case.get('step') == 'dist',
-        overlap_grad_reduce=case.get('overlap', False),
+    place = {'ignore_virtual': False, 'vp_stage': stage}
+    chunk = GPTModel(
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
+        share_embeddings_and_output_weights=case.get('tied', False),
+        position_embedding_type='rope' if config.mtp_num_layers else 'learned_absolute',
+        mtp_block_spec=mtp,
+        vp_stage=stage,
     )
-    config.finalize_model_grads_func = finalize_model_grads
-    return config, [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    chunk.model_type = 1
+    return chunk
 
 
 def weights(chunks: list[torch.nn.Module]) -> dict:
@@ -214,44 +211,14 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         state = dist_checkpointing.load(weights(chunks), str(folder / case['weights']))
         for index, chunk in enumerate(chunks):
             chunk.module.load_state_dict(state[str(index)])
-    optimizer_config = OptimizerConfig(
-        lr=1e-2,
-        min_lr=1e-2,
-        weight_decay=0.1,
-        clip_grad=0.0,  # its norm is summed in shard order
-        adam_eps=1e-8,
-        use_distributed_optimizer=case.get('step') == 'dist',
-    )
-    optimizer = get_megatron_optimizer(
-        optimizer_config, chunks, get_standard_config_overrides(optimizer_config)
-    )
+    optimizer = make_optimizer(case, chunks)
     monitor = None
     if case.get('tokens'):
-        settings = MonitorConfig(interval=1, tokens=case['tokens'], alarm='warn')
-        monitor = Monitor(chunks, settings, lambda: 1)
+        alarm = MonitorConfig(interval=1, tokens=case['tokens'], alarm='warn')
+        monitor = Monitor(chunks, alarm, lambda: 1)
     forward_only = case.get('forward_only', False)
-    mine = batches(case.get('microbatches', 4))[case.get('skipped', 0) :]
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-        chunk.train()
-    unset_num_microbatches_calculator()
-    init_num_microbatches_calculator(0, None, len(mine), 1, 1)
-    losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(mine) for _ in chunks],
-        model=chunks,
-        num_microbatches=len(mine),
-        seq_length=SEQUENCE,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    report = {}
-    if monitor is not None:
-        monitor.after_backward()
-        found = gather(monitor, config.num_layers, 4, True, 1.0)
-        report = {name: values.tolist() for name, values in found.metrics.items()}
-        report |= {'h-res': found.h_res.tolist(), 'composite': found.composite.tolist()}
-        report['pipeline-rank'] = found.pipeline_rank.tolist()
+    losses = passes(case, chunks, forward_only)
+    report = {} if monitor is None else monitored(monitor, config.num_layers)
     gathered = [None] * torch.distributed.get_world_size()
     own = [entry['loss'].item() for entry in losses]
     first_of_tp = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -261,12 +228,7 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         if case.get('step'):
             optimizer.step()
         else:
-            optimizer.prepare_grads()
-            grad_norm = float(optimizer.get_grad_norm())
-            with torch.no_grad():
-                for chunk in chunks:
-                    for parameter in chunk.module.parameters():
-                        parameter.data.copy_(parameter.main_grad)
+            grad_norm = gradients_as_weights(optimizer, chunks)
         save(weights(chunks), folder / case['name'])
     held = [c.module for c in chunks if c.module.pre_process or has_second_copy(c.module)]
     copies = [chunk.shared_embedding_or_output_weight() for chunk in held]
@@ -275,6 +237,55 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         # Its hooks on the gradients of experts are in a cycle that the collector cannot see.
         chunk.__dict__.clear()
     return {'losses': gathered, 'grad_norm': grad_norm, 'report': report, 'equal_copies': equal}
+
+
+def make_optimizer(case: dict, chunks: list[torch.nn.Module]):
+    config = OptimizerConfig(
+        lr=1e-2,
+        min_lr=1e-2,
+        weight_decay=0.1,
+        clip_grad=0.0,  # its norm is summed in shard order
+        adam_eps=1e-8,
+        use_distributed_optimizer=case.get('step') == 'dist',
+    )
+    return get_megatron_optimizer(config, chunks, get_standard_config_overrides(config))
+
+
+def passes(case: dict, chunks: list[torch.nn.Module], forward_only: bool) -> list:
+    mine = batches(case.get('microbatches', 4))[case.get('skipped', 0) :]
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        chunk.train()
+    unset_num_microbatches_calculator()
+    init_num_microbatches_calculator(0, None, len(mine), 1, 1)
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(mine) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(mine),
+        seq_length=SEQUENCE,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def monitored(monitor: Monitor, layers: int) -> dict:
+    monitor.after_backward()
+    found = gather(monitor, layers, 4, True, 1.0)
+    report = {name: values.tolist() for name, values in found.metrics.items()}
+    report |= {'h-res': found.h_res.tolist(), 'composite': found.composite.tolist()}
+    return report | {'pipeline-rank': found.pipeline_rank.tolist()}
+
+
+@torch.no_grad()
+def gradients_as_weights(optimizer, chunks: list[torch.nn.Module]) -> float:
+    """Put them where they are saved; returns their norm."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    for chunk in chunks:
+        for parameter in chunk.module.parameters():
+            parameter.data.copy_(parameter.main_grad)
+    return norm
 
 
 def save(state: dict, path: pathlib.Path) -> None:

@@ -122,7 +122,7 @@ def test_a_difference_is_found_and_named():
         chunk.weight.main_grad += synchronous
         return losses
 
-    named = 'steps: the gradient of chunk 0: weight: 3 of 3 elements, by at most 1 between'
+    named = 'steps: the gradient of chunk 0: weight: 3 of 3 elements, by at most 1: a step'
     with pytest.raises(RuntimeError, match=named):
         pipeline_verify.run_twice(step, [chunk], [iter([torch.ones(3)])])
 
