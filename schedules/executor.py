@@ -110,7 +110,7 @@ class _Run:
         self,
         plan: Plan,
         rank: int,
-        stages: dict[tuple[int, int], Stage],
+        stages: Mapping[tuple[int, int], Stage],
         transport: Transport | None,
         fused: Fused,
     ) -> None:

@@ -170,8 +170,8 @@ def gradient_sync_off(model: list[nn.Module]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for chunk in model:
-            if hasattr(chunk, 'no_sync'):
-                stack.enter_context(chunk.no_sync())
+            if (no_sync := getattr(chunk, 'no_sync', None)) is not None:
+                stack.enter_context(no_sync())
         yield
 
 
