@@ -6,7 +6,6 @@ standard library alone, so that ``setup.py`` can execute it before anything is i
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import pathlib
 import runpy
@@ -81,6 +80,8 @@ def describe_core() -> str:
 
 def untested() -> list[str]:
     """What is installed outside of the tested range, e.g. ``torch 2.9.1 (tested: 2.11 - 2.15)``."""
+    import importlib.metadata
+
     found = {'Python': '.'.join(map(str, sys.version_info[:2]))}
     for name in ('torch', 'triton'):
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING
 
 from megatron_mhc.manifolds.sizes import NUM_LOGITS
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from megatron_mhc.manifolds.manifold import Manifold
 
 GROUP = 'megatron_mhc.manifolds'
@@ -23,13 +24,16 @@ BUILT_IN = {
 
 
 @functools.cache
-def offered() -> dict[str, importlib.metadata.EntryPoint]:
+def offered() -> dict[str, EntryPoint]:
     """Entry points of other packages by name.
 
     Raises:
         ValueError: a name is taken, by us or by another package.
     """
-    found: dict[str, importlib.metadata.EntryPoint] = {}
+    # Half of what `import megatron_mhc` would take.
+    import importlib.metadata
+
+    found: dict[str, EntryPoint] = {}
     for point in importlib.metadata.entry_points(group=GROUP):
         if point.name in BUILT_IN or found.get(point.name, point) != point:
             taken = found[point.name].value if point.name in found else 'megatron-mhc'
