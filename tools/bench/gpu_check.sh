@@ -30,7 +30,7 @@ for dtype in bf16 fp32; do
     check "accuracy-$dtype" "$python" -m megatron_mhc kernels accuracy --device cuda --dtype $dtype
 done
 if "$python" -c 'import pytest' 2>/dev/null; then
-    check tests "$python" -m pytest -q tests/kernels tests/kernels/test_ops.py
+    check tests "$python" -m pytest -q tests/kernels
 else
     absent tests
 fi
