@@ -32,7 +32,7 @@ def enter_folder(folder: pathlib.Path) -> None:
     # A checkout of this package may have been found by the entry that is gone; modules that are not
     # loaded yet, and processes to come, still need it. Last, so that it stands before nothing.
     if not any(
-        finder.find_spec(__package__, None)
+        finder.find_spec(PACKAGE.name, None)
         for finder in sys.meta_path
         if hasattr(finder, 'find_spec')
     ):

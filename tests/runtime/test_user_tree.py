@@ -103,6 +103,10 @@ def test_a_checkout_found_by_the_current_folder_alone_stays_importable(tree):
     assert done.returncode == 0, done.stderr[-3000:]
     path = ast.literal_eval(done.stdout.splitlines()[-1])
     assert path[0] == str(tree) and path.index(str(ROOT)) > 1
+    # On PYTHONPATH it is found there, and nothing is added.
+    both = os.pathsep.join([str(ROOT), site])
+    done = start('-S', '-m', 'megatron_mhc.run', tree / 'later.py', cwd=tree, PYTHONPATH=both)
+    assert ast.literal_eval(done.stdout.splitlines()[-1]).count(str(ROOT)) == 1
 
 
 def test_commands_take_the_tree_that_they_are_started_in(tree, console, tmp_path):
