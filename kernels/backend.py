@@ -8,9 +8,8 @@ import re
 
 import torch
 
-from megatron_mhc.kernels.defaults import KERNEL_STREAMS
+from megatron_mhc.kernels.defaults import BACKENDS, KERNEL_STREAMS
 
-BACKENDS = ('auto', 'triton', 'torch')
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)

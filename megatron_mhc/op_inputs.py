@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mhc.inputs.values import MOST_ITERATIONS, MOST_STREAMS, is_number, shown
-from megatron_mhc.kernels.backend import BACKENDS
-
-PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
-"""How the kernels multiply phi: ``auto`` is ``bf16x2`` (high and low part) for bf16 streams and
-``tf32x3`` for others; the torch reference is fp32 throughout."""
+from megatron_mhc.kernels.defaults import BACKENDS, PRECISIONS
 
 
 def require_mapping(

@@ -18,11 +18,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_mhc.kernels import reference
-from megatron_mhc.kernels.backend import BACKENDS, use_triton
-from megatron_mhc.kernels.defaults import NORM_EPS
+from megatron_mhc.kernels.backend import use_triton
+from megatron_mhc.kernels.defaults import BACKENDS, NORM_EPS, PRECISIONS
 from megatron_mhc.kernels.reference.dropout import dropout_seed
 from megatron_mhc.op_inputs import (
-    PRECISIONS,
     require_backend,
     require_float,
     require_map,

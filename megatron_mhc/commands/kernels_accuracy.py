@@ -15,11 +15,9 @@ from typing import Any
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import integer
-from megatron_mhc.kernels.defaults import KERNEL_STREAMS
+from megatron_mhc.kernels.defaults import DTYPES, KERNEL_STREAMS
 
 PROGRAM = 'megatron-mhc kernels accuracy'
-# What torch calls them.
-DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 # Hidden size and tokens where none are given: seconds on either device.
 SIZES = {'cpu': (100, 35), 'cuda': (4096, 2048)}
 

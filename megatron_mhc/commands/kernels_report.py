@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
-from megatron_mhc.kernels.defaults import KERNEL_STREAMS
+from megatron_mhc.kernels.defaults import DTYPES, KERNEL_STREAMS
 from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
 from megatron_mhc.kernels.verdict import (
     MULTIPROCESSORS,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from megatron_mhc.kernels.triton.launch import Launch
 
 PROGRAM = 'megatron-mhc kernels report'
-# What torch calls them.
-DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 RECORD = Path(__file__).parents[1] / 'kernels' / 'record.json'
 
 

@@ -69,7 +69,7 @@ class StoredLayout:
     name: str
     transposed: bool
     names: Mapping[str, tuple[str, ...]]
-    head: tuple[str, str, str] | None
+    head: tuple[str, ...] | None
     head_always: bool = False
     flag: str | None = None
     streams: str = 'num_residual_streams'
@@ -87,7 +87,8 @@ class StoredLayout:
         names = [
             name for layer in layers for _, group in self.sublayer_names(layer) for name in group
         ]
-        return [*names, *(self.head or () if learned else ())]
+        head = self.head if learned else None
+        return [*names, *(head or ())]
 
 
 def _megatron(sublayer: str) -> tuple[str, ...]:
@@ -125,7 +126,7 @@ LAYOUTS = {
             'megatron-dev',
             transposed=True,
             names=_MEGATRON,
-            head=('decoder.hc_head_fn', 'decoder.hc_head_base', 'decoder.hc_head_scale'),
+            head=tuple('decoder.' + name for name in _HEAD),
             head_always=True,
             flag='enable_hyper_connections',
         ),

@@ -12,6 +12,7 @@ import argparse
 from typing import Any
 
 from megatron_mhc.inputs.refusal import announce
+from megatron_mhc.settings.pipeline import V_SCHEDULES
 
 LAYOUT = '--pipeline-model-parallel-layout'
 UNTIE = '--untie-embeddings-and-output-weights'
@@ -95,7 +96,7 @@ def check_embedding_copies(args: argparse.Namespace, patched: bool) -> None:
     ranks = getattr(args, 'pipeline_model_parallel_size', None) or 1
     if not getattr(args, 'mtp_num_layers', None) or ranks < 2:
         return
-    inverted_v = patched and getattr(args, 'pipeline_schedule', None) in _v_schedules()
+    inverted_v = patched and getattr(args, 'pipeline_schedule', None) in V_SCHEDULES
     layout = _layout_of(args.pipeline_model_parallel_layout, ranks, inverted_v)
     tied = not args.untie_embeddings_and_output_weights
     together = one_rank_holds_all(layout, tied, inverted_v)
@@ -115,12 +116,6 @@ def check_embedding_copies(args: argparse.Namespace, patched: bool) -> None:
             'and tied embeddings: Megatron can neither save nor load this model, as it gives the '
             f'last stage an output weight that nothing reads; add {UNTIE}'
         )
-
-
-def _v_schedules() -> tuple[str, ...]:
-    from megatron_mhc.settings.pipeline import V_SCHEDULES
-
-    return V_SCHEDULES
 
 
 def _layout_of(layout: str | None, ranks: int, inverted_v: bool) -> Any:

@@ -66,6 +66,10 @@ def offloads(get: Setting) -> bool:
     return bool(whole_layers or get('fine_grained_activation_offloading'))
 
 
+def full_recompute(get: Setting) -> bool:
+    return bool(get('recompute_granularity') == 'full')
+
+
 def shards_parameters(get: Setting) -> bool:
     return bool(get('use_megatron_fsdp') or get('use_torch_fsdp2'))
 

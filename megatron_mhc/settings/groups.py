@@ -54,3 +54,5 @@ MONITOR_FLAGS = Group(
     'reported; until then nothing waits for the device.',
     (MonitorConfig,),
 )
+
+EVERY_GROUP = (RESIDUAL_FLAGS, ENGRAM_FLAGS, PIPELINE_FLAGS, MONITOR_FLAGS)

@@ -8,6 +8,7 @@ from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
     cuda_graphs,
+    full_recompute,
     hybrid_model,
     offloads,
     shards_parameters,
@@ -23,7 +24,7 @@ _ROWS = (
     ),
     Constraint(
         '--recompute-granularity full',
-        lambda get: get('recompute_granularity') == 'full',
+        full_recompute,
         'its backward reruns a layer when the token ids are already those of another microbatch',
         'use --recompute-granularity selective',
     ),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Refusals
+from megatron_mhc.settings.constraint import (
+    Constraint,
+    Refusals,
+    full_recompute,
+)
 
 _ROWS = (
     Constraint(
@@ -48,7 +52,7 @@ _ROWS = (
     ),
     Constraint(
         '--recompute-granularity full',
-        lambda get: get('recompute_granularity') == 'full',
+        full_recompute,
         'a recomputed layer gets its input without the outputs of earlier layers',
         'use --recompute-granularity selective',
     ),

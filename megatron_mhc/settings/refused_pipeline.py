@@ -6,6 +6,7 @@ from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
     cuda_graphs,
+    full_recompute,
     hybrid_model,
     offloads,
     shards_parameters,
@@ -33,7 +34,7 @@ _ROWS = (
     ),
     Constraint(
         '--recompute-granularity full',
-        lambda get: get('recompute_granularity') == 'full',
+        full_recompute,
         'its backward runs forward passes again, which cannot be split or interleaved',
         'use --recompute-granularity selective',
     ),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Refusals, cuda_graphs, offloads
+from megatron_mhc.settings.constraint import (
+    Constraint,
+    Refusals,
+    cuda_graphs,
+    full_recompute,
+    offloads,
+)
 
 _ROWS = (
     Constraint(
         '--recompute-granularity full',
-        lambda get: get('recompute_granularity') == 'full',
+        full_recompute,
         'its backward reruns forward passes, which is not tested with a second stream',
         'use --recompute-granularity selective',
     ),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Refusals
+from megatron_mhc.settings.constraint import (
+    Constraint,
+    Refusals,
+    full_recompute,
+)
 
 _ROWS = (
     Constraint(
@@ -13,7 +17,7 @@ _ROWS = (
     ),
     Constraint(
         '--recompute-granularity full',
-        lambda get: get('recompute_granularity') == 'full',
+        full_recompute,
         'a recomputed layer gets the streams without the H_pre of the layer before',
         'use --recompute-granularity selective',
     ),

@@ -13,6 +13,7 @@ from megatron_mhc.inputs.values import (
     MOST_STREAMS,
     check_integer,
 )
+from megatron_mhc.kernels.defaults import BACKENDS, PRECISIONS
 from megatron_mhc.kernels.defaults import NORM_EPS as NORM_EPS
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
 from megatron_mhc.manifolds.sizes import INIT_PRESETS
@@ -219,7 +220,7 @@ class ResidualConfig:
         'auto',
         '--mhc-kernel-backend',
         # The names of megatron_mhc.ops, which needs torch; settings do not.
-        choices=('auto', 'triton', 'torch'),
+        choices=BACKENDS,
         only=_STREAMS,
         help='`auto`: Triton kernels where they run, otherwise torch; `triton`: an error where '
         'they do not run; `torch`: the reference',
@@ -229,7 +230,7 @@ class ResidualConfig:
     projection_precision: str = setting(
         'auto',
         '--mhc-projection-precision',
-        choices=('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee'),
+        choices=PRECISIONS,
         only=_SINKHORN,
         help='how the kernels multiply phi: `bf16x2` (phi as high and low part in bf16, for bf16 '
         'streams), or both factors in fp32 as `tf32`, `tf32x3` or `ieee`',

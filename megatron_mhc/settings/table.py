@@ -9,13 +9,7 @@ import re
 from pathlib import Path
 
 from megatron_mhc.settings.flag import Flag, flags_of
-from megatron_mhc.settings.groups import (
-    ENGRAM_FLAGS,
-    MONITOR_FLAGS,
-    PIPELINE_FLAGS,
-    RESIDUAL_FLAGS,
-    Group,
-)
+from megatron_mhc.settings.groups import EVERY_GROUP, Group
 
 PAGE = Path(__file__).parents[1] / 'docs' / 'flags.md'
 HEAD = '| flag | default | meaning |\n| --- | --- | --- |\n'
@@ -35,7 +29,7 @@ def with_tables(page: str) -> str:
     Raises:
         ValueError: a group has no table there.
     """
-    for group in (RESIDUAL_FLAGS, ENGRAM_FLAGS, PIPELINE_FLAGS, MONITOR_FLAGS):
+    for group in EVERY_GROUP:
         page = _with_table(page, group)
     return page
 

@@ -22,15 +22,9 @@ from megatron_mhc.settings.flag import (
     structure,
     write_back,
 )
-from megatron_mhc.settings.groups import (
-    ENGRAM_FLAGS,
-    MONITOR_FLAGS,
-    PIPELINE_FLAGS,
-    RESIDUAL_FLAGS,
-)
+from megatron_mhc.settings.groups import EVERY_GROUP, RESIDUAL_FLAGS
 from megatron_mhc.settings.table import HEAD, PAGE, row, with_tables
 
-GROUPS = (RESIDUAL_FLAGS, ENGRAM_FLAGS, PIPELINE_FLAGS, MONITOR_FLAGS)
 HOT = {'kind': ('hot',)}
 
 
@@ -168,7 +162,7 @@ def test_the_page_has_the_tables_that_the_settings_yield():
         with_tables(page.replace(HEAD, ''))
 
 
-@pytest.mark.parametrize('group', GROUPS, ids=lambda group: group.title)
+@pytest.mark.parametrize('group', EVERY_GROUP, ids=lambda group: group.title)
 def test_every_flag_says_what_it_is(group):
     """Nothing that argparse cannot format, that would break a table, or that refuses a default."""
     for cls in group.settings:
