@@ -1,6 +1,7 @@
 """Tests run anywhere: without CUDA, Megatron finds the emulated device, kernels the interpreter."""
 
 import argparse
+import gc
 import os
 import pathlib
 import secrets
@@ -12,9 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from megatron_mhc.runtime import cpu_device
 
-# What the layout tests share stands beside their worker; pytest imports tests by path.
-sys.path.append(str(pathlib.Path(__file__).parent / 'layouts'))
-sys.path.append(str(pathlib.Path(__file__).parent / 'te'))
+# What several tests share; pytest imports tests by path.
+sys.path += [str(pathlib.Path(__file__).parent / folder) for folder in ('layouts', 'te', 'launch')]
 
 if not torch.cuda.is_available():
     # Triton reads this when it is imported; the kernels are then interpreted on CPU tensors.
@@ -29,6 +29,8 @@ LONG = ('layouts', 'pipeline', 'te', 'monitor', 'examples', 'convert', 'runtime'
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; within a file, and among the others, the order stays."""
     items.sort(key=lambda item: item.path.parent.name not in LONG)
+    # Half a million objects of the libraries stay to the end; collections need not look at them.
+    gc.freeze()
 
 
 MINIMAL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', '4']

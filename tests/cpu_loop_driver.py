@@ -87,6 +87,8 @@ def main(cases_path, out_path):
     train_step, provider = training.train_step, script.model_provider
     store = torch.distributed.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
     results, threads, chunks = {}, [], []
+    # What is there now stays; without its half a million objects each collection is quick.
+    gc.freeze()
     for number, (name, arguments) in enumerate(json.loads(pathlib.Path(cases_path).read_text())):
         print(f'### {name}', flush=True)
         engine.revert(ALL_PATCHES)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import torch
+from launch import Running, start
 
 from megatron_mhc import cli
 from megatron_mhc.checkpoints.check import check_checkpoint
@@ -37,24 +35,15 @@ MODEL = """
 LOSS = re.compile(r'iteration +\d+/.*lm loss: (\S+)')
 
 
-def launch(world: int, *flags: object) -> subprocess.Popen:
-    torchrun = ('torch.distributed.run', '--standalone', '--nproc-per-node', str(world), '-m')
-    return subprocess.Popen(
-        [
-            *(sys.executable, '-m', *(torchrun if world > 1 else ()), 'megatron_mhc.run'),
-            *(str(ROOT / 'examples' / 'pretrain_gpt.py'), *MODEL, *map(str, flags)),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
-    )
+def launch(world: int, *flags: object) -> Running:
+    script = ROOT / 'examples' / 'pretrain_gpt.py'
+    return start(world, '-m', 'megatron_mhc.run', script, *MODEL, *flags)
 
 
-def losses(run: subprocess.Popen) -> list[float]:
-    out, err = run.communicate(timeout=300)
-    assert run.returncode == 0, out[-2000:] + err[-4000:]
-    return [float(loss) for loss in LOSS.findall(out)]
+def losses(run: Running) -> list[float]:
+    done = run.result()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [float(loss) for loss in LOSS.findall(done.stdout)]
 
 
 @pytest.fixture(scope='module')

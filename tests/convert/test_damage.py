@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from launch import launch
 
 from megatron_mhc.convert.conversion import convert
 from megatron_mhc.convert.source import open_source
@@ -31,13 +29,7 @@ ITERATION = 'iter_0000002'
 
 
 def run(script: str, *flags: object) -> str:
-    done = subprocess.run(
-        [sys.executable, '-m', 'megatron_mhc.run', ROOT / 'examples' / script, *map(str, flags)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
-        timeout=300,
-    )
+    done = launch(0, '-m', 'megatron_mhc.run', ROOT / 'examples' / script, *flags)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import pathlib
 import re
-import subprocess
-import sys
+
+from launch import launch
 
 SCRIPT = pathlib.Path(__file__).parents[2] / 'examples' / 'pretrain_gpt.py'
 MODEL = (
@@ -23,15 +22,7 @@ LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) ')
 
 def train(world: int, *flags: str) -> tuple[dict[int, float], str]:
     """Iteration -> loss, and all that was printed."""
-    start = '-m torch.distributed.run --standalone --nproc-per-node'.split()
-    command = [sys.executable, *start, str(world), '-m', 'megatron_mhc.run', str(SCRIPT), *MODEL]
-    done = subprocess.run(
-        [*command, *flags],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
-    )
+    done = launch(world, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, *flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {int(i): float(loss) for i, loss in LINE.findall(done.stdout)}, done.stdout
 

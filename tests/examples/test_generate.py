@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
+
+import launch as ranks
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / 'examples'
 MODEL = """
@@ -22,18 +21,10 @@ TRAINING = """
 
 
 def launch(script: str, *flags: object, processes: int = 1) -> str:
-    done = subprocess.run(
-        [
-            *(sys.executable, '-m', 'torch.distributed.run', '--standalone'),
-            *('--nproc-per-node', str(processes), '-m', 'megatron_mhc.run', EXAMPLES / script),
-            *map(str, ('--residual-type', 'mhc', *flags)),
-        ],
-        capture_output=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
-        timeout=300,
-    )
-    assert done.returncode == 0, (done.stdout[-2000:] + done.stderr[-4000:]).decode()
-    return done.stdout.decode()
+    words = ('-m', 'megatron_mhc.run', EXAMPLES / script, '--residual-type', 'mhc', *flags)
+    done = ranks.launch(processes, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 def test_a_model_trained_on_two_stages_continues_prompts(tmp_path):

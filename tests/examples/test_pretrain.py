@@ -17,6 +17,7 @@ import time
 import psutil
 import pytest
 import torch
+from launch import launch
 
 from megatron_mhc.runtime import save_lock
 
@@ -35,25 +36,14 @@ FIXED_MASKS = ['--hidden-dropout', '0', '--attention-dropout', '0']  # each rank
 LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
 
 
-def command(world: int, *flags: str, launcher: tuple[str, ...] = ('-m', 'megatron_mhc.run')):
-    start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
-    return [*start, str(world), *launcher, str(SCRIPT), *MODEL, *flags]
-
-
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
 
 
 def train(
-    world: int, *flags: str, environment: dict[str, str] | None = None, **options
+    world: int, *flags: str, launcher: tuple[str, ...] = ('-m', 'megatron_mhc.run')
 ) -> dict[int, tuple[float, float]]:
     """Run to the end; iteration -> (loss, gradient norm)."""
-    done = subprocess.run(
-        command(world, *flags, **options),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=ENVIRONMENT | (environment or {}),
-    )
+    done = launch(world, *launcher, SCRIPT, *MODEL, *flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {int(i): (float(loss), float(norm)) for i, loss, norm in LINE.findall(done.stdout)}
 
@@ -120,9 +110,11 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, assert_equal_c
         '--save-interval',
         '3',
     )
+    torchrun = ('torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m')
+    command = [sys.executable, '-m', *torchrun, 'megatron_mhc.run', SCRIPT, *MODEL, *flags]
     with open(tmp_path / 'log', 'w') as log:
         first = subprocess.Popen(
-            command(2, *flags), stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT
+            command, stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT
         )
     tracker = tmp_path / 'latest_checkpointed_iteration.txt'
     deadline = time.monotonic() + 200
@@ -162,13 +154,7 @@ def test_checkpoint_resumes_in_another_layout(unbroken, tmp_path, layout):
 
 def test_refusal_reaches_the_shell_before_any_work(unbroken, tmp_path):
     folder, _ = unbroken
-    done = subprocess.run(
-        [sys.executable, '-m', 'megatron_mhc.run', str(SCRIPT), *MODEL, '--load', str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=ENVIRONMENT,
-    )
+    done = launch(0, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, '--load', folder)
     assert done.returncode == 2
     error = [line for line in done.stderr.splitlines() if 'error:' in line]
     assert len(error) == 1 and 'the checkpoint was trained with residual connections' in error[0]
@@ -225,26 +211,8 @@ def test_the_adaptor_does_what_the_launcher_does(tmp_path):
     """One import line at the top of the script, no launcher."""
     script = tmp_path / 'pretrain_mine.py'
     script.write_text('import megatron_mhc.adaptor\n' + SCRIPT.read_text())
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc-per-node',
-            '1',
-            str(script),
-            *MODEL,
-            '--residual-type',
-            'hc',
-            '--train-iters',
-            '2',
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**ENVIRONMENT, 'MEGATRON_MHC_DEVICE': 'auto'},
-    )
+    flags = ('--residual-type', 'hc', '--train-iters', '2')
+    done = launch(1, script, *MODEL, *flags, MEGATRON_MHC_DEVICE='auto')
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(LINE.findall(done.stdout)) == 2
     assert 'residual_type ................................... hc' in done.stdout
@@ -256,9 +224,8 @@ def test_interpreted_kernels_train_as_torch_does(tmp_path, tensors):
     # Adam would turn a rounding error of a tiny gradient into a whole step.
     flags += ['--optimizer', 'sgd', '--lr', '0.5', '--min-lr', '0.5', '--train-iters', '2']
     flags += ['--hidden-dropout', '0.1', '--save-interval', '2', '--mhc-kernel-backend']
-    interpret = {'TRITON_INTERPRET': '1'}
     runs = {
-        backend: train(2, *flags, backend, '--save', str(tmp_path / backend), environment=interpret)
+        backend: train(2, *flags, backend, '--save', str(tmp_path / backend))
         for backend in ('torch', 'triton')
     }
     assert runs['torch'].keys() == runs['triton'].keys() == {1, 2}

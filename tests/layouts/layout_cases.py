@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
+
+import launch as ranks
 
 WORKER = pathlib.Path(__file__).parent / 'worker.py'
 # fp32. A gating factor's gradient is one scalar in which thousands of terms cancel, so tensors are
@@ -29,23 +28,6 @@ def launch(world: int, cases: list[dict], folder: pathlib.Path, **environment: s
     """Run ``cases`` in one world of ranks; name -> what ``worker.py`` returned."""
     description = folder / f'cases-{world}.json'
     description.write_text(json.dumps(cases))
-    command = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        '--nproc-per-node',
-        str(world),
-        str(WORKER),
-        str(description),
-        str(folder),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', **environment},
-    )
+    done = ranks.launch(world, WORKER, description, folder, timeout=600, **environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((folder / f'results-{world}.json').read_text())

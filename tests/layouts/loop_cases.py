@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
-import time
 
-import torch
+from launch import launch
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 DRIVER = REPOSITORY / 'tests' / 'cpu_loop_driver.py'
@@ -35,36 +31,6 @@ def spawn(folder, world, cases):
     folder.mkdir()
     lines = [[name, (MODEL + arguments).split()] for name, arguments in cases.items()]
     (folder / 'cases.json').write_text(json.dumps(lines))
-    # The ranks join this store instead of opening a port, which a gloo socket may hold already.
-    store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    ranks = []
-    for rank in range(world):
-        env = {
-            **os.environ,
-            'RANK': str(rank),
-            'LOCAL_RANK': str(rank),
-            'WORLD_SIZE': str(world),
-            'LOCAL_WORLD_SIZE': str(world),
-            'MASTER_ADDR': '127.0.0.1',
-            'MASTER_PORT': str(store.port),
-            'PYTHONPATH': os.pathsep.join([*filter(None, sys.path), str(REPOSITORY)]),
-        }
-        command = [sys.executable, str(DRIVER), str(folder / 'cases.json'), str(folder / 'out')]
-        with open(folder / f'log{rank}', 'w') as log:
-            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-    deadline = time.monotonic() + TIME_LIMIT
-    try:
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            # A dead rank leaves the others waiting for it.
-            if any(rank.poll() for rank in ranks):
-                break
-            time.sleep(0.1)
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait()
-    failed = [n for n, rank in enumerate(ranks) if rank.returncode]
-    logs = {n: (folder / f'log{n}').read_text()[-3000:] for n in failed}
-    assert not failed, f'ranks {failed} of {world} failed\n' + '\n'.join(logs.values())
+    done = launch(world, DRIVER, folder / 'cases.json', folder / 'out', timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / 'out').read_text())

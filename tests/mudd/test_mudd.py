@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from launch import launch
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.settings.flags_residual import same_structure
+
+SCRIPT = pathlib.Path(__file__).parents[2] / 'examples' / 'pretrain_gpt.py'
 
 LOCAL = '--residual-type mudd --transformer-impl local '
 
@@ -63,16 +65,7 @@ def test_trains_saves_and_resumes_on_another_layout(tmp_path):
     ).split()
 
     def train(ranks, *more):
-        done = subprocess.run(
-            [
-                *(sys.executable, '-m', 'torch.distributed.run', '--standalone'),
-                *('--nproc-per-node', str(ranks), '-m', 'megatron_mhc.run'),
-                *('examples/pretrain_gpt.py', *flags, *more),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = launch(ranks, '-m', 'megatron_mhc.run', SCRIPT, *flags, *more)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return [float(loss) for loss in re.findall(r'lm loss: (\S+)', done.stdout)]
 

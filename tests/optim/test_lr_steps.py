@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from launch import launch
 
 from megatron_mhc.optim.lr_steps import style_of
 
@@ -94,17 +92,8 @@ PRINTED = {i: rate for i, rate in enumerate([5e-3, *[1e-2] * 3, *[3.16e-3] * 4, 
 
 def train(*flags: str) -> dict[int, float]:
     """Iteration -> printed learning rate of a run through the launcher."""
-    done = subprocess.run(
-        [
-            *(sys.executable, '-m', 'torch.distributed.run', '--standalone'),
-            *('--nproc-per-node', '1', '-m', 'megatron_mhc.run'),
-            *(str(ROOT / 'examples' / 'pretrain_gpt.py'), *MODEL, *flags),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
-    )
+    script = ROOT / 'examples' / 'pretrain_gpt.py'
+    done = launch(1, '-m', 'megatron_mhc.run', script, *MODEL, *flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     lines = re.findall(r'iteration +(\d+)/.*learning rate: (\S+)', done.stdout)
     return {int(iteration): float(rate) for iteration, rate in lines}

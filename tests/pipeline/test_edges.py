@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launch import launch
 
 from megatron_mhc import ResidualConfig
 
@@ -18,14 +16,7 @@ WORKER = pathlib.Path(__file__).parents[1] / 'layouts' / 'edge_worker.py'
 
 
 def test_stages_that_disagree_are_stopped(tmp_path):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    done = subprocess.run(
-        [*command, '--nproc-per-node', '2', str(WORKER), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
-    )
+    done = launch(2, WORKER, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
     assert first['equal'] == second['equal'] == ''

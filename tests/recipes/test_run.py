@@ -8,27 +8,52 @@ import re
 import subprocess
 import sys
 
-import pytest
+from launch import launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 LINE = re.compile(r'iteration +(\d+)/.*throughput.*lm loss: (\S+) ')
 
 
-@pytest.mark.parametrize(('layout', 'schedule'), [('1gpu', False), ('8gpu', True)])
-def test_a_scaled_down_recipe_trains(layout, schedule):
-    """27 B in 6 layers: latent attention, a dense layer, experts, streams, a pipeline."""
+def recipe(*options: str, **environment: str) -> str:
+    """What ``examples/recipe.py 27b OPTIONS`` prints, started from the repository."""
     done = subprocess.run(
-        [
-            *(sys.executable, 'examples/recipe.py', '27b', '--layout', layout, '--scale-down'),
-            *('--', '--train-iters', '5', '--eval-interval', '100'),
-        ],
+        [sys.executable, 'examples/recipe.py', '27b', '--scale-down', *options],
         cwd=ROOT,
-        env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'},
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'} | environment,
         capture_output=True,
         text=True,
         timeout=400,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    losses = [float(loss) for _, loss in LINE.findall(done.stdout)]
+    return done.stdout
+
+
+def check_losses(printed: str) -> None:
+    losses = [float(loss) for _, loss in LINE.findall(printed)]
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
-    assert ('pipeline schedule dualpipev-w: 2 ranks' in done.stdout) == schedule
+
+
+SHORT = ('--', '--train-iters', '5', '--eval-interval', '100')
+
+
+def test_a_scaled_down_recipe_trains():
+    """27 B in 6 layers: latent attention, a dense layer, experts, streams."""
+    printed = recipe('--layout', '1gpu', *SHORT)
+    check_losses(printed)
+    assert 'pipeline schedule' not in printed
+
+
+def test_a_scaled_down_recipe_trains_on_a_v(tmp_path):
+    """With two pipeline stages and two expert-parallel ranks: the ranks that its script starts."""
+    script = recipe('--layout', '8gpu', '--print', *SHORT)
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    script = script.replace(sys.executable, str(python))
+    words = subprocess.check_output(['bash', '-c', script], text=True).splitlines()
+    world = int(words[words.index('--nproc-per-node') + 1])
+    module = words.index('-m', words.index('-m') + 1)
+    done = launch(world, *words[module:])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    check_losses(done.stdout)
+    assert world == 4 and 'pipeline schedule dualpipev-w: 2 ranks' in done.stdout

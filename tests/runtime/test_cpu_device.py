@@ -1,13 +1,11 @@
 """Megatron's real pretrain loop on the emulated CPU device, compared across parallel layouts."""
 
 import argparse
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from loop_cases import REPOSITORY, TIME_LIMIT, resume, spawn
+from launch import launch
+from loop_cases import resume, spawn
 
 from megatron_mhc.compat import core_version
 from megatron_mhc.patches.cpu_arguments import CPU_ARGUMENTS_PATCH, DEFAULTS
@@ -143,21 +141,7 @@ def test_pipeline_and_sharded_optimizer_together_agree(alone, four):
     assert_close(four['pp2 vpp2 dp2'], alone['dense weights'])
 
 
-def python(code):
-    return subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code],
-        env={
-            **os.environ,
-            'PYTHONPATH': os.pathsep.join([*filter(None, sys.path), str(REPOSITORY)]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-    )
-
-
-def test_emulation_answers_like_a_device():
-    done = python("""
+EMULATED = """
 from megatron_mhc.runtime import cpu_device
 cpu_device.install()
 cpu_device.install()
@@ -182,7 +166,11 @@ assert torch.equal(first, torch.rand(3, device='cuda'))
 before = torch.get_rng_state()
 next(iter(torch.utils.data.DataLoader([1, 2], pin_memory=True)))
 assert torch.equal(before, torch.get_rng_state())
-""")
+"""
+
+
+def test_emulation_answers_like_a_device():
+    done = launch(0, '-c', EMULATED)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and 'emulated' in done.stdout
 
@@ -195,7 +183,8 @@ assert torch.equal(before, torch.get_rng_state())
     ],
 )
 def test_install_refuses(before, said):
-    done = python(f'{before}\nfrom megatron_mhc.runtime import cpu_device\ncpu_device.install()')
+    install = 'from megatron_mhc.runtime import cpu_device\ncpu_device.install()'
+    done = launch(0, '-c', f'{before}\n{install}')
     assert done.returncode == 1
     assert said in done.stderr.splitlines()[-1]
 

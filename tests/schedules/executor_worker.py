@@ -263,4 +263,4 @@ def main(rank: int, world: int, folder: str, cases: str) -> None:
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(os.environ['RANK']), int(os.environ['WORLD_SIZE']), *sys.argv[1:])

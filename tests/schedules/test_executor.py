@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from launch import launch
 
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.executor import in_turn, run_plan
@@ -53,14 +54,20 @@ def cases(pp: int) -> dict[str, dict]:
     return found
 
 
-def start(world: int, folder: pathlib.Path, cases: list[dict]) -> list[subprocess.Popen]:
+def written(cases: list[dict], folder: pathlib.Path) -> pathlib.Path:
     path = folder / 'cases.json'
     path.write_text(json.dumps(cases))
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    return path
+
+
+def start(world: int, folder: pathlib.Path, cases: list[dict]) -> list[subprocess.Popen]:
+    """Processes of which each has an output of its own, and none is ended with another."""
+    path = written(cases, folder)
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(world)}
     return [
         subprocess.Popen(
-            [sys.executable, WORKER, str(rank), str(world), folder, path],
-            env=env,
+            [sys.executable, WORKER, folder, path],
+            env=env | {'RANK': str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -85,18 +92,17 @@ def errors(processes: list[subprocess.Popen], timeout: float) -> list[str]:
 @pytest.fixture(scope='module')
 def outcome(tmp_path_factory):
     """``outcome(pp, name)``: what each rank found in a case."""
-    done: dict[int, tuple[pathlib.Path, list[str]]] = {}
+    done: dict[int, tuple[pathlib.Path, str]] = {}
 
     def get(pp: int, name: str) -> list[str]:
         if pp not in done:
             folder = tmp_path_factory.mktemp(f'pp{pp}')
-            processes = start(pp, folder, list(cases(pp).values()))
-            done[pp] = folder, errors(processes, timeout=240)
+            path = written(list(cases(pp).values()), folder)
+            done[pp] = folder, launch(pp, WORKER, folder, path, timeout=240).stderr
         folder, messages = done[pp]
         number = list(cases(pp)).index(name)
         files = [folder / f'{number}-{rank}' for rank in range(pp)]
-        missing = [messages[rank] for rank, file in enumerate(files) if not file.exists()]
-        assert not missing, '\n'.join(missing)
+        assert all(file.exists() for file in files), messages
         return [file.read_text() for file in files]
 
     return get

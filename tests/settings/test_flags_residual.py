@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 import torch
+from launch import launch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from megatron_mhc.checkpoints.check import check_checkpoint
@@ -283,18 +282,12 @@ def test_a_checkpoint_keeps_its_norm_eps(parse, refused):
             ResidualConfig(norm_eps=value)
 
 
-def run_python(code: str, **environment):
-    return subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120
-    )
-
-
 def test_launcher_help_needs_no_megatron():
     blocked = (
         'import sys; sys.modules["megatron"] = sys.modules["triton"] = None\n'
         'from megatron_mhc.run import main; main(["--help"])'
     )
-    done = run_python(blocked)
+    done = launch(0, '-c', blocked)
     assert done.returncode == 0, done.stderr
     for text in ('--device', '--residual-type', '--mhc-num-residual-streams', 'default: 20'):
         assert text in done.stdout
@@ -312,40 +305,46 @@ def test_launcher_leaves_the_process_groups_at_the_end(tmp_path, end, status):
         "torch.distributed.init_process_group('gloo')\n"
         'print(torch.distributed.is_initialized())' + end
     )
-    done = run_python(
+    done = launch(
+        0,
+        '-c',
         'import atexit, torch\n'
         'atexit.register(lambda: print(torch.distributed.is_initialized()))\n'
-        f'from megatron_mhc.run import main; main([{str(script)!r}])'
+        f'from megatron_mhc.run import main; main([{str(script)!r}])',
     )
     assert done.returncode == status, done.stderr
     assert done.stdout.split()[-2:] == ['True', 'False']
 
 
 def test_launcher_names_what_is_missing(tmp_path):
-    done = run_python('from megatron_mhc.run import main; main(["no_such_script.py"])')
+    done = launch(0, '-c', 'from megatron_mhc.run import main; main(["no_such_script.py"])')
     assert done.returncode == 2 and 'SCRIPT no_such_script.py: no such file' in done.stderr
     script = tmp_path / 'script.py'
     script.write_text('')
     code = f'from megatron_mhc.run import main; main(["--device", "cuda", {str(script)!r}])'
     if not torch.cuda.is_available():
-        assert '--device cuda: torch sees no CUDA device' in run_python(code).stderr
+        assert '--device cuda: torch sees no CUDA device' in launch(0, '-c', code).stderr
 
 
 def test_adaptor_after_a_model_was_built_is_refused():
-    done = run_python(
+    done = launch(
+        0,
+        '-c',
         'from megatron.core.models.gpt import GPTModel\n'
         'model = GPTModel.__new__(GPTModel)\n'
-        'import megatron_mhc.adaptor'
+        'import megatron_mhc.adaptor',
     )
     assert done.returncode != 0
     assert 'RuntimeError: a GPTModel exists already' in done.stderr
 
 
 def test_adaptor_after_arguments_were_parsed_is_refused():
-    done = run_python(
+    done = launch(
+        0,
+        '-c',
         'from megatron.training import global_vars\n'
         'global_vars._GLOBAL_ARGS = object()\n'
-        'import megatron_mhc.adaptor'
+        'import megatron_mhc.adaptor',
     )
     assert 'RuntimeError: Megatron has parsed its arguments' in done.stderr
 

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from launch import launch
 
 from megatron_mhc.tree.plan import plan_additions
 from megatron_mhc.tree.scan import Tree
@@ -43,7 +44,10 @@ if 'LOCAL_RANK' in os.environ:
 """
 
 
-def train(*command: str, path: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+LINE = re.compile(r'lm loss: (\S+) .*grad norm: (\S+)')
+
+
+def train(*command: str, path: tuple[str, ...]) -> list[tuple[str, str]]:
     """Loss and gradient norm of every iteration, as printed."""
     start = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
     done = subprocess.run(
@@ -59,7 +63,7 @@ def train(*command: str, path: tuple[str, ...] = ()) -> list[tuple[str, str]]:
         },
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return re.findall(r'lm loss: (\S+) .*grad norm: (\S+)', done.stdout)
+    return LINE.findall(done.stdout)
 
 
 @pytest.mark.skipif(
@@ -79,4 +83,5 @@ def test_a_patched_tree_trains_as_the_launcher_does(tmp_path):
     script = tmp_path / SCRIPT.name
     assert 'megatron_mhc' not in script.read_text()
     ours = train(str(script), path=(str(tmp_path), str(tmp_path / 'device')))
-    assert len(ours) == 3 and ours == train('-m', 'megatron_mhc.run', str(SCRIPT))
+    launcher = launch(2, '-m', 'megatron_mhc.run', SCRIPT, *FLAGS)
+    assert len(ours) == 3 and ours == LINE.findall(launcher.stdout)
