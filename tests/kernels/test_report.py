@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -77,23 +78,46 @@ def test_a_step_moves_what_the_forms_say():
     assert vectors == (2 * n + 1) + (3 * n + 2) + (2 * n + 1) + 2 * (6 * n + 4)
 
 
-def report(*options: str, code: str = '', **environment: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own, where Triton compiles; ``code`` runs before it."""
+# Several command lines in one process, which imports torch once: a JSON line for each.
+COMMANDS = """
+import contextlib, io, json, sys
+from megatron_mhc.cli import main
+for options in json.loads(sys.argv[1]):
+    out, err, status = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(['kernels', 'report', *options])
+        except SystemExit as end:
+            status = end.code
+    print(json.dumps([status or 0, out.getvalue(), err.getvalue()]))
+"""
+
+
+class Done(NamedTuple):
+    """What a command ended with."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def reports(*commands: tuple[str, ...], code: str = '', **environment: str) -> list[Done]:
+    """``kernels report`` with each of ``commands``, where Triton compiles; after ``code``."""
     env = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
-    start = f'{code}\nfrom megatron_mhc.cli import main\nmain({["kernels", "report", *options]!r})'
-    return subprocess.run(
-        [sys.executable, '-c', start],
-        env=env
-        | {'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-        | environment,
+    env['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    process = subprocess.run(
+        [sys.executable, '-c', code + COMMANDS, json.dumps(commands)],
+        env=env | environment,
         capture_output=True,
         text=True,
     )
+    assert process.returncode == 0, process.stderr
+    return [Done(*json.loads(line)) for line in process.stdout.splitlines()]
 
 
 def test_shipped_kernels_are_as_they_should_be():
     """n = 4 on sm_90: no spills, 128-bit streams, matrix units on bf16."""
-    result = report('--arch', '90', '--num-streams', '4', '--json')
+    (result,) = reports(('--arch', '90', '--num-streams', '4', '--json'))
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(result.stdout)
     assert found['ok'] and not any(row['problems'] for row in found['kernels'])
@@ -122,43 +146,41 @@ def test_the_record_covers_what_is_supported():
 PRE = ('--arch', '90', '--num-streams', '4', '--kernel', 'pre_forward')
 
 
-def report_against(path: Path, state: object, versions: list[str]) -> subprocess.CompletedProcess:
+def record(path: Path, state: object, versions: list[str]) -> tuple[str, ...]:
+    """The options with which ``PRE`` is held to a record that says ``state`` of it."""
     kernels = {'pre_forward 4': {'90': state}}
     path.write_text(json.dumps(RECORD | {'triton': versions, 'kernels': kernels}))
-    return report(*PRE, '--record', str(path))
+    return (*PRE, '--record', str(path))
 
 
 def test_what_is_lost_beside_the_record_is_noticed(tmp_path):
     """Occupancy and the matrix unit, of this version and of no other."""
     import triton
 
-    path = tmp_path / 'record.json'
     versions = ['3.5.0', triton.__version__.partition('+')[0]]
-    for state, words in (
-        ('65 -', '64 warps an SM'),
-        (['1 -', '65 -'], '65 on record'),
-        ('64 wgmma.bf16', 'matrix instructions -, wgmma.bf16 on record'),
-    ):
-        result = report_against(path, state, versions)
+    lost = {
+        '65 -': '64 warps an SM',
+        ('1 -', '65 -'): '65 on record',
+        '64 wgmma.bf16': 'matrix instructions -, wgmma.bf16 on record',
+    }
+    states = [*lost, '64 -', '16 -', ('65 -', '64 -')]
+    found = reports(*(record(tmp_path / str(i), s, versions) for i, s in enumerate(states)))
+    for result, words in zip(found, lost.values(), strict=False):
         assert result.returncode == 1, result.stdout + result.stderr
         assert words in result.stdout and 'pre_forward (n=4, sm_90)' in result.stdout
-    for state in ('64 -', '16 -', ['65 -', '64 -']):
-        result = report_against(path, state, versions)
+    for result in found[len(lost) :]:
         assert result.returncode == 0, result.stdout + result.stderr
         assert 'no row has a record' not in result.stdout
 
 
-def test_a_version_without_a_record_says_so(tmp_path):
-    result = report_against(tmp_path / 'record.json', ['65 -', '65 -'], ['3.4.0', '3.5.0'])
+def test_the_report_says_which_triton_it_ran_on_and_that_it_has_no_record(tmp_path):
+    import triton
+
+    (result,) = reports(record(tmp_path / 'record', ['65 -', '65 -'], ['3.4.0', '3.5.0']))
     assert result.returncode == 0, result.stdout + result.stderr
     assert 'no row has a record of this Triton' in result.stdout
     assert '3.4.0 3.5.0 on record' in result.stdout and 'not occupancy' in result.stdout
-
-
-def test_the_report_says_which_triton_it_ran_on():
-    import triton
-
-    first = report(*PRE).stdout.splitlines()[0]
+    first = result.stdout.splitlines()[0]
     assert first.startswith(f'Triton {triton.__version__} from {Path(triton.__file__).parent}')
     assert f'torch {torch.__version__}' in first
 
@@ -224,43 +246,34 @@ def test_spills_and_narrow_accesses_are_noticed():
         'pre.FORWARD[4] = pre.Tile(1, 256)\n'
     )
     options = ('--arch', '90', '--num-streams', '4', '--json', '--kernel')
-    result = report(*options, 'post_res_backward', 'pre_forward', code=code)
+    (result,) = reports((*options, 'post_res_backward', 'pre_forward'), code=code)
     assert result.returncode == 1, result.stdout + result.stderr
     problems = {row['kernel']: row['problems'] for row in json.loads(result.stdout)['kernels']}
     assert any('spills' in text for text in problems['post_res_backward dx'])
     assert any('bits an access' in text for text in problems['pre_forward'])
 
 
-@pytest.mark.parametrize(
-    ('options', 'words'),
-    [
-        (('--arch', '70'), ('--arch: 70', 'sm_80', '90')),
-        (('--num-streams', '3'), ('--num-streams: 3', '1 2 4 8')),
-        (('--hidden-size', '0'), ('--hidden-size: 0', 'from 1 to')),
-        (('--dtype', 'int8'), ('--dtype: int8', 'bf16')),
-        (('--kernel', 'prex'), ('--kernel: prex', 'pre_forward')),
-        (('--record', 'absent.json'), ('--record: absent.json',)),
-        (('--record', str(ROOT / 'pyproject.toml')), ('--record:', 'leave it out')),
-    ],
-)
-def test_wrong_input_is_one_line(options, words):
-    result = report(*options)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1 and not result.stdout
-    assert all(word in result.stderr for word in words), result.stderr
-
-
-def test_a_file_that_is_no_record_is_one_line(tmp_path):
+def test_wrong_input_is_one_line(tmp_path):
     path = tmp_path / 'record.json'
     path.write_text('{"kernels": {}}')
-    result = report('--record', str(path))
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert f'--record: {path}' in result.stderr.replace('argument ', '')
-    assert 'kernel_record.py' in result.stderr
+    wrong = {
+        ('--arch', '70'): ('--arch: 70', 'sm_80', '90'),
+        ('--num-streams', '3'): ('--num-streams: 3', '1 2 4 8'),
+        ('--hidden-size', '0'): ('--hidden-size: 0', 'from 1 to'),
+        ('--dtype', 'int8'): ('--dtype: int8', 'bf16'),
+        ('--kernel', 'prex'): ('--kernel: prex', 'pre_forward'),
+        ('--record', 'absent.json'): ('--record: absent.json',),
+        ('--record', str(ROOT / 'pyproject.toml')): ('--record:', 'leave it out'),
+        ('--record', str(path)): (f'--record: {path}', 'kernel_record.py'),
+    }
+    for result, words in zip(reports(*wrong), wrong.values(), strict=True):
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 1 and not result.stdout
+        assert all(word in result.stderr for word in words), result.stderr
 
 
 def test_interpreter_is_one_line():
-    result = report('--json', TRITON_INTERPRET='1')
+    (result,) = reports(('--json',), TRITON_INTERPRET='1')
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and not result.stdout
     assert 'TRITON_INTERPRET=1' in result.stderr and 'unset TRITON_INTERPRET' in result.stderr

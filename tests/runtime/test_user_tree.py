@@ -15,18 +15,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 # Prints what plain Python, or the launcher, lets it find.
 PROBE = """
-import json, multiprocessing, os, sys
+import importlib.util, json, multiprocessing, sys
 
 def core(_=None):
-    import megatron.core
-    return megatron.core.__file__
+    return importlib.util.find_spec('megatron.core').origin
 
 if __name__ == '__main__':
-    import megatron.training
     with multiprocessing.get_context('spawn').Pool(1) as pool:
         child = pool.map(core, [0])[0]
-    print(json.dumps({'path': sys.path, 'core': core(), 'child': child, 'file': __file__,
-                      'training': megatron.training.__file__}))
+    # setuptools adds its own to the path when Megatron imports it, as the launcher does.
+    path = [entry for entry in sys.path if not entry.endswith('_vendor')]
+    print(json.dumps({'path': path, 'core': core(), 'child': child, 'file': __file__,
+                      'training': importlib.util.find_spec('megatron.training').origin}))
 """
 
 
