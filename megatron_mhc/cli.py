@@ -1,7 +1,8 @@
 """The ``megatron-mhc`` command: a table of subcommands, of which only the one asked for is loaded.
 
 A subcommand's module has ``add_arguments(parser)``, which also names what runs it:
-``parser.set_defaults(run=main)``, where ``main(options)`` returns the exit status.
+``parser.set_defaults(run=main)``, where ``main(options)`` returns the exit status. It imports what
+answers when it is called: help and wrong options need the words of the options alone.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import argparse
 import os
 import pathlib
 import runpy
-import socket
 import sys
 
 from megatron_mhc.bootstrap import DEVICES, prepare
@@ -90,6 +89,8 @@ def _single_process_defaults() -> None:
                 f'{name}={os.environ[name]} but RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are '
                 'not set: every task would train alone; start torchrun on each node, or export them'
             )
+    import socket
+
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]

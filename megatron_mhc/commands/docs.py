@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pydoc
 import sys
 from pathlib import Path
 
@@ -48,6 +47,8 @@ def main(options: argparse.Namespace) -> int:
     except OSError as error:
         refuse('megatron-mhc docs', f'{path}: {error.strerror}; install the package again')
     if sys.stdout.isatty():
+        import pydoc
+
         pydoc.pager(text)
     else:
         sys.stdout.write(text)

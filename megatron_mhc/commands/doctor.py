@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import pathlib
-import platform
-import warnings
 
 import megatron_mhc
 from megatron_mhc.compat import (
@@ -21,13 +17,14 @@ from megatron_mhc.compat import (
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.runtime.script_path import enter_folder
-from megatron_mhc.settings.refusals import REFUSALS
 
 OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
 
 
 def report() -> dict:
     """Versions, device, optional packages and patches, as plain values."""
+    import platform
+
     import torch
 
     try:
@@ -91,6 +88,8 @@ def _kernels() -> str:
 
 
 def _optional(name: str, module: str) -> str:
+    import importlib.metadata
+
     if importlib.util.find_spec(module) is None:
         return 'not installed'
     try:
@@ -104,6 +103,8 @@ def _optional(name: str, module: str) -> str:
 
 
 def _patches() -> list[dict]:
+    import warnings
+
     warnings.simplefilter('ignore')  # Megatron warns of every optional package it does not find
     from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
     from megatron_mhc.patches.engine import inspect_patch
@@ -147,6 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def refusals() -> list[dict]:
     """Every refused combination, as plain values."""
+    from megatron_mhc.settings.refusals import REFUSALS
+
     return [
         {
             'flag': row.flag,

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
 from megatron_mhc.kernels.defaults import KERNEL_STREAMS
+from megatron_mhc.settings.names import RECOMPUTE_BLOCKS
 from megatron_mhc.settings.recompute_cost import kept_cost, segment_cost, whole_cost
-from megatron_mhc.settings.residual import RECOMPUTE_BLOCKS, ResidualConfig
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlock
     from torch import Tensor
+
+    from megatron_mhc.settings.residual import ResidualConfig
 
 PROGRAM = 'megatron-mhc recompute'
 HEADS = 4
@@ -97,6 +99,8 @@ def _estimated_bytes(options: argparse.Namespace) -> int:
 def main(options: argparse.Namespace) -> int:
     """Print one row for each L and kind of segment."""
     import torch
+
+    from megatron_mhc.settings.residual import ResidualConfig
 
     if options.hidden_size % HEADS:
         refuse(PROGRAM, f'--hidden-size {options.hidden_size}: wanted a multiple of {HEADS}, heads')

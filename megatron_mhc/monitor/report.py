@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.monitor.events import LOSS, read_events, scalars
@@ -27,8 +26,7 @@ STYLES = {'forward': '-', 'backward': '--'}
 SIMILARITY = 'mhc/stream-similarity'
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What is drawn of one log folder.
 
     Args:

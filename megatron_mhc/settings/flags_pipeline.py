@@ -10,7 +10,8 @@ from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.schedules.inverted_v import CHUNKS, check_layout, even_layout
 from megatron_mhc.schedules.live import live_at_peak
 from megatron_mhc.settings.flag import flags_of, given, refuse_in_vain
-from megatron_mhc.settings.pipeline import V_SCHEDULES, PipelineConfig, PipelineOptions
+from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.pipeline import PipelineConfig, PipelineOptions
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
 
 # Compute, high priority, expert and stage communication, with room for data parallelism.

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection
 from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING
 
 from megatron_mhc.inputs.values import MOST_TOKENS, shown
-from megatron_mhc.schedules.catalog import make_plan, obstacle, placement_of, too_many
-from megatron_mhc.schedules.generate_line import forward_only
-from megatron_mhc.schedules.inverted_v import CHUNKS
-from megatron_mhc.schedules.lowering import lower
-from megatron_mhc.schedules.plan import Plan
-from megatron_mhc.schedules.validator import validate
 from megatron_mhc.settings.flag import check, setting
+from megatron_mhc.settings.names import PIPELINE_SCHEDULES, V_SCHEDULES
 
-STOCK_SCHEDULES = ('1f1b', 'interleaved')
-V_SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
-PIPELINE_SCHEDULES = (*STOCK_SCHEDULES, *V_SCHEDULES)
+if TYPE_CHECKING:
+    from megatron_mhc.schedules.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -61,12 +54,10 @@ class PipelineConfig:
 
     def check(self, ranks: int, microbatches: int) -> None:
         """Raise ValueError where the schedule does not exist for these numbers."""
-        reason = obstacle(self.schedule, ranks, microbatches)
-        if reason is not None:
-            raise ValueError(f'--pipeline-schedule {self.schedule}: {reason}')
-        reason = too_many(ranks, microbatches, CHUNKS)
-        if reason is not None:
-            raise ValueError(f'--global-batch-size with --pipeline-schedule: {reason}')
+        # Generators and proof are loaded when a schedule is asked for, not for the flags.
+        from megatron_mhc.settings.v_plan import check_numbers
+
+        check_numbers(self.schedule, ranks, microbatches)
 
     def prove(
         self, ranks: int, microbatches: int, evaluating: bool = False, recompute: bool = False
@@ -75,7 +66,9 @@ class PipelineConfig:
 
         Looks at all operations of all ranks, once: one rank does it for its pipeline.
         """
-        _prove(self.schedule, ranks, microbatches, evaluating, recompute)
+        from megatron_mhc.settings.v_plan import prove
+
+        prove(self.schedule, ranks, microbatches, evaluating, recompute)
 
     def plan(
         self,
@@ -94,7 +87,9 @@ class PipelineConfig:
         Raises:
             ValueError: the schedule does not exist for these numbers.
         """
-        return _plan(self.schedule, rank, ranks, microbatches, evaluating, recompute)
+        from megatron_mhc.settings.v_plan import plan_of
+
+        return plan_of(self.schedule, rank, ranks, microbatches, evaluating, recompute)
 
 
 @dataclass(frozen=True)
@@ -120,35 +115,3 @@ class PipelineOptions:
         more='on a stream of high priority neither it nor stage communication waits for other '
         'compute (mHC, section 4.3.3)',
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _plan(
-    schedule: str, rank: int, ranks: int, microbatches: int, evaluating: bool, recompute: bool
-) -> Plan:
-    # On the V, whose ranks the inverted V names the other way round.
-    own = ranks - 1 - rank
-    seen = range(max(0, own - 1), min(ranks, own + 2))
-    plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, seen)
-    validate(plan, ranks=seen)
-    kept = tuple(ops if holder == own else () for holder, ops in enumerate(plan.ranks))
-    return plan.with_ranks(kept).reversed_ranks()
-
-
-@functools.lru_cache(maxsize=64)
-def _prove(schedule: str, ranks: int, microbatches: int, evaluating: bool, recompute: bool) -> None:
-    validate(_lowered(schedule, ranks, microbatches, evaluating, recompute))
-
-
-def _lowered(
-    schedule: str,
-    ranks: int,
-    microbatches: int,
-    evaluating: bool,
-    recompute: bool,
-    only: Collection[int] | None = None,
-) -> Plan:
-    if evaluating:
-        plan = forward_only(placement_of('v', ranks), microbatches, only=only)
-        return lower(plan, reduce=False)
-    return lower(make_plan(schedule, ranks, microbatches, only=only), recompute=recompute)

@@ -18,12 +18,9 @@ from megatron_mhc.kernels.defaults import NORM_EPS as NORM_EPS
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
 from megatron_mhc.manifolds.sizes import INIT_PRESETS
 from megatron_mhc.settings.flag import ON_OFF, check, refuse_stray, setting, structure
+from megatron_mhc.settings.names import RECOMPUTE_BLOCKS, RESIDUAL_TYPES, STREAM_TYPES
 
-RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd')
-# Those with n streams.
-STREAM_TYPES = ('hc', 'mhc')
 MAPPINGS = ('pre', 'post', 'res')
-RECOMPUTE_BLOCKS = ('none', 'stage', 'auto')
 PAPER_NORM_EPS = 1e-20
 """mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
 # Smaller ones are no normal numbers in fp32, in which the norm is computed.

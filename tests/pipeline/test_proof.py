@@ -11,8 +11,9 @@ from megatron_mhc.schedules import catalog
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.plan import Op
 from megatron_mhc.schedules.validator import PlanError, validate
-from megatron_mhc.settings import pipeline as pipeline_config
-from megatron_mhc.settings.pipeline import V_SCHEDULES, PipelineConfig
+from megatron_mhc.settings import v_plan
+from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.pipeline import PipelineConfig
 
 
 class Group:
@@ -26,8 +27,8 @@ class Group:
 def forgotten(monkeypatch):
     ranks = lambda group: list(range(group.size()))  # noqa: E731
     monkeypatch.setattr(pipeline_proof.dist, 'get_process_group_ranks', ranks)
-    pipeline_config._plan.cache_clear()
-    pipeline_config._prove.cache_clear()
+    v_plan.plan_of.cache_clear()
+    v_plan.prove.cache_clear()
     pipeline_proof._proved.clear()
 
 
@@ -35,7 +36,7 @@ def forgotten(monkeypatch):
 @pytest.mark.parametrize('schedule', V_SCHEDULES)
 def test_a_rank_has_its_part_of_the_whole_plan(schedule, evaluating):
     pipeline = PipelineConfig(schedule)
-    whole = pipeline_config._lowered(schedule, 6, 13, evaluating, recompute=True).reversed_ranks()
+    whole = v_plan._lowered(schedule, 6, 13, evaluating, recompute=True).reversed_ranks()
     validate(whole)
     for rank in range(6):
         part = pipeline.plan(rank, 6, 13, evaluating, recompute=True)
@@ -47,7 +48,7 @@ def test_a_rank_has_its_part_of_the_whole_plan(schedule, evaluating):
 def test_a_rank_looks_at_its_neighbours_only(monkeypatch):
     looked_at = []
     monkeypatch.setattr(
-        pipeline_config,
+        v_plan,
         'validate',
         lambda plan, ranks: looked_at.append([n for n, ops in enumerate(plan.ranks) if ops]),
     )

@@ -205,9 +205,9 @@ class Absent:
         if name.split('.')[0] in ('megatron', 'torch', 'triton'):
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 sys.meta_path.insert(0, Absent())
-from megatron_mhc.recipes import command as recipe_cli
+from megatron_mhc.recipes import answer
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES
-print(recipe_cli.describe(RECIPES['3b'], LAYOUTS['3b']['8gpu'])['total'])
+print(answer.describe(RECIPES['3b'], LAYOUTS['3b']['8gpu'])['total'])
 """
 
 
