@@ -15,14 +15,14 @@ import sys
 from megatron_mhc.bootstrap import DEVICES, prepare
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import environment_integer
-from megatron_mhc.patches.flag_groups import GROUPS
 from megatron_mhc.runtime.script_path import enter_folder
+from megatron_mhc.settings.groups import EVERY_GROUP
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The launcher's own options stand before SCRIPT; everything after it is the script's."""
     flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-    for add_arguments in GROUPS:
+    for add_arguments in EVERY_GROUP:
         add_arguments(flags)
     parser = OneLineParser(
         prog=prog,
