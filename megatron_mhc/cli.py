@@ -27,7 +27,10 @@ COMMANDS = {
     'schedule': ('commands.schedule', 'about pipeline schedules'),
     'recipe': ('recipes.command', "the mHC paper's models"),
     'study': ('study.command', 'which layout trains fastest: step time, memory and messages'),
-    'recompute': ('commands.recompute', 'measure the memory of block recompute beside the formula'),
+    'recompute': (
+        'commands.recompute',
+        'measure the memory of recompute segments beside the formula',
+    ),
     'report': (
         'monitor.report',
         'draw loss, gradient norm, gains and maps of runs with --mhc-monitor',

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
 from megatron_mhc.kernels.defaults import KERNEL_STREAMS
-from megatron_mhc.settings.names import RECOMPUTE_BLOCKS
+from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS
 from megatron_mhc.settings.recompute_cost import kept_cost, segment_cost, whole_cost
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PROGRAM = 'megatron-mhc recompute'
 HEADS = 4
 COLUMNS = (
     'L',
-    'blocks',
+    'segments',
     'L_r',
     'kept: mHC',
     'formula',
@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--sublayers', type=_even, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers'
     )
     add(
-        '--blocks',
+        *('--segments', '--blocks'),
         nargs='+',
-        type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', words=RECOMPUTE_BLOCKS),
+        type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', words=RECOMPUTE_SEGMENTS),
         default=['none', 'auto', 'stage'],
         metavar='B',
         help='values of --mhc-recompute-layer-num (default: none auto stage)',
@@ -132,7 +132,7 @@ def main(options: argparse.Namespace) -> int:
                 kernel_backend=options.kernel_backend,
                 recompute_layer_num=kind,
             )
-            for kind in options.blocks
+            for kind in options.segments
         ]
     except ValueError as error:
         refuse(PROGRAM, str(error))

@@ -88,7 +88,7 @@ def _manifold(shape: ModelShape) -> dict[str, Any] | None:
 
 
 def fullest(ranks: list[RankMemory]) -> int:
-    """Estimated bytes of the rank that needs most, with block recomputation."""
+    """Estimated bytes of the rank that needs most, with recomputation in segments."""
     return max(rank.total_recompute for rank in ranks)
 
 
@@ -186,7 +186,7 @@ def _text(figures: dict[str, Any]) -> str:
         f'{layout["microbatches"]} microbatches of {layout["micro_batch"]}'
         + (f', {layout["schedule"]}' if layout['pp'] > 1 else ''),
         '',
-        'estimated GiB of a rank (live: forward passes held at the peak; recompute: of mHC blocks)',
+        'estimated GiB of a rank (live: forward passes at the peak; recompute: mHC in segments)',
     ]
     head = ('pp rank', 'weights', 'gradients', 'optimizer', 'live x kept', 'logits', 'sum')
     cells: list[tuple[object, ...]] = [(*head, 'with recompute')]
@@ -198,7 +198,7 @@ def _text(figures: dict[str, Any]) -> str:
     lines += (f'  {line}' for line in table(cells, '>'))
     flops = figures['flops']
     lines += [
-        '  with block recomputation: ' + verdict(figures),
+        '  with recomputation in segments: ' + verdict(figures),
         '',
         f'between stages: {figures["edge_bytes"] / 2**20:.0f} MiB each way per microbatch',
         f'FLOPs: {flops["token"]:.4g} a token, {flops["step"]:.4g} a step, of which mHC '

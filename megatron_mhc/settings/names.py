@@ -5,7 +5,7 @@ from __future__ import annotations
 RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd')
 # Those with n streams.
 STREAM_TYPES = ('hc', 'mhc')
-RECOMPUTE_BLOCKS = ('none', 'stage', 'auto')
+RECOMPUTE_SEGMENTS = ('none', 'stage', 'auto')
 STOCK_SCHEDULES = ('1f1b', 'interleaved')
 # Those on the inverted V, run from a plan.
 V_SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')

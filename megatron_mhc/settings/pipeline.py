@@ -82,7 +82,7 @@ class PipelineConfig:
 
         It is checked as far as the rank and its neighbours see; ``prove`` does the rest.
         ``recompute`` gives an operation of its own, which waits for no message, to rebuilding the
-        block of sublayers that a backward begins with.
+        segment that a backward begins with.
 
         Raises:
             ValueError: the schedule does not exist for these numbers.

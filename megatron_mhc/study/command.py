@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_RANKS, MOST_STREAMS, input_file, integer
 from megatron_mhc.recipes.names import MODELS
-from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_BLOCKS
+from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_SEGMENTS
 from megatron_mhc.study.names import HARDWARE, STUDIED, only_studied
 
 _COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ranks(
         '--recompute',
-        type=integer(1, 2 * MOST_LAYERS, words=RECOMPUTE_BLOCKS),
+        type=integer(1, 2 * MOST_LAYERS, words=RECOMPUTE_SEGMENTS),
         nargs='+',
         metavar='L_R',
-        help=f'{", ".join(RECOMPUTE_BLOCKS)} or sublayers of a block (default: auto)',
+        help=f'{", ".join(RECOMPUTE_SEGMENTS)} or sublayers of a segment (default: auto)',
     )
     model = parser.add_argument_group('model').add_argument
     model(
