@@ -11,6 +11,7 @@ import argparse
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from megatron_mhc.checkpoints.check import check_checkpoints, found_checkpoints
 from megatron_mhc.compat import require_one_tree
@@ -45,7 +46,7 @@ OWN_FLAGS = (
 )
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
         shared = add_groups(parser, EVERY_GROUP)
@@ -112,7 +113,7 @@ def accept(
         apply(MODEL_PATCHES)
 
 
-def _error(parser: argparse.ArgumentParser, original: Callable, message: str) -> None:
+def _error(parser: argparse.ArgumentParser, original: Callable[..., Any], message: str) -> None:
     """Megatron's usage text is hundreds of lines long; for our flags the one line is enough."""
     if message.startswith(tuple(f'argument {flag}' for flag in OWN_FLAGS)):
         refuse(parser.prog, with_remedy(parser.prog, message))

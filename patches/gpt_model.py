@@ -77,7 +77,9 @@ def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None
     return stage_of(parallel_state.get_pipeline_model_parallel_rank(), vp_stage, ranks) == 0
 
 
-def prepare_embeddings(config: Any, arguments: dict, pipeline: PipelineConfig | None) -> bool:
+def prepare_embeddings(
+    config: Any, arguments: dict[str, Any], pipeline: PipelineConfig | None
+) -> bool:
     """Check the copies of the word embedding; returns whether this model has them on one rank.
 
     Args:
@@ -97,7 +99,7 @@ def prepare_embeddings(config: Any, arguments: dict, pipeline: PipelineConfig | 
     return together
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def __init__(self, *args, **kwargs):

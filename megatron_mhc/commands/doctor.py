@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from typing import Any
 
 import megatron_mhc
 from megatron_mhc.compat import (
@@ -21,7 +22,7 @@ from megatron_mhc.runtime.script_path import enter_folder
 OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
 
 
-def report() -> dict:
+def report() -> dict[str, Any]:
     """Versions, device, optional packages and patches, as plain values."""
     import platform
 
@@ -102,7 +103,7 @@ def _optional(name: str, module: str) -> str:
         return 'present'
 
 
-def _patches() -> list[dict]:
+def _patches() -> list[dict[str, Any]]:
     import warnings
 
     warnings.simplefilter('ignore')  # Megatron warns of every optional package it does not find
@@ -146,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=main)
 
 
-def refusals() -> list[dict]:
+def refusals() -> list[dict[str, Any]]:
     """Every refused combination, as plain values."""
     from megatron_mhc.settings.refusals import REFUSALS
 

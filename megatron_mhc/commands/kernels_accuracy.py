@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import secrets
+from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
@@ -63,7 +64,7 @@ def main(options: argparse.Namespace) -> int:
     return int(not found['ok'])
 
 
-def _print(found: dict) -> None:
+def _print(found: dict[str, Any]) -> None:
     size = f'n = {found["num_streams"]}, C = {found["channels"]}, {found["tokens"]} tokens'
     print(f'{found["device"]}, {found["dtype"]}, {size}, seed {found["seed"]}')
     print('error: relative RMS against fp64 of the same rounded inputs; bound 0: bit for bit\n')

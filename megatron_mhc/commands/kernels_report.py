@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
@@ -52,7 +52,7 @@ def main(options: argparse.Namespace) -> int:
     return int(not found['ok'])
 
 
-def report(options: argparse.Namespace) -> dict:
+def report(options: argparse.Namespace) -> dict[str, Any]:
     """The report as plain values.
 
     Raises:
@@ -106,10 +106,10 @@ def _row(
     launch: Launch,
     arch: int,
     found: Resources | RuntimeError,
-    record: dict,
+    record: dict[str, Any],
     version: str,
     dtype: str,
-) -> dict:
+) -> dict[str, Any]:
     row = {'kernel': label(launch), 'num_streams': launch.constants['N'], 'arch': arch}
     if isinstance(found, RuntimeError):
         return row | {'problems': [str(found)], 'notes': []}
@@ -120,13 +120,13 @@ def _row(
     return row | {'problems': problems, 'notes': notes}
 
 
-def _traffic(name: str, n: int, form: Traffic, total: int) -> dict:
+def _traffic(name: str, n: int, form: Traffic, total: int) -> dict[str, Any]:
     return {'num_streams': n, 'form': name, **asdict(form), 'elements': form.elements} | {
         'bytes': total
     }
 
 
-def _progress(results: Iterable, total: int) -> Iterator:
+def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
     """Count ``results`` on stderr where a person reads it."""
     if not sys.stderr.isatty():
         return iter(results)
@@ -137,13 +137,13 @@ def _progress(results: Iterable, total: int) -> Iterator:
     return iter(tqdm(results, total=total, file=sys.stderr, leave=False))
 
 
-def _count(results: Iterable, total: int) -> Iterator:
+def _count(results: Iterable[Any], total: int) -> Iterator[Any]:
     for done, result in enumerate(results, 1):
         print(f'\r{done}/{total}', end='' if done < total else '\n', file=sys.stderr, flush=True)
         yield result
 
 
-def _print(found: dict) -> None:
+def _print(found: dict[str, Any]) -> None:
     rows = found['kernels']
     # Said first: which Triton an overlay on PYTHONPATH brings is easily mistaken.
     print(f'Triton {found["triton"]} from {found["triton_path"]}, torch {found["torch"]}')
@@ -184,7 +184,7 @@ def _print(found: dict) -> None:
     print(*table(cells, '<>'), sep='\n')
 
 
-def _sum(found: dict) -> str:
+def _sum(found: dict[str, Any]) -> str:
     """What was found in one line, and what was not looked at."""
     rows = found['kernels']
     spilling = sum(bool(row.get('spill_bytes') or row.get('stack_bytes')) for row in rows)

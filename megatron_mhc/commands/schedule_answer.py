@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
@@ -259,11 +260,11 @@ def _times(options: argparse.Namespace) -> Times:
     )
 
 
-def _names(plan: Plan) -> dict:
+def _names(plan: Plan) -> dict[str, Any]:
     return {'schedule': plan.schedule, 'pp': plan.pp, 'microbatches': plan.microbatches}
 
 
-def _numbers(timeline: Timeline, hop: float) -> dict:
+def _numbers(timeline: Timeline, hop: float) -> dict[str, Any]:
     """What ``simulate --json`` prints; in units of one rank's whole forward by default."""
     keys = ('work', 'makespan', 'bubble', 'peak_live', 'span_bubble', 'bubble_share', 'exposed_hop')
     found = {key: round(getattr(timeline, key), _DIGITS) for key in keys}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 
 from megatron_mhc.schedules.plan import Plan
@@ -9,7 +11,7 @@ from megatron_mhc.settings.pipeline import PipelineConfig
 
 # What the ranks of a group have been told is right; they ask in the same order. By their numbers: a
 # group that is kept here would outlive its end.
-_proved: set[tuple] = set()
+_proved: set[tuple[Any, ...]] = set()
 
 
 def proved_plan(

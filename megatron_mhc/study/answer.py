@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import flag_of
@@ -113,8 +114,8 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
             f'--schedule {schedules[0]} has no effect with --pp 1: there is no pipeline; '
             'drop it or give --pp 2 or more'
         )
-    streams, blocks = options.num_residual_streams, options.recompute
-    if not shape.residual.has_streams and (streams or blocks):
+    streams, segments = options.num_residual_streams, options.recompute
+    if not shape.residual.has_streams and (streams or segments):
         flag = '--num-residual-streams' if streams else '--recompute'
         kind = shape.residual.residual_type
         raise ValueError(f'{flag} has no effect with --residual-type {kind}; drop one of them')
@@ -134,11 +135,11 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
         vpp=_unique(options.vpp or (2,)),
         micro_batch=_unique(options.micro_batch_size or (1,)),
         streams=_unique(streams or (4,)),
-        recompute=_unique(blocks or ('auto',)),
+        recompute=_unique(segments or ('auto',)),
     )
 
 
-def _plain(study: Study, hardware: Hardware, flags: dict[int, str]) -> dict:
+def _plain(study: Study, hardware: Hardware, flags: dict[int, str]) -> dict[str, Any]:
     fronts = {n: pareto(points) for n, points in study.streams.items()}
     return {
         'hardware': dataclasses.asdict(hardware),
@@ -186,5 +187,5 @@ def _progress(total: int) -> Callable[[int], object]:
     return tqdm(total=total, unit='case', desc='study', leave=False).update
 
 
-def _unique(values) -> tuple:
+def _unique(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))

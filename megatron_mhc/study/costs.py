@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_mhc.schedules.stage_layers import stage_at
 from megatron_mhc.settings.recompute_cost import segment_size
@@ -105,7 +106,7 @@ class CostModel:
         peak = hardware.peak(shape.value_bytes)
         self.linear_flops = peak * hardware.gemm_efficiency
         self.attention_flops = peak * hardware.attention_efficiency
-        self.layer_costs: dict[tuple, Costs] = {}
+        self.layer_costs: dict[tuple[Any, ...], Costs] = {}
 
     def stages(self, layout: Layout) -> list[Costs]:
         """Every stage in forward order."""

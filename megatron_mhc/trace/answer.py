@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
@@ -35,7 +36,7 @@ def main(options: argparse.Namespace) -> int:
     return int(not found['ok'])
 
 
-def report(traces: Sequence[Trace]) -> dict:
+def report(traces: Sequence[Trace]) -> dict[str, Any]:
     """Measurements by rank and, for the files of one folder together, in total; plain values."""
     folders = [trace.path.resolve().parent for trace in traces]
     common = Path(os.path.commonpath(folders))
@@ -50,7 +51,7 @@ def report(traces: Sequence[Trace]) -> dict:
     return {'ranks': ranks, 'totals': [{'run': run, **shares(p)} for run, p in pools.items()]}
 
 
-def exceeded(ranks: Iterable[dict], limits: dict[str, float | None]) -> list[str]:
+def exceeded(ranks: Iterable[dict[str, Any]], limits: dict[str, float | None]) -> list[str]:
     """A line for every rank and limit that it exceeds.
 
     Raises:
@@ -75,7 +76,7 @@ def exceeded(ranks: Iterable[dict], limits: dict[str, float | None]) -> list[str
     return lines
 
 
-def _value(row: dict, name: str) -> float | None:
+def _value(row: dict[str, Any], name: str) -> float | None:
     if name == 'idle':
         return row['idle']
     if name == 'post_delay':
@@ -84,7 +85,7 @@ def _value(row: dict, name: str) -> float | None:
     return row[name] and row[name]['exposed']
 
 
-def _lines(found: dict) -> list[str]:
+def _lines(found: dict[str, Any]) -> list[str]:
     head = ('run', 'rank', 'ms', 'idle', 'SEND/RECV', 'send', 'recv', 'all-to-all', 'collectives')
     cells: list[tuple[str, ...]] = [(*head, 'F_post,res', 'delay us', '90th', 'streams')]
     for total in found['totals']:
@@ -102,11 +103,11 @@ def _lines(found: dict) -> list[str]:
     return lines + [f'exceeded: {line}' for line in found['exceeded']]
 
 
-def _rank(row: dict) -> str:
+def _rank(row: dict[str, Any]) -> str:
     return Path(row['file']).name.split('.')[0] if row['rank'] is None else str(row['rank'])
 
 
-def _cells(row: dict, rank: str) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], rank: str) -> tuple[str, ...]:
     kinds = (P2P, 'send', 'recv', ALL_TO_ALL, COLLECTIVES)
     post = row['post_res'] or {'calls': 0, 'delay_us': None, 'streams': []}
     delay = post['delay_us'] or {}
@@ -122,7 +123,7 @@ def _cells(row: dict, rank: str) -> tuple[str, ...]:
     )
 
 
-def _streams(streams: list[dict]) -> str:
+def _streams(streams: list[dict[str, Any]]) -> str:
     if not streams:
         return '-'
     known = sorted({s['priority'] for s in streams if s['priority'] is not None})
@@ -135,7 +136,7 @@ def _shown(value: float | None, unit: str) -> str:
     return f'{value:.1%}' if unit == 'share' else f'{value:.1f}' + ' us' * (unit == 'us')
 
 
-def _advice(found: dict) -> list[str]:
+def _advice(found: dict[str, Any]) -> list[str]:
     lines = [
         'A good result: SEND/RECV exposed well below 1f1b at the same size, or under 10 %; all-to-',
         'all under 10 % in fused slots; F_post,res on streams of its own, delayed by a few us.',
