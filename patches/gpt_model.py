@@ -25,10 +25,7 @@ from megatron_mhc.residual.post_stream import use_post_stream
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.schedules.inverted_v import stage_of
 from megatron_mhc.settings.flags_engram import engram_of
-from megatron_mhc.settings.flags_pipeline import (
-    check_recompute_stream,
-    pipeline_config_from_args,
-)
+from megatron_mhc.settings.flags_pipeline import check_recompute_stream, pipeline_config_from_args
 from megatron_mhc.settings.flags_residual import parsed_arguments, residual_config_from_args
 from megatron_mhc.settings.model_config import PIPELINE, POST_STREAM, RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
-from megatron_mhc.kernels.defaults import (
-    ACCURACY_SIZES,
-    ARCHITECTURES,
-    DTYPES,
-    KERNEL_STREAMS,
-)
+from megatron_mhc.kernels.defaults import ACCURACY_SIZES, ARCHITECTURES, DTYPES, KERNEL_STREAMS
 
 RECORD = Path(__file__).parents[1] / 'kernels' / 'record.json'
 _REPORT = """

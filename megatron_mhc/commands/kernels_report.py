@@ -20,13 +20,7 @@ from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.kernels.defaults import DTYPES
 from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
-from megatron_mhc.kernels.verdict import (
-    VECTOR_BITS,
-    judge,
-    label,
-    recorded,
-    resident_warps,
-)
+from megatron_mhc.kernels.verdict import VECTOR_BITS, judge, label, recorded, resident_warps
 
 if TYPE_CHECKING:
     from megatron_mhc.kernels.offline import Resources

@@ -56,11 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required = topic == 'compare'
         which.add_argument('--pp', type=_COUNT, metavar='P', required=required, help='ranks')
         which.add_argument(
-            '--microbatches',
-            type=_COUNT,
-            metavar='M',
-            required=required,
-            help='of one step',
+            '--microbatches', type=_COUNT, metavar='M', required=required, help='of one step'
         )
         which.add_argument('--chunks', type=_COUNT, default=2, help='a rank, of interleaved')
         if topic != 'validate':
@@ -85,13 +81,7 @@ def _add_times(parser: argparse.ArgumentParser) -> None:
     for name, (default, words) in TIMES.items():
         add(f'--{name}', type=_TIME, metavar='T', default=default, help=words)
     add('--fused-slot-factor', type=_FACTOR, metavar='A', default=1.0, help='of F + B')
-    add(
-        '--stage-scale',
-        type=_FACTOR,
-        nargs='+',
-        metavar='X',
-        help='a factor for each stage',
-    )
+    add('--stage-scale', type=_FACTOR, nargs='+', metavar='X', help='a factor for each stage')
     add('--recompute-stream', choices=RECOMPUTE_STREAMS, default='compute', help='of R')
     add('--link-contention', action='store_true', help='one tensor at a time from rank to rank')
 

@@ -47,13 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks('--dp', type=_COUNT, nargs='+', metavar='N', help='keep only these (default: all)')
     ranks('--schedule', nargs='+', choices=PIPELINE_SCHEDULES, metavar='NAME', help=_SCHEDULES)
     ranks('--micro-batch-size', type=_COUNT, nargs='+', metavar='B', help='(default: 1)')
-    ranks(
-        '--num-residual-streams',
-        type=_STREAMS,
-        nargs='+',
-        metavar='N',
-        help='n (default: 4)',
-    )
+    ranks('--num-residual-streams', type=_STREAMS, nargs='+', metavar='N', help='n (default: 4)')
     ranks(
         '--recompute',
         type=integer(1, 2 * MOST_LAYERS, words=RECOMPUTE_SEGMENTS),

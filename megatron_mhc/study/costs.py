@@ -14,14 +14,7 @@ from typing import Any
 from megatron_mhc.schedules.stage_layers import stage_at
 from megatron_mhc.settings.recompute_cost import segment_size
 from megatron_mhc.sizing.flops import layer_flops, token_flops
-from megatron_mhc.sizing.memory import (
-    FP32,
-    Layout,
-    edge_bytes,
-    rank_parameters,
-    sharing,
-    stages_of,
-)
+from megatron_mhc.sizing.memory import FP32, Layout, edge_bytes, rank_parameters, sharing, stages_of
 from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.kernels import BytesModel, Measured, Sublayer

@@ -64,12 +64,7 @@ def add_parser(topics: Any) -> None:
     limits = parser.add_argument_group('limits, for every rank')
     for name, (words, unit) in LIMITS.items():
         if unit == 'share':
-            limits.add_argument(
-                OPTIONS[name],
-                type=_SHARE,
-                metavar='X',
-                help=f'{words}, 0 to 1',
-            )
+            limits.add_argument(OPTIONS[name], type=_SHARE, metavar='X', help=f'{words}, 0 to 1')
         else:
             limits.add_argument(OPTIONS[name], type=_DELAY, metavar='US', help=f'{words}, in us')
     parser.set_defaults(run=main)

@@ -111,8 +111,7 @@ def _post(trace: Trace, kinds: dict[str, list[Kernel]]) -> dict[str, Any]:
     arrivals = sorted(kernel.end for kernel in kinds[P2P] if _direction(kernel) != 'send')
     launches = defaultdict(list)
     for kernel in sorted(
-        (kernel for kernel in trace.kernels if kernel.launched is not None),
-        key=_launched,
+        (kernel for kernel in trace.kernels if kernel.launched is not None), key=_launched
     ):
         launches[kernel.thread].append(kernel)
     delays, late = [], 0
