@@ -1,8 +1,8 @@
 """The ``megatron-mhc`` command: a table of subcommands, of which only the one asked for is loaded.
 
-A subcommand's module has ``add_arguments(parser)``, which also names what runs it:
-``parser.set_defaults(run=main)``, where ``main(options)`` returns the exit status. It imports what
-answers when it is called: help and wrong options need the words of the options alone.
+A subcommand's module has ``add_arguments(parser)``, which also names the module that answers:
+``parser.set_defaults(answer=NAME)``, where ``main(options)`` of NAME returns the exit status. Help
+and wrong options then need the words of the options alone.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command is None:
         parser.error(f'argument command: missing; choose from {", ".join(COMMANDS)}')
     try:
-        status = options.run(options)
+        status = importlib.import_module(options.answer).main(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # `| head` has read enough. What is left would fail again at exit, so it goes nowhere.

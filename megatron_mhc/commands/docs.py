@@ -32,7 +32,7 @@ PAGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The page, or none for the list."""
     parser.add_argument('page', nargs='?', choices=list(PAGES), metavar='PAGE', help='to print')
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
 
 
 def main(options: argparse.Namespace) -> int:

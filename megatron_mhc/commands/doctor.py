@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='list every combination of flags that is refused, why, and what to use instead',
     )
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
 
 
 def refusals() -> list[dict[str, Any]]:

@@ -26,7 +26,6 @@ and gradient with its bound.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The topics of ``megatron-mhc kernels``."""
     topics = parser.add_subparsers(dest='topic', required=True)
-    parser.set_defaults(run=main)
     _add_report(topics)
     _add_accuracy(topics)
 
@@ -47,6 +46,7 @@ def _add_report(topics: Any) -> None:
     add('--kernel', nargs='+', default=None, help='only kernels whose name begins like this')
     add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
     add('--json', action='store_true', help='print one JSON object')
+    parser.set_defaults(answer='megatron_mhc.commands.kernels_report')
 
 
 def _add_accuracy(topics: Any) -> None:
@@ -63,17 +63,7 @@ def _add_accuracy(topics: Any) -> None:
     add('--dtype', choices=sorted(DTYPES), default='bf16', help='of the streams (default: bf16)')
     add('--seed', type=integer(0, 2**63 - 1), help='of the inputs (default: a fresh one)')
     add('--json', action='store_true', help='print one JSON object')
-
-
-def main(options: argparse.Namespace) -> int:
-    """Run one of the topics; its status."""
-    if options.topic == 'report':
-        from megatron_mhc.commands import kernels_report
-
-        return kernels_report.main(options)
-    from megatron_mhc.commands import kernels_accuracy
-
-    return kernels_accuracy.main(options)
+    parser.set_defaults(answer='megatron_mhc.commands.kernels_accuracy')
 
 
 def _arch(text: str) -> int:

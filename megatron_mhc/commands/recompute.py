@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc recompute``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
     parser.description = __doc__.partition('\n\n')[2]
     add = parser.add_argument
     add(

@@ -34,7 +34,7 @@ _COUNT, _TIME, _FACTOR = integer(1), number(0, 1e15), number(0, above=True)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The topics of ``megatron-mhc schedule``."""
     topics = parser.add_subparsers(dest='topic', required=True)
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer='megatron_mhc.commands.schedule_answer')
     for topic, words in _HELP.items():
         parser = topics.add_parser(
             topic,
@@ -84,10 +84,3 @@ def _add_times(parser: argparse.ArgumentParser) -> None:
     add('--stage-scale', type=_FACTOR, nargs='+', metavar='X', help='a factor for each stage')
     add('--recompute-stream', choices=RECOMPUTE_STREAMS, default='compute', help='of R')
     add('--link-contention', action='store_true', help='one tensor at a time from rank to rank')
-
-
-def main(options: argparse.Namespace) -> int:
-    """Run one of the topics; its status."""
-    from megatron_mhc.commands import schedule_answer
-
-    return schedule_answer.main(options)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc convert``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
     parser.description = 'Convert a checkpoint offline. SRC is only read; DST appears when whole.'
     parser.add_argument(
         'source',

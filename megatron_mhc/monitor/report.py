@@ -204,7 +204,7 @@ def _draw_maps(figure: Any, run: Run, sublayers: list[int]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc report``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
     parser.add_argument(
         'folders',
         nargs='+',

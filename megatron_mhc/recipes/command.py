@@ -11,7 +11,7 @@ from megatron_mhc.settings.names import STREAM_TYPES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The topics of ``megatron-mhc recipe``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer='megatron_mhc.recipes.answer')
     topics = parser.add_subparsers(dest='topic', required=True)
     listing = topics.add_parser('list', help='the models and their layouts')
     show = topics.add_parser(
@@ -35,10 +35,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument('--layout', choices=LAYOUT_NAMES, default='8gpu', help='(default: 8gpu)')
     for name in SIZES:
         ranks.add_argument(flag_of(name), type=integer(1, MOST_RANKS), metavar='N')
-
-
-def main(options: argparse.Namespace) -> int:
-    """Run one of the topics; its status."""
-    from megatron_mhc.recipes import answer
-
-    return answer.main(options)

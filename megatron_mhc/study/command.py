@@ -15,7 +15,7 @@ _COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc study``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer='megatron_mhc.study.answer')
     parser.description = (
         'Estimate step time, memory and messages of every layout of ranks. No GPU and no Megatron '
         'is needed.'
@@ -68,13 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 _TYPES = f'{" or ".join(STUDIED)} (default: mhc)'
 _SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: all)'
-
-
-def main(options: argparse.Namespace) -> int:
-    """Run a study; its status."""
-    from megatron_mhc.study import answer
-
-    return answer.main(options)
 
 
 def _residual(text: str) -> str:

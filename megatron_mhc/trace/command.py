@@ -67,11 +67,4 @@ def add_parser(topics: Any) -> None:
             limits.add_argument(OPTIONS[name], type=_SHARE, metavar='X', help=f'{words}, 0 to 1')
         else:
             limits.add_argument(OPTIONS[name], type=_DELAY, metavar='US', help=f'{words}, in us')
-    parser.set_defaults(run=main)
-
-
-def main(options: argparse.Namespace) -> int:
-    """Print the measurements; 1 when a limit is exceeded, else 0."""
-    from megatron_mhc.trace import answer
-
-    return answer.main(options)
+    parser.set_defaults(answer='megatron_mhc.trace.answer')

@@ -8,7 +8,7 @@ import pathlib
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc patch``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer='megatron_mhc.tree.answer')
     parser.add_argument(
         'tree', metavar='TREE', type=pathlib.Path, help='the folder that holds megatron/'
     )
@@ -32,10 +32,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='change files whose own changes are not committed, too',
     )
-
-
-def main(options: argparse.Namespace) -> int:
-    """Run one mode; its status."""
-    from megatron_mhc.tree import answer
-
-    return answer.main(options)
