@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING
 
 from megatron_mhc.inputs.values import MOST_TOKENS, shown
 from megatron_mhc.settings.flag import check, setting
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES, V_SCHEDULES
-
-if TYPE_CHECKING:
-    from megatron_mhc.schedules.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -51,45 +47,6 @@ class PipelineConfig:
                 f'{", ".join(V_SCHEDULES)}'
             )
         check(self)
-
-    def check(self, ranks: int, microbatches: int) -> None:
-        """Raise ValueError where the schedule does not exist for these numbers."""
-        # Generators and proof are loaded when a schedule is asked for, not for the flags.
-        from megatron_mhc.settings.v_plan import check_numbers
-
-        check_numbers(self.schedule, ranks, microbatches)
-
-    def prove(
-        self, ranks: int, microbatches: int, evaluating: bool = False, recompute: bool = False
-    ) -> None:
-        """Raise ValueError for a step that cannot run to its end, or would compute something else.
-
-        Looks at all operations of all ranks, once: one rank does it for its pipeline.
-        """
-        from megatron_mhc.settings.v_plan import prove
-
-        prove(self.schedule, ranks, microbatches, evaluating, recompute)
-
-    def plan(
-        self,
-        rank: int,
-        ranks: int,
-        microbatches: int,
-        evaluating: bool = False,
-        recompute: bool = False,
-    ) -> Plan:
-        """What pipeline rank ``rank`` of ``ranks`` does in one step, as the executor runs it.
-
-        It is checked as far as the rank and its neighbours see; ``prove`` does the rest.
-        ``recompute`` gives an operation of its own, which waits for no message, to rebuilding the
-        segment that a backward begins with.
-
-        Raises:
-            ValueError: the schedule does not exist for these numbers.
-        """
-        from megatron_mhc.settings.v_plan import plan_of
-
-        return plan_of(self.schedule, rank, ranks, microbatches, evaluating, recompute)
 
 
 @dataclass(frozen=True)

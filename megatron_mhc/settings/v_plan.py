@@ -1,4 +1,7 @@
-"""The plan of one step on the inverted V, and its proof; each is made once."""
+"""The plan of one step on the inverted V, and its proof; each is made once.
+
+Apart from ``PipelineConfig``, whose flags need no generators.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,22 @@ def check_numbers(schedule: str, ranks: int, microbatches: int) -> None:
 
 @functools.lru_cache(maxsize=64)
 def plan_of(
-    schedule: str, rank: int, ranks: int, microbatches: int, evaluating: bool, recompute: bool
+    schedule: str,
+    rank: int,
+    ranks: int,
+    microbatches: int,
+    evaluating: bool = False,
+    recompute: bool = False,
 ) -> Plan:
-    """As ``PipelineConfig.plan``."""
+    """What pipeline rank ``rank`` of ``ranks`` does in one step, as the executor runs it.
+
+    It is checked as far as the rank and its neighbours see; ``prove`` does the rest. ``recompute``
+    gives an operation of its own, which waits for no message, to rebuilding the segment that a
+    backward begins with.
+
+    Raises:
+        ValueError: the schedule does not exist for these numbers.
+    """
     # On the V, whose ranks the inverted V names the other way round.
     own = ranks - 1 - rank
     seen = range(max(0, own - 1), min(ranks, own + 2))
@@ -38,8 +54,17 @@ def plan_of(
 
 
 @functools.lru_cache(maxsize=64)
-def prove(schedule: str, ranks: int, microbatches: int, evaluating: bool, recompute: bool) -> None:
-    """As ``PipelineConfig.prove``."""
+def prove(
+    schedule: str,
+    ranks: int,
+    microbatches: int,
+    evaluating: bool = False,
+    recompute: bool = False,
+) -> None:
+    """Raise ValueError for a step that cannot run to its end, or would compute something else.
+
+    Looks at all operations of all ranks, once: one rank does it for its pipeline.
+    """
     validate(_lowered(schedule, ranks, microbatches, evaluating, recompute))
 
 

@@ -35,11 +35,10 @@ def forgotten(monkeypatch):
 @pytest.mark.parametrize('evaluating', [False, True])
 @pytest.mark.parametrize('schedule', V_SCHEDULES)
 def test_a_rank_has_its_part_of_the_whole_plan(schedule, evaluating):
-    pipeline = PipelineConfig(schedule)
     whole = v_plan._lowered(schedule, 6, 13, evaluating, recompute=True).reversed_ranks()
     validate(whole)
     for rank in range(6):
-        part = pipeline.plan(rank, 6, 13, evaluating, recompute=True)
+        part = v_plan.plan_of(schedule, rank, 6, 13, evaluating, recompute=True)
         assert part.ranks[rank] == whole.ranks[rank]
         assert part.placement == whole.placement and part.schedule == whole.schedule
         assert not any(ops for other, ops in enumerate(part.ranks) if other != rank)
@@ -52,9 +51,8 @@ def test_a_rank_looks_at_its_neighbours_only(monkeypatch):
         'validate',
         lambda plan, ranks: looked_at.append([n for n, ops in enumerate(plan.ranks) if ops]),
     )
-    pipeline = PipelineConfig('zb-v')
     for rank in (0, 3, 7):
-        pipeline.plan(rank, 8, 16)
+        v_plan.plan_of('zb-v', rank, 8, 16)
     # In the numbers of the V.
     assert looked_at == [[6, 7], [3, 4, 5], [0, 1]]
 
@@ -99,12 +97,12 @@ def test_a_part_that_is_wrong_by_itself_needs_no_one_else(monkeypatch):
     schedule = wrong(catalog.SCHEDULES['zb-v'], lambda rank, words: words[:-1])
     monkeypatch.setitem(catalog.SCHEDULES, 'zb-v', schedule)
     with pytest.raises(PlanError, match='missing'):
-        PipelineConfig('zb-v').plan(1, 2, 4)
+        v_plan.plan_of('zb-v', 1, 2, 4)
 
 
 def test_a_plan_is_proved_once(monkeypatch):
     proofs, told = [], []
-    monkeypatch.setattr(PipelineConfig, 'prove', lambda *numbers: proofs.append(numbers))
+    monkeypatch.setattr(v_plan, 'prove', lambda *numbers: proofs.append(numbers))
     monkeypatch.setattr(
         pipeline_proof.dist, 'broadcast_object_list', lambda *_, **__: told.append(1)
     )
