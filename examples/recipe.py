@@ -18,9 +18,9 @@ import sys
 
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import integer
-from megatron_mhc.recipes.command import describe, verdict
+from megatron_mhc.recipes.answer import describe, verdict
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
-from megatron_mhc.settings.residual import STREAM_TYPES
+from megatron_mhc.settings.names import STREAM_TYPES
 
 PRETRAIN = pathlib.Path(__file__).with_name('pretrain_gpt.py')
 # Streams that share a hardware queue wait for each other; Megatron asks for 1 with tensor

@@ -14,5 +14,9 @@ PRECISIONS = ('auto', 'bf16x2', 'tf32', 'tf32x3', 'ieee')
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 # Numbers of streams that the kernels are written for.
 KERNEL_STREAMS = (1, 2, 4, 8)
+# Compute capabilities that they are checked for, those of ``verdict.MULTIPROCESSORS``.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# C and T of ``megatron-mhc kernels accuracy`` where none are given: seconds on either device.
+ACCURACY_SIZES = {'cpu': (100, 35), 'cuda': (4096, 2048)}
 # Bytes that a stream should start at a multiple of, and what C should be a multiple of.
 DIVISOR = 16

@@ -92,22 +92,13 @@ def require_compiler() -> None:
         )
 
 
-def compile_launch(launch: Launch, arch: int) -> Resources:
-    """Compile ``launch`` for compute capability ``arch`` (90 for sm_90) and read its resources.
-
-    Raises:
-        RuntimeError: Triton interprets kernels, or does not compile this one.
-    """
-    return _compile(_job(launch, arch))
-
-
 def compile_launches(
     pairs: Iterable[tuple[Launch, int]], workers: int | None = None
 ) -> Iterator[Resources | RuntimeError]:
-    """``compile_launch`` of each pair in turn, in parallel processes.
+    """Compile launches in parallel processes and read what they take.
 
     Args:
-        pairs: launch and architecture.
+        pairs: launch and compute capability, 90 for sm_90.
         workers: processes; one for each CPU that this process may use when None.
 
     Yields:

@@ -131,13 +131,8 @@ def launch_traffic(launch: Launch) -> Traffic:
     return kernel_forms(constants['N'], splits, constants.get('MP'))[variant(launch)]
 
 
-def launch_bytes(launch: Launch) -> int:
-    """Bytes of all tensors of a launch, each moved once."""
-    return sum(launch_bytes_by_kind(launch).values())
-
-
 def launch_bytes_by_kind(launch: Launch) -> dict[str, int]:
-    """``launch_bytes`` in its parts: ``streams``, ``maps`` (any token axis) and ``parameters``."""
+    """Bytes of ``streams``, ``maps`` (any token axis) and ``parameters``, each moved once."""
     kinds = dict.fromkeys(('streams', 'maps', 'parameters'), 0)
     streams = stream_names(launch)
     for name, value in arguments(launch).items():

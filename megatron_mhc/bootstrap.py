@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import socket
 import sys
 
 from megatron_mhc.compat import describe_core, require_supported_core
 from megatron_mhc.inputs.refusal import announce
 from megatron_mhc.settings.flags_residual import parsed_arguments
-from megatron_mhc.settings.pipeline import V_SCHEDULES
+from megatron_mhc.settings.names import V_SCHEDULES
 
 DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')
 TOO_LATE = (
@@ -79,6 +78,8 @@ def asks_for_a_v(argv: list[str]) -> bool:
 
 def _require_one_node() -> None:
     """One node without its driver must not join a job on GPUs as an emulated device."""
+    import socket
+
     local = os.environ.get('LOCAL_WORLD_SIZE')
     if local is not None and int(os.environ.get('WORLD_SIZE', '1')) > int(local):
         raise RuntimeError(

@@ -1,7 +1,8 @@
 """The ``megatron-mhc`` command: a table of subcommands, of which only the one asked for is loaded.
 
-A subcommand's module has ``add_arguments(parser)``, which also names what runs it:
-``parser.set_defaults(run=main)``, where ``main(options)`` returns the exit status.
+A subcommand's module has ``add_arguments(parser)``, which also names the module that answers:
+``parser.set_defaults(answer=NAME)``, where ``main(options)`` of NAME returns the exit status. Help
+and wrong options then need the words of the options alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ COMMANDS = {
     'schedule': ('commands.schedule', 'about pipeline schedules'),
     'recipe': ('recipes.command', "the mHC paper's models"),
     'study': ('study.command', 'which layout trains fastest: step time, memory and messages'),
-    'recompute': ('commands.recompute', 'measure the memory of block recompute beside the formula'),
+    'recompute': (
+        'commands.recompute',
+        'measure the memory of recompute segments beside the formula',
+    ),
     'report': (
         'monitor.report',
         'draw loss, gradient norm, gains and maps of runs with --mhc-monitor',
@@ -68,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command is None:
         parser.error(f'argument command: missing; choose from {", ".join(COMMANDS)}')
     try:
-        status = options.run(options)
+        status = importlib.import_module(options.answer).main(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # `| head` has read enough. What is left would fail again at exit, so it goes nowhere.

@@ -10,20 +10,19 @@ import argparse
 import os
 import pathlib
 import runpy
-import socket
 import sys
 
 from megatron_mhc.bootstrap import DEVICES, prepare
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import environment_integer
-from megatron_mhc.patches.flag_groups import GROUPS
 from megatron_mhc.runtime.script_path import enter_folder
+from megatron_mhc.settings.groups import EVERY_GROUP
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The launcher's own options stand before SCRIPT; everything after it is the script's."""
     flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-    for add_arguments in GROUPS:
+    for add_arguments in EVERY_GROUP:
         add_arguments(flags)
     parser = OneLineParser(
         prog=prog,
@@ -90,6 +89,8 @@ def _single_process_defaults() -> None:
                 f'{name}={os.environ[name]} but RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are '
                 'not set: every task would train alone; start torchrun on each node, or export them'
             )
+    import socket
+
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]

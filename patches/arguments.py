@@ -11,21 +11,23 @@ import argparse
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from megatron_mhc.checkpoints.check import check_checkpoints, found_checkpoints
 from megatron_mhc.compat import require_one_tree
 from megatron_mhc.engram.resume import check_memory
 from megatron_mhc.inputs.refusal import refuse, with_remedy
-from megatron_mhc.optim.lr_steps import resolve_lr_steps
+from megatron_mhc.optim.lr_steps import takes_steps
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
-from megatron_mhc.patches.flag_groups import GROUPS
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline.embedding_copies import check_embedding_copies
 from megatron_mhc.runtime.kernel_choice import announce_kernels
 from megatron_mhc.settings.flags_engram import resolve_engram
+from megatron_mhc.settings.flags_lr import offer_steps, resolve_lr_steps
 from megatron_mhc.settings.flags_monitor import resolve_monitor
 from megatron_mhc.settings.flags_pipeline import resolve_pipeline
 from megatron_mhc.settings.flags_residual import resolve_arguments
+from megatron_mhc.settings.groups import EVERY_GROUP
 from megatron_mhc.settings.megatron_sizes import check_sizes
 from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
@@ -44,10 +46,11 @@ OWN_FLAGS = (
 )
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
-        shared = add_groups(parser, GROUPS)
+        shared = add_groups(parser, EVERY_GROUP)
+        offer_steps(parser)
         # On this instance alone; it raises, which a partial does not say.
         error = functools.partial(_error, parser, parser.error)
         parser.error = error  # type: ignore[method-assign, assignment]
@@ -90,7 +93,7 @@ def accept(
     engram = resolve_engram(namespace)
     check_memory(namespace, engram, checkpoints)
     pipeline = resolve_pipeline(namespace)
-    lr_steps = resolve_lr_steps(namespace)
+    resolve_lr_steps(namespace)
     monitor = resolve_monitor(namespace)
     high = namespace.mhc_post_stream == 'high'
     ours = residual.enabled or engram is not None or pipeline is not None or high
@@ -101,7 +104,7 @@ def accept(
         apply(ENGRAM_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
         apply(SCHEDULE_PATCHES + SCHEDULE_TRAINING_PATCHES)
-    if lr_steps:
+    if takes_steps(namespace):
         apply((LR_STEPS_PATCH,))
     if monitor is not None:
         apply(MONITOR_PATCHES)
@@ -110,7 +113,7 @@ def accept(
         apply(MODEL_PATCHES)
 
 
-def _error(parser: argparse.ArgumentParser, original: Callable, message: str) -> None:
+def _error(parser: argparse.ArgumentParser, original: Callable[..., Any], message: str) -> None:
     """Megatron's usage text is hundreds of lines long; for our flags the one line is enough."""
     if message.startswith(tuple(f'argument {flag}' for flag in OWN_FLAGS)):
         refuse(parser.prog, with_remedy(parser.prog, message))

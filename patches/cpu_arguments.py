@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.parse_hook import after_parsing
@@ -79,7 +80,7 @@ def check_limits(namespace: argparse.Namespace, unknown: list[str]) -> None:
             raise ValueError(f'{flag} {value}: not on the CPU device, {reason}; {remedy}.')
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
         parser.set_defaults(**DEFAULTS)

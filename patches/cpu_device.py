@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,11 +21,11 @@ from megatron_mhc.patches.cpu_optimizer import CPU_OPTIMIZER_PATCHES
 from megatron_mhc.patches.engine import Patch, on_every_release
 
 
-def _allow_no_cuda(original: Callable) -> Callable:
+def _allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(original, allow_no_cuda=True)
 
 
-def _splits_to_numpy(original: Callable) -> Callable:
+def _splits_to_numpy(original: Callable[..., Any]) -> Callable[..., Any]:
     def move(tensor, as_numpy=False, *args, **kwargs):
         # The original converts only what it moved, and all_to_all takes no tensor as split sizes.
         moved = original(tensor, as_numpy, *args, **kwargs)
@@ -33,7 +34,7 @@ def _splits_to_numpy(original: Callable) -> Callable:
     return move
 
 
-def _norm_with_sequence_parallel(original: Callable) -> Callable:
+def _norm_with_sequence_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
     def new(cls, config, *args, **kwargs):
         if not config.sequence_parallel:
             return original(cls, config, *args, **kwargs)
@@ -49,7 +50,7 @@ def _norm_with_sequence_parallel(original: Callable) -> Callable:
     return new
 
 
-def _any_head_size(original: Callable) -> Callable:
+def _any_head_size(original: Callable[..., Any]) -> Callable[..., Any]:
     def init(self, *args, k_channels=None, v_channels=None, **kwargs):
         # Latent attention names its head sizes: Transformer Engine's attention takes them, the
         # local one works for any but shapes its output by the configured one.
@@ -60,7 +61,7 @@ def _any_head_size(original: Callable) -> Callable:
     return init
 
 
-def _without_fp8(original: Callable) -> Callable:
+def _without_fp8(original: Callable[..., Any]) -> Callable[..., Any]:
     def init(self, fp8=None, *args, **kwargs):
         # The default False is read as "on", and then Transformer Engine is called.
         original(self, fp8 or None, *args, **kwargs)
@@ -68,7 +69,7 @@ def _without_fp8(original: Callable) -> Callable:
     return init
 
 
-def _share_by_copy(original: Callable) -> Callable:
+def _share_by_copy(original: Callable[..., Any]) -> Callable[..., Any]:
     def share(output, recomputed):
         # Storage level, so that views see the data and no version counter moves.
         target, source = output.untyped_storage(), recomputed.untyped_storage()
@@ -78,7 +79,7 @@ def _share_by_copy(original: Callable) -> Callable:
     return lambda *args, **kwargs: share
 
 
-def _wait_at_once(original: Callable) -> Callable:
+def _wait_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
     @contextlib.contextmanager
     def manager(*args, **kwargs):
         with original(*args, **kwargs) as handle:
@@ -89,7 +90,7 @@ def _wait_at_once(original: Callable) -> Callable:
     return manager
 
 
-def _one_type_a_group(original: Callable) -> Callable:
+def _one_type_a_group(original: Callable[..., Any]) -> Callable[..., Any]:
     def partition_buckets(buffers, *args, **kwargs):
         kinds = list(dict.fromkeys(buffer.param_dtype for buffer in buffers))
         return [
@@ -101,7 +102,7 @@ def _one_type_a_group(original: Callable) -> Callable:
     return partition_buckets
 
 
-def _keep_outputs(original: Callable) -> Callable:
+def _keep_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def post_init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.deallocate_pipeline_outputs = False

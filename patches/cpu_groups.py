@@ -9,13 +9,14 @@ since collectives in flight on two groups may be begun in another order on anoth
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import distributed
 
 from megatron_mhc.patches.engine import Patch, on_every_release
 
 
-def _one_group_of_one(original: Callable) -> Callable:
+def _one_group_of_one(original: Callable[..., Any]) -> Callable[..., Any]:
     alone = None
 
     def create(ranks=None, *args, **kwargs):

@@ -10,6 +10,7 @@ which then advances once per parameter. None of this depends on the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ def _is_torch_adam(optimizer) -> bool:
     return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
-def _state_dict(original: Callable) -> Callable:
+def _state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     def state_dict(self, *args, **kwargs):
         if _is_torch_adam(self.optimizer) and not self.optimizer.state:
             # What Adam itself would allocate in its first step.
@@ -36,7 +37,7 @@ def _state_dict(original: Callable) -> Callable:
     return state_dict
 
 
-def _load_state_dict(original: Callable) -> Callable:
+def _load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_state_dict(self, *args, **kwargs):
         original(self, *args, **kwargs)
         if _is_torch_adam(self.optimizer):
@@ -46,7 +47,7 @@ def _load_state_dict(original: Callable) -> Callable:
     return load_state_dict
 
 
-def _set_states(original: Callable) -> Callable:
+def _set_states(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_states(self, model_param, *args, **kwargs):
         if not _is_torch_adam(self.optimizer):
             return original(self, model_param, *args, **kwargs)

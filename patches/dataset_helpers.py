@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.patches.engine import Patch, on_every_release
 
@@ -23,7 +24,7 @@ def ships_prebuilt_helpers() -> bool:
     return built and not (folder / 'Makefile').exists()
 
 
-def _skip(original: Callable) -> Callable:
+def _skip(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: None
 
 

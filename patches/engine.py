@@ -17,6 +17,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_mhc.compat import (
     PREVIEWED,
@@ -50,7 +51,7 @@ class Patch:
 
     id: str
     target: str
-    wrap: Callable[[Callable], Callable] = field(repr=False)
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = field(repr=False)
     reason: str
     fingerprints: Mapping[str, str]
     reads: tuple[str, ...] = ()
@@ -67,7 +68,7 @@ class Patch:
         return owner, path[-1]
 
 
-def fingerprint(function: Callable) -> str:
+def fingerprint(function: Callable[..., Any]) -> str:
     """Digest of the parameter names and kinds of ``function``, nothing else of it."""
     parameters = inspect.signature(function).parameters.values()
     text = ','.join(f'{p.kind.name[0]}{p.kind.name[-1]}:{p.name}' for p in parameters)
@@ -131,7 +132,7 @@ def _placed(patch: Patch) -> Seam | None:
     return PLACED.get(patch.id)
 
 
-def _declared(patch: Patch) -> tuple[Callable, Callable]:
+def _declared(patch: Patch) -> tuple[Callable[..., Any], Callable[..., Any]]:
     owner, name = patch.owner()
     # vars() keeps a staticmethod or classmethod wrapper that getattr would strip.
     return plain(vars(owner)[name])

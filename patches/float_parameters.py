@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from megatron_mhc.patches.engine import Patch, on_every_release
 
 
-def _in_optimizer_order(original: Callable) -> Callable:
+def _in_optimizer_order(original: Callable[..., Any]) -> Callable[..., Any]:
     def build(cls, *args, **kwargs):
         _, groups = original(cls, *args, **kwargs)
         positions = {}
@@ -47,7 +48,7 @@ def _counting_every_parameter(optimizer):
         optimizer.float16_groups, optimizer.fp32_from_float16_groups = half, main
 
 
-def _with_every_parameter(original: Callable) -> Callable:
+def _with_every_parameter(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self, *args, **kwargs):
         if self.is_stub_optimizer or not any(self.fp32_from_fp32_groups):
             return original(self, *args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.engram.sizes import engram_flops
 from megatron_mhc.patches.engine import Patch
@@ -16,7 +17,7 @@ from megatron_mhc.settings.flags_residual import residual_config_from_args
 from megatron_mhc.sizing.flops import STEP, residual_flops
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def num_floating_point_operations(*args, **kwargs):

@@ -25,10 +25,7 @@ from megatron_mhc.residual.post_stream import use_post_stream
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.schedules.inverted_v import stage_of
 from megatron_mhc.settings.flags_engram import engram_of
-from megatron_mhc.settings.flags_pipeline import (
-    check_recompute_stream,
-    pipeline_config_from_args,
-)
+from megatron_mhc.settings.flags_pipeline import check_recompute_stream, pipeline_config_from_args
 from megatron_mhc.settings.flags_residual import parsed_arguments, residual_config_from_args
 from megatron_mhc.settings.model_config import PIPELINE, POST_STREAM, RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig
@@ -77,7 +74,9 @@ def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None
     return stage_of(parallel_state.get_pipeline_model_parallel_rank(), vp_stage, ranks) == 0
 
 
-def prepare_embeddings(config: Any, arguments: dict, pipeline: PipelineConfig | None) -> bool:
+def prepare_embeddings(
+    config: Any, arguments: dict[str, Any], pipeline: PipelineConfig | None
+) -> bool:
     """Check the copies of the word embedding; returns whether this model has them on one rank.
 
     Args:
@@ -97,7 +96,7 @@ def prepare_embeddings(config: Any, arguments: dict, pipeline: PipelineConfig | 
     return together
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def __init__(self, *args, **kwargs):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -20,7 +21,7 @@ from megatron_mhc.pipeline.layer_layout import InvertedVLayout
 _building_datasets = False
 
 
-def _first_stage(original: Callable) -> Callable:
+def _first_stage(original: Callable[..., Any]) -> Callable[..., Any]:
     def is_pipeline_first_stage(ignore_virtual=True, vp_stage=None, *args, **kwargs):
         # Called in any case: it checks its arguments.
         if original(ignore_virtual, vp_stage, *args, **kwargs) and _building_datasets:
@@ -31,7 +32,7 @@ def _first_stage(original: Callable) -> Callable:
     return is_pipeline_first_stage
 
 
-def _with_datasets_on_rank_0(original: Callable) -> Callable:
+def _with_datasets_on_rank_0(original: Callable[..., Any]) -> Callable[..., Any]:
     def build_train_valid_test_data_loaders(*args, **kwargs):
         # Rank 0 builds the index files before the others do, and tells them whether there is data.
         global _building_datasets
@@ -44,7 +45,7 @@ def _with_datasets_on_rank_0(original: Callable) -> Callable:
     return build_train_valid_test_data_loaders
 
 
-def _first_rank(original: Callable) -> Callable:
+def _first_rank(original: Callable[..., Any]) -> Callable[..., Any]:
     del original
 
     def is_pp_first_stage(pp_group, *args, **kwargs):
@@ -53,7 +54,7 @@ def _first_rank(original: Callable) -> Callable:
     return is_pp_first_stage
 
 
-def _layout_in_stage_order(original: Callable) -> Callable:
+def _layout_in_stage_order(original: Callable[..., Any]) -> Callable[..., Any]:
     del original
 
     @functools.lru_cache
@@ -63,7 +64,7 @@ def _layout_in_stage_order(original: Callable) -> Callable:
     return from_str
 
 
-def _both_ends_on_the_last_rank(original: Callable) -> Callable:
+def _both_ends_on_the_last_rank(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_model_parallel(*args, **kwargs):
         for name in ('get_embedding_ranks', 'get_position_embedding_ranks'):
             kwargs[name] = _last_of
@@ -76,7 +77,7 @@ def _last_of(pp_ranks, *others):
     return [pp_ranks[-1]]
 
 
-def _whole_batch(original: Callable) -> Callable:
+def _whole_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def get_batch_on_this_tp_rank(*args, **kwargs):

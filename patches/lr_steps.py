@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.optim.lr_steps import is_step_style, rate_at
 from megatron_mhc.patches.engine import Patch, on_every_release
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_lr(self, param_group, *args, **kwargs):
         warming_up = 0 < self.lr_warmup_steps >= self.num_steps
         if warming_up or not is_step_style(self.lr_decay_style):

@@ -27,7 +27,7 @@ from megatron_mhc.settings.model_config import PIPELINE
 _MOVED: ContextVar[bool] = ContextVar('megatron_mhc_moe_moved', default=False)
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def communicate(self, hidden_states, *args, **kwargs):
         if not (in_lanes() or _backward_may_be_in_lanes(self.config)):
             return original(self, hidden_states, *args, **kwargs)
@@ -54,7 +54,7 @@ def _backward_may_be_in_lanes(config: Any) -> bool:
     return pipeline is not None and pipeline.schedule != 'zb-v' and torch.is_grad_enabled()
 
 
-def _with_memory_of_its_own(original: Callable) -> Callable:
+def _with_memory_of_its_own(original: Callable[..., Any]) -> Callable[..., Any]:
     def gather_from_sequence_parallel_region(*args, **kwargs):
         if _MOVED.get():
             kwargs.pop('use_global_buffer', None)

@@ -23,7 +23,7 @@ STATUS = 3
 _current: Monitor | None = None
 
 
-def _watch(original: Callable) -> Callable:
+def _watch(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def train(*args, **kwargs):
@@ -44,7 +44,7 @@ def _watch(original: Callable) -> Callable:
     return train
 
 
-def _note_gradients(original: Callable) -> Callable:
+def _note_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
     def finalize_model_grads(*args, **kwargs):
         result = original(*args, **kwargs)
         if _current is not None:
@@ -54,7 +54,7 @@ def _note_gradients(original: Callable) -> Callable:
     return finalize_model_grads
 
 
-def _report(original: Callable) -> Callable:
+def _report(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def training_log(*args, **kwargs):

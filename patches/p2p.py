@@ -17,7 +17,7 @@ from megatron_mhc.pipeline.edges import shapes_are_negotiated
 from megatron_mhc.settings.model_config import RESIDUAL
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def _communicate(self, *, tensor_shape, **kwargs):
         residual = RESIDUAL.peek(self.config)
         if residual is None or not residual.enabled or shapes_are_negotiated(self.config):

@@ -24,7 +24,7 @@ from megatron_mhc.settings.flags_engram import engram_of
 from megatron_mhc.settings.residual import ResidualConfig
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
     none_means_standard = core_minor(core_version() or '') == '0.17'
 

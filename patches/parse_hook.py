@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
 
@@ -22,7 +23,9 @@ def after_parsing(parser: argparse.ArgumentParser, check: Check) -> None:
     )
 
 
-def _parse(parser: argparse.ArgumentParser, original: Callable, check: Check, *args, **kwargs):
+def _parse(
+    parser: argparse.ArgumentParser, original: Callable[..., Any], check: Check, *args, **kwargs
+):
     namespace, unknown = original(*args, **kwargs)
     try:
         check(namespace, unknown)

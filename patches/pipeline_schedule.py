@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from megatron.core.utils import get_model_config
 
@@ -15,7 +16,7 @@ from megatron_mhc.pipeline.step import run_pipeline_step
 from megatron_mhc.settings.model_config import PIPELINE
 
 
-def _run_plan(original: Callable) -> Callable:
+def _run_plan(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward_backward_pipelining_with_interleaving(*, model, **kwargs):
         pipeline = PIPELINE.peek(get_model_config(model[0]))
         if pipeline is None:
@@ -25,11 +26,11 @@ def _run_plan(original: Callable) -> Callable:
     return forward_backward_pipelining_with_interleaving
 
 
-def _split_weight_gradient(original: Callable) -> Callable:
+def _split_weight_gradient(original: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(split_linear, original)
 
 
-def _with_delayed_hooks(original: Callable) -> Callable:
+def _with_delayed_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def __init__(self, *args, **kwargs):

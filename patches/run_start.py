@@ -7,6 +7,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,7 +20,7 @@ from megatron_mhc.settings.flags_residual import parsed_arguments
 _STARTS = itertools.count()
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def setup_model_and_optimizer(*args, **kwargs):
         run_end.watch()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.settings.flags_pipeline import advise_on_optimizer_state
 from megatron_mhc.settings.flags_residual import parsed_arguments
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_checkpoint(*args, **kwargs):
         result = original(*args, **kwargs)

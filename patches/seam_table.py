@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
@@ -24,7 +25,7 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 BEGIN, END = '<!-- seams -->\n', '<!-- end of seams -->\n'
 
 
-def rows() -> list[dict]:
+def rows() -> list[dict[str, Any]]:
     """Everything that ``megatron-mhc patch`` has to know of each seam, in the registry's order."""
     return [
         {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.pipeline.tied_embedding import sum_tied_gradients
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def allreduce_word_embedding_grads(model, *args, **kwargs):
         original(model, *args, **kwargs)

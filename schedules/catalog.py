@@ -152,13 +152,7 @@ _ALL = (
         placement='bidirectional',
         constraint='pp and m even, m >= 2 pp',
     ),
-    Schedule(
-        'forward-only',
-        'evaluation, one stage a rank',
-        None,
-        _any,
-        'this package',
-    ),
+    Schedule('forward-only', 'evaluation, one stage a rank', None, _any, 'this package'),
 )
 SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in _ALL}
 
@@ -200,12 +194,7 @@ def too_many(pp: int, microbatches: int, chunks: int) -> str | None:
 
 
 def make_plan(
-    name: str,
-    pp: int,
-    microbatches: int,
-    *,
-    chunks: int = 2,
-    only: Collection[int] | None = None,
+    name: str, pp: int, microbatches: int, *, chunks: int = 2, only: Collection[int] | None = None
 ) -> Plan:
     """The plan of one step, computation only (``lowering`` places communication).
 

@@ -53,10 +53,7 @@ class Path:
     ranks: tuple[Counter[Work], ...]
 
     def makespan(
-        self,
-        duration: dict[Work, Time],
-        hop: Time,
-        larger: Callable[[Time, Time], Time] = max,
+        self, duration: dict[Work, Time], hop: Time, larger: Callable[[Time, Time], Time] = max
     ) -> Time:
         """Time of the whole step.
 

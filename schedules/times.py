@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from megatron_mhc.schedules.names import RECOMPUTE_STREAMS
 from megatron_mhc.schedules.plan import Kind, Op, Plan
-
-RECOMPUTE_STREAMS = ('compute', 'high')
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ ROOMS = {
     '.__init__': '.ops settings residual',
     'mudd': 'kernels settings residual',
     'monitor': 'inputs .ops settings residual',
-    'optim': 'inputs settings checkpoints',
+    'optim': 'settings checkpoints',
     'pipeline': 'inputs schedules settings residual',
     'runtime': 'inputs kernels settings checkpoints',
     'engram': 'inputs kernels settings checkpoints residual optim',
@@ -42,12 +42,12 @@ ROOMS = {
     'tree': 'inputs .compat .seam',
     '.bootstrap': 'inputs .compat settings runtime patches',
     '.adaptor': '.bootstrap',
-    'convert': 'inputs .ops manifolds settings checkpoints residual runtime .bootstrap',
+    'convert': 'inputs kernels .ops manifolds settings checkpoints residual runtime .bootstrap',
     'recipes': 'inputs schedules manifolds settings sizing .bootstrap',
     'study': 'inputs kernels schedules settings sizing recipes .bootstrap',
     'commands': 'inputs .compat kernels schedules settings residual .__init__ runtime trace '
     'patches',
-    '.run': 'inputs runtime patches .bootstrap',
+    '.run': 'inputs settings runtime .bootstrap',
     '.cli': 'inputs .__init__ runtime monitor tree convert recipes study commands .run',
     '.__main__': '.cli',
 }

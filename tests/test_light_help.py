@@ -12,9 +12,18 @@ import pytest
 
 from megatron_mhc.cli import COMMANDS
 from megatron_mhc.convert.choices import TARGETS
+from megatron_mhc.recipes.names import LAYOUT_NAMES, MODELS
+from megatron_mhc.schedules.names import SCHEDULE_NAMES
+from megatron_mhc.study.names import HARDWARE
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ('torch', 'numpy', 'matplotlib', 'megatron', 'triton', 'safetensors')
+HEAVY = {'torch', 'numpy', 'matplotlib', 'megatron', 'triton', 'safetensors'}
+# Each takes longer to import than the parser of a command to build. A dataclass needs ``inspect``;
+# the launcher's help, which lists the flags of a script, needs those that the flags are fields of.
+SLOW = {
+    *('dataclasses', 'email', 'hashlib', 'importlib.metadata', 'inspect', 'pydoc', 'socket'),
+    *('sqlite3', 'subprocess', 'zipfile'),
+}
 PROBE = """
 import json, runpy, sys
 module, *arguments = sys.argv[1:]
@@ -68,12 +77,13 @@ def test_all_pages_are_known():
 def test_help_needs_no_torch(page, tmp_path):
     text, modules = loaded(tmp_path, 'megatron_mhc', *page, '--help')
     assert text.startswith(f'usage: megatron-mhc {" ".join(page)}'.strip())
-    assert not modules & set(HEAVY)
+    assert not modules & HEAVY
+    assert page == ('run',) or not modules & SLOW
 
 
 def test_the_launchers_own_help_needs_none_either(tmp_path):
     text, modules = loaded(tmp_path, 'megatron_mhc.run', '--help')
-    assert '--residual-type' in text and not modules & set(HEAVY)
+    assert '--residual-type' in text and not modules & (HEAVY | SLOW - {'dataclasses', 'inspect'})
 
 
 def test_torch_is_noticed(tmp_path):
@@ -81,7 +91,23 @@ def test_torch_is_noticed(tmp_path):
     assert 'torch' in loaded(tmp_path, 'heavy')[1]
 
 
-def test_the_layouts_that_convert_offers_are_those_there_are():
-    from megatron_mhc.convert.layouts import LAYOUTS
+def test_words_of_options_are_those_of_what_they_name():
+    from megatron_mhc.convert.layouts import LAYOUTS as CHECKPOINTS
+    from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES
+    from megatron_mhc.schedules.catalog import SCHEDULES
+    from megatron_mhc.study.hardware import PRESETS
 
-    assert tuple(LAYOUTS) == TARGETS
+    assert tuple(CHECKPOINTS) == TARGETS
+    assert tuple(RECIPES) == MODELS
+    assert all(tuple(layouts) == LAYOUT_NAMES for layouts in LAYOUTS.values())
+    assert tuple(SCHEDULES) == SCHEDULE_NAMES
+    assert tuple(PRESETS) == HARDWARE
+
+
+def test_default_times_are_those_of_the_simulator():
+    from megatron_mhc.commands.schedule import TIMES
+    from megatron_mhc.schedules.times import Times
+
+    defaults = {name: default for name, (default, _) in TIMES.items()}
+    assert defaults == {name: getattr(Times, name.replace('-', '_')) for name in TIMES}
+    assert Times.fused_slot_factor == 1

@@ -21,7 +21,7 @@ from megatron_mhc.compat import (
     TRITON_TESTED,
     untested,
 )
-from megatron_mhc.patches.flag_groups import GROUPS
+from megatron_mhc.settings.groups import EVERY_GROUP
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -62,7 +62,7 @@ def documented(page):
 
 def test_flag_table():
     parser = argparse.ArgumentParser(add_help=False)
-    for add_group in GROUPS:
+    for add_group in EVERY_GROUP:
         add_group(parser)
     flags = {option for action in parser._actions for option in action.option_strings}
     assert documented(FLAGS) == flags

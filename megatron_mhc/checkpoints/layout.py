@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_mhc.inputs.values import flag_of
-from megatron_mhc.settings.pipeline import V_SCHEDULES
+from megatron_mhc.settings.names import V_SCHEDULES
 
 # Arguments that say which layers a rank has.
 PLACES = (

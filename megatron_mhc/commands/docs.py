@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pydoc
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ PAGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The page, or none for the list."""
     parser.add_argument('page', nargs='?', choices=list(PAGES), metavar='PAGE', help='to print')
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -48,6 +47,8 @@ def main(options: argparse.Namespace) -> int:
     except OSError as error:
         refuse('megatron-mhc docs', f'{path}: {error.strerror}; install the package again')
     if sys.stdout.isatty():
+        import pydoc
+
         pydoc.pager(text)
     else:
         sys.stdout.write(text)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import pathlib
-import platform
-import warnings
+from typing import Any
 
 import megatron_mhc
 from megatron_mhc.compat import (
@@ -21,13 +18,14 @@ from megatron_mhc.compat import (
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.runtime.script_path import enter_folder
-from megatron_mhc.settings.refusals import REFUSALS
 
 OPTIONAL = {'triton': 'triton', 'transformer-engine': 'transformer_engine', 'apex': 'apex'}
 
 
-def report() -> dict:
+def report() -> dict[str, Any]:
     """Versions, device, optional packages and patches, as plain values."""
+    import platform
+
     import torch
 
     try:
@@ -91,6 +89,8 @@ def _kernels() -> str:
 
 
 def _optional(name: str, module: str) -> str:
+    import importlib.metadata
+
     if importlib.util.find_spec(module) is None:
         return 'not installed'
     try:
@@ -103,7 +103,9 @@ def _optional(name: str, module: str) -> str:
         return 'present'
 
 
-def _patches() -> list[dict]:
+def _patches() -> list[dict[str, Any]]:
+    import warnings
+
     warnings.simplefilter('ignore')  # Megatron warns of every optional package it does not find
     from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES
     from megatron_mhc.patches.engine import inspect_patch
@@ -142,11 +144,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='list every combination of flags that is refused, why, and what to use instead',
     )
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
 
 
-def refusals() -> list[dict]:
+def refusals() -> list[dict[str, Any]]:
     """Every refused combination, as plain values."""
+    from megatron_mhc.settings.refusals import REFUSALS
+
     return [
         {
             'flag': row.flag,

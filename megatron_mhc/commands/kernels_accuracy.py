@@ -14,31 +14,9 @@ from typing import Any
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
-from megatron_mhc.inputs.values import integer
-from megatron_mhc.kernels.defaults import DTYPES, KERNEL_STREAMS
+from megatron_mhc.kernels.defaults import ACCURACY_SIZES, DTYPES
 
 PROGRAM = 'megatron-mhc kernels accuracy'
-# Hidden size and tokens where none are given: seconds on either device.
-SIZES = {'cpu': (100, 35), 'cuda': (4096, 2048)}
-
-
-def add_parser(commands: Any) -> None:
-    """Add ``accuracy`` to the subcommands of ``megatron-mhc kernels``."""
-    parser = commands.add_parser(
-        'accuracy',
-        help='run every kernel and compare it with fp64',
-        description=__doc__.partition('\n\n')[2],
-    )
-    add = parser.add_argument
-    add('--device', choices=sorted(SIZES), help='default: cuda where there is one, else cpu')
-    streams = sorted(KERNEL_STREAMS)
-    add('--num-streams', type=integer(), choices=streams, default=4, help='n (default: 4)')
-    add('--hidden-size', type=integer(1, 2**16), help='C (default: 4096, on the CPU 100)')
-    add('--tokens', type=integer(1, 2**20), help='T (default: 2048, on the CPU 35)')
-    add('--dtype', choices=sorted(DTYPES), default='bf16', help='of the streams (default: bf16)')
-    add('--seed', type=integer(0, 2**63 - 1), help='of the inputs (default: a fresh one)')
-    add('--json', action='store_true', help='print one JSON object')
-    parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -59,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     from megatron_mhc.kernels.accuracy import TRUNCATES, accuracy_table
     from megatron_mhc.kernels.triton.launch import interpreted
 
-    hidden_size, tokens = SIZES[device]
+    hidden_size, tokens = ACCURACY_SIZES[device]
     shape = {
         'num_streams': options.num_streams,
         'channels': options.hidden_size or hidden_size,
@@ -86,7 +64,7 @@ def main(options: argparse.Namespace) -> int:
     return int(not found['ok'])
 
 
-def _print(found: dict) -> None:
+def _print(found: dict[str, Any]) -> None:
     size = f'n = {found["num_streams"]}, C = {found["channels"]}, {found["tokens"]} tokens'
     print(f'{found["device"]}, {found["dtype"]}, {size}, seed {found["seed"]}')
     print('error: relative RMS against fp64 of the same rounded inputs; bound 0: bit for bit\n')

@@ -18,44 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
-from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
-from megatron_mhc.kernels.defaults import DTYPES, KERNEL_STREAMS
+from megatron_mhc.kernels.defaults import DTYPES
 from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
-from megatron_mhc.kernels.verdict import (
-    MULTIPROCESSORS,
-    VECTOR_BITS,
-    judge,
-    label,
-    recorded,
-    resident_warps,
-)
+from megatron_mhc.kernels.verdict import VECTOR_BITS, judge, label, recorded, resident_warps
 
 if TYPE_CHECKING:
     from megatron_mhc.kernels.offline import Resources
     from megatron_mhc.kernels.triton.launch import Launch
 
 PROGRAM = 'megatron-mhc kernels report'
-RECORD = Path(__file__).parents[1] / 'kernels' / 'record.json'
-
-
-def add_parser(commands: Any) -> None:
-    """Add ``report`` to the subcommands of ``megatron-mhc kernels``."""
-    parser = commands.add_parser(
-        'report',
-        help='compile every kernel, without a GPU, and check what it takes',
-        description=__doc__.partition('\n\n')[2],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add('--arch', type=_arch, nargs='+', default=[*MULTIPROCESSORS], help='compute capabilities')
-    add('--num-streams', type=_streams, nargs='+', default=[1, 2, 4], help='n')
-    add('--hidden-size', type=integer(1, MOST_WIDTH), default=4096, help='C')
-    add('--tokens', type=integer(1, MOST_TOKENS), default=8192, help='T, sequence times microbatch')
-    add('--dtype', type=_dtype, default='bf16', help='of the streams: bf16, fp16 or fp32')
-    add('--kernel', nargs='+', default=None, help='only kernels whose name begins like this')
-    add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
-    add('--json', action='store_true', help='print one JSON object')
-    parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -75,7 +46,7 @@ def main(options: argparse.Namespace) -> int:
     return int(not found['ok'])
 
 
-def report(options: argparse.Namespace) -> dict:
+def report(options: argparse.Namespace) -> dict[str, Any]:
     """The report as plain values.
 
     Raises:
@@ -129,10 +100,10 @@ def _row(
     launch: Launch,
     arch: int,
     found: Resources | RuntimeError,
-    record: dict,
+    record: dict[str, Any],
     version: str,
     dtype: str,
-) -> dict:
+) -> dict[str, Any]:
     row = {'kernel': label(launch), 'num_streams': launch.constants['N'], 'arch': arch}
     if isinstance(found, RuntimeError):
         return row | {'problems': [str(found)], 'notes': []}
@@ -143,13 +114,13 @@ def _row(
     return row | {'problems': problems, 'notes': notes}
 
 
-def _traffic(name: str, n: int, form: Traffic, total: int) -> dict:
+def _traffic(name: str, n: int, form: Traffic, total: int) -> dict[str, Any]:
     return {'num_streams': n, 'form': name, **asdict(form), 'elements': form.elements} | {
         'bytes': total
     }
 
 
-def _progress(results: Iterable, total: int) -> Iterator:
+def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
     """Count ``results`` on stderr where a person reads it."""
     if not sys.stderr.isatty():
         return iter(results)
@@ -160,13 +131,13 @@ def _progress(results: Iterable, total: int) -> Iterator:
     return iter(tqdm(results, total=total, file=sys.stderr, leave=False))
 
 
-def _count(results: Iterable, total: int) -> Iterator:
+def _count(results: Iterable[Any], total: int) -> Iterator[Any]:
     for done, result in enumerate(results, 1):
         print(f'\r{done}/{total}', end='' if done < total else '\n', file=sys.stderr, flush=True)
         yield result
 
 
-def _print(found: dict) -> None:
+def _print(found: dict[str, Any]) -> None:
     rows = found['kernels']
     # Said first: which Triton an overlay on PYTHONPATH brings is easily mistaken.
     print(f'Triton {found["triton"]} from {found["triton_path"]}, torch {found["torch"]}')
@@ -207,7 +178,7 @@ def _print(found: dict) -> None:
     print(*table(cells, '<>'), sep='\n')
 
 
-def _sum(found: dict) -> str:
+def _sum(found: dict[str, Any]) -> str:
     """What was found in one line, and what was not looked at."""
     rows = found['kernels']
     spilling = sum(bool(row.get('spill_bytes') or row.get('stack_bytes')) for row in rows)
@@ -229,37 +200,3 @@ def _wide(*counts: dict[int, int]) -> str:
     merged = [(int(bits), count) for part in counts for bits, count in part.items()]
     wide = sum(count for bits, count in merged if bits >= VECTOR_BITS)
     return f'{wide}/{sum(count for _, count in merged)}'
-
-
-def _arch(text: str) -> int:
-    return _one_of(text, MULTIPROCESSORS, 'the kernels are checked for sm_80 and later')
-
-
-def _streams(text: str) -> int:
-    return _one_of(text, KERNEL_STREAMS, 'the kernels are written for some numbers of streams')
-
-
-def _dtype(text: str) -> str:
-    return _one_of(text, DTYPES, 'no kernel takes it')
-
-
-def _one_of(text: str, known: Iterable, why: str) -> Any:
-    found = {str(value): value for value in known}
-    if text not in found:
-        raise argparse.ArgumentTypeError(f'{text}: {why}; take one of {" ".join(found)}')
-    return found[text]
-
-
-def _record(text: str) -> dict:
-    path = input_file(text)
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f'{text}: {error}; leave it out') from None
-    keys = {'triton', 'dtype', 'kernels', 'exceptions'}
-    if not isinstance(record, dict) or not keys <= record.keys():
-        wanted = ', '.join(sorted(keys))
-        raise argparse.ArgumentTypeError(
-            f'{text}: no record, which has the keys {wanted}; tools/kernel_record.py makes one'
-        )
-    return record

@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
 from megatron_mhc.kernels.defaults import KERNEL_STREAMS
+from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS
 from megatron_mhc.settings.recompute_cost import kept_cost, segment_cost, whole_cost
-from megatron_mhc.settings.residual import RECOMPUTE_BLOCKS, ResidualConfig
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlock
     from torch import Tensor
 
+    from megatron_mhc.settings.residual import ResidualConfig
+
 PROGRAM = 'megatron-mhc recompute'
 HEADS = 4
 COLUMNS = (
     'L',
-    'blocks',
+    'segments',
     'L_r',
     'kept: mHC',
     'formula',
@@ -49,16 +51,16 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc recompute``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
     parser.description = __doc__.partition('\n\n')[2]
     add = parser.add_argument
     add(
         '--sublayers', type=_even, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers'
     )
     add(
-        '--blocks',
+        *('--segments', '--blocks'),
         nargs='+',
-        type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', words=RECOMPUTE_BLOCKS),
+        type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', words=RECOMPUTE_SEGMENTS),
         default=['none', 'auto', 'stage'],
         metavar='B',
         help='values of --mhc-recompute-layer-num (default: none auto stage)',
@@ -98,6 +100,8 @@ def main(options: argparse.Namespace) -> int:
     """Print one row for each L and kind of segment."""
     import torch
 
+    from megatron_mhc.settings.residual import ResidualConfig
+
     if options.hidden_size % HEADS:
         refuse(PROGRAM, f'--hidden-size {options.hidden_size}: wanted a multiple of {HEADS}, heads')
     interpreted = options.kernel_backend == 'triton' and not torch.cuda.is_available()
@@ -128,7 +132,7 @@ def main(options: argparse.Namespace) -> int:
                 kernel_backend=options.kernel_backend,
                 recompute_layer_num=kind,
             )
-            for kind in options.blocks
+            for kind in options.segments
         ]
     except ValueError as error:
         refuse(PROGRAM, str(error))

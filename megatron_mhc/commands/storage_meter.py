@@ -36,7 +36,7 @@ class StorageMeter(TorchDispatchMode):
         self._known: dict[int, tuple[bool, int]] = {}
         self._depth = 0
 
-    def owned(self, function: Callable) -> Callable:
+    def owned(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, whose storages are counted as owned."""
 
         @functools.wraps(function)
@@ -87,7 +87,11 @@ class StorageMeter(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(
-        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         leaves = tree_leaves((args, kwargs))
         given = {t.untyped_storage()._cdata for t in leaves if isinstance(t, torch.Tensor)}

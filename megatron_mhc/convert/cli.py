@@ -15,7 +15,7 @@ from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
-from megatron_mhc.settings.residual import NORM_EPS
+from megatron_mhc.kernels.defaults import NORM_EPS
 
 if TYPE_CHECKING:
     from megatron_mhc.convert.conversion import Converted
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc convert``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
     parser.description = 'Convert a checkpoint offline. SRC is only read; DST appears when whole.'
     parser.add_argument(
         'source',

@@ -86,7 +86,8 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     unchecked: bool = False,
-    progress: Callable[[int], contextlib.AbstractContextManager] | None = None,
+    progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], Any]]]
+    | None = None,
 ) -> Converted:
     """Convert a checkpoint; needs neither a GPU nor a process group.
 
@@ -116,20 +117,38 @@ def convert(
     check_parts(opened)
     described = describe(opened, origin)
     _check_change(source, described, layout, upcycling)
+    content, report = _made(opened, described, layout, upcycling)
+    if not unchecked:
+        check_model(opened, origin)
+    if dry_run:
+        return report
+    with atomic_folder(destination) as folder:
+        with (progress or _silent)(content.nbytes) as content.advance:
+            _write(folder, content, report.streams, layout)
+        if verify:
+            report.verified = largest_difference(opened.folder, folder, origin)
+            exact = described.name == STANDARD and to == 'mhc' and not upcycling.get('noise')
+            if exact:
+                _check_equal(report.verified, destination)
+    return report
+
+
+def _made(
+    opened: Source, described: Described, layout: StoredLayout, upcycling: dict[str, Any]
+) -> tuple[Content, Converted]:
+    """What the new checkpoint is to hold, and what there is to tell of it."""
     carried = _carried(opened, described)
     if described.layout is None:
         streams = upcycled(described.num_layers, described.hidden_size, **upcycling)
     else:
         streams = read_streams(opened, described)
-    stacked = to != 'deepseek-v4' and are_stacked(carried)
+    stacked = layout.name != 'deepseek-v4' and are_stacked(carried)
     new = to_tensors(streams, layout, stacked)
-    if not unchecked:
-        check_model(opened, origin)
     args = converted_args(opened.args, streams, layout, upcycling.get('init_gating_factor'))
     content = Content(opened, carried, new, {**opened.common, 'args': args, 'iteration': 0})
     report = Converted(
         described.name,
-        to,
+        layout.name,
         _rows(described, layout, new, stacked),
         streams,
         len(carried),
@@ -137,17 +156,7 @@ def convert(
         opened.left_out,
         differences(streams, described.layout or LAYOUTS['mhc'], layout, norm_eps_of(opened.args)),
     )
-    if dry_run:
-        return report
-    with atomic_folder(destination) as folder:
-        with (progress or _silent)(content.nbytes) as content.advance:
-            _write(folder, content, streams, layout)
-        if verify:
-            report.verified = largest_difference(opened.folder, folder, origin)
-            exact = described.name == STANDARD and to == 'mhc' and not upcycling.get('noise')
-            if exact:
-                _check_equal(report.verified, destination)
-    return report
+    return content, report
 
 
 def _check_change(

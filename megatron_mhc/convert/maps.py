@@ -18,6 +18,9 @@ released code.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +34,9 @@ RMS = (0.02, 2.0)
 OF = ('H_pre', 'H_post', 'H_res', 'merge')
 
 
-def stored_parameters(get, layout: StoredLayout, layer: int | None, sublayer: int) -> Parameters:
+def stored_parameters(
+    get: Callable[[str], Any], layout: StoredLayout, layer: int | None, sublayer: int
+) -> Parameters:
     """phi, b and the three alpha of one sublayer as ``layout`` stores them."""
     _, names = tuple(layout.sublayer_names(layer))[sublayer]
     return Parameters(get(names[0]), get(names[1]), torch.cat([get(name) for name in names[2:]]))
@@ -142,7 +147,9 @@ def differences(
     return largest
 
 
-def stored_head(get, layout: StoredLayout, names) -> Parameters | None:
+def stored_head(
+    get: Callable[[str], Any], layout: StoredLayout, names: Container[str]
+) -> Parameters | None:
     """The learned merge that ``layout`` stores; None where the mean is taken."""
     if layout.head is None or layout.head[0] not in names:
         return None

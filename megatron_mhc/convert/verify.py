@@ -14,7 +14,8 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ LOCAL = {
 }
 
 
-def largest_difference(first: pathlib.Path, second: pathlib.Path, origin: str) -> dict:
+def largest_difference(first: pathlib.Path, second: pathlib.Path, origin: str) -> dict[str, Any]:
     """``difference`` of the logits, the ``largest`` of them, and how many were compared.
 
     Args:
@@ -219,7 +220,7 @@ def _use_maps(model: GPTModel, source: Source, described: Described) -> None:
     layout, n = described.layout, described.num_streams
     assert layout is not None
 
-    def get(layer: int):
+    def get(layer: int) -> Callable[[str], Tensor]:
         return lambda name: (
             source.tensor(name)[layer] if described.stacked else source.tensor(name)
         ).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -111,7 +111,9 @@ def attach(model: GPTModel, engram: EngramConfig, num_streams: int) -> None:
                 before.following = ()
 
 
-def _note(memory: EngramMemory, model: nn.Module, args: tuple, kwargs: dict) -> None:
+def _note(
+    memory: EngramMemory, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
     if given.get('inference_context') or given.get('inference_params'):
         raise NotImplementedError(
@@ -131,7 +133,9 @@ def _note(memory: EngramMemory, model: nn.Module, args: tuple, kwargs: dict) -> 
     memory.note(given['input_ids'], given.get('position_ids'))
 
 
-def _add(memory: EngramMemory, layer: TransformerLayer, args: tuple, kwargs: dict) -> tuple:
+def _add(
+    memory: EngramMemory, layer: TransformerLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
     if args:
         return (memory.add_to(args[0], layer.layer_number), *args[1:]), kwargs
     streams = memory.add_to(kwargs['hidden_states'], layer.layer_number)

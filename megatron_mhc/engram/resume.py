@@ -7,6 +7,7 @@ nothing under another hash.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from megatron_mhc.checkpoints.check import Found, loads_optimizer
 from megatron_mhc.settings.engram import EngramConfig
@@ -37,7 +38,7 @@ def check_memory(
             )
 
 
-def _structure(engram: EngramConfig | None) -> tuple | None:
+def _structure(engram: EngramConfig | None) -> tuple[Any, ...] | None:
     return None if engram is None else engram.structure()
 
 

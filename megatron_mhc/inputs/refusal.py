@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import sys
 import time
@@ -56,6 +55,8 @@ def _tell_torchrun(line: str) -> None:
     """Leave the line where torchrun looks for the reason of a failure."""
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if path is not None:
+        import json
+
         with contextlib.suppress(OSError), open(path, 'w') as file:
             said = {'py_callstack': line, 'timestamp': str(int(time.time()))}
             json.dump({'message': {'message': line, 'extraInfo': said}}, file)

@@ -80,10 +80,7 @@ def integer(
 
 
 def integer(
-    least: int | None = None,
-    most: int = MOST_TOKENS,
-    remedy: str = '',
-    words: tuple[str, ...] = (),
+    least: int | None = None, most: int = MOST_TOKENS, remedy: str = '', words: tuple[str, ...] = ()
 ) -> Callable[[str], int | str]:
     """A type for argparse: an integer in digits, or one of ``words``.
 

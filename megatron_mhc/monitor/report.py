@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.monitor.events import LOSS, read_events, scalars
@@ -27,8 +26,7 @@ STYLES = {'forward': '-', 'backward': '--'}
 SIMILARITY = 'mhc/stream-similarity'
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What is drawn of one log folder.
 
     Args:
@@ -206,7 +204,7 @@ def _draw_maps(figure: Any, run: Run, sublayers: list[int]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc report``."""
-    parser.set_defaults(run=main)
+    parser.set_defaults(answer=__name__)
     parser.add_argument(
         'folders',
         nargs='+',

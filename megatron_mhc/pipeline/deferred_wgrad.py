@@ -85,7 +85,15 @@ class _Split(torch.autograd.Function):
     """``y + bias``, whose backward also takes care of the weight gradient of ``y = x W^T``."""
 
     @staticmethod
-    def forward(ctx, y, x, bias, held, fused, sequence_group):
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        held: tuple[nn.Parameter],
+        fused: bool,
+        sequence_group: Any,
+    ) -> Tensor:
         ctx.save_for_backward(x)
         # The weight comes in a tuple, out of autograd's sight: its gradient does not pass here.
         (ctx.weight,), ctx.fused, ctx.sequence_group = held, fused, sequence_group
@@ -95,7 +103,7 @@ class _Split(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         # Core 0.20 may give logits another type than its input; its own backward casts as well.
         flat = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
@@ -108,7 +116,7 @@ class _Split(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _accumulate(weight: nn.Parameter, x: Tensor, grad: Tensor, fused: bool, group) -> None:
+def _accumulate(weight: nn.Parameter, x: Tensor, grad: Tensor, fused: bool, group: Any) -> None:
     """``weight.main_grad += grad^T x``, as Megatron's own backward does it."""
     if group is not None:
         x = gather_from_sequence_parallel_region(x, group=group)
@@ -135,7 +143,7 @@ def split_linear(
     allreduce_dgrad: bool,
     sequence_parallel: bool,
     *,
-    tp_group=None,
+    tp_group: Any = None,
     **others: Any,
 ) -> Tensor:
     """Megatron's linear with its weight gradient split off.

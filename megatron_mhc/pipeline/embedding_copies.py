@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 from megatron_mhc.inputs.refusal import announce
-from megatron_mhc.settings.pipeline import V_SCHEDULES
+from megatron_mhc.settings.names import V_SCHEDULES
 
 LAYOUT = '--pipeline-model-parallel-layout'
 UNTIE = '--untie-embeddings-and-output-weights'

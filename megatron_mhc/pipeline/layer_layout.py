@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core import parallel_state
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -17,7 +19,7 @@ class InvertedVLayout(PipelineParallelLayerLayout):
         pipeline_model_parallel_size: P; the layout has 2 P stages.
     """
 
-    def __init__(self, layout: str | list, pipeline_model_parallel_size: int) -> None:
+    def __init__(self, layout: str | list[Any], pipeline_model_parallel_size: int) -> None:
         ranks = pipeline_model_parallel_size
         stages = (
             self.parse_str_to_list(layout) if isinstance(layout, str) else [list(s) for s in layout]

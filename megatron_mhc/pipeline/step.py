@@ -40,8 +40,8 @@ _STEPS_BEGUN: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDiction
 def run_pipeline_step(
     pipeline: PipelineConfig,
     *,
-    forward_step_func: Callable,
-    data_iterator: list[Iterator | None],
+    forward_step_func: Callable[..., Any],
+    data_iterator: list[Iterator[Any] | None],
     model: list[nn.Module],
     num_microbatches: int,
     seq_length: int,
@@ -50,11 +50,11 @@ def run_pipeline_step(
     forward_only: bool = False,
     collect_non_loss_data: bool = False,
     first_val_step: bool | None = None,
-    adjust_tensor_shapes_fn: Callable | None = None,
+    adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
     p2p_communicator: Any = None,
     pg_collection: Any = None,
     force_all_reduce: bool | None = False,
-) -> list:
+) -> list[Any]:
     """Run all microbatches; returns the last stage's loss records, elsewhere an empty list.
 
     The arguments are those of ``forward_backward_pipelining_with_interleaving``; ``pipeline`` says
@@ -79,25 +79,16 @@ def run_pipeline_step(
     plan = proved_plan(pipeline, group, num_microbatches, forward_only, rebuilds)
     transport = transport_for(config, plan, group, seq_length // context_size, micro_batch_size)
 
-    def forward(iterator, losses, chunk, is_last, microbatch, x):
-        return schedules.forward_step(
-            forward_step_func,
-            iterator,
-            model[chunk],
-            num_microbatches,
-            x,
-            losses,
-            config,
-            cp_group_size=context_size,
-            collect_non_loss_data=collect_non_loss_data,
-            is_first_microbatch=schedules.check_first_val_step(
-                first_val_step, forward_only, microbatch == 0
-            ),
-            current_microbatch=microbatch,
-            vp_stage=chunk,
-            is_last_stage=is_last,
-        )
-
+    forward = _Forward(
+        forward_step_func,
+        model,
+        config,
+        num_microbatches,
+        context_size,
+        evaluating=forward_only,
+        first_val_step=first_val_step,
+        collect_non_loss_data=collect_non_loss_data,
+    )
     passes = _Passes(config, model, plan, group.rank(), transport, forward, forward_only)
     with _timed(config):
         if forward_only:
@@ -112,6 +103,47 @@ def run_pipeline_step(
     return losses
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """Megatron's forward of one microbatch through one chunk; what a step has in common."""
+
+    forward_step_func: Callable[..., Any]
+    model: list[nn.Module]
+    config: Any
+    num_microbatches: int
+    context_size: int
+    evaluating: bool
+    first_val_step: bool | None
+    collect_non_loss_data: bool
+
+    def __call__(
+        self,
+        iterator: Iterator[Any] | None,
+        losses: list[Any],
+        chunk: int,
+        is_last: bool,
+        microbatch: int,
+        x: torch.Tensor | None,
+    ) -> Any:
+        return schedules.forward_step(
+            self.forward_step_func,
+            iterator,
+            self.model[chunk],
+            self.num_microbatches,
+            x,
+            losses,
+            self.config,
+            cp_group_size=self.context_size,
+            collect_non_loss_data=self.collect_non_loss_data,
+            is_first_microbatch=schedules.check_first_val_step(
+                self.first_val_step, self.evaluating, microbatch == 0
+            ),
+            current_microbatch=microbatch,
+            vp_stage=chunk,
+            is_last_stage=is_last,
+        )
+
+
 @dataclass
 class _Passes:
     """What the plan orders on this rank; ``forward`` is Megatron's, of any chunk."""
@@ -121,13 +153,15 @@ class _Passes:
     plan: Plan
     rank: int
     transport: Transport
-    forward: Callable
+    forward: Callable[..., Any]
     evaluating: bool
     stages: dict[tuple[int, int], ChunkStage] = field(default_factory=dict)
 
-    def run(self, iterators: list[Iterator | None], synchronous: bool, early: bool) -> list:
+    def run(
+        self, iterators: list[Iterator[Any] | None], synchronous: bool, early: bool
+    ) -> list[Any]:
         """All of them; returns the loss records."""
-        losses: list = []
+        losses: list[Any] = []
         for chunk in range(CHUNKS):
             is_last = chunk == CHUNKS - 1 and self.rank == self.plan.pp - 1
             self.stages[stage_of(self.rank, chunk, self.plan.pp), 0] = ChunkStage(

@@ -26,7 +26,7 @@ class Replayed:
         source: the data iterator of one chunk.
     """
 
-    def __init__(self, source: Iterator) -> None:
+    def __init__(self, source: Iterator[Any]) -> None:
         self._source, self._position = source, 0
         self._seen: list[Any] = []
 
@@ -44,10 +44,10 @@ class Replayed:
 
 
 def run_twice(
-    step: Callable[[list, bool, bool], list],
+    step: Callable[[list[Any], bool, bool], list[Any]],
     model: list[nn.Module],
-    iterators: list[Iterator | None],
-) -> list:
+    iterators: list[Iterator[Any] | None],
+) -> list[Any]:
     """``step(iterators, synchronous, reduce early)`` twice from one state; returns its losses.
 
     Gradients are not reduced before they are compared. What a step leaves behind is there once.
@@ -162,7 +162,7 @@ def _copied(batch: Any) -> Any:
     return batch
 
 
-def _results(losses: list, state: _State) -> dict[str, Tensor]:
+def _results(losses: list[Any], state: _State) -> dict[str, Tensor]:
     """All gradients and numbers among the losses, by name."""
     gradients = {f'the gradient of {key}': value for key, value in state.gradients.items()}
     return gradients | dict(_numbers('loss', losses))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from megatron_mhc.recipes.recipe import BLOCK_RECOMPUTE, Flags, Recipe, recipe_flags, words
+from megatron_mhc.recipes.recipe import SEGMENT_RECOMPUTE, Flags, Recipe, recipe_flags, words
 from megatron_mhc.settings.flags_engram import engram_config_from_args
 from megatron_mhc.settings.flags_residual import residual_config_from_args
 from megatron_mhc.settings.model_config import ENGRAM, RESIDUAL
@@ -54,7 +54,7 @@ def recipe_arguments(recipe: Recipe, residual: str | ResidualConfig = 'mhc') -> 
     topics = recipe_flags(recipe, Layout(1), residual)
     given = {name: value for topic in ARCHITECTURE for name, value in topics[topic].items()}
     # Nothing runs, so nothing is recomputed; expert by expert the parameters are the same.
-    for name in (*BLOCK_RECOMPUTE, 'moe-grouped-gemm'):
+    for name in (*SEGMENT_RECOMPUTE, 'moe-grouped-gemm'):
         given.pop(name, None)
     return model_arguments(given, recipe.vocab)
 

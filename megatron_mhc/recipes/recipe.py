@@ -29,8 +29,8 @@ STEP_SCHEDULE: Flags = {
     'lr-step-milestones': (0.8, 0.9),
     'lr-step-rates': (0.316, 0.1),
 }
-BLOCKS = 'auto'
-BLOCK_RECOMPUTE: Flags = {'mhc-recompute-layer-num': BLOCKS}
+SEGMENTS = 'auto'
+SEGMENT_RECOMPUTE: Flags = {'mhc-recompute-layer-num': SEGMENTS}
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,14 @@ def recipe_flags(
     Args:
         recipe: the model.
         layout: the ranks.
-        residual: its type, with blocks of recomputation of the best size; or its settings.
+        residual: its type, recomputed in segments of the best size; or its settings.
         one_queue: as for ``parallel_flags``; None for a GPU that nobody has named.
     """
     if one_queue is None:
         one_queue = layout.tp > 1
     if isinstance(residual, str):
-        blocks = 'none' if residual == 'standard' else BLOCKS
-        residual = ResidualConfig(residual, recompute_layer_num=blocks)
+        segments = 'none' if residual == 'standard' else SEGMENTS
+        residual = ResidualConfig(residual, recompute_layer_num=segments)
     return {
         'MODEL_ARGS': _model(recipe, layout),
         'MOE_ARGS': _experts(recipe),

@@ -8,7 +8,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megatron_mhc.residual.layer import hyper_connection_layer
-from megatron_mhc.settings.residual import STREAM_TYPES, ResidualConfig
+from megatron_mhc.settings.names import STREAM_TYPES
+from megatron_mhc.settings.residual import ResidualConfig
 
 type Spec = ModuleSpec | TransformerBlockSubmodules
 

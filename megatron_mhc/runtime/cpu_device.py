@@ -23,6 +23,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
@@ -131,7 +132,7 @@ def _cpu_if_cuda(device):
     return device
 
 
-def _constant(value) -> Callable:
+def _constant(value) -> Callable[..., Any]:
     """A new function that takes anything and returns ``value``."""
     return lambda *args, **kwargs: value
 
@@ -139,7 +140,7 @@ def _constant(value) -> Callable:
 # --- device ---------------------------------------------------------------------------------------
 
 
-class _Device(contextlib.AbstractContextManager):
+class _Device(contextlib.AbstractContextManager[Callable[[int], Any]]):
     """Stand-in for the ``torch.cuda.device`` context."""
 
     def __init__(self, device=None):
@@ -237,7 +238,7 @@ class _Stream:
         return (0, -1)
 
 
-class _StreamContext(contextlib.AbstractContextManager):
+class _StreamContext(contextlib.AbstractContextManager[Callable[[int], Any]]):
     """Stand-in for ``torch.cuda.stream``; keeps ``current_stream`` truthful."""
 
     current = _Stream()
@@ -330,7 +331,7 @@ def _patch_random() -> None:
 # --- tensors --------------------------------------------------------------------------------------
 
 
-def _on_cpu(function: Callable) -> Callable:
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def factory(*args, **kwargs):
         if 'device' in kwargs:
@@ -342,7 +343,7 @@ def _on_cpu(function: Callable) -> Callable:
     return factory
 
 
-def _tensor_to(function: Callable) -> Callable:
+def _tensor_to(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def to(self, *args, **kwargs):
         if args:
@@ -354,7 +355,7 @@ def _tensor_to(function: Callable) -> Callable:
     return to
 
 
-def _tensor_type(function: Callable) -> Callable:
+def _tensor_type(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def type_(self, dtype=None, *args, **kwargs):
         if dtype is None:
@@ -368,7 +369,7 @@ def _tensor_type(function: Callable) -> Callable:
     return type_
 
 
-def _map_location(function: Callable) -> Callable:
+def _map_location(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def load(f, map_location=None, *args, **kwargs):
         if map_location is None or isinstance(map_location, (str, torch.device)):

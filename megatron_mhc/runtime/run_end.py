@@ -7,6 +7,7 @@ import pathlib
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 from megatron_mhc.runtime import failed_save, lost_peer
 
@@ -26,7 +27,7 @@ def watch() -> None:
 
 
 def _end(
-    previous: Callable,
+    previous: Callable[..., Any],
     kind: type[BaseException],
     error: BaseException,
     trace: types.TracebackType | None,

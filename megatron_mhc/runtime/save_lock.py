@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+from typing import Any
 
 from megatron_mhc.inputs.refusal import announce
 from megatron_mhc.runtime.process_identity import ProcessIdentity, is_gone, this_process
@@ -164,7 +165,7 @@ def _beat(path: pathlib.Path, text: str) -> None:
         time.sleep(BEAT)
 
 
-def _entry(text: str) -> dict:
+def _entry(text: str) -> dict[str, Any]:
     try:
         entry = json.loads(text)
     except ValueError:

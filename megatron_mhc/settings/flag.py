@@ -19,6 +19,7 @@ from megatron_mhc.inputs.values import (
     check_integer,
     check_number,
     integer,
+    is_number,
     number,
     shown,
 )
@@ -44,8 +45,9 @@ class Flag:
         above: ``least`` itself is not allowed.
         choices: words allowed, or what returns them. An int takes them beside numbers; a bool with
             ``ON_OFF`` takes a value on the command line.
-        many: several values, kept as a sorted tuple; an integer may not be repeated.
-        only: other field -> its values with which this one has an effect.
+        many: several values, kept as a tuple: numbers in their order, words and integers sorted; an
+            integer may not be repeated.
+        only: other field, or argument of Megatron's -> values with which this one has an effect.
         structural: another value makes another function of the same weights.
         why: the reason of the range, for the refusal.
         absent: what the namespace has where the flag is left out.
@@ -147,6 +149,12 @@ class Flag:
             fits = fits and len(set(values)) == len(values)
             fits = fits and self.least <= min(values) and max(values) <= self.most
             wanted = f'distinct integers from {self.least} to {self.most}'
+        elif self.kind is float:
+            fits = listed and values and all(map(is_number, values))
+            fits = fits and self.least <= min(values) and max(values) <= self.most
+            fits = fits and not (self.above and min(values) == self.least)
+            start = 'above' if self.above else 'from'
+            wanted = f'numbers {start} {self.least:g} to {self.most:g}'
         else:
             fits = listed and all(value in self.words() for value in values)
             wanted = f'any of {", ".join(self.words())}'
@@ -233,7 +241,8 @@ def check(config: Any) -> None:
             continue
         if flag.many:
             flag.check_many(value)
-            object.__setattr__(config, name, tuple(sorted(set(value))))
+            kept = value if flag.kind is float else sorted(set(value))
+            object.__setattr__(config, name, tuple(kept))
         else:
             flag.check(value, name)
 

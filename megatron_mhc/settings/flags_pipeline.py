@@ -9,8 +9,10 @@ from megatron_mhc.inputs.refusal import announce, is_first_rank
 from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.schedules.inverted_v import CHUNKS, check_layout, even_layout
 from megatron_mhc.schedules.live import live_at_peak
+from megatron_mhc.settings import v_plan
 from megatron_mhc.settings.flag import flags_of, given, refuse_in_vain
-from megatron_mhc.settings.pipeline import V_SCHEDULES, PipelineConfig, PipelineOptions
+from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.pipeline import PipelineConfig, PipelineOptions
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
 
 # Compute, high priority, expert and stage communication, with room for data parallelism.
@@ -92,10 +94,10 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     ranks = args.pipeline_model_parallel_size
     recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
     for microbatches in _microbatch_counts(args):
-        pipeline.check(ranks, microbatches)
+        v_plan.check_numbers(pipeline.schedule, ranks, microbatches)
         # No rank begins a step without the first one, which has proved the plan by then.
         if is_first_rank():
-            pipeline.prove(ranks, microbatches, recompute=recompute)
+            v_plan.prove(pipeline.schedule, ranks, microbatches, recompute=recompute)
     if is_first_rank():
         live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS)
         announce(

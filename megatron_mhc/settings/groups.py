@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.flag import add_options
+from megatron_mhc.settings.flags_lr import LrSteps
 from megatron_mhc.settings.flags_monitor import MonitorConfig
 from megatron_mhc.settings.pipeline import PipelineConfig, PipelineOptions
 from megatron_mhc.settings.residual import ResidualConfig
@@ -47,6 +48,12 @@ PIPELINE_FLAGS = Group(
     'pipeline rank.',
     (PipelineConfig, PipelineOptions),
 )
+LR_FLAGS = Group(
+    'learning rate steps',
+    '--lr-decay-style step: warm-up, the base rate, then a multiple of it from each milestone on, '
+    'never below --min-lr. With every residual type.',
+    (LrSteps,),
+)
 MONITOR_FLAGS = Group(
     'monitors',
     "Stability of hyper-connections, as mhc/... through Megatron's TensorBoard and W&B writers "
@@ -55,4 +62,4 @@ MONITOR_FLAGS = Group(
     (MonitorConfig,),
 )
 
-EVERY_GROUP = (RESIDUAL_FLAGS, ENGRAM_FLAGS, PIPELINE_FLAGS, MONITOR_FLAGS)
+EVERY_GROUP = (RESIDUAL_FLAGS, ENGRAM_FLAGS, PIPELINE_FLAGS, LR_FLAGS, MONITOR_FLAGS)

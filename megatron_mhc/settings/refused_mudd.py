@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import (
-    Constraint,
-    Refusals,
-    full_recompute,
-)
+from megatron_mhc.settings.constraint import Constraint, Refusals, full_recompute
 
 _ROWS = (
     Constraint(

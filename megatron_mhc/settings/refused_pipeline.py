@@ -11,7 +11,7 @@ from megatron_mhc.settings.constraint import (
     offloads,
     shards_parameters,
 )
-from megatron_mhc.settings.pipeline import V_SCHEDULES
+from megatron_mhc.settings.names import V_SCHEDULES
 
 _ROWS = (
     Constraint(

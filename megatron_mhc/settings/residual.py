@@ -18,12 +18,9 @@ from megatron_mhc.kernels.defaults import NORM_EPS as NORM_EPS
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
 from megatron_mhc.manifolds.sizes import INIT_PRESETS
 from megatron_mhc.settings.flag import ON_OFF, check, refuse_stray, setting, structure
+from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS, RESIDUAL_TYPES, STREAM_TYPES
 
-RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd')
-# Those with n streams.
-STREAM_TYPES = ('hc', 'mhc')
 MAPPINGS = ('pre', 'post', 'res')
-RECOMPUTE_BLOCKS = ('none', 'stage', 'auto')
 PAPER_NORM_EPS = 1e-20
 """mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
 # Smaller ones are no normal numbers in fp32, in which the norm is computed.
@@ -249,7 +246,7 @@ class ResidualConfig:
         'none',
         '--mhc-recompute-layer-num',
         int,
-        choices=RECOMPUTE_BLOCKS,
+        choices=RECOMPUTE_SEGMENTS,
         least=1,
         most=2 * MOST_LAYERS,
         why='it counts sublayers, attention and MLP separately',
@@ -316,18 +313,18 @@ class ResidualConfig:
             raise ValueError(f'--mhc-manifold {self.manifold}: {error}') from error
 
     def _resolve_recompute(self) -> None:
-        blocks, stream = self.recompute_layer_num, self.recompute_stream
-        if blocks == 'none' and stream is not None:
+        segments, stream = self.recompute_layer_num, self.recompute_stream
+        if segments == 'none' and stream is not None:
             raise ValueError(
                 f'--mhc-recompute-stream {stream} has no effect without --mhc-recompute-layer-num: '
                 'nothing is rebuilt; drop it or add --mhc-recompute-layer-num auto'
             )
-        if blocks != 'none' and self.single_pass:
+        if segments != 'none' and self.single_pass:
             raise ValueError(
-                f'--mhc-recompute-layer-num {blocks} with --mhc-single-pass: a segment rebuilds '
+                f'--mhc-recompute-layer-num {segments} with --mhc-single-pass: a segment rebuilds '
                 'its reads from the streams alone; drop one of the two'
             )
-        if blocks != 'none':
+        if segments != 'none':
             object.__setattr__(self, 'recompute_stream', stream or 'compute')
 
     @property

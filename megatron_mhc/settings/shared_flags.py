@@ -14,9 +14,7 @@ from megatron_mhc.inputs.values import flag_of
 
 AddGroup = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 # Argument -> what its number counts here, and in the release.
-UNITS = {
-    'mhc_recompute_layer_num': ('sublayers, attention and MLP each one', 'whole layers'),
-}
+UNITS = {'mhc_recompute_layer_num': ('sublayers, attention and MLP each one', 'whole layers')}
 
 
 def add_groups(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_mhc.inputs.table import table
 from megatron_mhc.recipes.recipe import RECIPES
@@ -90,22 +90,22 @@ def _dualpipe() -> Iterator[Row]:
 def _overhead() -> Iterator[Row]:
     """27B on 64 H800: the paper names neither machine nor layout nor the speed of its kernels."""
     hidden = dataclasses.replace(H800, post_overlap=1.0)
-    for label, hardware, blocks in (
+    for label, hardware, segments in (
         ('nothing hidden, stage recomputed', H800, 'stage'),
         ('F_post,res of MLPs hidden, stage recomputed', hidden, 'stage'),
         ('nothing hidden, nothing recomputed', H800, 'none'),
         ('F_post,res of MLPs hidden, nothing recomputed', hidden, 'none'),
     ):
-        yield Row('mHC 4.3.3', label, MHC_OVERHEAD, mhc_overhead(hardware, blocks), 'overhead')
+        yield Row('mHC 4.3.3', label, MHC_OVERHEAD, mhc_overhead(hardware, segments), 'overhead')
 
 
-def mhc_overhead(hardware: Hardware, blocks: int | str) -> float:
+def mhc_overhead(hardware: Hardware, segments: int | str) -> float:
     """Share by which the paper's 27B takes longer with n = 4 under ``dualpipev`` on 64 GPUs."""
     recipe, layout = RECIPES['27b'], _MHC_LAYOUT
     sweep = Sweep(
         *((layout.gpus,), (layout.tp,), (layout.pp,), (layout.ep,)),
         schedule=('dualpipev',),
-        recompute=(blocks,),
+        recompute=(segments,),
     )
     study = run_study(recipe.shape(), recipe.batch, sweep, hardware, BytesModel(hardware))
     return study.points[0].mhc_overhead
@@ -127,7 +127,7 @@ def _step(
     return path.makespan(duration, hop), _work(path, duration)
 
 
-def _work(path: Path, duration: dict) -> float:
+def _work(path: Path, duration: dict[Any, float]) -> float:
     return max(sum(n * duration[work] for work, n in rank.items()) for rank in path.ranks)
 
 

@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_mhc.schedules.stage_layers import stage_at
 from megatron_mhc.settings.recompute_cost import segment_size
 from megatron_mhc.sizing.flops import layer_flops, token_flops
-from megatron_mhc.sizing.memory import (
-    FP32,
-    Layout,
-    edge_bytes,
-    rank_parameters,
-    sharing,
-    stages_of,
-)
+from megatron_mhc.sizing.memory import FP32, Layout, edge_bytes, rank_parameters, sharing, stages_of
 from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.kernels import BytesModel, Measured, Sublayer
@@ -105,7 +99,7 @@ class CostModel:
         peak = hardware.peak(shape.value_bytes)
         self.linear_flops = peak * hardware.gemm_efficiency
         self.attention_flops = peak * hardware.attention_efficiency
-        self.layer_costs: dict[tuple, Costs] = {}
+        self.layer_costs: dict[tuple[Any, ...], Costs] = {}
 
     def stages(self, layout: Layout) -> list[Costs]:
         """Every stage in forward order."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from megatron_mhc.recipes.recipe import RECIPES, Flags, parallel_flags, recipe_flags, residual_flags
-from megatron_mhc.settings.residual import RESIDUAL_TYPES, ResidualConfig
+from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import ModelShape
+from megatron_mhc.study.names import STUDIED, only_studied
 
 # What a study chooses, and what is not there without Transformer Engine.
 _CHOSEN = (
@@ -30,17 +31,6 @@ _CHOSEN = (
     '--mhc-recompute-layer-num',
 )
 _ABSENT = ('--moe-grouped-gemm',)
-
-
-# Types of residual connections that a study has the costs of.
-STUDIED = ('standard', 'mhc')
-
-
-def only_studied(residual_type: str) -> str:
-    """Why a study does not take another type, and what to use."""
-    known = residual_type in RESIDUAL_TYPES
-    why = 'a study does not know its kernels and memory' if known else 'there is no such type'
-    return f'{why}; use {" or ".join(STUDIED)}'
 
 
 @dataclass(frozen=True)

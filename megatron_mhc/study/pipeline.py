@@ -152,7 +152,9 @@ def _times(path: Path, cases: list[Case]) -> ndarray:
     return numpy.stack([whole, work, whole - still, whole - alone], axis=1)
 
 
-def _duration(work: Work, rows: dict[str, ndarray], overlap: ndarray, smaller: Callable) -> ndarray:
+def _duration(
+    work: Work, rows: dict[str, ndarray], overlap: ndarray, smaller: Callable[..., Any]
+) -> ndarray:
     """Seconds of an operation; in a fused slot one part computes while the other exchanges."""
     parts = [(_compute(kind, stage, rows), _exchange(kind, stage, rows)) for kind, stage in work]
     whole: Any = sum(compute + exchange for compute, exchange in parts)

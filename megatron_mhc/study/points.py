@@ -169,9 +169,9 @@ def residuals(given: ResidualConfig, sweep: Sweep) -> list[ResidualConfig]:
     if not given.has_streams:
         return [given]
     return [
-        dataclasses.replace(given, num_residual_streams=n, recompute_layer_num=blocks)
+        dataclasses.replace(given, num_residual_streams=n, recompute_layer_num=segments)
         for n in sweep.streams
-        for blocks in sweep.recompute
+        for segments in sweep.recompute
     ]
 
 

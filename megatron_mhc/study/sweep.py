@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 from megatron_mhc.schedules.catalog import obstacle
-from megatron_mhc.settings.pipeline import PIPELINE_SCHEDULES
+from megatron_mhc.settings.names import PIPELINE_SCHEDULES
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
 

@@ -120,7 +120,9 @@ def _read_chrome(path: Path, head: bytes) -> Trace:
     return Trace(path, rank, kernels, priorities)
 
 
-def _chrome_kernels(path: Path, events: list[dict]) -> tuple[tuple[Kernel, ...], dict[int, int]]:
+def _chrome_kernels(
+    path: Path, events: list[dict[str, Any]]
+) -> tuple[tuple[Kernel, ...], dict[int, int]]:
     kernels, ranges = [], defaultdict(list)
     launches: dict[Any, tuple[Any, int]] = {}
     for event in events:
@@ -213,7 +215,7 @@ def _nsys_kernels(path: Path, database: sqlite3.Connection) -> Trace:
     return Trace(path, None, _with_launches(plain, launches, ranges), priorities)
 
 
-def _require_one(path: Path, devices: set, processes: set) -> None:
+def _require_one(path: Path, devices: set[Any], processes: set[Any]) -> None:
     if len(devices) > 1:
         listed = ', '.join(sorted(map(str, devices)))
         raise ValueError(f'{path}: kernels of several GPUs ({listed}); {_ONE_RANK}')
@@ -222,7 +224,9 @@ def _require_one(path: Path, devices: set, processes: set) -> None:
 
 
 def _with_launches(
-    plain: list[tuple], launches: dict[Any, tuple[Any, int]], ranges: dict[Any, list[Range]]
+    plain: list[tuple[Any, ...]],
+    launches: dict[Any, tuple[Any, int]],
+    ranges: dict[Any, list[Range]],
 ) -> tuple[Kernel, ...]:
     """Kernels with thread, launch time and the ranges around it."""
     by_thread: dict[Any, list[tuple[int, int, int, int, str, str]]] = defaultdict(list)

@@ -81,7 +81,7 @@ def _direction(kernel: Kernel) -> str | None:
     return None
 
 
-def measure(trace: Trace) -> dict:
+def measure(trace: Trace) -> dict[str, Any]:
     """Times in ns and delays of one rank: what adds up over ranks, for ``shares``."""
     kinds = defaultdict(list)
     for kernel in trace.kernels:
@@ -102,7 +102,7 @@ def measure(trace: Trace) -> dict:
     return pool | _post(trace, kinds)
 
 
-def _post(trace: Trace, kinds: dict[str, list[Kernel]]) -> dict:
+def _post(trace: Trace, kinds: dict[str, list[Kernel]]) -> dict[str, Any]:
     calls: dict[Any, list[Kernel]] = {}
     for kernel in kinds[COMPUTE]:
         key = _call(kernel)
@@ -111,8 +111,7 @@ def _post(trace: Trace, kinds: dict[str, list[Kernel]]) -> dict:
     arrivals = sorted(kernel.end for kernel in kinds[P2P] if _direction(kernel) != 'send')
     launches = defaultdict(list)
     for kernel in sorted(
-        (kernel for kernel in trace.kernels if kernel.launched is not None),
-        key=_launched,
+        (kernel for kernel in trace.kernels if kernel.launched is not None), key=_launched
     ):
         launches[kernel.thread].append(kernel)
     delays, late = [], 0
@@ -186,7 +185,7 @@ def _any_between(kernels: list[Kernel], start: int, end: int) -> bool:
     return at < len(kernels) and _launched(kernels[at]) < end
 
 
-def shares(pools: Sequence[dict]) -> dict:
+def shares(pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Shares, ms and delay statistics (us) of one or several ``measure``, as plain values.
 
     Returns:

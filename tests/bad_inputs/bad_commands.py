@@ -14,7 +14,11 @@ VALIDATE = 'schedule validate --schedule 1f1b --pp 2 --microbatches 4'
 # Line, flags, values that none of them takes.
 KINDS = (
     (CONVERT, ('--step',), FROM_ZERO),
-    ('recompute', ('--sublayers', '--num-streams', '--hidden-size', '--tokens', '--blocks'), COUNT),
+    (
+        'recompute',
+        ('--sublayers', '--num-streams', '--hidden-size', '--tokens', '--segments'),
+        COUNT,
+    ),
     ('recompute', ('--full',), FROM_ZERO),
     ('recompute', ('--kernel-backend',), CHOICE),
     (SIMULATE, ('--pp', '--microbatches', '--chunks'), COUNT),
@@ -90,7 +94,7 @@ LINES = (
     said('recompute --sublayers 3', '--sublayers', '3'),
     said('recompute --sublayers 4 7', '--sublayers', '7'),
     said('recompute --hidden-size 6', '--hidden-size', '6'),
-    said('recompute --blocks none sometimes', '--blocks', 'sometimes'),
+    said('recompute --blocks none sometimes', '--segments', 'sometimes'),
     said('recompute --sublayers 8 --full 100', '--full', '100'),
     said('recompute --kernel-backend triton --num-streams 3', '--num-streams', '3'),
     said('recompute --tokens 1000000 --hidden-size 65536', '--tokens', '1000000'),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.commands import schedule as schedule_cli
+from megatron_mhc.commands import schedule_answer
 from megatron_mhc.schedules.catalog import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,9 +206,9 @@ def test_plans_too_large_to_follow_are_one_line(schedule, tmp_path, monkeypatch)
     path.write_text('microbatches 1000000000000\n0F0 0B0\n')
     assert 'more than 1048576 forward passes' in schedule(f'validate --plan {path}')[2]
     assert 'not a file' in schedule('validate --plan /dev/zero')[2]
-    monkeypatch.setattr(schedule_cli, '_MOST_BYTES', 10)
+    monkeypatch.setattr(schedule_answer, '_MOST_BYTES', 10)
     assert 'at most 10: more operations' in schedule(f'validate --plan {path}')[2]
-    monkeypatch.setattr(schedule_cli, '_MOST_TIMED', 100)
+    monkeypatch.setattr(schedule_answer, '_MOST_TIMED', 100)
     for words in (f'simulate {DUALPIPEV}', f'show {DUALPIPEV}'):
         assert 'operations are too many to give times singly, at most 100' in schedule(words)[2]
     assert schedule(f'validate {DUALPIPEV}')[0] == 0

@@ -1,4 +1,4 @@
-"""Models and steps of the tests of block recompute."""
+"""Models and steps of the tests of recompute segments."""
 
 from __future__ import annotations
 

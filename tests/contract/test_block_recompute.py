@@ -1,4 +1,4 @@
-"""Block recompute: same bits, F once, and nothing that the mHC kernels produce stays alive."""
+"""Recompute in segments: same bits, F once, and nothing that the kernels make stays alive."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ import types
 
 import pytest
 
-from megatron_mhc.optim.lr_steps import rate_at, style_of
+from megatron_mhc.optim.lr_steps import rate_at
+from megatron_mhc.settings.flags_lr import LrSteps
 
 LR, MIN_LR = 4e-4, 1e-6
-PAPER = style_of([0.8, 0.9], [0.316, 0.1])
+PAPER = LrSteps().style
 
 
 @pytest.fixture(scope='module')
@@ -85,7 +86,7 @@ def test_milestones_are_met_exactly():
     """k of N steps is the fraction the user wrote, whatever N."""
     for total in (10, 30, 1000, 30000, 50000, 320 * 30000):
         for percent in range(1, 100):
-            style = style_of([percent / 100], [0.5])
+            style = LrSteps((percent / 100,), (0.5,)).style
             reached = -(-total * percent // 100)
             assert rate_at(style, reached / total) == 0.5, (total, percent)
             assert rate_at(style, (reached - 1) / total) == 1.0, (total, percent)
@@ -102,7 +103,7 @@ def test_a_resumed_run_continues(scheduler):
 def test_the_schedule_of_the_checkpoint_is_compared_taken_or_overridden(scheduler):
     saved = scheduler()
     saved.step(850)
-    other = style_of([0.5], [0.25])
+    other = LrSteps((0.5,), (0.25,)).style
     with pytest.raises(AssertionError, match='learning rate decay style'):
         scheduler(other).load_state_dict(saved.state_dict())
     taken = scheduler(other, use_checkpoint_opt_param_scheduler=True)

@@ -10,7 +10,7 @@ import shlex
 import pytest
 
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, words
-from megatron_mhc.settings.pipeline import PIPELINE_SCHEDULES
+from megatron_mhc.settings.names import PIPELINE_SCHEDULES
 from megatron_mhc.study.hardware import PRESETS
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.model import own_model, recipe_model

@@ -1,4 +1,4 @@
-"""Bytes of block recompute, counted one by one, against the paper's formula."""
+"""Bytes of recompute segments, counted one by one, against the paper's formula."""
 
 from __future__ import annotations
 

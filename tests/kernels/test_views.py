@@ -165,7 +165,7 @@ launches = shipped.shipped_launches(4, 4096, 8192, torch.bfloat16)
 launches = [l for l in launches if l.name in ('pre_forward_kernel', 'post_res_forward_kernel')]
 late = [dataclasses.replace(l, arguments=tuple(map(late, l.arguments))) for l in launches]
 for launch in late:
-    found = offline.compile_launch(launch, 90)
+    (found,) = offline.compile_launches([(launch, 90)])
     widths = {name: found.narrowest[name] for name in stream_names(launch)}
     print(json.dumps([launch.name, widths]))
 raise SystemExit

@@ -10,7 +10,7 @@ import pytest
 import torch
 from launch import launch
 
-from megatron_mhc.optim.lr_steps import style_of
+from megatron_mhc.settings.flags_lr import LrSteps
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEP = ['--lr-decay-style', 'step']
@@ -23,7 +23,7 @@ def test_the_default_is_the_papers_and_nothing_else_is_patched(parse):
     assert parse('--lr-decay-style', 'cosine').lr_decay_style == 'cosine'
     assert 'lr-steps' not in engine.applied()
     args = parse(*STEP)
-    assert args.lr_decay_style == PAPER == style_of([0.8, 0.9], [0.316, 0.1])
+    assert args.lr_decay_style == PAPER == LrSteps().style
     assert (args.lr_step_milestones, args.lr_step_rates) == ([0.8, 0.9], [0.316, 0.1])
     assert set(engine.applied()) & {'lr-steps', 'gpt-model', 'param-groups'} == {'lr-steps'}
 
@@ -45,11 +45,11 @@ REFUSED = {
     f'{S} --lr-step-rates 0.5 0.4 0.3': '2 milestones for 3 rates',
     f'{S} --lr-step-milestones 0.9 0.8': '0.9 0.8: wanted in ascending order',
     f'{S} --lr-step-milestones 0.9 0.9': 'wanted in ascending order, each once',
-    f'{S} --lr-step-milestones 0 0.9': 'wanted fractions of training',
-    f'{S} --lr-step-milestones 0.8 1': 'wanted fractions of training',
-    f'{S} --lr-step-milestones 0.8 90': 'wanted fractions of training',
+    f'{S} --lr-step-milestones 0 0.9': 'wanted numbers above 0 to 1',
+    f'{S} --lr-step-milestones 0.8 1': '0.8 1.0: wanted in ascending order, each once and below 1',
+    f'{S} --lr-step-milestones 0.8 90': 'wanted numbers above 0 to 1',
     f'{S} --lr-step-milestones 0.8 nan': 'nan: wanted a finite number',
-    f'{S} --lr-step-rates 0.5 -0.1': '--lr-step-rates 0.5 -0.1: wanted multiples',
+    f'{S} --lr-step-rates 0.5 -0.1': '--lr-step-rates 0.5 -0.1: wanted numbers from 0 to 1e+09',
     f'{S} --lr-step-rates inf 0.1': 'inf: wanted a finite number',
     f'{S} --lr-step-rates half': 'argument --lr-step-rates: half: wanted a finite number',
     f'{S} --lr-step-milestones': 'argument --lr-step-milestones: expected at least one',

@@ -105,7 +105,7 @@ BITWISE = [
     on_v('rebuilt', 'hc-4', 2, 'zb-v', **rebuilt('stage', residual_type='hc')),
     on_v('rebuilt-high', 'deep-mhc-8', 4, 'dualpipev-w', **rebuilt('stage', **MHC), **HIGH),
     on_v('rebuilt-high', 'moe-ep2', 4, 'dualpipev', parallel=EP, **rebuilt('stage', **MHC), **HIGH),
-    # In blocks of one sublayer, of which the plan rebuilds the last, and of three in four.
+    # In segments of one sublayer, of which the plan rebuilds the last, and of three in four.
     on_v('blocks-1', 'mhc-4', 2, 'dualpipev-w', **rebuilt(1, **MHC), **HIGH),
     on_v('blocks-3', 'odd-5', 2, 'dualpipev-w', ODD, **rebuilt(3, **MHC)),
     on_v('blocks-auto', 'mhc-4', 2, 'zb-v', **rebuilt('auto', **MHC)),

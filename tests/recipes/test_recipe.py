@@ -118,7 +118,7 @@ def test_more_ranks_hold_less_and_recomputation_helps():
 
 
 def test_what_block_recomputation_keeps():
-    """3B on one GPU, L = 24, L_r = 4: 144 C a token become 6 blocks x 4 C, and 24 C at a time."""
+    """3B on one GPU, L = 24, L_r = 4: 144 C a token become 6 segments x 4 C, and 24 C at a time."""
     one = rank_memory(RECIPES['3b'].shape(), Layout(1), 320)[0]
     token = 2 * 4096 * 1280
     assert one.kept - one.kept_recompute == (144 - 24) * token and one.rebuilt == 24 * token
@@ -205,9 +205,9 @@ class Absent:
         if name.split('.')[0] in ('megatron', 'torch', 'triton'):
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 sys.meta_path.insert(0, Absent())
-from megatron_mhc.recipes import command as recipe_cli
+from megatron_mhc.recipes import answer
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES
-print(recipe_cli.describe(RECIPES['3b'], LAYOUTS['3b']['8gpu'])['total'])
+print(answer.describe(RECIPES['3b'], LAYOUTS['3b']['8gpu'])['total'])
 """
 
 

@@ -16,8 +16,8 @@ from megatron_mhc.schedules.inverted_v import (
     holder_of,
     stage_of,
 )
+from megatron_mhc.settings import v_plan
 from megatron_mhc.settings.flags_pipeline import pipeline_config_from_args, resolve_pipeline
-from megatron_mhc.settings.pipeline import PipelineConfig
 
 PP4 = '--num-layers 16 --pipeline-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 8'
 V = f'{PP4} --pipeline-schedule dualpipev'
@@ -171,7 +171,7 @@ def test_one_rank_proves_the_whole_plan(parse, monkeypatch, rank):
     """The others start with what they can see, in a time that does not grow with the ranks."""
     asked = []
     monkeypatch.setenv('RANK', rank)
-    monkeypatch.setattr(PipelineConfig, 'prove', lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr(v_plan, 'prove', lambda *args, **kwargs: asked.append(args))
     parse(*V.split())
     assert bool(asked) == (rank == '0')
 

@@ -1,4 +1,4 @@
-"""The paper's cost of recompute blocks, Eq 20, over integers."""
+"""The paper's cost of recompute segments, Eq 20, over integers."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_memory_and_messages_are_those_of_model_memory(schedule, blocks):
 
 
 def test_memory_counts_the_blocks_that_are_asked_for():
-    """27B on one rank: L = 60 sublayers; 10 blocks of 6 keep less than 20 of 3."""
+    """27B on one rank: L = 60 sublayers; 10 segments of 6 keep less than 20 of 3."""
     kept = {}
     for size in (3, 6, 'auto', 'stage'):
         residual = ResidualConfig('mhc', recompute_layer_num=size)

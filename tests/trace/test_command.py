@@ -10,6 +10,7 @@ import pytest
 
 from megatron_mhc.inputs.refusal import OneLineParser
 from megatron_mhc.kernels.profiler_names import FUSED_EDGE, POST_KERNELS, POST_RANGE
+from megatron_mhc.trace import answer
 from megatron_mhc.trace import command as schedule_trace
 from megatron_mhc.trace.events import Kernel, Range, read_trace
 from megatron_mhc.trace.overlap import kind_of, overlap, union
@@ -130,13 +131,13 @@ def options(*arguments) -> argparse.Namespace:
 
 
 def run(capsys, *arguments) -> tuple[int, dict]:
-    code = schedule_trace.main(options('--json', *arguments))
+    code = answer.main(options('--json', *arguments))
     return code, json.loads(capsys.readouterr().out)
 
 
 def refusal(capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as caught:
-        schedule_trace.main(options(*arguments))
+        answer.main(options(*arguments))
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert out == '' and err.count('\n') == 1
@@ -217,7 +218,7 @@ def test_ranks_add_up_to_a_total_by_folder(tmp_path, capsys):
     assert total['post_res']['calls'] == 2 and stock['post_res'] is None
     assert stock['p2p']['exposed'] == 0 and stock['all_to_all'] is None
 
-    schedule_trace.main(options(*files))
+    answer.main(options(*files))
     text = capsys.readouterr().out
     table = [line.split() for line in text.split('\n\n')[0].splitlines()]
     assert [row[:2] for row in table[1:]] == [
@@ -291,7 +292,7 @@ def test_advice_follows_what_delays_it(tmp_path, capsys):
         ('b', [], 'persistent'),
     ):
         path = write(tmp_path / f'{name}.json', post_at(300, extra, launched=0.5))
-        schedule_trace.main(options(path))
+        answer.main(options(path))
         assert expected in capsys.readouterr().out
 
 
@@ -358,7 +359,7 @@ def test_limits(limit, below, above, words, tmp_path, capsys):
     assert code == 1 and not found['ok']
     (line,) = found['exceeded']
     assert words in line and str(path) in line
-    assert schedule_trace.main(options(limit, below, path)) == 1
+    assert answer.main(options(limit, below, path)) == 1
     assert f'exceeded: {line}' in capsys.readouterr().out
 
 

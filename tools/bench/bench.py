@@ -34,9 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from megatron_mhc.inputs.values import MOST_STREAMS, MOST_TOKENS, MOST_WIDTH, integer, number
 
     parser = OneLineParser(
-        prog='bench.py',
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        prog='bench.py', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
     add(

@@ -1,0 +1,8 @@
+"""The words that ``megatron-mhc recipe`` takes: light, for ``--help``."""
+
+from __future__ import annotations
+
+# Those of ``RECIPES``, and of each of its ``LAYOUTS``.
+MODELS = ('3b', '9b', '27b', '3b-1t')
+LAYOUT_NAMES = ('1gpu', '8gpu', '64gpu')
+SIZES = ('gpus', 'tp', 'pp', 'ep', 'dp', 'micro_batch')

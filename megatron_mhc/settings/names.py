@@ -1,0 +1,12 @@
+"""The words that flags take: light, for commands that offer them and check nothing."""
+
+from __future__ import annotations
+
+RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd')
+# Those with n streams.
+STREAM_TYPES = ('hc', 'mhc')
+RECOMPUTE_SEGMENTS = ('none', 'stage', 'auto')
+STOCK_SCHEDULES = ('1f1b', 'interleaved')
+# Those on the inverted V, run from a plan.
+V_SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
+PIPELINE_SCHEDULES = (*STOCK_SCHEDULES, *V_SCHEDULES)

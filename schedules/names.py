@@ -1,0 +1,15 @@
+"""Names of the schedules of ``catalog``, for a command line that need not know how they go."""
+
+SCHEDULE_NAMES = (
+    'gpipe',
+    '1f1b',
+    'interleaved',
+    'zb-h1',
+    'zb-v',
+    'dualpipev',
+    'dualpipev-w',
+    'dualpipe',
+    'forward-only',
+)
+# Where an R runs.
+RECOMPUTE_STREAMS = ('compute', 'high')
