@@ -6,6 +6,7 @@ standard library alone, so that ``setup.py`` can execute it before anything is i
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import pathlib
 import runpy
@@ -54,13 +55,19 @@ def core_version() -> str | None:
         return None
     info = folder / 'package_info.py'
     try:
-        version: str = runpy.run_path(str(info))['__shortversion__']
-        _numbers(core_minor(version))
+        return _version_said(info, info.stat().st_mtime_ns)
     except Exception as error:  # whatever running the file raises
         raise RuntimeError(
             f'{info}: no version can be read ({type(error).__name__}: {error}); restore this file '
             'of Megatron-Core'
         ) from error
+
+
+@functools.cache
+def _version_said(info: pathlib.Path, mtime_ns: int) -> str:
+    """By the file as it was at ``mtime_ns``: running it starts git, and every patch asks."""
+    version: str = runpy.run_path(str(info))['__shortversion__']
+    _numbers(core_minor(version))
     return version
 
 

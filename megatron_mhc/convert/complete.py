@@ -12,12 +12,12 @@ import functools
 import itertools
 import json
 import pathlib
-import subprocess
 import sys
 import tempfile
 
 import torch
 
+from megatron_mhc.convert import worker
 from megatron_mhc.convert.source import OPAQUE, Chunk, Entry, Source, open_source
 
 # Parameters of streams are checked against n and C as they are read.
@@ -112,16 +112,14 @@ def _key(source: Source) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _expected(folder: str, origin: str, key: str) -> tuple[Expected, Expected]:
-    command = [sys.executable, '-m', __spec__.name, folder, origin]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+    try:
+        return tuple(worker.answer(__spec__.name, folder, origin))
+    except worker.NoAnswer as error:
         raise ValueError(
             f'{folder}: the model that its saved arguments describe cannot be built here '
-            f'({reason}), so nothing tells whether the checkpoint is whole; add --unchecked to '
+            f'({error}), so nothing tells whether the checkpoint is whole; add --unchecked to '
             'convert what it holds'
-        )
-    return tuple(json.loads(done.stdout.splitlines()[-1]))
+        ) from None
 
 
 def main(argv: list[str]) -> None:

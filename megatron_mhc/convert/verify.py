@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_mhc import ops
+from megatron_mhc.convert import worker
 from megatron_mhc.convert.maps import maps, merge_gates, stored_head, stored_parameters
 from megatron_mhc.convert.saved_args import Described, describe
 from megatron_mhc.convert.source import OPAQUE, Source, open_source
 from megatron_mhc.residual.hyper_connection import HyperConnection
-from megatron_mhc.runtime.script_path import same_path_for_a_child
 from megatron_mhc.settings.residual import ResidualConfig
 
 if TYPE_CHECKING:
@@ -82,17 +81,13 @@ def largest_difference(first: pathlib.Path, second: pathlib.Path, origin: str) -
     Raises:
         ValueError: a model cannot be built from its saved arguments.
     """
-    # The worker must find the Megatron that this process found.
-    options, environment = same_path_for_a_child()
-    command = [sys.executable, *options, '-m', __spec__.name, str(first), str(second), origin]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+    try:
+        return worker.answer(__spec__.name, str(first), str(second), origin)
+    except worker.NoAnswer as error:
         raise ValueError(
-            f'--verify: the two models could not be run ({reason}); leave it out, and compare the '
+            f'--verify: the two models could not be run ({error}); leave it out, and compare the '
             'first validation loss of a run with --finetune'
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+        ) from None
 
 
 def main(argv: list[str]) -> None:

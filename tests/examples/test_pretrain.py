@@ -163,13 +163,7 @@ def test_refusal_reaches_the_shell_before_any_work(unbroken, tmp_path):
 
 def one_process(*flags: str, script: pathlib.Path = SCRIPT) -> tuple[int, str, str]:
     """Exit status, standard output, and the last line of standard error."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'megatron_mhc.run', str(script), *MODEL, *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=ENVIRONMENT,
-    )
+    done = launch(0, '-m', 'megatron_mhc.run', script, *MODEL, *flags)
     return done.returncode, done.stdout, done.stderr.splitlines()[-1]
 
 
@@ -186,13 +180,13 @@ def test_a_folder_that_another_run_saves_into_is_refused(tmp_path):
 
 @pytest.mark.parametrize('how', [[], ['--async-save']], ids=['sync', 'async'])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(unbroken, tmp_path, how):
-    """While it trains, no file may grow beyond 20 kB, as on a full disk."""
+    """While it trains, no file may grow beyond 100 kB, as on a full disk."""
     script = tmp_path / 'pretrain_full.py'
     script.write_text(
         'import resource\n'
         'from megatron.training import training\n'
         'def limited(*args, original=training.train, **options):\n'
-        '    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
+        '    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
         '    return original(*args, **options)\n'
         'training.train = limited\n' + SCRIPT.read_text()
     )

@@ -41,6 +41,10 @@ def import_libraries() -> None:
     for name in LIBRARIES:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
+    # In ranks as in the tests themselves.
+    from interpreter import patch_language_once
+
+    patch_language_once()
     taken = [name for name in sys.modules if name.split('.')[0] in ('megatron', 'megatron_mhc')]
     assert not taken, f'a library has imported {taken}'
     threads = len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 1

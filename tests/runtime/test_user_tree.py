@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from launch import launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Prints what plain Python, or the launcher, lets it find.
@@ -52,13 +53,16 @@ def tree(tmp_path_factory):
 
 
 def start(*command: object, cwd: pathlib.Path, **environment: str) -> subprocess.CompletedProcess:
+    environment = {'PYTHONPATH': str(ROOT), **environment}
+    if command[0] != '-S' and not environment.get('PYTHONSAFEPATH'):
+        return launch(0, *command, folder=cwd, **environment)
     return subprocess.run(
         [sys.executable, '-W', 'ignore', *map(str, command)],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), **environment},
+        env={**os.environ, **environment},
     )
 
 
