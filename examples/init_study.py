@@ -202,7 +202,6 @@ class Row(NamedTuple):
     loss: tuple[float, float]
     pairs: dict[int, float]
     difference: tuple[float, float]
-    seconds: float
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -224,7 +223,6 @@ def rows(results: Results, size: str, iters: int, against: str) -> list[Row]:
         if not valid:
             continue
         pairs = {s: valid[s] - reference[s] for s in sorted(valid.keys() & reference.keys())}
-        times = [v['seconds'] for r, v in results.items() if r[:3] == (size, setting, iters)]
         found.append(
             Row(
                 setting,
@@ -232,7 +230,6 @@ def rows(results: Results, size: str, iters: int, against: str) -> list[Row]:
                 mean_and_error(list(valid.values())),
                 pairs,
                 mean_and_error(list(pairs.values())),
-                statistics.median(times),
             )
         )
     return found
@@ -257,12 +254,12 @@ def table(results: Results, against: str) -> str:
     for size, iters in studies(results):
         text += [
             f'{size}, {iters} iterations\n',
-            f'| setting | seeds | validation loss | less that of {against} | s/iteration |',
-            '| --- | --- | --- | --- | --- |',
+            f'| setting | seeds | validation loss | less that of {against} |',
+            '| --- | --- | --- | --- |',
         ]
         for row in rows(results, size, iters, against):
             difference = '0' if row.setting == against else shown(row.difference, '+')
-            cells = row.setting, str(row.seeds), shown(row.loss), difference, f'{row.seconds:.2f}'
+            cells = row.setting, str(row.seeds), shown(row.loss), difference
             text.append(f'| {" | ".join(cells)} |')
         text.append('')
     return '\n'.join(text)

@@ -20,7 +20,7 @@ from init_study import GROUPS, SETTINGS, Run  # noqa: E402
 def planted(setting: str, *losses: float) -> dict[Run, dict[str, float]]:
     """One result for each seed from 1 on."""
     return {
-        Run('quickstart', setting, 100, seed): {'valid': loss, 'seconds': 0.5}
+        Run('quickstart', setting, 100, seed): {'valid': loss}
         for seed, loss in enumerate(losses, 1)
     }
 
@@ -46,9 +46,17 @@ def test_losses_are_paired_by_seed():
 
 def test_table_says_means_and_errors():
     rows = init_study.table(RESULTS, 'standard').splitlines()
-    assert '| standard | 3 | 3.0000 +- 0.5774 | 0 | 0.50 |' in rows
-    assert '| identity | 2 | 2.3000 +- 0.4000 | -0.2000 +- 0.1000 | 0.50 |' in rows
-    assert '| hc | 1 | 1.5000 | -0.5000 | 0.50 |' in rows
+    assert '| standard | 3 | 3.0000 +- 0.5774 | 0 |' in rows
+    assert '| identity | 2 | 2.3000 +- 0.4000 | -0.2000 +- 0.1000 |' in rows
+    assert '| hc | 1 | 1.5000 | -0.5000 |' in rows
+
+
+def test_pages_table_is_that_of_the_results():
+    results, texts = init_study.read(ROOT / 'examples' / 'init_study.jsonl')
+    page = (ROOT / 'megatron_mhc' / 'docs' / 'initial-values.md').read_text()
+    assert len(texts) == 1
+    missing = [r for r in init_study.table(results, 'standard').splitlines() if r not in page]
+    assert not missing, 'python examples/init_study.py --table, into the page'
 
 
 def test_every_setting_is_in_a_group():
@@ -64,7 +72,7 @@ def fake_runs(monkeypatch):
         begun.append(arguments)
         if child := os.fork():
             return child
-        log.with_suffix('.json').write_text(json.dumps({'valid': 1.5, 'seconds': 0.1}))
+        log.with_suffix('.json').write_text(json.dumps({'valid': 1.5}))
         os._exit(int('1' in arguments))
 
     fake = types.SimpleNamespace(
@@ -87,7 +95,7 @@ def test_a_run_that_is_there_is_not_repeated(tmp_path, fake_runs, capsys):
     (tmp_path / 'r.jsonl').write_text(lines(planted('standard', 2.0) | planted('hc', 2.5)))
     assert study(tmp_path, '--only', 'init', '--seeds', '1', '--jobs', '3') == 0
     assert len(fake_runs) == len(GROUPS['init'][1]) - 2
-    assert '| prenorm | 1 | 1.5000 | -0.5000 | 0.10 |' in capsys.readouterr().out
+    assert '| prenorm | 1 | 1.5000 | -0.5000 |' in capsys.readouterr().out
     fake_runs.clear()
     assert study(tmp_path, '--only', 'init', '--seeds', '1') == 0
     assert not fake_runs
