@@ -18,6 +18,7 @@ PAGES = {
     'checkpoints': 'what is kept, and what reads it',
     'conversion': 'streams for a standard checkpoint, and other layouts of them',
     'schedules': 'pipeline schedules: which one, how they work',
+    'initial-values': 'where the maps of mHC start: what was compared',
     'manifolds': 'what H_res is kept on',
     'mudd': 'dense connections',
     'engram': 'conditional memory',

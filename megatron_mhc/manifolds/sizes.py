@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-# How a manifold may start (``--mhc-init``).
+# How H_res may start; ``--mhc-init`` says this and more.
 INIT_PRESETS = ('uniform', 'identity')
 
 # 5! = 120 rows of phi; 6! would be 720 for 25 degrees of freedom.

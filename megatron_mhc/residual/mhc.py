@@ -13,12 +13,7 @@ from megatron_mhc.kernels.reference.precision import without_autocast
 from megatron_mhc.manifolds import registry
 from megatron_mhc.manifolds.manifold import Manifold
 from megatron_mhc.residual.hyper_connection import HyperConnection, MappingProjection, Maps, Pending
-
-# Biases of the identity preset, home stream against the others: sigma(+-3) reads 0.95 of the home
-# stream and 0.05 of each other one. H_post = 2 sigma(+-1) writes 1.46 and 0.54: streams must come
-# to differ, or H_res gets no gradient at all.
-IDENTITY_PRE = 3.0
-IDENTITY_POST = 1.0
+from megatron_mhc.residual.start import STARTS
 
 
 class _Settings(TypedDict):
@@ -53,20 +48,15 @@ class ManifoldHyperConnection(HyperConnection):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """phi Xavier-uniform; biases by preset; alpha = ``init_gating_factor``."""
+        """As ``--mhc-init`` says; phi Xavier-uniform or 0, alpha = ``init_gating_factor``."""
         for alpha in self._alphas():
             alpha.fill_(self.residual.init_gating_factor)
-        self.mapping_proj.reset_parameters(self.generator())
-        self.bias.copy_(torch.cat(self._bias_preset()))
-
-    def _bias_preset(self) -> list[Tensor]:
-        n, preset = self.num_streams, self.residual.init
-        res = self.manifold.bias(preset)
-        if preset == 'uniform':
-            return [torch.zeros(2 * n, device='cpu'), res]
-        home = torch.full((n,), -1.0, device='cpu')
-        home[self.home] = 1.0
-        return [IDENTITY_PRE * home, IDENTITY_POST * home, res]
+        start = STARTS[self.residual.init]
+        if start.exact:
+            self.mapping_proj.weight.zero_()
+        else:
+            self.mapping_proj.reset_parameters(self.generator())
+        self.bias.copy_(start.bias(self.home, self.manifold))
 
     @property
     def fuses(self) -> bool:

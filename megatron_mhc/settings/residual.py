@@ -16,11 +16,12 @@ from megatron_mhc.inputs.values import (
 from megatron_mhc.kernels.defaults import BACKENDS, PRECISIONS
 from megatron_mhc.kernels.defaults import NORM_EPS as NORM_EPS
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
-from megatron_mhc.manifolds.sizes import INIT_PRESETS
 from megatron_mhc.settings.flag import ON_OFF, check, refuse_stray, setting, structure
 from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS, RESIDUAL_TYPES, STREAM_TYPES
 
 MAPPINGS = ('pre', 'post', 'res')
+# The values of them: megatron_mhc/residual/start.py, which needs torch.
+INITS = ('uniform', 'identity', 'equal-writes', 'prenorm')
 PAPER_NORM_EPS = 1e-20
 """mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
 # Smaller ones are no normal numbers in fp32, in which the norm is computed.
@@ -120,10 +121,11 @@ class ResidualConfig:
     init: str = setting(
         'uniform',
         '--mhc-init',
-        choices=INIT_PRESETS,
+        choices=INITS,
         only=_MHC,
-        help='initial biases of the maps: `uniform` (all zero: H_pre 1/2, H_post 1, H_res 1/n) or '
-        '`identity` (H_res near I, one home stream per sublayer)',
+        help='initial biases of the maps: `uniform` (all zero: H_pre 1/2, H_post 1, H_res 1/n), '
+        '`identity` (H_res near I, one home stream per sublayer), `equal-writes` (the same with '
+        'H_post 1) or `prenorm` (`equal-writes` as exactly a pre-norm network at step 0: phi 0)',
         more='with identity, H_res learns from the start; the mHC paper does not say',
     )
     stream_merge: str | None = setting(

@@ -23,6 +23,8 @@ KINDS = (
     ),
     ('recipe.py 3b', ('--gpus-per-node',), COUNT),
     ('recipe.py 3b', ('--layout', '--residual-type'), CHOICE),
+    ('init_study.py', ('--seeds', '--iters', '--jobs'), COUNT),
+    ('init_study.py', ('--only', '--against'), CHOICE),
 )
 
 LINES = (
@@ -47,6 +49,10 @@ LINES = (
     said('recipe.py 4b', '4b'),
     said('recipe.py 3b --data-path x', '--data-path', '--tokenizer'),
     said('recipe.py 3b --tokenizer x', '--data-path', '--tokenizer'),
+    said('init_study.py extra', 'extra'),
+    said('init_study.py --plot x.doc', '--plot', 'x.doc'),
+    said('init_study.py --table --results r.jsonl', '--results', 'r.jsonl'),
+    said('init_study.py --results /no/such/r.jsonl', '--results', '/no/such/r.jsonl'),
 )
 
 ROWS = all_rows(LINES, KINDS)

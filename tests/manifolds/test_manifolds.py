@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from megatron_mhc import ResidualConfig
 from megatron_mhc.manifolds import registry
 from megatron_mhc.manifolds.manifold import Manifold
-from megatron_mhc.manifolds.sizes import matrix_flops
+from megatron_mhc.manifolds.sizes import INIT_PRESETS, matrix_flops
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
-from megatron_mhc.settings.residual import INIT_PRESETS
 
 STREAMS = {
     'sinkhorn': (1, 2, 3, 4, 7, 8),

@@ -33,7 +33,7 @@ def check_losses(printed: str) -> None:
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
 
 
-SHORT = ('--', '--train-iters', '5', '--eval-interval', '100')
+SHORT = '-- --train-iters 5 --global-batch-size 8 --eval-interval 100 --eval-iters 0'.split()
 
 
 def test_a_scaled_down_recipe_trains():

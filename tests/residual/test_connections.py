@@ -10,7 +10,9 @@ import torch
 from megatron_mhc import ResidualConfig
 from megatron_mhc.residual.hc import UnconstrainedHyperConnection
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
+from megatron_mhc.residual.start import STARTS
 from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
+from megatron_mhc.settings.residual import INITS
 
 HIDDEN = 16
 
@@ -92,6 +94,37 @@ def test_mhc_identity_start_is_near_identity_with_one_home_stream():
         home = sublayer % 4
         assert (pre.argmax(-1) == home).all() and pre[:, home].min() > 0.9
         assert (post.argmax(-1) == home).all()
+
+
+@pytest.mark.parametrize('init', ['equal-writes', 'prenorm'])
+def test_mhc_equal_writes_start_from_the_home_stream_and_write_to_all(init):
+    module = mhc(sublayer=6, init=init, init_gating_factor=0.0)
+    pre, post, res = module.maps(torch.randn(5, 4 * HIDDEN))
+    others = 0.0474 if init == 'equal-writes' else 0.0474 / 3
+    expected = torch.tensor([others, others, 0.9526, others]).expand(5, 4)
+    torch.testing.assert_close(pre, expected, atol=1e-4, rtol=0)
+    assert torch.equal(post, torch.ones(5, 4))
+    assert (res - torch.eye(4)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize('n', [2, 3, 4, 8])
+@pytest.mark.parametrize('manifold', ['sinkhorn', 'orthogonal'])
+def test_mhc_prenorm_starts_as_a_pre_norm_residual(n, manifold, random_seed):
+    """Every stream holds x + F(x), to rounding, whatever the token; phi learns from the start."""
+    module = mhc(sublayer=5, num_residual_streams=n, manifold=manifold, init='prenorm')
+    x, y = torch.randn(3, 2, HIDDEN), torch.randn(3, 2, HIDDEN)
+    _, read, carried = module(expand_streams(x, n))
+    torch.testing.assert_close(read, x)
+    written = module.post(y, carried)
+    torch.testing.assert_close(written, expand_streams(x + y, n))
+    (read.sum() + written.square().sum()).backward()
+    assert module.mapping_proj.weight.grad[: 2 * n].abs().min() > 0
+
+
+def test_every_named_start_exists():
+    assert tuple(STARTS) == INITS
+    single = mhc(num_residual_streams=1, init='prenorm')
+    assert single.bias.isfinite().all()
 
 
 def test_initialisation_is_private_and_repeatable():
