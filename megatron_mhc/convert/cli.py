@@ -8,8 +8,6 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
 
 from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
 from megatron_mhc.inputs.refusal import refuse
@@ -17,7 +15,11 @@ from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
 from megatron_mhc.kernels.defaults import NORM_EPS
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
     from megatron_mhc.convert.conversion import Converted
 
 

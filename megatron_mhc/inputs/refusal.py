@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import os
 import sys
 import time
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 # Seconds that ranks of one job may be apart when they parse the command line.
 PATIENCE = 15.0
@@ -55,6 +57,7 @@ def _tell_torchrun(line: str) -> None:
     """Leave the line where torchrun looks for the reason of a failure."""
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if path is not None:
+        import contextlib
         import json
 
         with contextlib.suppress(OSError), open(path, 'w') as file:

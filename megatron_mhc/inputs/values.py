@@ -10,9 +10,12 @@ import argparse
 import math
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, overload
 
 # Beyond these a value is a slip: no machine has so many, and fp32 no such factor to multiply with.
 MOST_TOKENS = 2**31 - 1
@@ -67,16 +70,21 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f'{name} {value!r}: wanted a bool; give True or False')
 
 
-@overload
-def integer(
-    least: int | None = None, most: int = MOST_TOKENS, remedy: str = ''
-) -> Callable[[str], int]: ...
+if TYPE_CHECKING:
 
+    @overload
+    def integer(
+        least: int | None = None, most: int = MOST_TOKENS, remedy: str = ''
+    ) -> Callable[[str], int]: ...
 
-@overload
-def integer(
-    least: int | None = None, most: int = MOST_TOKENS, remedy: str = '', *, words: tuple[str, ...]
-) -> Callable[[str], int | str]: ...
+    @overload
+    def integer(
+        least: int | None = None,
+        most: int = MOST_TOKENS,
+        remedy: str = '',
+        *,
+        words: tuple[str, ...],
+    ) -> Callable[[str], int | str]: ...
 
 
 def integer(

@@ -29,9 +29,12 @@ What it looks for:
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from megatron_mhc.inputs.values import flag_of, input_file, number
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _SHARE, _DELAY = number(0, 1, 'give a share such as 0.1 for 10 %'), number(0)
 # Option, what it limits, unit.
