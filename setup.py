@@ -49,6 +49,7 @@ setup(
             'psutil',
             'tqdm',
             # `megatron-mhc convert`, for DeepSeek-V4's layout.
+            'huggingface_hub',
             'safetensors',
         ],
         'te': ['transformer-engine[pytorch]'],

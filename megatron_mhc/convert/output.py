@@ -31,12 +31,11 @@ from megatron_mhc.checkpoints.stored import COMMON_FILE
 from megatron_mhc.convert.source import (
     CONFIG,
     INDEX,
-    MODEL,
     TORCH_FILE,
     Chunk,
     Entry,
     Source,
-    require_safetensors,
+    require,
     whole,
 )
 
@@ -151,25 +150,19 @@ def write_safetensors(root: pathlib.Path, content: Content, config: dict[str, An
 
     Megatron's arguments lie beside them, so that the way back finds them.
     """
-    library = require_safetensors()
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, entry in content.entries().items():
-        if shards[-1] and size + entry.nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += entry.nbytes
-    files: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = MODEL
-        if len(shards) > 1:
-            file = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
+    library = require('safetensors', 'safetensors.torch')
+    hub = require('huggingface_hub', 'huggingface_hub')
+    split = hub.split_state_dict_into_shards_factory(
+        content.entries(),
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern='model{suffix}.safetensors',
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in split.filename_to_tensors.items():
         tensors = {name: _as_tensor(content.value(name)) for name in names}
-        library.torch.save_file(tensors, root / file, metadata={'format': 'pt'})
-        files |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {'metadata': {'total_size': content.nbytes}, 'weight_map': files}
+        library.save_file(tensors, root / file, metadata={'format': 'pt'})
+    if split.is_sharded:
+        index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
         (root / INDEX).write_text(json.dumps(index, indent=2))
     (root / CONFIG).write_text(json.dumps(config, indent=2))
     torch.save(content.common, root / COMMON_FILE)

@@ -6,6 +6,7 @@ Opaque states of modules (``_extra_state``) are carried as bytes and never opene
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import pathlib
@@ -201,7 +202,7 @@ class SafetensorsSource(Source):
     format = 'safetensors'
 
     def __init__(self, folder: pathlib.Path) -> None:
-        safetensors = require_safetensors()
+        safetensors = require('safetensors', 'safetensors')
         with one_line(f'{folder / CONFIG}'):
             self.config = json.loads((folder / CONFIG).read_text())
             args = {ours: self.config[name] for ours, name in SHAPE.items()}
@@ -235,19 +236,19 @@ class SafetensorsSource(Source):
         return file.get_tensor(stored)
 
 
-def require_safetensors() -> Any:
-    """The module, which nothing else of ours needs.
+def require(package: str, module: str) -> Any:
+    """``module`` of ``package``, which nothing but DeepSeek-V4's layout needs.
 
     Raises:
         ValueError: it is not installed.
     """
     try:
-        import safetensors.torch
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
-            'safetensors is not installed, the format of DeepSeek-V4; pip install safetensors'
+            f'{package} is not installed, which the layout of DeepSeek-V4 needs; '
+            f'pip install {package}'
         ) from error
-    return safetensors
 
 
 def open_source(path: pathlib.Path, step: int | None = None) -> Source:

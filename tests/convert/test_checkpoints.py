@@ -17,7 +17,7 @@ from launch import Running, start
 
 from megatron_mhc import cli
 from megatron_mhc.checkpoints.check import check_checkpoint
-from megatron_mhc.convert import conversion
+from megatron_mhc.convert import conversion, output
 from megatron_mhc.convert.conversion import convert
 from megatron_mhc.convert.output import Content
 from megatron_mhc.convert.source import open_source
@@ -136,6 +136,19 @@ def test_round_trips_are_bitwise(upcycled, tmp_path, to):
     assert_same(before, after)
     args = [vars(open_source(path).args) for path in (upcycled, tmp_path / 'back')]
     assert args[0] == args[1]
+
+
+def test_parts_of_a_large_model_are_found_again(upcycled, tmp_path, monkeypatch):
+    """As Hugging Face splits it: names with numbers, and an index of which tensor is where."""
+    monkeypatch.setattr(output, 'SHARD_BYTES', 50_000)
+    convert(upcycled, tmp_path / 'v4', 'deepseek-v4')
+    files = sorted(tmp_path.glob('v4/*.safetensors'))
+    index = json.loads((tmp_path / 'v4' / 'model.safetensors.index.json').read_text())
+    assert len(files) > 2 and files[0].name == f'model-00001-of-{len(files):05d}.safetensors'
+    assert {file.name for file in files} == set(index['weight_map'].values())
+    assert index['metadata']['total_size'] > 50_000
+    convert(tmp_path / 'v4', tmp_path / 'back', 'mhc')
+    assert_same(contents(upcycled), contents(tmp_path / 'back'))
 
 
 def test_what_the_command_says_and_writes(standard, tmp_path, capsys, monkeypatch):
