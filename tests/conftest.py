@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib.util
 import os
 import pathlib
 import secrets
@@ -15,13 +16,15 @@ from megatron_mhc.runtime import cpu_device
 
 # What several tests share; pytest imports tests by path.
 sys.path += [str(pathlib.Path(__file__).parent / folder) for folder in ('layouts', 'te', 'launch')]
-from interpreter import patch_language_once  # noqa: E402
 
 if not torch.cuda.is_available():
     # Triton reads this when it is imported; the kernels are then interpreted on CPU tensors.
     os.environ.setdefault('TRITON_INTERPRET', '1')
     cpu_device.install()
-    patch_language_once()
+if os.environ.get('TRITON_INTERPRET') == '1' and importlib.util.find_spec('triton'):
+    import interpreter_bf16
+
+    interpreter_bf16.install()
 
 
 # Folders whose files launch whole trainings: a minute each, so none may be the last to begin.

@@ -4,7 +4,9 @@ python tools/plot_losses.py --output losses.png mhc=runs/quickstart/mhc/tensorbo
 """
 
 import argparse
+import statistics
 from pathlib import Path
+from typing import Any
 
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.monitor.events import LOSS as TRAIN
@@ -12,6 +14,8 @@ from megatron_mhc.monitor.events import read_events, scalars
 
 FORMATS = ('.png', '.svg', '.pdf')
 VALID = f'{TRAIN} validation'
+# name -> for each seed {tag: {iteration: loss}}.
+Runs = dict[str, list[dict[str, dict[int, float]]]]
 
 
 def read_losses(folder: Path) -> dict[str, dict[int, float]]:
@@ -25,28 +29,68 @@ def read_losses(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: found.get(tag, {}) for tag in (TRAIN, VALID)}
 
 
-def plot(runs: dict[str, dict[str, dict[int, float]]], output: Path, title: str) -> None:
-    """Draw ``{name: losses}``: training thin, validation thick with dots, one colour a run."""
+def paired(values: list[float], base: list[float]) -> list[float]:
+    """Seed by seed what ``values`` have more than ``base``."""
+    return [value - other for value, other in zip(values, base, strict=True)]
+
+
+def mean_curve(curves: list[dict[int, float]]) -> dict[int, float]:
+    """At the iterations that all ``curves`` have."""
+    shared = sorted(set.intersection(*map(set, curves)))
+    return {at: statistics.mean(curve[at] for curve in curves) for at in shared}
+
+
+def plot(runs: Runs, output: Path, title: str, source: str = '') -> None:
+    """Draw means over seeds: training thin, validation thick with dots, one colour a name.
+
+    Of several names, a second panel has validation less that of the first name: a line for each
+    seed, and their mean. ``source`` is kept in the picture, as what its figures are of.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout='constrained')
-    for index, (name, losses) in enumerate(runs.items()):
+    panels = 2 if len(runs) > 1 else 1
+    figure, every = pyplot.subplots(
+        1, panels, figsize=(8 if panels == 1 else 12, 5), layout='constrained', squeeze=False
+    )
+    axes = every[0, 0]
+    for index, (name, seeds) in enumerate(runs.items()):
         # A dollar sign would begin a formula.
         name = name.replace('$', r'\$')
         colour = f'C{index}'
-        axes.plot(*zip(*losses[TRAIN].items(), strict=True), color=colour, alpha=0.35, lw=1)
+        training = mean_curve([losses[TRAIN] for losses in seeds])
+        axes.plot(*zip(*training.items(), strict=True), color=colour, alpha=0.35, lw=1)
         axes.plot([], [], color=colour, alpha=0.35, label=f'{name}, training')
-        if losses[VALID]:
-            points = zip(*losses[VALID].items(), strict=True)
+        validation = mean_curve([losses[VALID] for losses in seeds])
+        if validation:
+            points = zip(*validation.items(), strict=True)
             axes.plot(*points, color=colour, marker='o', ms=4, label=f'{name}, validation')
     axes.set(title=title.replace('$', r'\$'), xlabel='iteration', ylabel='loss per byte (nats)')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(output, dpi=120)
+    if panels == 2:
+        _differences(every[0, 1], runs)
+    for axes in every[0]:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(output, dpi=120, metadata={'Title': source} if source else None)
     pyplot.close(figure)
+
+
+def _differences(axes: Any, runs: Runs) -> None:
+    (base, *names) = runs
+    for index, name in enumerate(names, 1):
+        curves = []
+        for seed, other in zip(runs[name], runs[base], strict=True):
+            shared = sorted(seed[VALID].keys() & other[VALID].keys())
+            curves.append({at: seed[VALID][at] - other[VALID][at] for at in shared})
+            axes.plot(*zip(*curves[-1].items(), strict=True), color=f'C{index}', alpha=0.35, lw=1)
+        mean = zip(*mean_curve(curves).items(), strict=True)
+        label = f'{name}, mean of {len(curves)} seeds' if len(curves) > 1 else f'{name}, one seed'
+        axes.plot(*mean, color=f'C{index}', marker='o', ms=4, label=label.replace('$', r'\$'))
+    axes.axhline(0, color='C0', lw=1)
+    base = base.replace('$', r'\$')
+    axes.set(title=f'Validation less that of {base}', xlabel='iteration', ylabel='nats per byte')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         named[name] = Path(folder)
     try:
-        plot({n: read_losses(p) for n, p in named.items()}, options.output, options.title)
+        runs = {name: [read_losses(path)] for name, path in named.items()}
+        plot(runs, options.output, options.title)
     except (RuntimeError, ValueError, OSError) as error:
         refuse(parser.prog, str(error))
 

@@ -1,7 +1,7 @@
 """Train a small GPT with hyper-connections on real text, on whatever this machine has.
 
-``train`` trains one model; ``compare`` trains standard, hc and mhc residuals from one seed on the
-same data. Both go through Megatron's own training loop (examples/pretrain_gpt.py), resume from
+``train`` trains one model; ``compare`` trains standard, hc and mhc residuals on the same data, from
+the same seeds. Both go through Megatron's own training loop (examples/pretrain_gpt.py), resume from
 their last checkpoint, and end with a plot of the losses.
 """
 
@@ -16,6 +16,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+import loss_table
 import plot_losses
 import quickstart_flags
 import supervise
@@ -25,6 +26,7 @@ from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import MOST_SEED, integer
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_SEEDS = 100
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +48,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help='what train trains (default: mhc)',
     )
     parser.add_argument('--seed', type=integer(1, MOST_SEED), default=1234)
+    parser.add_argument(
+        '--seeds',
+        type=integer(1, MOST_SEEDS),
+        help='how many seeds compare trains, from --seed on (default: 2)',
+    )
     parser.add_argument('--fresh', action='store_true', help='remove earlier runs of this task')
     parser.add_argument('--output', type=Path, default=ROOT / 'runs', help='default: runs/')
     parser.add_argument(
@@ -56,6 +63,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     argv, megatron = split_at(sys.argv[1:] if argv is None else argv, '--')
     options = parser.parse_args(argv)
     options.megatron = megatron
+    if options.task == 'train' and options.seeds:
+        parser.error(
+            f'--seeds {options.seeds}: train trains one; name it with --seed, or use compare'
+        )
+    options.seeds = options.seeds or 2
     options.iters = options.iters or {'train': 300, 'compare': 100}[options.task]
     if options.output.exists() and not options.output.is_dir():
         parser.error(f'--output {options.output}: not a folder; name a new one')
@@ -78,7 +90,7 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def train(run: Path, residual: str, options: argparse.Namespace, gpus: int) -> None:
+def train(run: Path, residual: str, seed: int, options: argparse.Namespace, gpus: int) -> None:
     """Train one model in the folder ``run``, or go on with it; raises what ``supervise`` does."""
     done = supervise.latest_checkpoint(run / 'checkpoints')
     if done is not None and done >= options.iters:
@@ -93,7 +105,7 @@ def train(run: Path, residual: str, options: argparse.Namespace, gpus: int) -> N
         *quickstart_flags.MODEL,
         *quickstart_flags.OPTIMIZER,
         *parallel,
-        *quickstart_flags.schedule(options.iters, options.seed),
+        *quickstart_flags.schedule(options.iters, seed),
         *quickstart_flags.data(options.output / 'corpus'),
         *quickstart_flags.outputs(run),
         *options.megatron,
@@ -101,26 +113,33 @@ def train(run: Path, residual: str, options: argparse.Namespace, gpus: int) -> N
     launcher = ['--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node', str(processes)]
     run.mkdir(parents=True, exist_ok=True)
     (run / 'command.sh').write_text(shlex.join(['torchrun', *launcher, *script]) + '\n')
-    print(f'Training {residual} on {processes} {"GPU" if gpus else "CPU"} process(es).')
+    where = f'{processes} {"GPU" if gpus else "CPU"} process(es)'
+    print(f'Training {residual}, seed {seed}, on {where}.')
     print(f'  command {shown(run / "command.sh")}, all output {shown(run / "train.log")}')
     command = [sys.executable, '-m', 'torch.distributed.run', *launcher, *script]
     env = quickstart_flags.environment(processes, gpus)
     supervise.run(command, env, run / 'train.log', residual)
 
 
-def report(runs: dict[str, Path], options: argparse.Namespace, image: Path) -> None:
-    """Plot the losses of ``runs`` and print a table of them."""
-    losses = {name: plot_losses.read_losses(path / 'tensorboard') for name, path in runs.items()}
-    plot_losses.plot(losses, image, 'Byte-level GPT: training, and validation on held-out files')
-    (image.with_suffix('.json')).write_text(json.dumps(losses, indent=1))
+def report(runs: dict[str, list[Path]], image: Path) -> None:
+    """Plot the losses of ``runs``, a folder for each seed, and print tables of them."""
+    losses = {
+        name: [plot_losses.read_losses(path / 'tensorboard') for path in paths]
+        for name, paths in runs.items()
+    }
+    data = image.with_suffix('.json')
+    data.write_text(json.dumps(losses, indent=1))
+    title = 'Byte-level GPT: training, and validation on held-out files'
+    plot_losses.plot(losses, image, title, loss_table.source_of(data))
     print(f'\n{"residual":10} {"first validation":>22} {"last validation":>22} {"s/iteration":>12}')
-    for name, path in runs.items():
-        valid = losses[name][plot_losses.VALID]
-        ends = [f'{valid[i]:.3f} at iteration {i}' for i in (min(valid), max(valid))]
-        print(f'{name:10} {ends[0]:>22} {ends[1]:>22} {seconds_per_iteration(path):12.2f}')
+    for name, paths in runs.items():
+        for seed, path in zip(losses[name], paths, strict=True):
+            valid = seed[plot_losses.VALID]
+            ends = [f'{valid[i]:.3f} at iteration {i}' for i in (min(valid), max(valid))]
+            print(f'{name:10} {ends[0]:>22} {ends[1]:>22} {seconds_per_iteration(path):12.2f}')
     print(f'(nats per byte on files not trained on; guessing all bytes alike: {math.log(256):.3f})')
-    if options.task == 'compare':
-        print('One seed and a run this short show that all three train, not which is best.')
+    if len(runs) > 1:
+        print('\n' + '\n'.join(loss_table.comparison(losses)))
 
 
 def seconds_per_iteration(run: Path) -> float:
@@ -133,20 +152,27 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     started = time.monotonic()
     folder = options.output = options.output.resolve()
-    every = options.task == 'compare'
-    names = list(quickstart_flags.RESIDUAL) if every else [options.residual_type]
-    runs = {name: folder / options.task / name for name in names}
+    task = folder / options.task
+    if options.task == 'compare':
+        seeds = range(options.seed, options.seed + options.seeds)
+        runs = {
+            name: {seed: task / name / f'seed-{seed}' for seed in seeds}
+            for name in quickstart_flags.RESIDUAL
+        }
+    else:
+        runs = {options.residual_type: {options.seed: task / options.residual_type}}
     if options.fresh:
-        for run in runs.values():
-            shutil.rmtree(run, ignore_errors=True)
+        for name in runs:
+            shutil.rmtree(task / name, ignore_errors=True)
     try:
         source = options.corpus_source or Path(sysconfig.get_path('stdlib'))
         prepare(folder / 'corpus', source, options.corpus_glob)
         gpus = gpu_count()
-        for name, run in runs.items():
-            train(run, name, options, gpus)
-        image = folder / options.task / 'losses.png'
-        report(runs, options, image)
+        for name, of_seeds in runs.items():
+            for seed, run in of_seeds.items():
+                train(run, name, seed, options, gpus)
+        image = task / 'losses.png'
+        report({name: list(of_seeds.values()) for name, of_seeds in runs.items()}, image)
     except KeyboardInterrupt:
         sys.exit('Stopped. The same command goes on from the last checkpoint, if there is one.')
     except ValueError as error:
@@ -156,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"""
 Done in {time.monotonic() - started:.0f} s. Where to look next:
   {shown(image)}: the losses as a picture
-  {sys.executable} -m tensorboard.main --logdir {shown(folder / options.task)}
+  {sys.executable} -m tensorboard.main --logdir {shown(task)}
   {shown(run / 'command.sh')}: the command, to copy and change
   {shown(run / 'checkpoints')}: Megatron checkpoints; more --iters go on from there
   tools/quickstart_flags.py: every flag of the model and its training""")

@@ -7,6 +7,7 @@ from one_line import all_rows, said
 
 KINDS = (
     ('quickstart.py train', ('--iters', '--seed'), COUNT),
+    ('quickstart.py compare', ('--seeds',), COUNT),
     ('quickstart.py train', ('--residual-type',), CHOICE),
     ('prepare_corpus.py --output c', ('--max-bytes',), COUNT),
     ('prepare_corpus.py --output c', ('--glob',), ('', '/etc/*')),
@@ -31,6 +32,7 @@ LINES = (
     said('quickstart.py', 'task'),
     said('quickstart.py bogus', 'bogus'),
     said('quickstart.py train extra', 'extra'),
+    said('quickstart.py train --seeds 3', '--seeds 3', 'use compare'),
     said('quickstart.py train --output o --corpus-source /no/such', '/no/such'),
     said('prepare_corpus.py', '--output'),
     said('prepare_corpus.py --output c --glob *.none', '--glob', '*.none'),

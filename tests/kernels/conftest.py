@@ -17,10 +17,6 @@ if importlib.util.find_spec('triton'):
     from megatron_mhc.kernels.triton.launch import interpreted
 
     INTERPRETED = interpreted()
-if INTERPRETED:
-    import interpreter_bf16
-
-    interpreter_bf16.install()
 
 
 @pytest.fixture(scope='session')

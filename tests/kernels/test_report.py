@@ -101,16 +101,21 @@ class Done(NamedTuple):
     stderr: str
 
 
-def reports(*commands: tuple[str, ...], code: str = '', **environment: str) -> list[Done]:
-    """``kernels report`` with each of ``commands``, where Triton compiles; after ``code``."""
+def compiling(code: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    """``code`` in a process of its own, where Triton compiles."""
     env = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
     env['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    process = subprocess.run(
-        [sys.executable, '-c', code + COMMANDS, json.dumps(commands)],
+    return subprocess.run(
+        [sys.executable, '-c', code, *words],
         env=env | environment,
         capture_output=True,
         text=True,
     )
+
+
+def reports(*commands: tuple[str, ...], code: str = '', **environment: str) -> list[Done]:
+    """``kernels report`` with each of ``commands``, after ``code``."""
+    process = compiling(code + COMMANDS, json.dumps(commands), **environment)
     assert process.returncode == 0, process.stderr
     return [Done(*json.loads(line)) for line in process.stdout.splitlines()]
 

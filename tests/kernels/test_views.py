@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from test_report import report
+from test_report import compiling
 from truth import TOLERANCE, cotangents_of, error, parameters, streams, with_gradients
 
 from megatron_mhc import ops
@@ -174,7 +174,7 @@ raise SystemExit
 
 def test_views_at_odd_offsets_compile_to_narrow_accesses():
     """What the log line warns of."""
-    result = report(code=SHIFTED)
+    result = compiling(SHIFTED)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) > 2, result.stderr
     for name, widths in rows:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -42,9 +42,10 @@ def import_libraries() -> None:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     # In ranks as in the tests themselves.
-    from interpreter import patch_language_once
+    if os.environ.get('TRITON_INTERPRET') == '1' and importlib.util.find_spec('triton'):
+        import interpreter_bf16
 
-    patch_language_once()
+        interpreter_bf16.install()
     taken = [name for name in sys.modules if name.split('.')[0] in ('megatron', 'megatron_mhc')]
     assert not taken, f'a library has imported {taken}'
     threads = len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 1

@@ -200,7 +200,7 @@ def test_losses_are_read_back_and_plotted(tmp_path):
         writer.add_scalar('lm loss', 1.5, 3, walltime=20)
     losses = plot_losses.read_losses(tmp_path / 'events')
     assert losses == {'lm loss': {1: 4, 2: 3, 3: 1.5, 4: 1}, 'lm loss validation': {4: 3}}
-    plot_losses.plot({'mhc': losses}, tmp_path / 'x.png', 'title')
+    plot_losses.plot({'mhc': [losses]}, tmp_path / 'x.png', 'title')
     assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
     (tmp_path / 'none').mkdir()
     with pytest.raises(ValueError, match='no TensorBoard events'):
