@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_mhc.inputs.refusal import is_first_rank
 from megatron_mhc.monitor.alarm import trouble
@@ -87,7 +88,9 @@ def report(monitor: Monitor, step: dict[str, Any]) -> None:
     if not (sampled or (broken and not monitor.broken)):
         return
     streams = residual_config_from_args(args).streams
-    found = gather(monitor, args.num_layers, streams, sampled, step['loss_scale'])
+    # A loss per token is divided when all tokens are counted, after the backward.
+    microbatches = 1 if args.calculate_per_token_loss else get_num_microbatches()
+    found = gather(monitor, args.num_layers, streams, sampled, step['loss_scale'], microbatches)
     writer = get_tensorboard_writer()
     if args.mhc_monitor and sampled:
         write(found, step['iteration'], settings.per_layer, writer, get_wandb_writer())

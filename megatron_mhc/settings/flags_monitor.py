@@ -34,9 +34,9 @@ class MonitorConfig:
         bool,
         help='write the scalars of hyper-connections, and the mean H_res of each sublayer, to '
         'TensorBoard and W&B',
-        more='single and composite gains of H_res, its distance from doubly stochastic, entropies '
-        'of H_pre and H_post, norms and similarity of the streams, gradient norm of the mapping '
-        'parameters, counts of non-finite values',
+        more='single and composite gains of H_res, its distance from doubly stochastic, its logits '
+        'and their gradients, entropies of H_pre and H_post, norms, similarity and effective rank '
+        'of the streams, gradient norm of the mapping parameters, counts of non-finite values',
     )
     interval: int = setting(
         MISSING,
@@ -63,7 +63,8 @@ class MonitorConfig:
         False,
         '--mhc-monitor-per-layer',
         bool,
-        help='write each scalar of every sublayer too, as `mhc/NAME/layer-3-mlp`',
+        help='write each scalar of every sublayer too, as `mhc/NAME/layer-3-mlp`, and the entries '
+        'of H_res',
     )
     alarm: str = setting(
         'off',

@@ -51,6 +51,8 @@ def test_scalars_and_maps_are_written(watched):
         *('amax-gain-forward', 'amax-gain-backward', 'amax-composite-gain-backward'),
         *('column-sum-error', 'res-offdiag-mean', 'pre-entropy', 'post-max', 'stream-rms'),
         *('stream-similarity', 'mapping-grad-norm', 'nonfinite-outputs', 'row-sum-error'),
+        *('res-logit-max', 'res-logit-grad-max', 'res-saturated', 'write-share'),
+        *('stream-effective-rank', 'h-res-0-3', 'h-res-2-2/layer-4-attention'),
         *('amax-composite-gain-forward/layer-1-attention', 'stream-norm-ratio/layer-4-mlp'),
     ):
         assert list(own[f'mhc/{tag}']) == [2, 4, 6], tag
@@ -58,6 +60,8 @@ def test_scalars_and_maps_are_written(watched):
         [tag for tag in own if tag.count('/') == 1]
     )
     assert own['mhc/amax-composite-gain-forward'][6] == pytest.approx(1, abs=1e-5)
+    assert own['mhc/res-saturated'][6] == 0 and 0 < own['mhc/res-logit-grad-max'][6]
+    assert 1.01 < own['mhc/stream-effective-rank'][6] < 4
     # The mapping is a part of the whole, whose norm is before clipping as well.
     for iteration, norm in own['mhc/mapping-grad-norm'].items():
         assert 0 < norm < seen.scalars['grad-norm'][iteration]
