@@ -48,6 +48,8 @@ class Monitor:
         self.logit_gradients = LogitGradients(self.connections)
         # Whether the last step reported had a gradient norm that is not finite.
         self.broken = False
+        # The largest effective rank of each sublayer's streams so far, ``[L]``.
+        self.ranks: Tensor | None = None
         self._sampled = [0] * len(self.connections)
         self._clear()
         for row, connection in enumerate(self.connections):

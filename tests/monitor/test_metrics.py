@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_mhc import ops
-from megatron_mhc.monitor.alarm import sublayer_name, trouble
+from megatron_mhc.monitor.alarm import largest_ranks, sublayer_name, trouble
 from megatron_mhc.monitor.metrics import (
     EPS,
     MAXIMA,
@@ -159,6 +159,13 @@ def made(changes: dict | None = None, present=(True,) * L) -> Report:
     return Report(metrics, maps, maps, rank)
 
 
+def made_of_streams(saturation: dict[int, float], ranks: list[float]) -> Report:
+    report = made()
+    report.metrics['res-saturated'] = torch.tensor([saturation.get(s, 0.0) for s in range(L)])
+    report.metrics['stream-effective-rank'] = torch.tensor(ranks)
+    return report
+
+
 WATCHED = MonitorConfig(interval=1, alarm='warn', alarm_gain=3.0)
 
 
@@ -205,6 +212,31 @@ WATCHED = MonitorConfig(interval=1, alarm='warn', alarm_gain=3.0)
 def test_trouble_names_the_first_sublayer(changes, norm, where, what):
     line = trouble(made(changes), WATCHED, norm)
     assert line.startswith(where) and what in line and '\n' not in line
+
+
+def test_saturation_names_the_first_sublayer():
+    ranks = [1.0, *[2.0] * (L - 1)]
+    line = trouble(made_of_streams({2: 0.25, 4: 1.0}, ranks), WATCHED, 1.0)
+    assert line.startswith('layer 2 attention (pipeline rank 0): 25% of the rows'), line
+    assert '--mhc-alarm-saturation' in line and '\n' not in line
+    assert trouble(made_of_streams({2: 0.1}, ranks), WATCHED, 1.0) is None
+
+
+def test_collapse_is_of_streams_that_had_come_apart():
+    start, apart = made_of_streams({}, [1.0] * L), made_of_streams({}, [1.0, *[1.5] * (L - 1)])
+    # Under most starts streams are equal at first, and under some they stay so.
+    ranks = largest_ranks(start, None)
+    assert trouble(start, WATCHED, 1.0, ranks) is None
+    ranks = largest_ranks(apart, ranks)
+    assert trouble(apart, WATCHED, 1.0, ranks) is None
+    # A report without samples changes nothing.
+    ranks = largest_ranks(made(), ranks)
+    line = trouble(start, WATCHED, 1.0, largest_ranks(start, ranks))
+    assert line.startswith('layer 1 mlp (pipeline rank 0): the streams'), line
+    assert '1.00000 after 1.500' in line and '--mhc-alarm-rank' in line and '\n' not in line
+    near = made_of_streams({}, [1.0] * (L - 1) + [1.002])
+    line = trouble(near, MonitorConfig(interval=1, alarm='warn', alarm_rank=1.0), 1.0, ranks)
+    assert line is None
 
 
 def test_no_trouble():

@@ -142,6 +142,9 @@ def test_the_gap_is_smoothed():
         ),
         ('--residual-type hc ' + PP2, 'explode:4:4', 'layer 4 mlp (pipeline rank 1): H_res has'),
         ('--residual-type hc ' + VPP2, 'explode:3:4', 'layer 3 mlp (pipeline rank 0): H_res has'),
+        (MHC + PP2, 'saturate:3:4', 'layer 3 mlp (pipeline rank 1): 100% of the rows of H_res'),
+        # Whoever reads the streams sees that they are one.
+        (MHC + VPP2, 'collapse:2:4', 'layer 3 attention (pipeline rank 0): the streams that it'),
     ],
 )
 def test_a_planted_fault_is_named_and_ends_all_ranks(flags, poison, where, tmp_path):
@@ -151,6 +154,11 @@ def test_a_planted_fault_is_named_and_ends_all_ranks(flags, poison, where, tmp_p
     ((iteration, line),) = ALARM.findall(done.stderr)
     assert iteration == poison.rpartition(':')[2] and line.startswith(where), line
     assert not list(tmp_path.iterdir())
+
+
+def test_streams_that_start_equal_raise_no_alarm():
+    done = run(1, '--residual-type mhc --mhc-init uniform --mhc-alarm stop ')
+    assert done.returncode == 0 and not ALARM.search(done.stderr), done.stderr[-3000:]
 
 
 def test_warn_goes_on_where_megatrons_check_is_off():
