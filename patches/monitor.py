@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_mhc.inputs.refusal import is_first_rank
-from megatron_mhc.monitor.alarm import trouble
+from megatron_mhc.monitor.alarm import largest_ranks, trouble
 from megatron_mhc.monitor.collect import Monitor
 from megatron_mhc.monitor.output import write
 from megatron_mhc.monitor.reduce import gather
@@ -87,13 +88,16 @@ def report(monitor: Monitor, step: dict[str, Any]) -> None:
     if not (sampled or (broken and not monitor.broken)):
         return
     streams = residual_config_from_args(args).streams
-    found = gather(monitor, args.num_layers, streams, sampled, step['loss_scale'])
+    # A loss per token is divided when all tokens are counted, after the backward.
+    microbatches = 1 if args.calculate_per_token_loss else get_num_microbatches()
+    found = gather(monitor, args.num_layers, streams, sampled, step['loss_scale'], microbatches)
     writer = get_tensorboard_writer()
     if args.mhc_monitor and sampled:
         write(found, step['iteration'], settings.per_layer, writer, get_wandb_writer())
     # Said again at the next interval only, if the run goes on.
     monitor.broken = broken
-    line = trouble(found, settings, norm) if settings.alarm != 'off' else None
+    monitor.ranks = largest_ranks(found, monitor.ranks)
+    line = trouble(found, settings, norm, monitor.ranks) if settings.alarm != 'off' else None
     if line is None:
         return
     ends = settings.alarm == 'stop' or (broken and settings.stops_at_nan)

@@ -13,6 +13,9 @@ from megatron_mhc.settings.flags_monitor import MonitorConfig
 
 SINGLE = ('amax-gain-forward', 'amax-gain-backward')
 COMPOSITE = ('amax-composite-gain-forward', 'amax-composite-gain-backward')
+RANK, SATURATED = 'stream-effective-rank', 'res-saturated'
+# Streams have come apart once their rank is as many times as far above 1 as is collapsed.
+APART = 10
 _CAUSES = {
     'streams': 'the streams that it reads are not finite, although every map and output before it '
     'is; the embedding, if this is the first sublayer, else an overflow: look at the gains, lower '
@@ -31,19 +34,37 @@ def sublayer_name(sublayer: int) -> str:
     return f'layer {sublayer // 2 + 1} {"mlp" if sublayer % 2 else "attention"}'
 
 
+def largest_ranks(report: Report, before: Tensor | None) -> Tensor | None:
+    """The largest effective rank of each sublayer's streams so far, ``[L]``.
+
+    Args:
+        report: the newest.
+        before: what this returned for the one before it.
+    """
+    now = report.metrics.get(RANK)
+    if now is None or before is None:
+        return before if now is None else now
+    return torch.fmax(now, before)
+
+
 def trouble(
-    report: Report, settings: MonitorConfig, gradient_norm: float | None = None
+    report: Report,
+    settings: MonitorConfig,
+    gradient_norm: float | None = None,
+    ranks: Tensor | None = None,
 ) -> str | None:
     """One line about the first sublayer in trouble; None if there is none.
 
-    What is not finite comes before gains, and forward before backward: everything after the first
-    sublayer follows from it.
+    What is not finite comes before gains, those before saturation and collapse, and forward before
+    backward: everything after the first sublayer follows from it.
 
     Args:
         report: the reduced measurements.
-        settings: threshold of the gain.
+        settings: the thresholds.
         gradient_norm: of the whole model; None where the optimizer skipped the step, for which the
             loss scaler has its own answer.
+        ranks: ``largest_ranks`` of the reports so far. Streams that never came apart have not
+            collapsed: most starts begin with equal ones.
     """
     for sublayer in range(len(report.present)):
         for kind in CHECKED:
@@ -73,7 +94,35 @@ def trouble(
         # The product grows from the last sublayer backwards.
         where = int(above[-1])
         return _gain_line(report, where, 'the product of H_res from it on has', composite, settings)
-    return None
+    return _saturation(report, settings) or _collapse(report, settings, ranks)
+
+
+def _saturation(report: Report, settings: MonitorConfig) -> str | None:
+    share = report.metrics.get(SATURATED)
+    if share is None or not (above := share > settings.alarm_saturation).any():
+        return None
+    where = int(above.nonzero()[0])
+    return (
+        f'{_where(report, where)}: {share[where]:.0%} of the rows of H_res are saturated, above '
+        f'{settings.alarm_saturation:.0%} (--mhc-alarm-saturation); their logits get no gradient '
+        'and do not come back: go back to an earlier checkpoint, and lower --mhc-mapping-lr-mult'
+    )
+
+
+def _collapse(report: Report, settings: MonitorConfig, ranks: Tensor | None) -> str | None:
+    least = settings.alarm_rank
+    if ranks is None:
+        return None
+    fallen = (report.metrics[RANK] < least) & (ranks > 1 + APART * (least - 1))
+    if not fallen.any():
+        return None
+    where = int(fallen.nonzero()[0])
+    return (
+        f'{_where(report, where)}: the streams that it reads have become one, of effective rank '
+        f'{report.metrics[RANK][where]:.5f} after {ranks[where]:.3f}, below {least:g} '
+        '(--mhc-alarm-rank); H_res gets no gradient from equal streams: look at H_res and H_post '
+        'of the sublayer before, go back to an earlier checkpoint, or lower --mhc-mapping-lr-mult'
+    )
 
 
 def _gain_line(

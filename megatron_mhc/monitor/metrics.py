@@ -13,17 +13,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The resolution of fp32 at 1: 1.2e-7.
+EPS = torch.finfo(torch.float32).eps
+
 
 class Sample(NamedTuple):
     """Maps and streams of some tokens, fp32: of one sublayer, or of S of them stacked.
 
-    ``gram[i, j]`` is the inner product of streams i and j, divided by C.
+    Args:
+        h_pre: ``[..., K, n]``.
+        h_post: ``[..., K, n]``.
+        h_res: ``[..., K, n, n]``.
+        gram: ``[..., K, n, n]``, the inner product of streams i and j, divided by C.
+        output: ``[..., K]``, the mean square of the sublayer's output.
+        logits: ``[..., K, M]``, what H_res is the projection of; M = 0 where it is of none.
+        logit_gradient: the same shape, the gradient of the loss; 0 where none flowed back.
     """
 
     h_pre: Tensor
     h_post: Tensor
     h_res: Tensor
     gram: Tensor
+    output: Tensor
+    logits: Tensor
+    logit_gradient: Tensor
 
 
 def gain_forward(h_res: Tensor) -> Tensor:
@@ -72,6 +85,45 @@ def similarity(gram: Tensor) -> Tensor:
     return (cosine.sum((-2, -1)) - n) / max(1, n * (n - 1))
 
 
+def effective_rank(gram: Tensor) -> Tensor:
+    """How many streams there are in effect: 1 where all are multiples of one, n where orthogonal.
+
+    exp of the entropy of the eigenvalues of the Gram matrix (squared singular values of the
+    streams), as shares of their sum; n takes equal norms as well. Not of their roots, which would
+    turn the rounding of equal streams, 1e-7, into 3e-4.
+    """
+    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
+    # LAPACK refuses NaN. A matrix of zeros has no shares, which gives it back.
+    values = torch.linalg.eigvalsh(gram.double().masked_fill(~finite, 0)).clamp(min=0)
+    share = values / values.sum(-1, keepdim=True)
+    return (-torch.xlogy(share, share).sum(-1)).exp()
+
+
+def write_share(sample: Sample) -> Tensor:
+    """``|H_post^T y| / (|H_post^T y| + |H_res x|)``, norms of all streams: 0 adds nothing."""
+    added = sample.h_post.square().sum(-1).sqrt() * sample.output.sqrt()
+    kept = ((sample.h_res @ sample.gram) * sample.h_res).sum((-2, -1)).clamp(min=0).sqrt()
+    return added / (added + kept)
+
+
+def saturated(h_res: Tensor) -> Tensor:
+    """Share of rows whose entries sum to EPS or less beside the largest one.
+
+    Such a row is a corner of the simplex, to fp32. Any differentiable map onto the simplex has
+    derivative 0 there, since no direction and its opposite both lead inside: whatever the loss,
+    nothing of the row's gradient reaches the logits. Under Sinkhorn-Knopp these then lie 16 or more
+    below what would take part.
+    """
+    others = h_res.sort(-1).values[..., :-1].sum(-1)
+    return (others <= EPS).to(h_res.dtype).mean(-1)
+
+
+def _magnitude(values: Tensor) -> Tensor:
+    """The largest ``|value|``; minus infinity where there are none."""
+    least = values.new_full((*values.shape[:-1], 1), -math.inf)
+    return torch.cat([values.abs(), least], -1).amax(-1)
+
+
 def _rms(sample: Sample) -> Tensor:
     return sample.gram.diagonal(dim1=-2, dim2=-1).sqrt()
 
@@ -88,6 +140,9 @@ MEANS: dict[str, Callable[[Sample], Tensor]] = {
     'stream-rms': lambda s: _rms(s).mean(-1),
     'stream-norm-ratio': lambda s: _rms(s).amin(-1) / _rms(s).amax(-1),
     'stream-similarity': lambda s: similarity(s.gram),
+    'stream-effective-rank': lambda s: effective_rank(s.gram),
+    'write-share': write_share,
+    'res-saturated': lambda s: saturated(s.h_res),
 }
 COMPOSITE_MEANS: dict[str, Callable[[Tensor], Tensor]] = {
     'amax-composite-gain-forward': gain_forward,
@@ -99,13 +154,18 @@ MAXIMA: dict[str, Callable[[Sample], Tensor]] = {
     'post-max': lambda s: s.h_post.amax(-1),
     'pre-min': lambda s: -s.h_pre.amin(-1),
     'post-min': lambda s: -s.h_post.amin(-1),
+    'res-logit-max': lambda s: _magnitude(s.logits),
+    'res-logit-grad-max': lambda s: _magnitude(s.logit_gradient),
 }
 MINIMA = ('pre-min', 'post-min')
+# What there is only of an H_res that is the projection of logits.
+OF_LOGITS = ('res-logit-max', 'res-logit-grad-max', 'res-saturated')
 # How the sublayers' values become the one that is always logged; a mean where not listed.
 OVER_SUBLAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(('amax-gain-forward', 'amax-gain-backward', *COMPOSITE_MEANS), torch.max),
     **dict.fromkeys(('row-sum-error', 'column-sum-error', 'pre-max', 'post-max'), torch.max),
     **dict.fromkeys(('pre-min', 'post-min', 'stream-norm-ratio'), torch.min),
+    **dict.fromkeys(OF_LOGITS, torch.max),
     'mapping-grad-norm': torch.linalg.vector_norm,
     **dict.fromkeys(('nonfinite-streams', 'nonfinite-maps', 'nonfinite-outputs'), torch.sum),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_mhc.monitor.alarm import sublayer_name
 from megatron_mhc.monitor.metrics import OVER_SUBLAYERS
@@ -21,11 +22,15 @@ GAIN_ROWS = (
     'amax-composite-gain-backward',
 )
 
+# Of as many every entry of H_res is a curve.
+FEW_STREAMS = 4
+
 
 def scalars(report: Report, per_layer: bool) -> dict[str, float]:
     """Tag -> value: over all sublayers, and of each one where asked for."""
     values = {}
-    for name, column in report.metrics.items():
+    columns = report.metrics | _entries(report) if per_layer else report.metrics
+    for name, column in columns.items():
         column = column[report.present]
         values[PREFIX + name] = OVER_SUBLAYERS.get(name, torch.mean)(column).item()
         if per_layer:
@@ -33,6 +38,15 @@ def scalars(report: Report, per_layer: bool) -> dict[str, float]:
                 layer = sublayer_name(sublayer.item()).replace(' ', '-')
                 values[f'{PREFIX}{name}/{layer}'] = value.item()
     return values
+
+
+def _entries(report: Report) -> dict[str, Tensor]:
+    """``h-res-I-J`` -> ``[L]``: H_res[i, j], mean over tokens; of many streams the diagonal."""
+    if report.h_res is None:
+        return {}
+    n = report.h_res.shape[-1]
+    chosen = [(i, j) for i in range(n) for j in range(n) if i == j or n <= FEW_STREAMS]
+    return {f'h-res-{i}-{j}': report.h_res[:, i, j] for i, j in chosen}
 
 
 def write(report: Report, iteration: int, per_layer: bool, writer: Any, wandb_writer: Any) -> None:

@@ -22,6 +22,7 @@ from megatron_mhc.monitor.metrics import (
     MAXIMA,
     MEANS,
     MINIMA,
+    OF_LOGITS,
     Sample,
     composites,
     maxima,
@@ -51,7 +52,14 @@ class Report:
         return self.pipeline_rank >= 0
 
 
-def gather(monitor: Monitor, layers: int, streams: int, sampled: bool, loss_scale: float) -> Report:
+def gather(
+    monitor: Monitor,
+    layers: int,
+    streams: int,
+    sampled: bool,
+    loss_scale: float,
+    microbatches: int = 1,
+) -> Report:
     """Reduce what all ranks noted; collective, and the one place that waits for the device.
 
     Args:
@@ -60,6 +68,7 @@ def gather(monitor: Monitor, layers: int, streams: int, sampled: bool, loss_scal
         streams: n.
         sampled: whether the step that ended was one to report, the same on every rank.
         loss_scale: what the gradients were multiplied by.
+        microbatches: what the loss of each was divided by.
     """
     device, length, n = monitor.device, 2 * layers, streams
     rows = torch.tensor(monitor.sublayers, dtype=torch.long, device=device)
@@ -101,6 +110,9 @@ def gather(monitor: Monitor, layers: int, streams: int, sampled: bool, loss_scal
     metrics |= dict(zip(names, (means / tokens).unbind(-1), strict=True))
     for name, column in zip(MAXIMA, largest.cpu().unbind(-1), strict=True):
         metrics[name] = -column if name in MINIMA else column
+    metrics['res-logit-grad-max'] *= microbatches / loss_scale
+    if (metrics['res-logit-max'] == -math.inf).all():
+        metrics = {name: column for name, column in metrics.items() if name not in OF_LOGITS}
     return Report(
         metrics,
         (h_res / tokens).unflatten(-1, (n, n)),

@@ -132,8 +132,9 @@ class HyperConnection(KeepFP32):
             self.build_parameters()
             self.reset_parameters()
         mark_parameters(self, residual, sequence_parallel)
-        # ``(streams, carried, sublayer output)`` of each forward in training, for the monitors.
-        self.probe: Callable[[Tensor, ops.Carried, Tensor], None] | None = None
+        # ``(streams, carried, sublayer output, its bias)`` of each forward in training, for the
+        # monitors.
+        self.probe: Callable[[Tensor, ops.Carried, Tensor, Tensor | None], None] | None = None
 
     @abstractmethod
     def build_parameters(self) -> None:
@@ -179,10 +180,23 @@ class HyperConnection(KeepFP32):
         """``maps``, with those that are held fixed in their place."""
         return self._fix(x, self.maps(x) if self._has_parameters() else None)
 
-    def observe(self, x: Tensor, carried: ops.Carried, y: Tensor) -> None:
+    def res_logits(self, x: Tensor) -> Tensor | None:
+        """``[..., K]`` fp32, of which H_res is the projection onto doubly stochastic matrices.
+
+        None where it is none, or where no logit changes it.
+        """
+        return None
+
+    def projected(self, logits: Tensor) -> Tensor:
+        """H_res ``[..., n, n]`` of what ``res_logits`` gave."""
+        raise NotImplementedError(f'{type(self).__name__}: its H_res is no projection of logits')
+
+    def observe(
+        self, x: Tensor, carried: ops.Carried, y: Tensor, bias: Tensor | None = None
+    ) -> None:
         """Show the monitors, if there are any, what this sublayer read and made."""
         if self.probe is not None and self.training:
-            self.probe(x, carried, y)
+            self.probe(x, carried, y, bias)
 
     def write_read(self, pending: Pending) -> tuple[Tensor, Tensor, ops.Carried]:
         x = self.post(*pending)

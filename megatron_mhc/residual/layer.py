@@ -220,7 +220,7 @@ class HyperConnectionLayerMixin(_Host):
         u, carried = _read(connection, hidden_states, segment)
         with _collected_tail() as tail:
             y, context = super()._forward_attention(u, *args, **kwargs)
-        connection.observe(hidden_states, carried, y)
+        connection.observe(hidden_states, carried, y, tail.get('bias'))
         pending = Pending(y, carried, **tail)
         return _write(pending, segment, connection, self.mlp_hyper_connection), context
 
@@ -232,7 +232,7 @@ class HyperConnectionLayerMixin(_Host):
         u, carried = _read(connection, hidden_states, segment)
         with _collected_tail() as tail:
             y = super()._forward_mlp(u, *args, **kwargs)
-        connection.observe(hidden_states, carried, y)
+        connection.observe(hidden_states, carried, y, tail.get('bias'))
         if self.post_stream is None or not self.training:
             with torch.profiler.record_function(POST_RANGE):
                 return _write(Pending(y, carried, **tail), segment, connection, *self.following)

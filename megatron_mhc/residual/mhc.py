@@ -66,16 +66,25 @@ class ManifoldHyperConnection(HyperConnection):
     def maps(self, x: Tensor) -> Maps:
         if self.residual.manifold == 'sinkhorn':
             return ops.mapping(x, *self._parameters_of_mapping(), **self._settings())
-        n = self.num_streams
-        sizes = [n, n, self.manifold.num_logits]
-        parts = zip(self._alphas(), sizes, strict=False)
-        scale = torch.cat([alpha.expand(size) for alpha, size in parts])
-        logits = scaled_projection_ref(
-            x, self.mapping_proj(), self.bias, scale, self.residual.norm_eps
-        )
-        pre, post, res = logits.split(sizes, dim=-1)
+        pre, post, res = self._logits(x)
         with without_autocast(x.device):
             return torch.sigmoid(pre), 2 * torch.sigmoid(post), self.manifold.matrix(res)
+
+    def res_logits(self, x: Tensor) -> Tensor | None:
+        manifold, fixed = self.manifold, 'res' in self.residual.fixed_mappings
+        # One stream has H_res = 1; angles have a gradient wherever they are.
+        free = self.num_streams > 1 and manifold.num_logits and manifold.doubly_stochastic
+        return self._logits(x)[2] if free and not fixed else None
+
+    def projected(self, logits: Tensor) -> Tensor:
+        if self.residual.manifold != 'sinkhorn':
+            return self.manifold.matrix(logits)
+        n, settings = self.num_streams, self.residual
+        return ops.sinkhorn(
+            logits.unflatten(-1, (n, n)),
+            settings.sinkhorn_iterations,
+            backend=settings.kernel_backend,
+        )
 
     def read(self, x: Tensor) -> tuple[Tensor, ops.Carried]:
         if not self.fuses:
@@ -95,6 +104,17 @@ class ManifoldHyperConnection(HyperConnection):
             seed=pending.seed,
             **self._settings(),
         )
+
+    def _logits(self, x: Tensor) -> Maps:
+        """Of pre, post and res: ``[..., n]``, ``[..., n]`` and ``[..., K]``."""
+        sizes = [self.num_streams, self.num_streams, self.manifold.num_logits]
+        parts = zip(self._alphas(), sizes, strict=False)
+        scale = torch.cat([alpha.expand(size) for alpha, size in parts])
+        logits = scaled_projection_ref(
+            x, self.mapping_proj(), self.bias, scale, self.residual.norm_eps
+        )
+        pre, post, res = logits.split(sizes, dim=-1)
+        return pre, post, res
 
     def _alphas(self) -> list[Tensor]:
         present = [self.alpha_pre, self.alpha_post, getattr(self, 'alpha_res', None)]

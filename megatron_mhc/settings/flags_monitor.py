@@ -34,9 +34,9 @@ class MonitorConfig:
         bool,
         help='write the scalars of hyper-connections, and the mean H_res of each sublayer, to '
         'TensorBoard and W&B',
-        more='single and composite gains of H_res, its distance from doubly stochastic, entropies '
-        'of H_pre and H_post, norms and similarity of the streams, gradient norm of the mapping '
-        'parameters, counts of non-finite values',
+        more='single and composite gains of H_res, its distance from doubly stochastic, its logits '
+        'and their gradients, entropies of H_pre and H_post, norms, similarity and effective rank '
+        'of the streams, gradient norm of the mapping parameters, counts of non-finite values',
     )
     interval: int = setting(
         MISSING,
@@ -63,16 +63,17 @@ class MonitorConfig:
         False,
         '--mhc-monitor-per-layer',
         bool,
-        help='write each scalar of every sublayer too, as `mhc/NAME/layer-3-mlp`',
+        help='write each scalar of every sublayer too, as `mhc/NAME/layer-3-mlp`, and the entries '
+        'of H_res',
     )
     alarm: str = setting(
         'off',
         '--mhc-alarm',
         choices=('off', 'warn', 'stop'),
         help='`warn`: name the first layer in trouble; `stop`: also end all ranks, with status 3',
-        more='trouble is a non-finite stream, map, output or mapping gradient, or a gain above '
-        "--mhc-alarm-gain; takes over Megatron's own NaN check, which would end the run before the "
-        'layer is known',
+        more='trouble is a non-finite stream, map, output or mapping gradient, a gain above '
+        '--mhc-alarm-gain, rows of H_res that no gradient reaches, or streams that become one; '
+        "takes over Megatron's own NaN check, which would end the run before the layer is known",
     )
     alarm_gain: float = setting(
         ALARM_GAINS['mhc'],
@@ -86,6 +87,28 @@ class MonitorConfig:
         why='1 is the gain of a doubly stochastic H_res',
         help='amax gain, single or composite, above which the alarm is raised',
         more='the mHC paper saw at most 1.6 for mHC and 3000 for HC',
+    )
+    alarm_saturation: float = setting(
+        0.1,
+        '--mhc-alarm-saturation',
+        float,
+        most=1,
+        metavar='SHARE',
+        why='it is a share; with 1 the alarm is never raised',
+        help='share of the rows of H_res that no gradient reaches above which the alarm is raised',
+        more='rows with one entry of 1, to fp32; for mhc on a doubly stochastic manifold',
+    )
+    alarm_rank: float = setting(
+        1.001,
+        '--mhc-alarm-rank',
+        float,
+        least=1,
+        most=1.1,
+        metavar='RANK',
+        why='1 is the effective rank of equal streams; with 1 the alarm is never raised',
+        help='effective rank of the streams below which the alarm is raised, where it was ten '
+        'times as far above 1 before',
+        more='four streams with a mean cosine of 0.9999 have 1.0009',
     )
     stops_at_nan: bool = False
 
@@ -114,8 +137,15 @@ def monitor_config_from_args(args: argparse.Namespace) -> MonitorConfig | None:
         raise ValueError(
             f'{flag} has no effect without --mhc-monitor or --mhc-alarm warn; add one of them'
         )
-    if 'alarm_gain' in values and not alarm:
-        raise ValueError('--mhc-alarm-gain has no effect without an alarm; add --mhc-alarm warn')
+    thresholds = [name for name in values if name.startswith('alarm_')]
+    if thresholds and not alarm:
+        flag = flags_of(MonitorConfig)[thresholds[0]].name
+        raise ValueError(f'{flag} has no effect without an alarm; add --mhc-alarm warn')
+    if 'alarm_saturation' in values and residual_type == 'hc':
+        raise ValueError(
+            '--mhc-alarm-saturation has no effect with --residual-type hc, whose H_res has no '
+            'logits; drop it or set --residual-type mhc'
+        )
     return MonitorConfig(
         **{'interval': args.log_interval, 'alarm_gain': ALARM_GAINS[residual_type], **values},
         stops_at_nan=bool(getattr(args, 'mhc_alarm_stops_at_nan', False)),

@@ -46,6 +46,8 @@ KINDS = (
     (f'{STEP} --lr-step-milestones 0.5', ('--lr-step-rates',), FACTOR),
     (MONITOR, ('--mhc-monitor-interval', '--mhc-monitor-tokens'), COUNT),
     (f'{MHC} --mhc-alarm warn', ('--mhc-alarm-gain',), ('0', '1', '-3', *NO_NUMBER, '1e+300')),
+    (f'{MHC} --mhc-alarm warn', ('--mhc-alarm-saturation',), ('-0.1', '1.5', *NO_NUMBER)),
+    (f'{MHC} --mhc-alarm warn', ('--mhc-alarm-rank',), ('0', '0.9', '1.2', *NO_NUMBER)),
     (MHC, ('--mhc-alarm',), CHOICE),
     (MONITOR, ('--log-interval',), MEGATRONS),
     (V, ('--pipeline-verify-steps',), FROM_ZERO),

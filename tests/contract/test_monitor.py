@@ -28,11 +28,11 @@ def watch(megatron):
     return attach
 
 
-def reported(monitor):
+def reported(monitor, streams=4):
     from megatron_mhc.monitor.reduce import gather
 
     sampled = monitor.is_due(monitor.now)
-    return gather(monitor, layers=3, streams=4, sampled=sampled, loss_scale=1.0)
+    return gather(monitor, layers=3, streams=streams, sampled=sampled, loss_scale=1.0)
 
 
 @pytest.mark.parametrize('residual', [MHC, FIXED, STATIC, {'residual_type': 'hc'}])
@@ -108,12 +108,13 @@ def test_only_the_first_microbatch_of_a_due_step_is_sampled(build, step, watch):
     model = build(MHC)
     monitor = watch(model, interval=2)
     step(model)
+    assert monitor.logit_gradients._kept == [None] * 6
     assert monitor.take() == (None, None, None)
     monitor.now = 2
     step(model, seed=1)
-    first = monitor._samples[0].gram
+    first, gradient = monitor._samples[0].gram, monitor.logit_gradients._kept[0]
     step(model, seed=2)
-    assert monitor._samples[0].gram is first
+    assert monitor._samples[0].gram is first and monitor.logit_gradients._kept[0] is gradient
     monitor.now = 4
     step(model, seed=2)
     assert not torch.equal(monitor._samples[0].gram, first)
@@ -149,6 +150,59 @@ def test_a_layer_without_attention_is_no_hole_in_the_product(build, step, watch)
     assert report.pipeline_rank.tolist() == [0, 0, -1, 0, 0, 0]
     gains = report.metrics['amax-composite-gain-forward'][report.present]
     assert torch.allclose(gains, torch.ones(5, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', ['torch', 'triton'])
+@pytest.mark.parametrize(
+    ('residual', 'config'),
+    [({}, {}), ({}, FULL), ({'recompute_layer_num': 3}, {}), ({'sinkhorn_iterations': 3}, {})],
+)
+def test_logits_and_their_gradients(build, watch, backend, residual, config):
+    """Summed over all tokens the gradient of a logit is that of its bias."""
+    model = build(MHC | {'kernel_backend': backend} | residual, **config)
+    monitor = watch(model)
+    tokens = torch.arange(9).unsqueeze(0)
+    positions = torch.arange(8).unsqueeze(0)
+    model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous()).mean().backward()
+    sample, *_ = monitor.take()
+    assert sample.logits.shape == sample.logit_gradient.shape == (6, 8, 16)
+    # The first one reads equal streams, of which all gradients are rounding.
+    assert sample.logit_gradient[0].abs().max() < 1e-9
+    for row, connection in enumerate(monitor.connections[1:], start=1):
+        wanted, gradient = connection.bias.grad[8:], sample.logit_gradient[row]
+        assert torch.allclose(gradient.sum(0), wanted, rtol=1e-3, atol=1e-6 * gradient.abs().max())
+        assert torch.allclose(
+            connection.projected(sample.logits[row]), sample.h_res[row], rtol=1e-4
+        )
+    assert sample.logit_gradient[1:].abs().amax((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize(
+    'residual',
+    [
+        *(FIXED, STATIC, MHC | {'manifold': 'orthogonal'}, MHC | {'manifold': 'identity'}),
+        MHC | {'num_residual_streams': 1},
+    ],
+)
+def test_without_logits_nothing_is_said_of_them(build, step, watch, residual):
+    from megatron_mhc.monitor.metrics import OF_LOGITS
+
+    model = build(residual)
+    monitor = watch(model)
+    step(model)
+    streams = residual.get('num_residual_streams', 4)
+    assert not set(OF_LOGITS) & set(reported(monitor, streams).metrics)
+
+
+def test_the_output_has_its_bias(build, step, watch):
+    model = build(MHC)
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.linear_fc2.weight.zero_()
+        model.decoder.layers[1].mlp.linear_fc2.bias.fill_(3)
+    monitor = watch(model)
+    step(model)
+    sample, *_ = monitor.take()
+    assert (sample.output[3] == 9).all()
 
 
 def test_gradient_norms(build, watch):

@@ -1,7 +1,8 @@
 """``examples/pretrain_gpt.py`` in which one layer breaks: ``MHC_POISON=kind:layer:iteration``.
 
 Kinds: ``attention`` and ``mlp`` make a weight of that sublayer NaN, ``map`` makes a bias of the
-mapping before its MLP NaN, ``explode`` adds 500 to the static H_res of that mapping (hc).
+mapping before its MLP NaN, ``explode`` adds 500 to the static H_res of that mapping (hc). In mhc
+``saturate`` multiplies its static logits by 100; ``collapse`` makes the streams equal behind it.
 """
 
 import os
@@ -27,9 +28,12 @@ def poison(model):
             layer.mlp.linear_fc2.weight[0] = float('nan')
         elif KIND == 'map':
             connection.bias[-1] = float('nan')
+        elif KIND == 'collapse':
+            connection.bias.zero_()
+            connection.mapping_proj.weight.zero_()
         else:
-            n = connection.num_streams
-            connection.bias[2 * n :] += 500
+            static = connection.bias[2 * connection.num_streams :]
+            static.copy_(100 * static if KIND == 'saturate' else static + 500)
 
 
 def breaking(forward_step_func, data_iterator, model, *args, iteration=None, **kwargs):

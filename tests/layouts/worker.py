@@ -40,6 +40,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_mtp_block_spec,
 )
 from megatron.core.num_microbatches_calculator import (  # noqa: E402
+    get_num_microbatches,
     init_num_microbatches_calculator,
     unset_num_microbatches_calculator,
 )
@@ -271,7 +272,7 @@ def passes(case: dict, chunks: list[torch.nn.Module], forward_only: bool) -> lis
 
 def monitored(monitor: Monitor, layers: int) -> dict:
     monitor.after_backward()
-    found = gather(monitor, layers, 4, True, 1.0)
+    found = gather(monitor, layers, 4, True, 1.0, get_num_microbatches())
     report = {name: values.tolist() for name, values in found.metrics.items()}
     report |= {'h-res': found.h_res.tolist(), 'composite': found.composite.tolist()}
     return report | {'pipeline-rank': found.pipeline_rank.tolist()}

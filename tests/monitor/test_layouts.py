@@ -63,8 +63,10 @@ def reports(tmp_path_factory):
 def assert_same(report, wanted, names=None):
     for name in names or wanted.keys() - {'pipeline-rank'}:
         got, value = (torch.tensor(r[name], dtype=torch.float64) for r in (report, wanted))
-        # A norm of gradients may be small beside what was cancelled in it.
-        assert torch.allclose(got, value, rtol=2e-5, atol=2e-6), name
+        # A norm of gradients may be small beside what was cancelled in it, and the gradient of one
+        # logit is small.
+        absolute = 1e-11 if name == 'res-logit-grad-max' else 2e-6
+        assert torch.allclose(got, value, rtol=2e-5, atol=absolute), name
 
 
 @pytest.mark.parametrize('model', MODELS)
@@ -98,3 +100,4 @@ def test_reports_tell_sublayers_and_tokens_apart(reports):
             assert len(set(alone[name])) == 8
         assert alone['stream-rms'] != whole['stream-rms']
         assert all(value > 0 for value in alone['mapping-grad-norm'])
+    assert min(reports['alone-mhc']['res-logit-grad-max'][1:]) > 1e-7

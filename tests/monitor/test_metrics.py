@@ -9,17 +9,20 @@ import pytest
 import torch
 
 from megatron_mhc import ops
-from megatron_mhc.monitor.alarm import sublayer_name, trouble
+from megatron_mhc.monitor.alarm import largest_ranks, sublayer_name, trouble
 from megatron_mhc.monitor.metrics import (
+    EPS,
     MAXIMA,
     MEANS,
     Sample,
     composites,
+    effective_rank,
     entropy,
     gain_backward,
     gain_forward,
     maxima,
     off_diagonal_mass,
+    saturated,
     similarity,
     sums,
 )
@@ -73,7 +76,9 @@ def test_values_of_known_maps():
 def test_columns_are_sums_over_tokens(h_res):
     x = torch.randn(L, K, N, 8, dtype=torch.float64)
     pre, post = torch.rand(2, L, K, N, dtype=torch.float64)
-    sample = Sample(pre, post, h_res, x @ x.transpose(-1, -2) / 8)
+    y, logits, gradient = torch.randn(3, L, K, 8, dtype=torch.float64)
+    gram = x @ x.transpose(-1, -2) / 8
+    sample = Sample(pre, post, h_res, gram, y.square().mean(-1), logits, gradient)
     table = sums(sample, composites(h_res))
     means = dict(zip(MEANS, (table / K).unbind(-1), strict=False))
     rms = x.square().mean(-1).sqrt()
@@ -84,12 +89,60 @@ def test_columns_are_sums_over_tokens(h_res):
     assert torch.allclose(means['stream-similarity'], torch.stack(cosines).mean(0).mean(1))
     assert torch.allclose(means['row-sum-error'], (h_res.sum(-1) - 1).abs().amax(-1).mean(1))
     assert torch.allclose(means['column-sum-error'], (h_res.sum(-2) - 1).abs().amax(-1).mean(1))
+    added = torch.einsum('lki,lkc->lkic', post, y).flatten(-2).norm(dim=-1)
+    kept = (h_res @ x).flatten(-2).norm(dim=-1)
+    assert torch.allclose(means['write-share'], (added / (added + kept)).mean(1))
+    shares = torch.linalg.svdvals(x).square() / x.square().sum((-2, -1)).unsqueeze(-1)
+    ranks = torch.special.entr(shares).sum(-1).exp()
+    assert torch.allclose(means['stream-effective-rank'], ranks.mean(1))
     maps = (table / K)[:, -2 * N * N :].unflatten(-1, (2, N, N))
     assert torch.allclose(maps[:, 0], h_res.mean(1))
     assert torch.allclose(maps[:, 1], composites(h_res).mean(1))
     largest = dict(zip(MAXIMA, maxima(sample).unbind(-1), strict=True))
     assert torch.equal(largest['pre-max'], pre.amax((1, 2)))
     assert torch.equal(-largest['post-min'], post.amin((1, 2)))
+    assert torch.equal(largest['res-logit-max'], logits.abs().amax((1, 2)))
+    assert torch.equal(largest['res-logit-grad-max'], gradient.abs().amax((1, 2)))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_effective_rank_of_known_streams(random_seed, dtype):
+    one = torch.randn(1, 32, dtype=dtype)
+    several = torch.linalg.qr(torch.randn(32, N, dtype=dtype)).Q.T
+
+    def rank(streams):
+        return effective_rank(streams @ streams.T).item()
+
+    assert rank(one.expand(N, -1)) == pytest.approx(1, abs=2e-5)
+    assert rank(several) == pytest.approx(N, rel=1e-5)
+    assert rank(several[:1] + torch.zeros(N, 1, dtype=dtype)) == pytest.approx(1, abs=2e-5)
+    assert rank(torch.cat([several[:2], several[:2]])) == pytest.approx(2, rel=1e-4)
+    # All pairs at one cosine: eigenvalues 1 + (n - 1) c and 1 - c.
+    cosine = 0.9
+    gram = torch.full((N, N), cosine, dtype=dtype) + (1 - cosine) * torch.eye(N, dtype=dtype)
+    shares = [(1 + (N - 1) * cosine) / N, *[(1 - cosine) / N] * (N - 1)]
+    wanted = math.exp(-sum(share * math.log(share) for share in shares))
+    assert effective_rank(gram).item() == pytest.approx(wanted, rel=1e-5)
+    broken = effective_rank(torch.stack([gram * math.nan, gram]))
+    assert broken[0].isnan() and broken[1].item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize('gap', [8.0, 12.0, 20.0, 40.0])
+def test_a_saturated_row_is_one_that_no_gradient_reaches(random_seed, gap):
+    """Stream 0 is kept apart from the others, which go on learning."""
+    logits = torch.randn(K, N, N)
+    logits[:, 0, 1:] -= gap
+    logits[:, 1:, 0] -= gap
+    logits.requires_grad_()
+    h_res = ops.sinkhorn(logits)
+    weights = torch.randn(K, N, N)
+    (gradient,) = torch.autograd.grad((weights * h_res).sum(), logits)
+    lost = h_res[:, 0, 1:].double().sum(-1) <= EPS
+    reached = gradient[:, 0].abs().amax(-1) / weights.abs().amax((1, 2))
+    assert torch.equal(saturated(h_res), lost.float() / N)
+    assert lost.tolist() == [gap > 16] * K
+    assert (reached[lost] < 50 * EPS).all() and (reached[~lost] > EPS / 10).all()
+    assert (gradient[:, 1:].abs().amax((1, 2)) > 1e-3).all()
 
 
 def made(changes: dict | None = None, present=(True,) * L) -> Report:
@@ -104,6 +157,13 @@ def made(changes: dict | None = None, present=(True,) * L) -> Report:
     maps = torch.eye(N).expand(L, N, N)
     rank = torch.where(torch.tensor(present), torch.arange(L) // 3, -1)
     return Report(metrics, maps, maps, rank)
+
+
+def made_of_streams(saturation: dict[int, float], ranks: list[float]) -> Report:
+    report = made()
+    report.metrics['res-saturated'] = torch.tensor([saturation.get(s, 0.0) for s in range(L)])
+    report.metrics['stream-effective-rank'] = torch.tensor(ranks)
+    return report
 
 
 WATCHED = MonitorConfig(interval=1, alarm='warn', alarm_gain=3.0)
@@ -154,6 +214,31 @@ def test_trouble_names_the_first_sublayer(changes, norm, where, what):
     assert line.startswith(where) and what in line and '\n' not in line
 
 
+def test_saturation_names_the_first_sublayer():
+    ranks = [1.0, *[2.0] * (L - 1)]
+    line = trouble(made_of_streams({2: 0.25, 4: 1.0}, ranks), WATCHED, 1.0)
+    assert line.startswith('layer 2 attention (pipeline rank 0): 25% of the rows'), line
+    assert '--mhc-alarm-saturation' in line and '\n' not in line
+    assert trouble(made_of_streams({2: 0.1}, ranks), WATCHED, 1.0) is None
+
+
+def test_collapse_is_of_streams_that_had_come_apart():
+    start, apart = made_of_streams({}, [1.0] * L), made_of_streams({}, [1.0, *[1.5] * (L - 1)])
+    # Under most starts streams are equal at first, and under some they stay so.
+    ranks = largest_ranks(start, None)
+    assert trouble(start, WATCHED, 1.0, ranks) is None
+    ranks = largest_ranks(apart, ranks)
+    assert trouble(apart, WATCHED, 1.0, ranks) is None
+    # A report without samples changes nothing.
+    ranks = largest_ranks(made(), ranks)
+    line = trouble(start, WATCHED, 1.0, largest_ranks(start, ranks))
+    assert line.startswith('layer 1 mlp (pipeline rank 0): the streams'), line
+    assert '1.00000 after 1.500' in line and '--mhc-alarm-rank' in line and '\n' not in line
+    near = made_of_streams({}, [1.0] * (L - 1) + [1.002])
+    line = trouble(near, MonitorConfig(interval=1, alarm='warn', alarm_rank=1.0), 1.0, ranks)
+    assert line is None
+
+
 def test_no_trouble():
     assert trouble(made(), WATCHED, 1.0) is None
     # A step that the loss scaler skipped has no norm, and its gradients are no news.
@@ -166,7 +251,9 @@ def test_scalars_of_half_layers_leave_out_what_is_not_there():
     values = scalars(report, per_layer=False)
     assert values['mhc/mapping-grad-norm'] == 5 and values['mhc/amax-gain-forward'] == 1
     every = scalars(report, per_layer=True)
-    assert len(every) == len(values) * 6
+    # With the entries of H_res.
+    assert len(every) == (len(values) + N * N) * 6
+    assert every['mhc/h-res-1-1'] == 1 and every['mhc/h-res-1-2/layer-3-mlp'] == 0
     assert every['mhc/mapping-grad-norm/layer-3-mlp'] == 4
     assert 'mhc/mapping-grad-norm/layer-2-attention' not in every
 

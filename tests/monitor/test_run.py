@@ -51,6 +51,8 @@ def test_scalars_and_maps_are_written(watched):
         *('amax-gain-forward', 'amax-gain-backward', 'amax-composite-gain-backward'),
         *('column-sum-error', 'res-offdiag-mean', 'pre-entropy', 'post-max', 'stream-rms'),
         *('stream-similarity', 'mapping-grad-norm', 'nonfinite-outputs', 'row-sum-error'),
+        *('res-logit-max', 'res-logit-grad-max', 'res-saturated', 'write-share'),
+        *('stream-effective-rank', 'h-res-0-3', 'h-res-2-2/layer-4-attention'),
         *('amax-composite-gain-forward/layer-1-attention', 'stream-norm-ratio/layer-4-mlp'),
     ):
         assert list(own[f'mhc/{tag}']) == [2, 4, 6], tag
@@ -58,6 +60,8 @@ def test_scalars_and_maps_are_written(watched):
         [tag for tag in own if tag.count('/') == 1]
     )
     assert own['mhc/amax-composite-gain-forward'][6] == pytest.approx(1, abs=1e-5)
+    assert own['mhc/res-saturated'][6] == 0 and 0 < own['mhc/res-logit-grad-max'][6]
+    assert 1.01 < own['mhc/stream-effective-rank'][6] < 4
     # The mapping is a part of the whole, whose norm is before clipping as well.
     for iteration, norm in own['mhc/mapping-grad-norm'].items():
         assert 0 < norm < seen.scalars['grad-norm'][iteration]
@@ -138,6 +142,9 @@ def test_the_gap_is_smoothed():
         ),
         ('--residual-type hc ' + PP2, 'explode:4:4', 'layer 4 mlp (pipeline rank 1): H_res has'),
         ('--residual-type hc ' + VPP2, 'explode:3:4', 'layer 3 mlp (pipeline rank 0): H_res has'),
+        (MHC + PP2, 'saturate:3:4', 'layer 3 mlp (pipeline rank 1): 100% of the rows of H_res'),
+        # Whoever reads the streams sees that they are one.
+        (MHC + VPP2, 'collapse:2:4', 'layer 3 attention (pipeline rank 0): the streams that it'),
     ],
 )
 def test_a_planted_fault_is_named_and_ends_all_ranks(flags, poison, where, tmp_path):
@@ -147,6 +154,11 @@ def test_a_planted_fault_is_named_and_ends_all_ranks(flags, poison, where, tmp_p
     ((iteration, line),) = ALARM.findall(done.stderr)
     assert iteration == poison.rpartition(':')[2] and line.startswith(where), line
     assert not list(tmp_path.iterdir())
+
+
+def test_streams_that_start_equal_raise_no_alarm():
+    done = run(1, '--residual-type mhc --mhc-init uniform --mhc-alarm stop ')
+    assert done.returncode == 0 and not ALARM.search(done.stderr), done.stderr[-3000:]
 
 
 def test_warn_goes_on_where_megatrons_check_is_off():

@@ -57,6 +57,12 @@ def engine_patches():
         ((*MHC, '--mhc-monitor-tokens', '9'), 'no effect without --mhc-monitor or --mhc-alarm'),
         ((*MHC, '--mhc-alarm', 'off'), 'no effect without --mhc-monitor or --mhc-alarm warn'),
         ((*MONITOR, '--mhc-alarm-gain', '5'), '--mhc-alarm-gain has no effect without an alarm'),
+        ((*MONITOR, '--mhc-alarm-rank', '1'), '--mhc-alarm-rank has no effect without an alarm'),
+        (
+            ('--residual-type', 'hc', '--mhc-alarm', 'warn', '--mhc-alarm-saturation', '0.5'),
+            '--mhc-alarm-saturation has no effect with --residual-type hc',
+        ),
+        ((*MHC, '--mhc-alarm', 'warn', '--mhc-alarm-rank', '2'), '--mhc-alarm-rank 2.0: wanted'),
         ((*MONITOR, '--mhc-monitor-interval', '0'), '--mhc-monitor-interval 0: wanted'),
         ((*MONITOR, '--mhc-monitor-tokens', '-1'), '--mhc-monitor-tokens -1: wanted'),
         ((*MHC, '--mhc-alarm', 'warn', '--mhc-alarm-gain', '1'), '--mhc-alarm-gain 1.0: wanted'),
