@@ -125,7 +125,7 @@ def become(request: dict, rank: int) -> list[str]:
     if os.environ.get('PYTHONWARNINGS'):
         warnings.simplefilter(os.environ['PYTHONWARNINGS'])
     words = request['words']
-    first = os.path.dirname(os.path.abspath(words[0]))
+    first = os.path.dirname(os.path.realpath(words[0]))
     if words[0] in ('-m', '-c'):
         first = request['folder'] if words[0] == '-m' else ''
     path = os.environ.get('PYTHONPATH', '')
