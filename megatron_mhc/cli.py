@@ -46,7 +46,7 @@ GUIDES = {
     'schedule': 'schedules',
     'study': 'study',
     'recompute': 'flags',
-    'report': 'flags',
+    'report': 'watching',
     'kernels': 'kernels',
 }
 

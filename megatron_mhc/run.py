@@ -78,17 +78,20 @@ def _single_process_defaults() -> None:
     """Without torchrun, stand for its rendezvous variables for a world of one.
 
     Raises:
-        RuntimeError: another launcher started several tasks and said nothing of a rendezvous; each
-            would train by itself and write the same checkpoint.
+        RuntimeError: another launcher started several tasks and did not say how many; each would
+            train by itself and write the same checkpoint.
     """
-    if 'WORLD_SIZE' in os.environ or 'MASTER_ADDR' in os.environ:
+    if 'WORLD_SIZE' in os.environ:
         return
     for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'):
         if environment_integer(name, 1) > 1:
             raise RuntimeError(
-                f'{name}={os.environ[name]} but RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are '
-                'not set: every task would train alone; start torchrun on each node, or export them'
+                f'{name}={os.environ[name]} but WORLD_SIZE is not set: every task would train '
+                'alone; start torchrun on each node, or export RANK, LOCAL_RANK, WORLD_SIZE, '
+                'MASTER_ADDR and MASTER_PORT'
             )
+    if 'MASTER_ADDR' in os.environ:
+        return
     import socket
 
     with socket.socket() as probe:

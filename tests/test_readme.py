@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import pathlib
 import re
+import shlex
 import sys
+import types
 
-from megatron_mhc import __version__
+import pytest
+
+from megatron_mhc import __version__, cli
 from megatron_mhc.commands.doctor import report
 from megatron_mhc.compat import (
     CORE_BELOW,
@@ -114,3 +119,26 @@ def test_every_link_leads_somewhere():
             assert not heading or heading in slugs, (page, target)
             found += 1
     assert found > 40
+
+
+def commands():
+    """Lines of `megatron-mhc` in code blocks, without what stands for other words."""
+    for page in PAGES:
+        for block in re.findall(r'^```\w*\n(.*?)^```', page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in re.findall(r'^megatron-mhc (.+)', block.replace('\\\n', ' '), re.MULTILINE):
+                yield re.sub(r'\[|\]|\.\.\.', ' ', line)
+
+
+@pytest.mark.parametrize('line', sorted({*commands()}))
+def test_every_command_of_a_page_is_one(line, monkeypatch):
+    """It is parsed; what would answer is not called."""
+
+    def module(name, load=importlib.import_module):
+        add_arguments = getattr(load(name), 'add_arguments', None)
+        return types.SimpleNamespace(add_arguments=add_arguments, main=lambda options: 0)
+
+    monkeypatch.setattr(cli, 'importlib', types.SimpleNamespace(import_module=module))
+    monkeypatch.setattr(cli, 'enter_tree_at_hand', lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(shlex.split(line, comments=True))
+    assert ended.value.code == 0

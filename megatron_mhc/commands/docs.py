@@ -12,6 +12,11 @@ FOLDER = Path(__file__).resolve().parents[1] / 'docs'
 # page -> what it is about, in the order in which one reads them.
 PAGES = {
     'index': 'where to begin',
+    'choosing': 'which start of mHC, which pipeline schedule',
+    'launching': 'several nodes, Slurm, containers, and where messages appear',
+    'watching': 'TensorBoard, W&B and the report of a run',
+    'migrating': "from Megatron-LM's own mHC, and to a newer Megatron-Core",
+    'questions': 'asked often, answered in a few lines',
     'flags': 'every flag; recomputation, optimizer, monitors, Transformer Engine, inference',
     'support': 'versions, parallelism, what is refused, kernels',
     'troubleshooting': 'by the text of the error',

@@ -196,10 +196,16 @@ def _carried(source: Source, described: Described) -> list[str]:
     names = [name for name in source.entries if name not in owned]
     strange = [name for name in names if STREAMS.search(name)]
     if strange and source.format != 'safetensors':
+        # Arguments that name a layout are believed: --from could only contradict them.
+        remedy = 'name its layout with --from'
+        if described.layout is not None:
+            remedy = (
+                'only what has no multi-token prediction, and is laid out as Megatron-LM was in '
+                'August 2026, can be converted'
+            )
         raise ValueError(
             f'{source.folder}: {strange[0]} has no place in the {described.name} layout that the '
-            'saved arguments tell of; name its layout with --from, or convert a checkpoint without '
-            'multi-token prediction'
+            f'saved arguments tell of; {remedy}'
         )
     return names
 

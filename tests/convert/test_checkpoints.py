@@ -264,7 +264,7 @@ BAD = {
     'streams of which the arguments are mute': (
         lambda f: edit(f, residual_type='standard', **MUTE),
         {},
-        'hyper_connection.* has no place in the standard layout',
+        'hyper_connection.* has no place in the standard layout .* --from',
     ),
     'hc': (lambda f: edit(f, residual_type='hc'), DEV, 'connections of type hc, which no other'),
     'mudd': (lambda f: edit(f, residual_type='mudd'), DEV, 'of type mudd, which no other layout'),
@@ -303,6 +303,15 @@ def test_bad_input_is_one_line(case, copied, tmp_path):
         convert(copied, tmp_path / 'new', **options)
     assert '\n' not in str(refused.value)
     assert {p.name for p in tmp_path.iterdir()} == {'copy'}
+
+
+def test_a_newer_main_is_refused(upcycled, tmp_path):
+    """With its flag and the learned head that it has since gained, --from could not help."""
+    newer = tmp_path / 'newer'
+    convert(upcycled, newer, 'megatron-dev')
+    edit(newer / 'release', enable_mhc_connections=True, mhc_num_residual_streams=4)
+    with pytest.raises(ValueError, match='hc_head.* no place in the megatron-main .*August 2026'):
+        convert(newer, tmp_path / 'new')
 
 
 def test_where_not_to_write(standard, upcycled, tmp_path):

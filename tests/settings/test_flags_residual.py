@@ -359,18 +359,24 @@ def test_an_unsupported_core_is_refused(monkeypatch):
             compat.require_supported_core()
 
 
+@pytest.mark.parametrize('address', [None, 'node001'])
 @pytest.mark.parametrize('variable', ['SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'])
-def test_tasks_without_a_rendezvous_are_refused(variable, monkeypatch, tmp_path, capsys):
-    """Each task would otherwise train alone and write the same checkpoint."""
+def test_tasks_without_a_world_are_refused(variable, address, monkeypatch, tmp_path, capsys):
+    """Each task would otherwise train alone and write the same checkpoint.
+
+    Many batch scripts export MASTER_ADDR, which says where ranks meet and not how many.
+    """
     from megatron_mhc.run import main
 
     for name in ('WORLD_SIZE', 'MASTER_ADDR', 'RANK'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, '2')
+    if address is not None:
+        monkeypatch.setenv('MASTER_ADDR', address)
     (tmp_path / 'script.py').write_text('')
     with pytest.raises(SystemExit):
         main([str(tmp_path / 'script.py')])
-    assert f'{variable}=2 but RANK, WORLD_SIZE' in capsys.readouterr().err
+    assert f'{variable}=2 but WORLD_SIZE is not set' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the refusal is about nodes without CUDA')
