@@ -21,7 +21,7 @@ $(VENV)/.installed: setup.py megatron_mhc/compat.py
 train: $(VENV)/.installed ## train a small GPT with mHC on real text and plot its losses
 	@$(RUN) tools/quickstart.py train $(ARGS)
 
-compare: $(VENV)/.installed ## train standard, hc and mhc from one seed and plot them together
+compare: $(VENV)/.installed ## train standard, hc and mhc from two seeds and plot them together
 	@$(RUN) tools/quickstart.py compare $(ARGS)
 
 # In the order that tests/conftest.py gives the files.
