@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,11 @@ from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import integer
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMATS = ('.png', '.svg', '.pdf')
+sys.path.insert(0, str(ROOT / 'tools'))
+
+from loss_table import mean_and_error  # noqa: E402
+from plot_losses import FORMATS  # noqa: E402
+
 MHC = ['--residual-type', 'mhc']
 IDENTITY = [*MHC, '--mhc-init', 'identity']
 
@@ -202,14 +205,6 @@ class Row(NamedTuple):
     loss: tuple[float, float]
     pairs: dict[int, float]
     difference: tuple[float, float]
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The error is NaN where one value cannot tell, as is the mean of none."""
-    if not values:
-        return math.nan, math.nan
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return statistics.fmean(values), spread / math.sqrt(len(values))
 
 
 def rows(results: Results, size: str, iters: int, against: str) -> list[Row]:

@@ -5,7 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
-from plot_losses import VALID, Runs, paired
+from plot_losses import VALID, Runs
 
 from megatron_mhc.inputs.table import table
 
@@ -23,9 +23,12 @@ def last_losses(runs: Runs) -> dict[str, list[float]]:
     }
 
 
-def standard_error(values: list[float]) -> float | None:
-    """Of the mean; None for one value, which does not tell."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """And the standard error of the mean, NaN for one value; both NaN for none."""
+    if not values:
+        return math.nan, math.nan
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), spread / math.sqrt(len(values))
 
 
 def comparison(runs: Runs) -> list[str]:
@@ -38,10 +41,10 @@ def comparison(runs: Runs) -> list[str]:
     for name, losses in last.items():
         shown = '0'
         if name != base:
-            gaps = paired(losses, last[base])
-            error = standard_error(gaps)
-            shown = f'{statistics.mean(gaps):+.3f}' + (f' ± {error:.3f}' if error else '')
-        rows.append((name, f'{statistics.mean(losses):.3f}', shown))
+            pairs = zip(losses, last[base], strict=True)
+            mean, error = mean_and_error([loss - other for loss, other in pairs])
+            shown = f'{mean:+.3f}' + ('' if math.isnan(error) else f' ± {error:.3f}')
+        rows.append((name, f'{statistics.fmean(losses):.3f}', shown))
     seeds = min(map(len, last.values()))
     said = 'one seed: no error is known' if seeds == 1 else f'{seeds} seeds; ± standard error'
     return [*table(rows, '<>>'), f'(nats per byte on files not trained on; {said})']

@@ -29,11 +29,6 @@ def read_losses(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: found.get(tag, {}) for tag in (TRAIN, VALID)}
 
 
-def paired(values: list[float], base: list[float]) -> list[float]:
-    """Seed by seed what ``values`` have more than ``base``."""
-    return [value - other for value, other in zip(values, base, strict=True)]
-
-
 def mean_curve(curves: list[dict[int, float]]) -> dict[int, float]:
     """At the iterations that all ``curves`` have."""
     shared = sorted(set.intersection(*map(set, curves)))

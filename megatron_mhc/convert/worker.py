@@ -22,9 +22,14 @@ def answer(module: str, *words: str) -> Any:
     Raises:
         NoAnswer: it failed.
     """
-    options, environment = same_path_for_a_child()
-    command = [sys.executable, *options, '-m', module, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run(module, *words)
     if done.returncode:
         raise NoAnswer((done.stderr.strip().splitlines() or ['no message'])[-1])
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """``python -m MODULE WORDS``, with this process's path, to its end."""
+    options, environment = same_path_for_a_child()
+    command = [sys.executable, *options, '-m', module, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -29,7 +29,7 @@ def test_differences_are_paired_by_seed():
     assert base.split() == ['standard', '3.500', '0']
     assert hc.split() == ['hc', '3.300', '-0.200', '±', '0.100']
     assert '2 seeds' in note
-    assert loss_table.standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+    assert loss_table.mean_and_error([1.0, 2.0, 3.0])[1] == pytest.approx(1 / math.sqrt(3))
 
 
 def test_one_seed_has_no_error():
