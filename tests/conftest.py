@@ -1,6 +1,7 @@
 """Tests run anywhere: without CUDA, Megatron finds the emulated device, kernels the interpreter."""
 
 import argparse
+import atexit
 import gc
 import importlib.util
 import os
@@ -36,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in LONG)
     # Half a million objects of the libraries stay to the end; collections need not look at them.
     gc.freeze()
+    # Triton 3.9 would call them leaked.
+    atexit.register(gc.unfreeze)
 
 
 MINIMAL = ['--num-layers', '2', '--hidden-size', '32', '--num-attention-heads', '4']
