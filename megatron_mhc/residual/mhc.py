@@ -92,7 +92,7 @@ class ManifoldHyperConnection(HyperConnection):
         return ops.read(x, *self._parameters_of_mapping(), **self._settings())
 
     def joins(self, carried: ops.Carried) -> bool:
-        return carried.fused and self.residual.seam_fusion and self.fuses
+        return carried.fused and self.residual.edge_fusion and self.fuses
 
     def write_read(self, pending: Pending) -> tuple[Tensor, Tensor, ops.Carried]:
         if not self.joins(pending.carried):

@@ -57,7 +57,7 @@ def ops_of(residual: ResidualConfig) -> tuple[str, ...]:
         return 'pre', 'post_res'
     if residual.fixed_mappings or residual.single_pass:
         return 'mapping', 'pre', 'post_res'
-    return ('read', 'write', 'write_read') if residual.seam_fusion else ('read', 'write')
+    return ('read', 'write', 'write_read') if residual.edge_fusion else ('read', 'write')
 
 
 def _stream_dtype(args: argparse.Namespace) -> torch.dtype:

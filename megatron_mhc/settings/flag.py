@@ -51,6 +51,7 @@ class Flag:
         structural: another value makes another function of the same weights.
         why: the reason of the range, for the refusal.
         absent: what the namespace has where the flag is left out.
+        formerly: a name that it had before, which still works.
     """
 
     default: Any
@@ -70,6 +71,7 @@ class Flag:
     structural: bool = False
     why: str = ''
     absent: str | None = None
+    formerly: str = ''
 
     @property
     def dest(self) -> str:
@@ -104,7 +106,8 @@ class Flag:
         text = '; '.join(filter(None, (self.help, self.more)))
         default = ', '.join(filter(None, (self.default_text, self.source)))
         only = f'; {self.belongs_to} only' if self.only else ''
-        return f'{text} (default: {default}{only})'.replace('`', '')
+        former = f'; formerly {self.formerly}' if self.formerly else ''
+        return f'{text} (default: {default}{only}{former})'.replace('`', '')
 
     def words(self) -> tuple[str, ...]:
         return self.choices() if callable(self.choices) else self.choices
@@ -190,8 +193,9 @@ def _flags_of(cls: type[Any]) -> dict[str, Flag]:
 def add_options(group: argparse._ArgumentGroup, cls: type) -> None:
     """Add the flags of ``cls``; those left out are None, to be told apart from those in vain."""
     for flag in flags_of(cls).values():
+        names = filter(None, (flag.name, flag.formerly))
         group.add_argument(
-            flag.name, dest=flag.dest, default=flag.absent, help=flag.option_help, **flag.option()
+            *names, dest=flag.dest, default=flag.absent, help=flag.option_help, **flag.option()
         )
 
 

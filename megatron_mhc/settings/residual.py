@@ -235,10 +235,11 @@ class ResidualConfig:
         'streams), or both factors in fp32 as `tf32`, `tf32x3` or `ieee`',
         more='auto is bf16x2 for bf16 streams, tf32x3 for others',
     )
-    seam_fusion: bool = setting(
+    edge_fusion: bool = setting(
         True,
-        '--mhc-no-seam-fusion',
+        '--mhc-no-edge-fusion',
         bool,
+        formerly='--mhc-no-seam-fusion',
         only=_SINKHORN,
         said='one pass',
         help='have the kernels write the streams of one sublayer and read them for the next in two '

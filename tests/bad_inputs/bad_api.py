@@ -81,7 +81,7 @@ TABLE = (
     (ResidualConfig, 'mapping_lr_mult', WRONG_FACTORS, '--mhc-mapping-lr-mult'),
     (ResidualConfig, 'seed', (-1, 1.5, 'x', None, True, 2**43), '--seed'),
     (ResidualConfig, 'single_pass', WRONG_BOOLS, 'single_pass'),
-    (ResidualConfig, 'seam_fusion', WRONG_BOOLS, 'seam_fusion'),
+    (ResidualConfig, 'edge_fusion', WRONG_BOOLS, 'edge_fusion'),
     (ResidualConfig, 'mapping_weight_decay', WRONG_BOOLS, 'mapping_weight_decay'),
     (ResidualConfig, 'hc_tanh', WRONG_BOOLS, 'hc_tanh'),
     (ResidualConfig, 'residual_type', WRONG_NAMES, '--residual-type'),

@@ -59,7 +59,7 @@ CASES = {
     'mhc': ({'init': 'identity'}, {}, BOTH),
     'hc': ({'residual_type': 'hc'}, {}, ('torch',)),
     'two-streams': ({'num_residual_streams': 2}, {}, ('triton',)),
-    'no-seam-fusion': ({'seam_fusion': False}, {}, ('triton',)),
+    'no-edge-fusion': ({'edge_fusion': False}, {}, ('triton',)),
     'fixed-mappings': ({'fixed_mappings': ('post',)}, {}, ('torch',)),
     'learned-merge': ({'stream_merge': 'learned'}, {}, ('torch',)),
     'dropout': ({}, {'hidden_dropout': 0.3}, BOTH),

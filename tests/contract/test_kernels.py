@@ -16,7 +16,7 @@ SELECTIVE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_a
 CASES = {
     'mhc': ({'init': 'identity'}, {}, 5),
     'two-streams': ({'num_residual_streams': 2}, {}, 5),
-    'no-seam-fusion': ({'seam_fusion': False}, {}, 0),
+    'no-edge-fusion': ({'edge_fusion': False}, {}, 0),
     'learned-merge': ({'stream_merge': 'learned'}, {}, 5),
     'fixed-mappings': ({'fixed_mappings': ('post',)}, {}, 0),
     'single-pass': ({'single_pass': True, 'init': 'identity'}, {}, 0),
@@ -84,9 +84,9 @@ def test_kernels_equal_torch(build, step, fused_edges, case):
     assert_close_steps(results['triton'], results['torch'])
 
 
-def test_seam_fusion_changes_no_bit(build, step):
+def test_edge_fusion_changes_no_bit(build, step):
     fused, unfused = (
-        step(build({'kernel_backend': 'triton', 'init': 'identity', 'seam_fusion': fusion}))
+        step(build({'kernel_backend': 'triton', 'init': 'identity', 'edge_fusion': fusion}))
         for fusion in (True, False)
     )
     assert torch.equal(fused[0], unfused[0])

@@ -197,7 +197,7 @@ def test_a_sublayer_reads_and_writes_by_the_equations(name, n, random_seed):
         ({'manifold': 'kronecker', 'num_residual_streams': 14}, 'a factor of 7'),
         ({'manifold': 'birkhoff'}, 'choose one of sinkhorn, permutation'),
         ({'manifold': 'identity', 'sinkhorn_iterations': 5}, 'has no effect with manifold'),
-        ({'manifold': 'identity', 'seam_fusion': False}, 'has no effect with manifold'),
+        ({'manifold': 'identity', 'edge_fusion': False}, 'has no effect with manifold'),
         ({'manifold': 'orthogonal', 'fixed_mappings': ('res',)}, '--mhc-fixed-mappings res'),
         ({'manifold': 'identity', 'residual_type': 'hc'}, 'has no effect with residual_type'),
     ],

@@ -52,7 +52,9 @@ class Tea:
         more='of steeping',
     )
     sugar: float = setting(0.5, '--tea-sugar', float, most=3.0, above=True, help='spoons')
-    stirred: bool = setting(True, '--tea-no-stirring', bool, only=HOT, help='let it stand')
+    stirred: bool = setting(
+        True, '--tea-no-stirring', bool, only=HOT, formerly='--tea-unstirred', help='let it stand'
+    )
     sips: tuple[float, ...] = setting(
         (2.0, 0.5), '--tea-sips', float, many=True, above=True, most=3, help='one after another'
     )
@@ -95,6 +97,7 @@ def test_what_is_left_out_is_none_and_what_is_given_reaches_the_settings():
         'tea_cup': None,
     }
     assert Tea(**given(args, Tea)) == tea
+    assert parse('--tea-unstirred') == parse('--tea-no-stirring')
 
 
 @pytest.mark.parametrize(
