@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megatron_mhc.kernels.defaults import NORM_EPS
 from megatron_mhc.kernels.reference.precision import at_least_fp32, without_autocast
@@ -25,14 +29,50 @@ def scaled_projection_ref(
     with without_autocast(x.device):
         # Contiguous, so that a view has the bits of its copy: the order of sums follows strides.
         v = at_least_fp32(x).contiguous()
+        h: Tensor = _ScaledProjection.apply(
+            v, *(t.to(v.dtype) for t in (weight, bias, scale)), norm_eps
+        )
+        return h
+
+
+class _ScaledProjection(Function):
+    """``scaled_projection_ref`` of one dtype.
+
+    The gradient reads and writes the streams once where autograd's of the mean square does so four
+    times. With h = v phi: dL/dv = (g scale / r) phi^T - v * sum(g scale h) / (r^3 nC).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, norm_eps: float
+    ) -> Tensor:
         # Eq 14: one projection for all maps
-        h = torch.nn.functional.linear(v, weight.to(v.dtype))
+        h = torch.nn.functional.linear(v, weight)
         # Eq 15: r = ||v|| / sqrt(nC)
         r = (v.square().mean(dim=-1, keepdim=True) + norm_eps).sqrt()
         # A sum of squares beyond fp32: h / inf would pass for maps of the biases alone.
         r = r.masked_fill(r.isinf(), torch.nan)
         # Eq 16: scale after the matmul, bias after the division
-        return h / r * scale.to(v.dtype) + bias.to(v.dtype)
+        h = h / r
+        ctx.save_for_backward(v, weight, scale, h, r)
+        ctx.bias_shape = bias.shape
+        return h * scale + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, weight, scale, normed, r = ctx.saved_tensors
+        of_normed = grad * scale
+        of_h = of_normed / r
+        of_v = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_square = (of_normed * normed).sum(-1, keepdim=True) / (-v.shape[-1] * r * r)
+            of_v = (of_h @ weight).addcmul_(v, of_square)
+        if ctx.needs_input_grad[1]:
+            of_weight = of_h.flatten(0, -2).mT @ v.flatten(0, -2)
+        of_bias = grad.sum_to_size(ctx.bias_shape)
+        of_scale = (grad * normed).sum_to_size(scale.shape)
+        return of_v, of_weight, of_bias, of_scale, None
 
 
 def mapping_ref(
