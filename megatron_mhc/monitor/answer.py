@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.monitor.heat_maps import chosen_sublayers
-from megatron_mhc.monitor.names import H_RES
 from megatron_mhc.monitor.page import write_page
 from megatron_mhc.monitor.picture import new_figure, write_picture
 from megatron_mhc.monitor.runs import read_runs
@@ -48,12 +47,7 @@ def _report(options: argparse.Namespace) -> None:
     # Of several seeds the maps of the first are drawn.
     watched = [[r for r in seeds if r.iteration is not None] for seeds in groups.values()]
     first = [seeds[0] for seeds in watched if seeds]
-    if not first:
-        raise ValueError(
-            f'LOGDIR: the events of {", ".join(run.label for run in runs)} have no {H_RES}; train '
-            'with --mhc-monitor, and for at least --mhc-monitor-interval iterations'
-        )
-    mapped = [(run, chosen_sublayers(run, options.sublayers)) for run in first]
+    mapped = [(run, chosen_sublayers(run, options.sublayers, verdict(run))) for run in first]
     findings = [(run, verdict(run)) for run in runs]
     lines = [line(run, found) for run, found in findings]
     answer = {
@@ -63,6 +57,7 @@ def _report(options: argparse.Namespace) -> None:
                 'name': run.name,
                 'seed': run.seed,
                 'iteration': run.last,
+                'last_report': run.iteration,
                 'level': level(found),
                 'verdict': said,
                 'findings': [finding.as_dict() for finding in found],

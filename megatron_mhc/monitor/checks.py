@@ -27,6 +27,10 @@ from megatron_mhc.settings.flags_monitor import PAPER_GAIN, MonitorConfig
 LOST = 2**-9
 
 
+def _percent(share: float) -> str:
+    return f'{100 * share:.3g}%'
+
+
 def finite(run: Run) -> Iterable[Finding]:
     """Streams, maps and outputs of sublayers, loss and gradient norm."""
     rows = [run.by_sublayer.get(f'nonfinite-{name}', {}) for name in CHECKED]
@@ -124,8 +128,8 @@ def saturation(run: Run, settings: MonitorConfig) -> Iterable[Finding]:
     yield Finding(
         'saturation',
         found.level if found is many else WATCH,
-        f'saturated logits: {value:.3g} of the rows of H_res of {found.where()} get no gradient, '
-        f'{found.when} (the alarm is at {limit:g})',
+        f'saturated logits: {_percent(value)} of the rows of H_res of {found.where()} get no '
+        f'gradient, {found.when} (the alarm is at {_percent(limit)})',
         value,
         limit,
         *place(found, sublayer),
@@ -187,10 +191,10 @@ def writes(run: Run) -> Iterable[Finding]:
             sublayer = found.sublayers[0]
             value = float(last[sublayer])
             text = (
-                f'write share near {limit:.0f}: {found.where()} {name}, {value:.3g} of what it '
-                f'leaves, {found.when}'
+                f'write share near {limit:.0f}: {found.where()} {name}, {_percent(value)} of what '
+                f'it leaves, {found.when}'
             )
             yield Finding('writes', SICK, text, value, limit, *place(found, sublayer))
             return
-    text = f'sublayers write {low:.3g} to {high:.3g} of what they leave'
+    text = f'sublayers write {_percent(low)} to {_percent(high)} of what they leave'
     yield Finding('writes', HEALTHY, text, low, LOST)

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         type=int,
         metavar='L',
-        help='sublayers of the maps, from 0, two a layer (default: first, middle and last)',
+        help='sublayers of the maps, from 0, two a layer (default: first, middle, last and '
+        'any in trouble)',
     )
     parser.add_argument(
         '--json', action='store_true', help='print the verdicts, with their figures, as one object'

@@ -14,6 +14,8 @@ from megatron_mhc.settings.flags_monitor import PAPER_GAIN
 
 Points = dict[int, float]
 Groups = dict[str, list[Run]]
+# More would make a legend too wide.
+FEW_NAMES = 2
 
 
 class Curve(NamedTuple):
@@ -95,6 +97,7 @@ def limits(panel: Panel, groups: Groups) -> dict[float, str]:
                 value = getattr(alarm_settings(run), limit)
                 names = {r.name: 0 for r in runs if getattr(alarm_settings(r), limit) == value}
                 lines[value] = f'alarm at {value:g}'
-                if len(names) < len(groups):
-                    lines[value] += f' ({", ".join(names)})'
+                if len(names) < len({r.name for r in runs}):
+                    said = ', '.join(names) if len(names) <= FEW_NAMES else f'{len(names)} names'
+                    lines[value] += f' ({said})'
     return lines

@@ -35,6 +35,9 @@ def draw_panel(axes: Any, panel: Panel, groups: Groups) -> None:
     base, found = plain(next(iter(groups))), curves(panel, groups)
     axes.set_title(panel.title.format(base=base), fontsize=9)
     axes.set(xlabel='sublayer l' if panel.by_sublayer else 'iteration', ylabel=panel.unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    # Of curves without a positive value a logarithmic axis would complain.
+    axes.set_autoscaley_on(False)
     if panel.log:
         axes.set_yscale('log')
     shown = colours(groups)
@@ -49,12 +52,24 @@ def draw_panel(axes: Any, panel: Panel, groups: Groups) -> None:
     near = [value for value in lines if value <= furthest]
     low, high = extent([*values, *panel.covers, *near], panel.log)
     axes.set_ylim(low, high)
+    if panel.log:
+        _label_log_axis(axes.yaxis, low, high)
     for index, (value, name) in enumerate(lines.items()):
         style = ('--', ':', '-.')[index % 3]
         axes.axhline(value, color='black', lw=1, ls=style, label=plain(name))
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, framealpha=0.6)
+
+
+def _label_log_axis(axis: Any, low: float, high: float) -> None:
+    """Plain numbers: within a decade a few of them, else powers of ten."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    if high < 10 * low:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curve(axes: Any, curve: Curve, colour: str, log: bool) -> None:

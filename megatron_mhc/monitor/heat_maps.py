@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mhc.monitor.draw import FEW_POINTS, extent, plain
+from megatron_mhc.monitor.finding import Finding
 from megatron_mhc.monitor.names import FEW_STREAMS
 from megatron_mhc.monitor.runs import Run
 
+# Up to it the scale of maps is linear: hc's single maps, and columns that have not converged.
+LINEAR = 2
+# Inches: of each sublayer; of both rows of maps, and of entries.
+WIDTH, MAPS_HEIGHT, ENTRIES_HEIGHT = 3.2, 5.4, 2.8
 HEALTHY_MAPS = (
     'Row and column sums, along the edges, are 1 for mhc. All entries 1/n: mixing without '
     'preference; a diagonal near 1: streams that keep to themselves.'
@@ -18,8 +23,8 @@ HEALTHY_ENTRIES = (
 )
 
 
-def chosen_sublayers(run: Run, wanted: list[int] | None) -> list[int]:
-    """The sublayers of the maps: those asked for, else the first, middle and last.
+def chosen_sublayers(run: Run, wanted: list[int] | None, found: list[Finding]) -> list[int]:
+    """The sublayers of the maps: those asked for, else first, middle, last, and any in trouble.
 
     Raises:
         ValueError: a number that the run does not have.
@@ -31,11 +36,12 @@ def chosen_sublayers(run: Run, wanted: list[int] | None) -> list[int]:
                 f'--sublayers {sublayer}: {run.label} has sublayers 0 to {length - 1}, two a '
                 'layer: attention, then MLP; take one of those'
             )
-    return wanted or sorted({0, length // 2, length - 1})
+    trouble = {finding.sublayer for finding in found if finding.sublayer is not None}
+    return wanted or sorted({0, length // 2, length - 1} | trouble)
 
 
 def draw_maps(figure: Any, run: Run, sublayers: list[int]) -> None:
-    """Single maps, then composites, each sort with a scale that reaches its largest entry."""
+    """Single maps, below them composites, each row with a scale to its largest entry."""
     assert run.iteration is not None
     last, h_res = len(run.composite) - 1, run.h_res[run.iteration]
     single = [(f'H_res[{number}]', h_res[number]) for number in sublayers]
@@ -46,16 +52,22 @@ def draw_maps(figure: Any, run: Run, sublayers: list[int]) -> None:
         if number < last
     ]
     figure.suptitle(f'{plain(run.label)}, iteration {run.iteration}: mean maps', fontsize=9)
-    axes = list(figure.subplots(1, len(single) + len(products), squeeze=False)[0])
-    for drawn, panels in ((single, axes[: len(single)]), (products, axes[len(single) :])):
-        if not drawn:
-            continue
+    rows = [drawn for drawn in (single, products) if drawn]
+    axes = figure.subplots(len(rows), len(single), squeeze=False)
+    for drawn, row in zip(rows, axes, strict=True):
+        panels = row[: len(drawn)]
+        for unused in row[len(drawn) :]:
+            unused.remove()
         norm = _scale([matrix for _, matrix in drawn])
         for panel, (title, matrix) in zip(panels, drawn, strict=True):
             image = _draw_map(panel, title, matrix, norm)
         bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02)
-        bar.ax.tick_params(labelsize=6)
-        bar.set_label('mean entry', fontsize=7)
+        # A logarithmic one would have a tick each decade.
+        ticks = [-norm.vmax, 0, norm.vmax]
+        bar.set_ticks(ticks, labels=[f'{tick:.2g}' for tick in ticks], fontsize=6)
+        bar.minorticks_off()
+        beyond = ', log beyond 1' if norm.vmax > LINEAR else ''
+        bar.set_label(f'mean entry{beyond}', fontsize=7)
 
 
 def _scale(matrices: list[Any]) -> Any:
@@ -65,13 +77,14 @@ def _scale(matrices: list[Any]) -> Any:
 
     entries = numpy.abs(numpy.stack(matrices))
     most = float(numpy.max(entries, initial=0, where=numpy.isfinite(entries)))
-    # Rounding, and columns that have not converged, stay on the linear scale.
-    if most <= 1.5:
+    if most <= LINEAR:
         return Normalize(-max(1.0, most), max(1.0, most))
     return SymLogNorm(linthresh=1, vmin=-most, vmax=most, base=10)
 
 
 def _draw_map(panel: Any, title: str, matrix: Any, norm: Any) -> Any:
+    # Sums of large entries are beyond fp32.
+    matrix = matrix.astype(float)
     image = panel.imshow(matrix, cmap='RdBu_r', norm=norm)
     panel.set_title(title, fontsize=8)
     if len(matrix) <= 2 * FEW_STREAMS:
@@ -110,6 +123,7 @@ def draw_entries(figure: Any, run: Run, sublayers: list[int]) -> None:
             values += points
         panel.set_title(f'H_res[{number}]', fontsize=8)
         panel.set_xlabel('iteration')
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel('entry')
     if streams <= 2 * FEW_STREAMS:

@@ -14,12 +14,20 @@ from typing import Any
 from megatron_mhc.monitor.curves import Groups, curves
 from megatron_mhc.monitor.draw import colours, draw_panel
 from megatron_mhc.monitor.finding import Finding
-from megatron_mhc.monitor.heat_maps import HEALTHY_ENTRIES, HEALTHY_MAPS, draw_entries, draw_maps
+from megatron_mhc.monitor.heat_maps import (
+    ENTRIES_HEIGHT,
+    HEALTHY_ENTRIES,
+    HEALTHY_MAPS,
+    MAPS_HEIGHT,
+    WIDTH,
+    draw_entries,
+    draw_maps,
+)
 from megatron_mhc.monitor.names import PREFIX, sublayer_name
 from megatron_mhc.monitor.panels import PANELS, Panel
 from megatron_mhc.monitor.picture import new_figure
 from megatron_mhc.monitor.runs import Run
-from megatron_mhc.monitor.verdict import level
+from megatron_mhc.monitor.verdict import UNKNOWN, level
 
 TEMPLATE = Path(__file__).with_name('page.html')
 
@@ -57,11 +65,17 @@ def write_page(
         }
         sections.setdefault(panel.section, []).append(shown)
     maps = [
-        {'title': f'{what} of {run.label}', 'picture': picture, 'healthy': healthy}
+        {
+            'title': f'{what} of {run.label}',
+            'healthy': healthy,
+            'picture': _picture(
+                WIDTH * len(numbers), height, functools.partial(draw, run=run, sublayers=numbers)
+            ),
+        }
         for run, numbers in mapped
-        for what, picture, healthy in (
-            ('Maps', _map_picture(draw_maps, run, numbers), HEALTHY_MAPS),
-            ('Entries of H_res', _map_picture(draw_entries, run, numbers), HEALTHY_ENTRIES),
+        for what, draw, height, healthy in (
+            ('maps', draw_maps, MAPS_HEIGHT, HEALTHY_MAPS),
+            ('entries of H_res', draw_entries, ENTRIES_HEIGHT, HEALTHY_ENTRIES),
         )
     ]
     environment = jinja2.Environment(
@@ -76,7 +90,7 @@ def write_page(
                 'level': level(found),
                 'last': run.last,
                 'findings': found,
-                'monitored': run.iteration is not None,
+                'unknown': UNKNOWN if run.iteration is None else '',
                 'files': _files(run),
             }
             for run, found in findings
@@ -103,11 +117,6 @@ def _picture(width: float, height: float, draw: Callable[[Any], object]) -> str:
     with matplotlib.rc_context({'svg.hashsalt': 'megatron-mhc'}):
         figure.savefig(file, format='svg', metadata={'Date': None})
     return _data('image/svg+xml', file.getvalue())
-
-
-def _map_picture(draw: Callable[[Any, Run, list[int]], None], run: Run, numbers: list[int]) -> str:
-    width = max(11, 2.6 * len(numbers) * (2 if draw is draw_maps else 1))
-    return _picture(width, 2.8, lambda figure: draw(figure, run, numbers))
 
 
 def _data(kind: str, text: str) -> str:

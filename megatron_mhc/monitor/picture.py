@@ -8,13 +8,19 @@ from typing import Any
 
 from megatron_mhc.monitor.curves import Groups, curves
 from megatron_mhc.monitor.draw import draw_panel, plain
-from megatron_mhc.monitor.heat_maps import draw_entries, draw_maps
+from megatron_mhc.monitor.heat_maps import (
+    ENTRIES_HEIGHT,
+    MAPS_HEIGHT,
+    WIDTH,
+    draw_entries,
+    draw_maps,
+)
 from megatron_mhc.monitor.panels import PANELS
 from megatron_mhc.monitor.runs import Run
 
 COLUMNS = 3
-# Characters of a verdict on a line.
-WIDTH = 150
+# Of a verdict on a line.
+CHARACTERS = 150
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -44,21 +50,22 @@ def write_picture(
         lines: the verdicts.
         mapped: the runs whose maps are drawn, and the sublayers of each.
     """
-    wrapper = textwrap.TextWrapper(WIDTH, subsequent_indent='  ')
+    wrapper = textwrap.TextWrapper(CHARACTERS, subsequent_indent='  ')
     wrapped = [part for line in lines for part in wrapper.wrap(line)]
     panels = [panel for panel in PANELS if curves(panel, groups)]
     rows = -(-len(panels) // COLUMNS)
-    maps = max((2 * len(numbers) for _, numbers in mapped), default=0)
-    heights = [0.3 + 0.2 * len(wrapped), 3.0 * rows, *[2.8, 2.6] * len(mapped)]
-    figure = new_figure(max(16, 2.6 * maps), sum(heights))
+    maps = max((len(numbers) for _, numbers in mapped), default=0)
+    map_heights = [MAPS_HEIGHT, ENTRIES_HEIGHT] * len(mapped)
+    heights = [0.3 + 0.2 * len(wrapped), 3.0 * rows, *map_heights]
+    figure = new_figure(max(16, WIDTH * maps), sum(heights))
     head, curve_part, *map_parts = figure.subfigures(
         len(heights), 1, height_ratios=heights, squeeze=False
     )[:, 0]
     head.text(0.01, 0.5, plain('\n'.join(wrapped)), fontsize=9, family='monospace', va='center')
-    every = curve_part.subplots(rows, COLUMNS, squeeze=False).flat
+    every = list(curve_part.subplots(rows, COLUMNS, squeeze=False).flat)
     for panel, axes in zip(panels, every, strict=False):
         draw_panel(axes, panel, groups)
-    for axes in list(every)[len(panels) :]:
+    for axes in every[len(panels) :]:
         axes.remove()
     for (run, numbers), drawn, entries in zip(mapped, map_parts[::2], map_parts[1::2], strict=True):
         draw_maps(drawn, run, numbers)

@@ -125,7 +125,7 @@ def read_run(folder: Path, name: str, seed: str = '') -> Run:
         return bare
     last = whole[-1]
     maps = {step: make_ndarray(h_res[step]) for step in whole}
-    table = {step: make_ndarray(rows[step]) for step in whole}
+    table = {step: make_ndarray(rows[step]).astype(float) for step in whole}
     product, shape = make_ndarray(composite[last]), maps[last].shape
     if (
         [len(shape), *shape[2:]] != [3, *shape[1:2]]

@@ -16,6 +16,8 @@ from megatron_mhc.monitor.finding import HEALTHY, LEVELS, Finding
 from megatron_mhc.monitor.runs import Run, is_hc
 from megatron_mhc.settings.flags_monitor import ALARM_GAINS, MonitorConfig
 
+UNKNOWN = 'there is no report of --mhc-monitor, so no more is known'
+
 
 def verdict(run: Run) -> list[Finding]:
     """What all checks found, the worst first."""
@@ -37,7 +39,7 @@ def line(run: Run, findings: list[Finding]) -> str:
     worst = level(findings)
     said = [finding.text for finding in findings if finding.level != HEALTHY or worst == HEALTHY]
     if run.iteration is None:
-        said.append('no more is known without --mhc-monitor')
+        said.append(UNKNOWN)
     return f'{run.label}: {worst} at iteration {run.last}: {"; ".join(said)}'
 
 

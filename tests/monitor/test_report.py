@@ -17,7 +17,7 @@ from megatron_mhc.cli import main as cli
 from megatron_mhc.monitor.checks import LOST
 from megatron_mhc.monitor.curves import curves, limits
 from megatron_mhc.monitor.draw import draw_panel, extent
-from megatron_mhc.monitor.heat_maps import draw_maps
+from megatron_mhc.monitor.heat_maps import chosen_sublayers, draw_maps
 from megatron_mhc.monitor.names import (
     BY_SUBLAYER,
     COMPOSITE,
@@ -104,10 +104,10 @@ EVERY = range(L)
         (
             {SATURATED: at((20, 30), 5, value=0.25) | {(10, 0): 0.05}},
             {},
-            'sick at iteration 30: saturated logits: 0.25 of the rows of H_res of layer 3 mlp get '
+            'sick at iteration 30: saturated logits: 25% of the rows of H_res of layer 3 mlp get '
             'no gradient, since iteration 20',
         ),
-        ({SATURATED: {(30, 5): 0.05}}, {}, 'watch at iteration 30: saturated logits: 0.05 of'),
+        ({SATURATED: {(30, 5): 0.05}}, {}, 'watch at iteration 30: saturated logits: 5% of'),
         ({SATURATED: {(20, 5): 0.05}}, {}, 'healthy at iteration 30'),
         (
             {RANK: at((20, 30), 3, 4, value=1.0001)},
@@ -126,7 +126,7 @@ EVERY = range(L)
         (
             {WRITE_SHARE: at((20, 30), 1, value=LOST / 2)},
             {},
-            'write share near 0: layer 1 mlp adds next to nothing, 0.000977 of what it leaves, '
+            'write share near 0: layer 1 mlp adds next to nothing, 0.0977% of what it leaves, '
             'since iteration 20',
         ),
         (
@@ -331,6 +331,12 @@ def test_maps_have_a_colour_bar_that_reaches_their_largest_entry(made):
     assert len(figure.axes) == len(images) + 2
     reds = images[2].norm(numpy.array([1e3, 1e9]))
     assert 0.5 < reds[0] < reds[1] == 1
+
+
+def test_maps_of_a_sublayer_in_trouble_are_drawn(made):
+    run = made({SATURATED: {(30, 4): 1.0}})
+    assert chosen_sublayers(run, None, verdict(run)) == [0, 3, 4, 5]
+    assert chosen_sublayers(run, [2], verdict(run)) == [2]
 
 
 def test_one_run_has_no_gap_to_itself(made):
