@@ -159,5 +159,6 @@ def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator='\n')
     writer.writerow(head)
-    writer.writerows(rows)
+    # Events are fp32, which nine digits tell apart.
+    writer.writerows([f'{v:.9g}' if isinstance(v, float) else v for v in row] for row in rows)
     return _data('text/csv;charset=utf-8', file.getvalue())
