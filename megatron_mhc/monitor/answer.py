@@ -20,12 +20,13 @@ def main(options: argparse.Namespace) -> int:
     """Print the verdicts and write the page; wrong input is one line."""
     try:
         _check(options.output)
-        _report(options)
+        text = _report(options)
     except OSError as error:
         why = f'--output {options.output}: {error.strerror}; name a file that can be written'
         refuse(PROGRAM, why)
     except (RuntimeError, ValueError) as error:
         refuse(PROGRAM, str(error))
+    print(text)
     return 0
 
 
@@ -41,7 +42,8 @@ def _check(output: Path) -> None:
         raise ValueError(f'--output {output}: no such folder; name one that is there')
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> str:
+    """Write the page; what is to be printed."""
     groups = read_runs(options.folders)
     runs = [run for seeds in groups.values() for run in seeds]
     # Of several seeds the maps of the first are drawn.
@@ -70,6 +72,5 @@ def _report(options: argparse.Namespace) -> None:
     else:
         write_picture(options.output, groups, lines, mapped)
     if options.json:
-        print(json.dumps(answer, indent=2))
-    else:
-        print(*lines, options.output, sep='\n')
+        return json.dumps(answer, indent=2)
+    return '\n'.join([*lines, str(options.output)])
