@@ -160,7 +160,8 @@ def train(arguments: list[str], start: dict[str, Any] | None) -> dict[str, float
     import torch
     from megatron.training import training
 
-    from megatron_mhc.monitor.events import LOSS, read_events, scalars
+    from megatron_mhc.monitor.events import read_events, scalars
+    from megatron_mhc.monitor.names import LOSS
     from megatron_mhc.residual.start import STARTS, Start
 
     if start is not None:

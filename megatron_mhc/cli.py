@@ -32,8 +32,8 @@ COMMANDS = {
         'measure the memory of recompute segments beside the formula',
     ),
     'report': (
-        'monitor.report',
-        'draw loss, gradient norm, gains and maps of runs with --mhc-monitor',
+        'monitor.command',
+        'say whether runs with --mhc-monitor are healthy, and draw their curves and maps',
     ),
     'kernels': ('commands.kernels', 'about the Triton kernels'),
     'docs': ('commands.docs', 'list the guides, or print one'),

@@ -27,7 +27,6 @@ SLOW = {
 # What a page needs of them all the same.
 NEEDED = {
     'run': {'dataclasses', 'inspect', 'typing'},
-    'report': {'typing'},  # named tuples
     'recompute': {'typing'},
 }
 PROBE = """

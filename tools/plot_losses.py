@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
-from megatron_mhc.monitor.events import LOSS as TRAIN
 from megatron_mhc.monitor.events import read_events, scalars
+from megatron_mhc.monitor.names import LOSS as TRAIN
 
 FORMATS = ('.png', '.svg', '.pdf')
 VALID = f'{TRAIN} validation'

@@ -7,15 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_mhc.monitor.collect import CHECKED
+from megatron_mhc.monitor.names import (
+    CHECKED,
+    COMPOSITE_GAINS,
+    RANK,
+    SATURATED,
+    SINGLE_GAINS,
+    sublayer_name,
+)
 from megatron_mhc.monitor.reduce import Report
 from megatron_mhc.settings.flags_monitor import MonitorConfig
 
-SINGLE = ('amax-gain-forward', 'amax-gain-backward')
-COMPOSITE = ('amax-composite-gain-forward', 'amax-composite-gain-backward')
-RANK, SATURATED = 'stream-effective-rank', 'res-saturated'
-# Streams have come apart once their rank is as many times as far above 1 as is collapsed.
-APART = 10
 _CAUSES = {
     'streams': 'the streams that it reads are not finite, although every map and output before it '
     'is; the embedding, if this is the first sublayer, else an overflow: look at the gains, lower '
@@ -27,11 +29,6 @@ _CAUSES = {
     'arithmetic are broken: go back to an earlier checkpoint, lower the learning rate, or skip the '
     'data',
 }
-
-
-def sublayer_name(sublayer: int) -> str:
-    """``layer 3 attention``, with Megatron's numbers from 1, of sublayer 4."""
-    return f'layer {sublayer // 2 + 1} {"mlp" if sublayer % 2 else "attention"}'
 
 
 def largest_ranks(report: Report, before: Tensor | None) -> Tensor | None:
@@ -85,7 +82,7 @@ def trouble(
         )
     if report.h_res is None:
         return None
-    single, composite = _larger(report, SINGLE), _larger(report, COMPOSITE)
+    single, composite = _larger(report, SINGLE_GAINS), _larger(report, COMPOSITE_GAINS)
     above = (single > settings.alarm_gain).nonzero().flatten()
     if above.numel():
         return _gain_line(report, int(above[0]), 'H_res has', single, settings)
@@ -113,7 +110,7 @@ def _collapse(report: Report, settings: MonitorConfig, ranks: Tensor | None) -> 
     least = settings.alarm_rank
     if ranks is None:
         return None
-    fallen = (report.metrics[RANK] < least) & (ranks > 1 + APART * (least - 1))
+    fallen = (report.metrics[RANK] < least) & (ranks > settings.apart)
     if not fallen.any():
         return None
     where = int(fallen.nonzero()[0])

@@ -20,9 +20,6 @@ from megatron_mhc.monitor.metrics import Sample
 from megatron_mhc.residual.hyper_connection import HyperConnection
 from megatron_mhc.settings.flags_monitor import MonitorConfig
 
-# What is checked in each sublayer, in the order in which a forward meets them.
-CHECKED = ('streams', 'maps', 'outputs')
-
 
 class Monitor:
     """Watches the hyper-connections of this rank's model chunks.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pathlib
 from typing import TYPE_CHECKING
 
+from megatron_mhc.monitor.names import LOSS
+
 if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-LOSS = 'lm loss'
-
 
 def read_events(folder: pathlib.Path, where: str) -> EventAccumulator:
-    """The events of the one run below ``folder``: all scalars, the last two of each other tensor.
+    """The events of the one run below ``folder``: all scalars and tensors.
 
     Args:
         folder: that of ``--tensorboard-dir``, or one above it.
@@ -34,9 +34,8 @@ def read_events(folder: pathlib.Path, where: str) -> EventAccumulator:
     folders = {file.parent for file in folder.rglob('*tfevents*') if file.is_file()}
     if not folders:
         raise ValueError(f'{where}: no TensorBoard events; name the folder of --tensorboard-dir')
-    # 0 keeps every point instead of a random sample; of the maps the newest, and the one before
-    # in case that is cut off.
-    guidance = {'scalars': 0, 'tensors': 2}
+    # 0 keeps every point instead of a random sample.
+    guidance = {'scalars': 0, 'tensors': 0}
     try:
         loaded = [
             EventAccumulator(str(f), size_guidance=guidance).Reload() for f in sorted(folders)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_mhc.monitor.alarm import sublayer_name
 from megatron_mhc.monitor.metrics import OVER_SUBLAYERS
-from megatron_mhc.monitor.reduce import Report
-from megatron_mhc.monitor.report import COMPOSITE, GAINS, H_RES
-
-PREFIX = 'mhc/'
-# The rows of the tensor of gains. What is drawn by sublayer is written as tensors: scalars of
-# hundreds of sublayers would bury everything else on TensorBoard's page.
-GAIN_ROWS = (
-    'amax-gain-forward',
-    'amax-gain-backward',
-    'amax-composite-gain-forward',
-    'amax-composite-gain-backward',
+from megatron_mhc.monitor.names import (
+    BY_SUBLAYER,
+    COMPOSITE,
+    FEW_STREAMS,
+    H_RES,
+    PREFIX,
+    ROWS,
+    sublayer_name,
 )
-
-# Of as many every entry of H_res is a curve.
-FEW_STREAMS = 4
+from megatron_mhc.monitor.reduce import Report
 
 
 def scalars(report: Report, per_layer: bool) -> dict[str, float]:
@@ -64,6 +59,8 @@ def write(report: Report, iteration: int, per_layer: bool, writer: Any, wandb_wr
     for tag, value in values.items():
         writer.add_scalar(tag, value, iteration)
     if report.h_res is not None and report.composite is not None:
-        gains = torch.stack([report.metrics[name] for name in GAIN_ROWS])
-        for tag, tensor in ((H_RES, report.h_res), (COMPOSITE, report.composite), (GAINS, gains)):
+        nothing = torch.full((len(report.h_res),), math.nan)
+        rows = torch.stack([report.metrics.get(name, nothing).float() for name in ROWS])
+        tensors = ((H_RES, report.h_res), (COMPOSITE, report.composite), (BY_SUBLAYER, rows))
+        for tag, tensor in tensors:
             writer.add_tensor(tag, tensor.float(), iteration)

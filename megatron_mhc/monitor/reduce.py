@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ReduceOp, all_reduce
 
-from megatron_mhc.monitor.collect import CHECKED, Monitor
+from megatron_mhc.monitor.collect import Monitor
 from megatron_mhc.monitor.metrics import (
     COMPOSITE_MEANS,
     MAXIMA,
@@ -28,6 +28,7 @@ from megatron_mhc.monitor.metrics import (
     maxima,
     sums,
 )
+from megatron_mhc.monitor.names import CHECKED
 
 
 @dataclass(frozen=True)

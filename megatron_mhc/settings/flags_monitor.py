@@ -11,6 +11,7 @@ from megatron_mhc.settings.flag import check, flags_of, given, setting
 
 # By type: mHC's composite gain was at most 1.6 in the paper and cannot exceed n; HC's grows with
 # depth from the start and was 3000 where the paper's run had become unstable.
+PAPER_GAIN = 1.6
 ALARM_GAINS = {'mhc': 3.0, 'hc': 100.0}
 # Gains are fp32: above this an alarm could not be raised.
 GREATEST_GAIN = 1e38
@@ -114,6 +115,11 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def apart(self) -> float:
+        """The effective rank of streams that have come apart: ten times as far above 1."""
+        return 1 + 10 * (self.alarm_rank - 1)
 
 
 def monitor_config_from_args(args: argparse.Namespace) -> MonitorConfig | None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import random
+import shutil
 
 import pytest
 import torch
 from one_line import check, in_time, said
 
 from megatron_mhc.cli import main
-from megatron_mhc.monitor.report import COMPOSITE, GAINS, GRADIENT_NORM, H_RES, LOSS, read_run
+from megatron_mhc.monitor.draw import draw_panel
+from megatron_mhc.monitor.heat_maps import draw_maps
+from megatron_mhc.monitor.names import BY_SUBLAYER, COMPOSITE, GRADIENT_NORM, H_RES, LOSS, ROWS
+from megatron_mhc.monitor.panels import PANELS
+from megatron_mhc.monitor.picture import new_figure
+from megatron_mhc.monitor.runs import read_run, read_runs
+from megatron_mhc.monitor.verdict import line, verdict
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +31,8 @@ def events(tmp_path_factory):
         for iteration in (1, 2):
             writer.add_scalar(LOSS, 5.0 / iteration, iteration)
             writer.add_scalar(GRADIENT_NORM, float('nan'), iteration)
-            for tag, tensor in ((H_RES, maps), (COMPOSITE, maps), (GAINS, torch.ones(4, 4))):
+            rows = torch.ones(len(ROWS), 4)
+            for tag, tensor in ((H_RES, maps), (COMPOSITE, maps), (BY_SUBLAYER, rows)):
                 writer.add_tensor(tag, tensor, iteration)
     (file,) = folder.iterdir()
     return file
@@ -37,7 +46,7 @@ def cut(events, folder, size: int):
 def test_a_file_cut_anywhere_is_read_as_far_as_it_is_whole(events, tmp_path, random_seed):
     size, seen = events.stat().st_size, set()
     whole = read_run(events.parent, 'whole')
-    assert whole.iteration == 2 and len(whole.h_res) == 4
+    assert whole.iteration == 2 and list(whole.h_res) == [1, 2] and len(whole.composite) == 4
     for at in [size - 1, *random.Random(random_seed).sample(range(1, size), 60)]:
         with in_time():
             try:
@@ -46,9 +55,10 @@ def test_a_file_cut_anywhere_is_read_as_far_as_it_is_whole(events, tmp_path, ran
                 assert str(error).startswith(f'LOGDIR {tmp_path}: ') and '; ' in str(error)
                 seen.add('refused')
                 continue
-        # The maps, the gains and the iteration that they are of belong together.
+        # The maps, the rows by sublayer and the iteration that they are of belong together.
         assert run.iteration in (None, 1, 2)
-        assert bool(run.gains) == bool(run.h_res) == bool(run.composite) == bool(run.iteration)
+        assert [*run.h_res] == [*range(1, (run.iteration or 0) + 1)]
+        assert bool(run.by_sublayer) == (run.composite is not None) == bool(run.h_res)
         seen.add(run.iteration)
     assert {None, 1, 'refused'} <= seen
 
@@ -66,20 +76,37 @@ def test_damaged_bytes_are_no_traceback(events, tmp_path, random_seed):
                 assert '\n' not in str(error) and '; ' in str(error)
 
 
-def test_a_run_whose_maps_were_cut_off(events, tmp_path, monkeypatch):
+def test_a_run_whose_maps_were_cut_off(events, tmp_path):
     first = events.read_bytes().index(COMPOSITE.encode())
-    cut(events, tmp_path, first)
-    monkeypatch.chdir(tmp_path)
-    check(main, said('report .', 'LOGDIR', '.', '--mhc-monitor'))
+    run = read_run(cut(events, tmp_path, first), 'cut')
+    # The gradient norm is not a number from the beginning.
+    wanted = 'sick at iteration 1: not finite: the gradient norm, since iteration 1; there is no'
+    assert wanted in line(run, verdict(run))
 
 
-@pytest.mark.parametrize('name', [r'$\frac{x$', '$', '_x', r'\frac{', '', '100 %', '{'])
-def test_names_are_drawn_as_they_are(events, name, tmp_path, capsys):
-    page = tmp_path / 'page.svg'
-    with pytest.raises(SystemExit) as ended:
-        main(['report', f'{name}={events.parent}', '-o', str(page)])
-    assert ended.value.code == 0, capsys.readouterr().err
-    assert page.stat().st_size
+NAMES = (r'$\frac{x$', '$', '_x', r'\frac{', '100 %', '{', '<b>&"x')
+
+
+def test_names_are_drawn_as_they_are(events):
+    """In legends, where a name may not be left out either, and in the titles of maps."""
+    groups = {name: [read_run(events.parent, name)] for name in NAMES}
+    gap, figure = PANELS[1], new_figure(5, 4)
+    draw_panel(figure.gca(), gap, groups)
+    figure.savefig(io.BytesIO(), format='svg')
+    shown = [text.get_text() for text in figure.gca().get_legend().get_texts()]
+    assert [text.replace(r'\$', '$').strip() for text in shown] == list(NAMES)
+    for (run,) in groups.values():
+        figure = new_figure(5, 2)
+        draw_maps(figure, run, [3])
+        figure.savefig(io.BytesIO(), format='svg')
+
+
+def test_a_name_is_one_line_that_can_be_encoded(events, tmp_path):
+    folder = shutil.copytree(events.parent, tmp_path / '\x1b[1m\n=')
+    for word in (f'={folder}', f'\udc80={events.parent}'):
+        ((name, (run,)),) = read_runs([word]).items()
+        assert run.label == name and name.isprintable() and name.encode()
+        assert line(run, verdict(run)).startswith(f'{name}: ')
 
 
 @pytest.mark.parametrize(
@@ -89,7 +116,8 @@ def test_names_are_drawn_as_they_are(events, name, tmp_path, capsys):
         ('--sublayers -1', ('--sublayers', '-1')),
         ('-o x', ('--output', 'x')),
         ('-o x.doc', ('--output', 'x.doc')),
-        ('-o /no/such/x.png', ('/no/such/x.png',)),
+        ('-o /no/such/x.png', ('--output', '/no/such/x.png')),
+        ('-o .', ('--output', '.')),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(events, line, names, tmp_path, monkeypatch):

@@ -162,13 +162,14 @@ def test_wheel(wheel, expected, elsewhere, tree, tmp_path):
     assert check(python, tree, expected)['top'] == str(tree / 'megatron_mhc')
 
 
-def test_a_wheel_has_the_guides_and_the_licence(wheel, tree):
+def test_a_wheel_has_the_guides_the_page_and_the_licence(wheel, tree):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (name for name in names if name.endswith('.dist-info/METADATA'))
         facts = archive.read(metadata).decode().partition('\n\n')[0]
     pages = {path.relative_to(tree) for path in (tree / 'megatron_mhc' / 'docs').iterdir()}
     assert len(pages) > 10 and set(map(str, pages)) <= set(names)
+    assert 'megatron_mhc/monitor/page.html' in names
     assert any(name.endswith('/LICENSE') for name in names)
     assert 'Author: The megatron-mhc authors' in facts and 'License: Apache-2.0' in facts
     # Sources of the site, tests and notes stay behind.
