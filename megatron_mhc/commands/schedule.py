@@ -24,10 +24,15 @@ _HELP = {
     'list': 'the schedules and what they need',
     'show': 'draw a schedule, or write its operations',
     'validate': 'prove that a schedule or a plan file is complete and cannot hang',
-    'simulate': 'step time, bubble and live activations of a schedule',
+    'simulate': 'total time, bubble and microbatches in flight of a schedule',
     'compare': 'a table of all schedules for these ranks and microbatches',
 }
 _FORMAT = 'of the output; text and csv are what --plan reads, the others pictures'
+_FROM = 'begin the picture at this time, in the unit of the times below'
+_WIDTH = (
+    'columns of a drawing (default: the terminal), pixels of a PNG (default: 2400) or of an SVG '
+    '(default: all of it); 0 for all of it'
+)
 _COUNT, _TIME, _FACTOR = integer(1), number(0, 1e15), number(0, above=True)
 
 
@@ -67,12 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if topic == 'show':
             parser.add_argument('--format', choices=FORMATS, default='drawing', help=_FORMAT)
             parser.add_argument('--output', type=Path, metavar='FILE', help='instead of stdout')
-            parser.add_argument(
-                '--width',
-                type=integer(0),
-                help='columns of a drawing, 0 for all (default: terminal)',
-            )
+            _add_extent(parser)
     schedule_trace.add_parser(topics)
+
+
+def _add_extent(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('how much of it; what is too wide loses its middle')
+    group.add_argument('--from', dest='start', type=_TIME, metavar='T', help=_FROM)
+    group.add_argument('--to', dest='end', type=_TIME, metavar='T', help='end there')
+    group.add_argument('--width', type=integer(0), metavar='N', help=_WIDTH)
 
 
 def _add_times(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,7 @@ KINDS = (
     (COMPARE, ('--pp', '--microbatches', '--chunks'), COUNT),
     (VALIDATE, ('--pp', '--microbatches', '--chunks'), COUNT),
     (SHOW, ('--width',), FROM_ZERO),
+    (SHOW, ('--from', '--to'), FACTOR),
     (SHOW, ('--format', '--schedule'), CHOICE),
     ('schedule trace t.json', ('--max-exposed-p2p', '--max-idle'), (*FACTOR, '1.5')),
     ('schedule trace t.json', ('--max-post-delay',), FACTOR),
