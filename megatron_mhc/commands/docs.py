@@ -17,6 +17,7 @@ PAGES = {
     'watching': 'TensorBoard, W&B and the report of a run',
     'migrating': "from Megatron-LM's own mHC, and to a newer Megatron-Core",
     'questions': 'asked often, answered in a few lines',
+    'commands': 'the command: what it does, options with one meaning',
     'flags': 'every flag; recomputation, optimizer, monitors, Transformer Engine, inference',
     'support': 'versions, parallelism, what is refused, kernels',
     'troubleshooting': 'by the text of the error',

@@ -13,6 +13,14 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_mhc.inputs.options import (
+    FULL,
+    KERNEL_BACKEND,
+    SEGMENTS,
+    STREAMS,
+    SUBLAYERS,
+    add_option,
+)
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
 from megatron_mhc.kernels.defaults import KERNEL_STREAMS
@@ -54,27 +62,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(answer=__name__)
     parser.description = __doc__.partition('\n\n')[2]
     add = parser.add_argument
-    add(
-        '--sublayers', type=_even, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers'
+    add_option(
+        add,
+        SUBLAYERS,
+        dest='sublayers',
+        type=_even,
+        nargs='+',
+        default=[24, 36, 60],
+        metavar='L',
+        help='even numbers (default: 24 36 60)',
     )
-    add(
-        *('--segments', '--blocks'),
+    add_option(
+        add,
+        SEGMENTS,
+        dest='segments',
         nargs='+',
         type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', words=RECOMPUTE_SEGMENTS),
         default=['none', 'auto', 'stage'],
         metavar='B',
         help='values of --mhc-recompute-layer-num (default: none auto stage)',
     )
-    add('--num-streams', type=integer(1, MOST_STREAMS), default=4, help='n (default: 4)')
+    streams = integer(1, MOST_STREAMS)
+    known = {'dest': 'num_streams', 'type': streams, 'metavar': 'N'}
+    add_option(add, STREAMS, default=4, help='n (default: 4)', **known)
     add('--hidden-size', type=integer(HEADS, 2**16), default=256, help='C (default: 256)')
     add('--tokens', type=integer(1, 2**20), default=8, help='T (default: 8)')
-    add('--kernel-backend', choices=('torch', 'triton'), default='torch', help='default: torch')
-    add(
-        '--full',
+    backends = ('torch', 'triton')
+    add_option(add, KERNEL_BACKEND, choices=backends, default='torch', help='default: torch')
+    add_option(
+        add,
+        FULL,
+        dest='full',
         type=integer(0, MOST_LAYERS),
         default=0,
         metavar='K',
-        help='under full recomputation, --recompute-method uniform --recompute-num-layers K',
+        help='under full recomputation, --recompute-method uniform (default: 0, without)',
     )
 
 
@@ -110,18 +132,21 @@ def main(options: argparse.Namespace) -> int:
     n = options.num_streams
     if options.kernel_backend == 'triton' and n not in KERNEL_STREAMS:
         known = ', '.join(map(str, sorted(KERNEL_STREAMS)))
-        refuse(PROGRAM, f'--num-streams {n} with --kernel-backend triton: use one of {known}')
+        refuse(
+            PROGRAM, f'--num-residual-streams {n} with --kernel-backend triton: use one of {known}'
+        )
     least = min(options.sublayers)
     if 2 * options.full > least:
         refuse(
             PROGRAM,
-            f'--full {options.full}: --sublayers {least} are {least // 2} layers; use at most that',
+            f'--recompute-num-layers {options.full}: --num-sublayers {least} are {least // 2} '
+            'layers; use at most that',
         )
     size, room = _estimated_bytes(options), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     if size > room:
         refuse(
             PROGRAM,
-            f'--sublayers {max(options.sublayers)} --num-streams {n} --hidden-size '
+            f'--num-sublayers {max(options.sublayers)} --num-residual-streams {n} --hidden-size '
             f'{options.hidden_size} --tokens {options.tokens}: about {size / 2**30:.0f} GiB, more '
             f'than the {room / 2**30:.0f} GiB of this machine; give smaller ones',
         )

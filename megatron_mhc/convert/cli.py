@@ -10,6 +10,7 @@ import sys
 import time
 
 from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
+from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
@@ -44,14 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=('auto', STANDARD, *TARGETS),
         help='layout of SRC (default: auto, by its saved arguments)',
     )
-    parser.add_argument(
-        '--step',
+    add_option(
+        parser.add_argument,
+        STEP,
         type=integer(0, MOST_TOKENS),
         help='iteration of SRC (default: the latest, by its tracker file)',
     )
     group = parser.add_argument_group('streams for a standard model, exact at step 0')
-    group.add_argument(
-        '--mhc-num-residual-streams', type=integer(), metavar='N', help='n >= 2 (default: 4)'
+    # Here as the launcher has it: help and messages name what a run takes.
+    add_option(
+        group.add_argument,
+        STREAMS[::-1],
+        dest='mhc_num_residual_streams',
+        type=integer(),
+        metavar='N',
+        help='n >= 2 (default: 4)',
     )
     group.add_argument(
         '--mhc-sinkhorn-iterations', type=integer(), metavar='T', help='passes (default: 20)'
