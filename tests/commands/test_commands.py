@@ -1,13 +1,16 @@
-"""All commands together: words of options."""
+"""All commands together: words of options, JSON, progress."""
 
 import argparse
 import importlib
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_mhc import cli
 from megatron_mhc.inputs import options as names
+from megatron_mhc.inputs.progress import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / 'megatron_mhc' / 'docs' / 'commands.md').read_text()
@@ -35,6 +38,24 @@ def below(parser):
 
 
 PARSERS = below(whole_parser())
+LEAVES = [page for page in PARSERS if not any(name.startswith(f'{page} ') for name in PARSERS)]
+LEAVES.remove('')
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The folder that examples and tables find themselves in, with what they read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'torch_profile').mkdir()
+    kernel = {'ph': 'X', 'cat': 'kernel', 'name': 'gemm', 'pid': 0, 'tid': 7, 'ts': 1, 'dur': 2}
+    trace = {'traceEvents': [kernel | {'args': {'device': 0, 'stream': 7}}]}
+    (tmp_path / 'trace.json').write_text(json.dumps(trace))
+    for rank in (0, 1):
+        (tmp_path / 'torch_profile' / f'rank-{rank}.json.gz').touch()
+    (tmp_path / 'plan.csv').touch()
+    core = tmp_path / 'tree' / 'megatron' / 'core'
+    core.mkdir(parents=True)
+    (core / 'package_info.py').write_text("MAJOR = 0\nMINOR = 19\nPATCH = 2\nPRE_RELEASE = ''\n")
 
 
 SHARED = (
@@ -69,3 +90,75 @@ def test_an_older_word_is_the_same_value_and_leaves_the_default():
     plain = whole_parser().parse_args(['recompute'])
     assert (plain.num_streams, plain.segments) == (4, ['none', 'auto', 'stage'])
     assert plain.sublayers == [24, 36, 60] and plain.full == 0
+
+
+SCHEDULE = '--schedule 1f1b --pp 2 --microbatches 4'
+# Page -> a line of it, and keys of what it prints.
+JSON = {
+    'doctor': ('doctor', {'torch', 'patches', 'problem'}),
+    'patch': ('patch tree', {'seams', 'ok', 'megatron_core'}),
+    'schedule list': ('schedule list', {'schedules'}),
+    'schedule show': (f'schedule show {SCHEDULE}', {'ranks', 'placement'}),
+    'schedule validate': (f'schedule validate {SCHEDULE}', {'valid'}),
+    'schedule simulate': (f'schedule simulate {SCHEDULE}', {'makespan', 'span_bubble'}),
+    'schedule compare': (
+        'schedule compare --pp 2 --microbatches 4',
+        {'schedules', 'refused'},
+    ),
+    'schedule trace': ('schedule trace trace.json', {'ranks', 'ok'}),
+    'recipe list': ('recipe list', {'name', 'layouts'}),
+    'recipe show': ('recipe show 3b', {'memory', 'flops'}),
+    'study': ('study 3b --gpus 8 --tp 1 --pp 1 --ep 8', {'points', 'best'}),
+    'docs': ('docs', {'pages'}),
+}
+# Each has a test of its JSON beside what it works on.
+ELSEWHERE = {'convert', 'recompute', 'kernels report', 'kernels accuracy'}
+WITHOUT = {'report'}
+
+
+def strict(text: str) -> object:
+    """JSON as others read it: Python's own NaN is none."""
+
+    def refuse(word):
+        raise AssertionError(f'{word} is not JSON')
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_every_command_with_an_answer_takes_json():
+    assert {*JSON, *ELSEWHERE, *WITHOUT} == {*LEAVES}
+    for page in (*JSON, *ELSEWHERE):
+        assert '--json' in PARSERS[page]._option_string_actions, page
+
+
+@pytest.mark.parametrize('page', JSON)
+def test_json_is_one_object_and_nothing_else(page, files, answer):
+    line, keys = JSON[page]
+    status, out, _ = answer(f'{line} --json')
+    found = strict(out)
+    found = found[0] if isinstance(found, list) else found
+    assert status in (0, 1) and keys <= found.keys()
+
+
+def test_a_page_as_json(answer):
+    found = strict(answer('docs flags --json')[1])
+    assert found['page'] == 'flags' and found['text'].startswith('# Flags')
+
+
+def test_refusals_as_json(answer):
+    assert all(row['remedy'] for row in strict(answer('doctor --refusals --json')[1]))
+
+
+@pytest.mark.parametrize('installed', [True, False])
+def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch, installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, 'tqdm', None)
+    for terminal in (False, True):
+        monkeypatch.setattr('sys.stderr.isatty', lambda terminal=terminal: terminal, raising=False)
+        with progress(2, 'kernels') as advance:
+            advance(1)
+            advance(1)
+        out, err = capsys.readouterr()
+        assert out == '' and ('kernels: ' in err) is terminal
+    # The line is gone at the end.
+    assert err.endswith('\r')
