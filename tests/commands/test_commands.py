@@ -1,14 +1,16 @@
-"""All commands together: words of options, JSON, progress."""
+"""All commands together: words of options, examples, JSON, progress."""
 
 import argparse
-import importlib
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_mhc import cli
+from megatron_mhc.commands.examples import EXAMPLES, examples
 from megatron_mhc.inputs import options as names
 from megatron_mhc.inputs.progress import progress
 
@@ -16,20 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / 'megatron_mhc' / 'docs' / 'commands.md').read_text()
 
 
-def whole_parser():
-    """All commands but the launcher, which has a parser of its own."""
-    parser = argparse.ArgumentParser(prog='megatron-mhc')
-    commands = parser.add_subparsers()
-    for name, (module, _) in cli.COMMANDS.items():
-        if name != 'run':
-            command = commands.add_parser(name)
-            importlib.import_module(f'megatron_mhc.{module}').add_arguments(command)
-    return parser
-
-
 def below(parser):
     """Page, such as ``schedule show`` -> its parser, of all there are."""
-    found = {parser.prog.removeprefix('megatron-mhc').strip(): parser}
+    found = {parser.prog.removeprefix(cli.PROGRAM).strip(): parser}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for one in action.choices.values():
@@ -37,7 +28,7 @@ def below(parser):
     return found
 
 
-PARSERS = below(whole_parser())
+PARSERS = below(cli.build_parser(cli.COMMANDS))
 LEAVES = [page for page in PARSERS if not any(name.startswith(f'{page} ') for name in PARSERS)]
 LEAVES.remove('')
 
@@ -56,6 +47,26 @@ def files(tmp_path, monkeypatch):
     core = tmp_path / 'tree' / 'megatron' / 'core'
     core.mkdir(parents=True)
     (core / 'package_info.py').write_text("MAJOR = 0\nMINOR = 19\nPATCH = 2\nPRE_RELEASE = ''\n")
+
+
+def test_every_page_has_examples_and_no_other_has():
+    assert EXAMPLES.keys() == {*LEAVES}
+
+
+@pytest.mark.parametrize('page', PARSERS)
+def test_examples_are_in_the_help_and_parse(page, files):
+    text = PARSERS[page].format_help()
+    lines = re.findall(r'^  (megatron-mhc\b.*)', text.partition('\nexamples:\n')[2], re.MULTILINE)
+    assert lines == examples(page) and lines
+    for line in lines:
+        assert line.startswith(f'megatron-mhc {page}')
+        parser = cli.build_parser(cli.COMMANDS)
+        parser.parse_args(shlex.split(line.replace(' ...', ''))[1:])
+
+
+def test_help_of_the_launcher_has_examples(answer):
+    status, out, _ = answer('run --help')
+    assert status == 0 and all(line in out for line in examples('run'))
 
 
 SHARED = (
@@ -82,12 +93,12 @@ def test_one_thing_has_one_word_and_takes_the_others(words):
 
 def test_an_older_word_is_the_same_value_and_leaves_the_default():
     line = ['kernels', 'report', '--num-streams', '2']
-    assert whole_parser().parse_args(line).num_streams == [2]
+    assert cli.build_parser(cli.COMMANDS).parse_args(line).num_streams == [2]
     line = 'recipe show 3b --micro-batch 4'.split()
-    assert whole_parser().parse_args(line).micro_batch == 4
+    assert cli.build_parser(cli.COMMANDS).parse_args(line).micro_batch == 4
     line = 'study 3b --recompute 12 auto'.split()
-    assert whole_parser().parse_args(line).recompute == [12, 'auto']
-    plain = whole_parser().parse_args(['recompute'])
+    assert cli.build_parser(cli.COMMANDS).parse_args(line).recompute == [12, 'auto']
+    plain = cli.build_parser(cli.COMMANDS).parse_args(['recompute'])
     assert (plain.num_streams, plain.segments) == (4, ['none', 'auto', 'stage'])
     assert plain.sublayers == [24, 36, 60] and plain.full == 0
 
@@ -111,9 +122,9 @@ JSON = {
     'study': ('study 3b --gpus 8 --tp 1 --pp 1 --ep 8', {'points', 'best'}),
     'docs': ('docs', {'pages'}),
 }
-# Each has a test of its JSON beside what it works on.
+# Each has a test of its JSON beside what it works on; the launcher prints what its script does.
 ELSEWHERE = {'convert', 'recompute', 'kernels report', 'kernels accuracy'}
-WITHOUT = {'report'}
+WITHOUT = {'run', 'report'}
 
 
 def strict(text: str) -> object:
