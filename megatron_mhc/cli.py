@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
 PROGRAM = 'megatron-mhc'
+SHELLS = ('bash', 'zsh')
+COMPLETION = 'megatron_mhc.commands.completion'
 # name -> (module, help)
 COMMANDS = {
     'run': ('run', 'run a pretrain script with --residual-type available'),
@@ -80,6 +82,11 @@ def build_parser(wanted: Container[str]) -> argparse.ArgumentParser:
     """The parser, with the options of the ``wanted`` commands only: the others are words."""
     parser = _Parser(prog=PROGRAM, description='Hyper-connections for Megatron-Core.')
     parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
+    parser.add_argument(
+        '--print-completion',
+        choices=SHELLS,
+        help='print a script for the shell that completes commands and options',
+    )
     commands = parser.add_subparsers(dest='command')
     for name, (module, words) in COMMANDS.items():
         command = commands.add_parser(name, help=words)
@@ -99,7 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     enter_tree_at_hand()
     parser = build_parser(argv[:1])
     options = parser.parse_args(argv)
-    if options.command is None:
+    if options.print_completion:
+        options.answer, options.parser = COMPLETION, build_parser(COMMANDS)
+    elif options.command is None:
         parser.error(f'argument command: missing; choose from {", ".join(COMMANDS)}')
     try:
         status = importlib.import_module(options.answer).main(options)
@@ -108,6 +117,9 @@ def main(argv: list[str] | None = None) -> None:
         # `| head` has read enough. What is left would fail again at exit, so it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except KeyboardInterrupt:
+        # What a shell reports of a program that was interrupted.
+        status = 130
     sys.exit(status)
 
 

@@ -18,7 +18,7 @@ PAGES = {
     'watching': 'TensorBoard, W&B and the report of a run',
     'migrating': "from Megatron-LM's own mHC, and to a newer Megatron-Core",
     'questions': 'asked often, answered in a few lines',
-    'commands': 'the command: what it does, options with one meaning, JSON',
+    'commands': 'options with one meaning, JSON, exit status, completion',
     'flags': 'every flag; recomputation, optimizer, monitors, Transformer Engine, inference',
     'support': 'versions, parallelism, what is refused, kernels',
     'troubleshooting': 'by the text of the error',

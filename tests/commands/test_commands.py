@@ -1,10 +1,12 @@
-"""All commands together: words of options, examples, JSON, progress."""
+"""All commands together: words of options, examples, JSON, exit status, completion."""
 
 import argparse
+import importlib
 import json
 import re
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,54 @@ def test_refusals_as_json(answer):
     assert all(row['remedy'] for row in strict(answer('doctor --refusals --json')[1]))
 
 
+def test_the_table_of_exit_statuses(files, answer, monkeypatch):
+    """Those of the page, each met; 143 in tests/convert, 3 where a training runs."""
+    from megatron_mhc.patches.monitor import STATUS
+
+    met = {
+        answer('docs')[0]: 'done',
+        answer('patch tree')[0]: 'something was found',
+        answer('docs nosuch')[0]: 'wrong input',
+        STATUS: 'alarm',
+        128 + 15: 'SIGTERM',
+    }
+
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('megatron_mhc.commands.docs.main', interrupted)
+    met[answer('docs')[0]] = 'interrupted'
+    listed = {int(row): words for row, words in re.findall(r'^\| (\d+) \| (.*) \|$', PAGE, re.M)}
+    assert listed.keys() == met.keys()
+    assert all(word in listed[status] for status, word in met.items())
+
+
+def test_completion_needs_a_package(answer, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'shtab', None)
+    status, out, err = answer('--print-completion bash')
+    assert (status, out) == (2, '') and err.count('\n') == 1
+    assert "pip install 'megatron-mhc[completion]'" in err
+
+
+@pytest.mark.parametrize('shell', cli.SHELLS)
+def test_completion_is_given_every_command(answer, monkeypatch, shell):
+    """shtab gets the whole parser, with files and the flags of a script."""
+    seen = {}
+
+    def complete(parser, shell):
+        seen.update(below(parser), shell=shell)
+        return 'a script'
+
+    monkeypatch.setitem(
+        sys.modules, 'shtab', types.SimpleNamespace(FILE={'bash': 'files'}, complete=complete)
+    )
+    assert answer(f'--print-completion {shell}') == (0, 'a script\n', '')
+    assert seen.pop('shell') == shell and seen.keys() == PARSERS.keys()
+    assert '--mhc-init' in seen['run']._option_string_actions
+    plan = seen['schedule show']._option_string_actions['--plan']
+    assert plan.complete == {'bash': 'files'}
+
+
 @pytest.mark.parametrize('installed', [True, False])
 def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch, installed):
     if not installed:
@@ -173,3 +223,8 @@ def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch, installed):
         assert out == '' and ('kernels: ' in err) is terminal
     # The line is gone at the end.
     assert err.endswith('\r')
+
+
+def test_what_is_named_in_the_page_is_there():
+    assert {*re.findall(r'^\| `(\w+)` \|', PAGE, re.MULTILINE)} == cli.COMMANDS.keys()
+    assert importlib.import_module(cli.COMPLETION)
