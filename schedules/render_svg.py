@@ -25,13 +25,21 @@ from megatron_mhc.schedules.render_rows import (
     unit,
 )
 from megatron_mhc.schedules.render_window import Window, excerpt, panels, window_of
-from megatron_mhc.schedules.timeline import COMPUTE_LANE, LANES, Entry, Timeline
+from megatron_mhc.schedules.timeline import (
+    COMMUNICATION_LANE,
+    COMPUTE_LANE,
+    HIGH_LANE,
+    LANES,
+    Entry,
+    Timeline,
+)
 
 # Pixels.
 _ROW, _THIN_ROW, _GAP, _MARGIN, _EDGE, _LINE, _BREAK = 24, 12, 3, 86, 12, 18, 34
 _LETTER = 6.2
 _SHORTEST = 20.0
 INK, IDLE = '#444', '#f0f0f0'
+_LANES = {COMMUNICATION_LANE: 'messages', HIGH_LANE: 'side stream'}
 
 
 class Box(NamedTuple):
@@ -127,7 +135,8 @@ def draw(
         y += _GAP if row.rank == previous else 2 * _GAP
         previous = row.rank
         height = _ROW if row.name == COMPUTE_LANE else _THIN_ROW
-        name = f'rank {row.rank}' if row.name == COMPUTE_LANE else row.name
+        lane, _, number = row.name.partition(' ')
+        name = f'rank {row.rank}' if lane == COMPUTE_LANE else f'{_LANES[lane]} {number}'.strip()
         shapes.append(Words(_MARGIN - 6, y + height / 2 + 4, name, 'end'))
         for panel in placed:
             if row.name == COMPUTE_LANE:

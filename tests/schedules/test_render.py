@@ -86,7 +86,7 @@ def test_svg_has_a_box_for_each_operation(timeline):
     assert f'{entry.op}  {entry.start:.6g} to {entry.end:.6g}' in titles
     texts = {t.text for t in root.iter(f'{SVG}text')}
     assert {'rank 0', 'rank 1', 'F0', 'f0', 'F forward', 'SEND hop', '0'} <= texts
-    assert 'R recompute' not in texts
+    assert 'R recompute' not in texts and 'messages' in texts
     assert {'chunk 0: stages 0 to 1', 'chunk 1: stages 2 to 3', 'idle'} <= texts
     assert any(text.startswith('time; the forward of one microbatch') for text in texts)
     right = max(
