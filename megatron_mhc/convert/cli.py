@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import signal
 import sys
 import time
 
 from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
+from megatron_mhc.inputs.as_json import as_json
 from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
@@ -136,7 +136,7 @@ def main(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     load = None if options.dry_run else _how_to_load(report, options.destination)
     if options.json:
-        print(json.dumps(_plain(report) | {'seconds': round(seconds, 1), 'load': load}, indent=2))
+        print(as_json(_plain(report) | {'seconds': round(seconds, 1), 'load': load}))
         return 0
     _print(report)
     if load is None:
