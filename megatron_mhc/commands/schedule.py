@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_mhc.inputs.options import CHUNKS, REBUILDING, SCHEDULE, WithDefaults, add_option
+from megatron_mhc.inputs.options import CHUNKS, PP, REBUILDING, SCHEDULE, WithDefaults, add_option
 from megatron_mhc.inputs.values import input_file, integer, number
 from megatron_mhc.schedules.names import RECOMPUTE_STREAMS, SCHEDULE_NAMES
 from megatron_mhc.trace import command as schedule_trace
@@ -58,13 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             which.add_argument(
                 '--plan', type=input_file, metavar='FILE', help='operations, text or CSV'
             )
-        required = topic == 'compare'
-        which.add_argument(
-            '--pp', type=_COUNT, metavar='P', required=required, help='pipeline ranks'
-        )
-        which.add_argument(
-            '--microbatches', type=_COUNT, metavar='M', required=required, help='of one step'
-        )
+        add_option(which.add_argument, PP, type=_COUNT, metavar='P', help='pipeline ranks')
+        which.add_argument('--microbatches', type=_COUNT, metavar='M', help='of one step')
         held = {'dest': 'chunks', 'type': _COUNT, 'default': 2, 'metavar': 'N'}
         add_option(which.add_argument, CHUNKS, help='stages a rank, of interleaved', **held)
         if topic != 'validate':

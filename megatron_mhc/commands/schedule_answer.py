@@ -175,6 +175,8 @@ def _simulate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    if None in (options.pp, options.microbatches):
+        raise ValueError('--pp and --microbatches: both are needed to compare; give both')
     reason = too_many(options.pp, options.microbatches, options.chunks)
     if reason is not None:
         raise ValueError(reason)

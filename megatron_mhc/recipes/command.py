@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_mhc.inputs.options import MICRO_BATCH, add_option
+from megatron_mhc.inputs.options import EP, MICRO_BATCH, PP, TP, add_option
 from megatron_mhc.inputs.values import MOST_RANKS, flag_of, integer
 from megatron_mhc.recipes.names import LAYOUT_NAMES, MODELS, SIZES
 from megatron_mhc.settings.names import STREAM_TYPES
 
+_WORDS = {'tp': TP, 'pp': PP, 'ep': EP, 'micro_batch': MICRO_BATCH}
 _SIZES = {
     'gpus': 'ranks in all',
     'tp': 'tensor-parallel ranks',
@@ -49,6 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = show.add_argument_group('layout: one by name, or changed')
     ranks.add_argument('--layout', choices=LAYOUT_NAMES, default='8gpu', help='(default: 8gpu)')
     for name in SIZES:
-        words = MICRO_BATCH if name == 'micro_batch' else (flag_of(name),)
+        words = _WORDS.get(name, (flag_of(name),))
         count = {'type': integer(1, MOST_RANKS), 'metavar': 'N'}
         add_option(ranks.add_argument, words, dest=name, help=_SIZES[name], **count)

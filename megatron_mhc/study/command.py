@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_mhc.inputs.options import CHUNKS, MICRO_BATCH, SCHEDULE, SEGMENTS, STREAMS, add_option
+from megatron_mhc.inputs.options import (
+    CHUNKS,
+    EP,
+    MICRO_BATCH,
+    PP,
+    SCHEDULE,
+    SEGMENTS,
+    STREAMS,
+    TP,
+    add_option,
+)
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_RANKS, MOST_STREAMS, input_file, integer
 from megatron_mhc.recipes.names import MODELS
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_SEGMENTS
@@ -41,12 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ranks = parser.add_argument_group('what to combine; several values each').add_argument
     ranks('--gpus', type=_COUNT, nargs='+', metavar='N', help='ranks in all (default: 64)')
-    ranks('--tp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
-    ranks('--pp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
+    add_option(
+        ranks, TP, type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2 in a node)'
+    )
+    add_option(ranks, PP, type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
     add_option(
         ranks, CHUNKS, type=_COUNT, nargs='+', metavar='N', help='of interleaved (default: 2)'
     )
-    ranks('--ep', type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)')
+    add_option(
+        ranks, EP, type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)'
+    )
     ranks('--dp', type=_COUNT, nargs='+', metavar='N', help='keep only these (default: all)')
     known = {'choices': PIPELINE_SCHEDULES, 'metavar': 'NAME'}
     add_option(ranks, SCHEDULE, nargs='+', help=_SCHEDULES, **known)
