@@ -52,6 +52,7 @@ setup(
             'huggingface_hub',
             'safetensors',
         ],
+        'completion': ['shtab'],
         'te': ['transformer-engine[pytorch]'],
         'kernels': ['triton>=' + COMPAT['core_minor'](COMPAT['TRITON_TESTED'][0])],
         'test': [

@@ -53,6 +53,7 @@ def accuracy_table(
     channels: int,
     tokens: int,
     seed: int,
+    advance: Callable[[int], object] = bool,
 ) -> list[Row]:
     """Every op with all its gradients against fp64, and the fused edge against write and read.
 
@@ -60,6 +61,7 @@ def accuracy_table(
         device: a GPU, or the CPU where Triton interprets kernels.
         dtype: of the streams; num_streams: n; channels: C; tokens: T.
         seed: of the random inputs.
+        advance: told of each op that is done, of ``OPS``.
 
     Returns:
         One row for each output and each gradient.
@@ -72,8 +74,9 @@ def accuracy_table(
         raise ValueError(obstacle)
     inputs = _Inputs(device, dtype, num_streams, channels, tokens, seed)
     rows = []
-    for op in (_sinkhorn, _mapping, _pre, _post_res, _sublayer, _fused_edge):
+    for op in OPS:
         rows += op(inputs)
+        advance(1)
     return rows
 
 
@@ -213,6 +216,10 @@ def _fused_edge(inputs: _Inputs) -> list[Row]:
         Row('write_read, write + read', name, error := _error(got, other.double()), 0.0, error == 0)
         for name, got, other in zip(names, *pairs, strict=True)
     ]
+
+
+# In the order of the table.
+OPS = (_sinkhorn, _mapping, _pre, _post_res, _sublayer, _fused_edge)
 
 
 def _rows(

@@ -15,6 +15,14 @@ from megatron_mhc import __version__
 from megatron_mhc.inputs.refusal import OneLineParser
 from megatron_mhc.runtime.script_path import enter_tree_at_hand
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Container
+
+PROGRAM = 'megatron-mhc'
+SHELLS = ('bash', 'zsh')
+COMPLETION = 'megatron_mhc.commands.completion'
 # name -> (module, help)
 COMMANDS = {
     'run': ('run', 'run a pretrain script with --residual-type available'),
@@ -38,7 +46,7 @@ COMMANDS = {
     'kernels': ('commands.kernels', 'about the Triton kernels'),
     'docs': ('commands.docs', 'list the guides, or print one'),
 }
-# name -> the page of `megatron-mhc docs` that its --help ends with.
+# name -> the page of `megatron-mhc docs` that its --help ends with, and those of its topics.
 GUIDES = {
     'doctor': 'troubleshooting',
     'patch': 'patches',
@@ -51,6 +59,42 @@ GUIDES = {
 }
 
 
+class _Parser(OneLineParser):
+    """One of a command or topic: its help ends with examples and the guide."""
+
+    def format_help(self) -> str:
+        page = self.prog.removeprefix(PROGRAM).strip()
+        return super().format_help() + _closing(page)
+
+
+def _closing(page: str) -> str:
+    """What the help of ``page``, such as ``schedule show``, ends with."""
+    from megatron_mhc.commands.examples import examples
+
+    lines = ['', 'examples:', *(f'  {line}' for line in examples(page))]
+    name = page.partition(' ')[0]
+    if name in GUIDES:
+        lines += ['', f'guide: megatron-mhc docs {GUIDES[name]}']
+    return '\n'.join(lines) + '\n'
+
+
+def build_parser(wanted: Container[str]) -> argparse.ArgumentParser:
+    """The parser, with the options of the ``wanted`` commands only: the others are words."""
+    parser = _Parser(prog=PROGRAM, description='Hyper-connections for Megatron-Core.')
+    parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
+    parser.add_argument(
+        '--print-completion',
+        choices=SHELLS,
+        help='print a script for the shell that completes commands and options',
+    )
+    commands = parser.add_subparsers(dest='command')
+    for name, (module, words) in COMMANDS.items():
+        command = commands.add_parser(name, help=words)
+        if name in wanted:
+            importlib.import_module(f'megatron_mhc.{module}').add_arguments(command)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
     """Dispatch to a subcommand; each brings its own ``--help``."""
     argv = sys.argv[1:] if argv is None else argv
@@ -58,18 +102,13 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ['run']:
         from megatron_mhc.run import main as run
 
-        return run(argv[1:], prog='megatron-mhc run')
+        return run(argv[1:], prog=f'{PROGRAM} run', closing=_closing('run'))
     enter_tree_at_hand()
-    parser = OneLineParser(prog='megatron-mhc', description='Hyper-connections for Megatron-Core.')
-    parser.add_argument('--version', action='version', version=f'megatron-mhc {__version__}')
-    commands = parser.add_subparsers(dest='command')
-    for name, (module, words) in COMMANDS.items():
-        guide = f'guide: megatron-mhc docs {GUIDES[name]}' if name in GUIDES else None
-        command = commands.add_parser(name, help=words, epilog=guide)
-        if argv[:1] == [name]:
-            importlib.import_module(f'megatron_mhc.{module}').add_arguments(command)
+    parser = build_parser(argv[:1])
     options = parser.parse_args(argv)
-    if options.command is None:
+    if options.print_completion:
+        options.answer, options.parser = COMPLETION, build_parser(COMMANDS)
+    elif options.command is None:
         parser.error(f'argument command: missing; choose from {", ".join(COMMANDS)}')
     try:
         status = importlib.import_module(options.answer).main(options)
@@ -78,6 +117,9 @@ def main(argv: list[str] | None = None) -> None:
         # `| head` has read enough. What is left would fail again at exit, so it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except KeyboardInterrupt:
+        # What a shell reports of a program that was interrupted.
+        status = 130
     sys.exit(status)
 
 

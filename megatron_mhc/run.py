@@ -19,18 +19,8 @@ from megatron_mhc.runtime.script_path import enter_folder
 from megatron_mhc.settings.groups import EVERY_GROUP
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    """The launcher's own options stand before SCRIPT; everything after it is the script's."""
-    flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-    for add_arguments in EVERY_GROUP:
-        add_arguments(flags)
-    parser = OneLineParser(
-        prog=prog,
-        description='Run a Megatron pretrain script, unmodified, with hyper-connections available.',
-        epilog='flags that SCRIPT gains (beside its own; guide: megatron-mhc docs flags):\n'
-        + flags.format_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The launcher's own options, before SCRIPT; everything after it is the script's."""
     parser.add_argument(
         '--device',
         choices=[device for device in DEVICES if device != 'unchanged'],
@@ -42,12 +32,30 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         'arguments', metavar='ARGS', nargs=argparse.REMAINDER, help='passed to SCRIPT as they are'
     )
+
+
+def build_parser(prog: str, closing: str = '') -> argparse.ArgumentParser:
+    """The launcher's parser; help lists the flags that a script gains, and ends in ``closing``."""
+    flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    for add_group in EVERY_GROUP:
+        add_group(flags)
+    parser = OneLineParser(
+        prog=prog,
+        description='Run a Megatron pretrain script, unmodified, with hyper-connections available.',
+        epilog='flags that SCRIPT gains (beside its own; guide: megatron-mhc docs flags):\n'
+        + flags.format_help()
+        + closing,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
     return parser
 
 
-def main(argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run') -> None:
+def main(
+    argv: list[str] | None = None, prog: str = 'python -m megatron_mhc.run', closing: str = ''
+) -> None:
     """Prepare Megatron, then run the script as ``__main__``."""
-    parser = build_parser(prog)
+    parser = build_parser(prog, closing)
     options = parser.parse_args(argv)
     script = pathlib.Path(options.script)
     if not script.is_file():

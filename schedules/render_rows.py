@@ -1,10 +1,12 @@
-"""What all pictures of a timeline share: rows without overlap, labels, colours."""
+"""What all pictures of a timeline share: rows without overlap, labels, colours, words."""
 
 from __future__ import annotations
 
+from math import ceil
 from typing import NamedTuple
 
 from megatron_mhc.schedules.plan import Kind, Op, Plan
+from megatron_mhc.schedules.render_window import Window
 from megatron_mhc.schedules.timeline import COMPUTE_LANE, LANES, Entry, Timeline
 
 # For readers who cannot tell red from green: Okabe and Ito's palette, lightened under black text.
@@ -39,10 +41,13 @@ class Row(NamedTuple):
     entries: list[Entry]
 
 
-def rows(timeline: Timeline, lanes: tuple[str, ...] = LANES) -> list[Row]:
+def rows(
+    timeline: Timeline, lanes: tuple[str, ...] = LANES, window: Window | None = None
+) -> list[Row]:
     """The entries of ``timeline`` on as few rows a lane as do not overlap, by rank and lane.
 
-    A compute lane is there even if empty, others only if something runs on them.
+    A compute lane is there even if empty, others only if something runs on them. With a ``window``
+    only what it shows.
     """
     found: dict[tuple[int, str], list[list[Entry]]] = {
         (rank, lane): [[]] if lane == COMPUTE_LANE else []
@@ -51,7 +56,7 @@ def rows(timeline: Timeline, lanes: tuple[str, ...] = LANES) -> list[Row]:
     }
     for entry in timeline.entries:
         lines = found.get((entry.rank, entry.lane))
-        if lines is None:
+        if lines is None or not (window is None or window.shows(entry)):
             continue
         free = (line for line in lines if not line or line[-1].end <= entry.start + 1e-9)
         line = next(free, None)
@@ -66,10 +71,38 @@ def rows(timeline: Timeline, lanes: tuple[str, ...] = LANES) -> list[Row]:
     ]
 
 
-def second_chunk(plan: Plan, op: Op) -> bool:
-    """Whether ``op`` belongs to another than the first chunk that its rank holds."""
+def drawn_rows(timeline: Timeline, lanes: tuple[str, ...], window: Window) -> list[Row]:
+    """Those of a picture: a lane beside compute is left out where nothing on it takes time."""
+    return [
+        row
+        for row in rows(timeline, lanes, window)
+        if row.name == COMPUTE_LANE or any(entry.end > entry.start for entry in row.entries)
+    ]
+
+
+def most_chunks(plan: Plan) -> int:
+    """How many stages a rank holds, at most."""
+    return max(map(len, plan.chunks))
+
+
+def chunk_of(plan: Plan, op: Op) -> int:
+    """Which of the stages that its rank holds ``op`` belongs to, from 0."""
     rank = plan.rank_of(op.stage, op.direction)
-    return plan.chunks[rank].index((op.stage, op.direction)) > 0
+    return plan.chunks[rank].index((op.stage, op.direction))
+
+
+def chunk_words(plan: Plan, chunk: int) -> str:
+    """``chunk 1: stages 4 to 7``: what the ranks hold as their chunk of that number."""
+    held = [chunks[chunk] for chunks in plan.chunks if len(chunks) > chunk]
+    stages = sorted(stage for stage, _ in held)
+    listed = f'{stages[0]} to {stages[-1]}'
+    if stages != [*range(stages[0], stages[-1] + 1)]:
+        listed = ', '.join(map(str, stages))
+    name = f'chunk {chunk}'
+    if plan.directions > 1:
+        # Both hold the same stages; microbatches enter each from its own end of the pipeline.
+        name += f', model copy {held[0][1]}'
+    return f'{name}: stages {listed}'
 
 
 def label(plan: Plan, op: Op) -> str:
@@ -83,29 +116,60 @@ def label(plan: Plan, op: Op) -> str:
     if op.microbatch < 0:
         return f'{op.kind}{op.stage}'
     text = f'{op.payload or op.kind}{op.microbatch}{">" * bool(op.payload)}'
-    if max(map(len, plan.chunks)) > 2:
+    if most_chunks(plan) > 2:
         return f'{op.stage}{text}'
-    return text.lower() if second_chunk(plan, op) else text
+    return text.lower() if chunk_of(plan, op) else text
+
+
+def notation(plan: Plan) -> str:
+    """How to read the labels."""
+    most = most_chunks(plan)
+    text = 'F3: forward of microbatch 3'
+    if most == 2:
+        text += '; small letters: the same on chunk 1 of its rank'
+    if most > 2:
+        text = '5F3: forward of microbatch 3 through stage 5'
+    if Kind.FUSE in plan.kinds:
+        text += '; F3+B1: both at once'
+    return text
 
 
 def title(timeline: Timeline) -> str:
-    """One line above a picture."""
+    """One line above a picture: whose it is."""
     plan = timeline.plan
+    return f'{plan.schedule}: {plan.pp} ranks, {plan.microbatches} microbatches'
+
+
+def figures(timeline: Timeline) -> str:
+    """One line above a picture: its numbers, each with what it is."""
     return (
-        f'{plan.schedule}: {plan.pp} ranks, {plan.microbatches} microbatches, '
-        f'step {timeline.makespan:.6g}, bubble {timeline.bubble:.6g} '
-        f'({100 * timeline.bubble_share:.1f} %), peak {timeline.peak_live:.6g} live'
+        f'total time {timeline.makespan:.6g}; bubble (busiest rank idle) {timeline.bubble:.6g}, '
+        f'{100 * timeline.bubble_share:.1f} %; at most {timeline.peak_live:.6g} microbatches in '
+        'flight'
     )
 
 
-def tick_step(makespan: float, ticks: int = 12) -> float:
+def unit(timeline: Timeline) -> str:
+    """What the axis counts."""
+    forward = timeline.times.forward
+    return f'time; the forward of one microbatch through all stages of a rank takes {forward:g}'
+
+
+def tick_step(length: float, ticks: int = 12) -> float:
     """A round distance, 1, 2 or 5 times a power of ten, for about ``ticks`` marks on the axis."""
     step = 1.0
-    while step * ticks > makespan > 0:
+    while step * ticks > length > 0:
         step /= 10
-    while step * ticks < makespan:
+    while step * ticks < length:
         for factor in (1, 2, 5, 10):
-            if step * factor * ticks >= makespan or factor == 10:
+            if step * factor * ticks >= length or factor == 10:
                 step *= factor
                 break
     return step
+
+
+def marks(window: Window, step: float) -> list[float]:
+    """The multiples of ``step`` in ``window``."""
+    first = ceil(window.start / step - 1e-9)
+    last = int(window.end / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]

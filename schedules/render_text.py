@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from megatron_mhc.schedules.plan import Kind
-from megatron_mhc.schedules.render_rows import Row, label, rows, title
+from megatron_mhc.schedules.render_rows import (
+    Row,
+    chunk_words,
+    drawn_rows,
+    figures,
+    label,
+    marks,
+    most_chunks,
+    notation,
+    title,
+    unit,
+)
+from megatron_mhc.schedules.render_window import Window, excerpt, window_of
 from megatron_mhc.schedules.timeline import COMPUTE_LANE, HIGH_LANE, Timeline
 
 _TICK = 10  # columns between two numbers of the axis, at least
@@ -11,7 +23,10 @@ _GAP = ' ~~ '
 
 
 def render_text(
-    timeline: Timeline, width: int = 100, lanes: tuple[str, ...] = (COMPUTE_LANE, HIGH_LANE)
+    timeline: Timeline,
+    width: int = 100,
+    lanes: tuple[str, ...] = (COMPUTE_LANE, HIGH_LANE),
+    window: Window | None = None,
 ) -> str:
     """One line a rank and lane, time to the right.
 
@@ -19,30 +34,34 @@ def render_text(
         timeline: from ``simulate``.
         width: columns; a longer step shows its beginning and its end. 0 for all of it.
         lanes: which lanes; ranks on which nothing there takes time do without its line.
+        window: a part of the step; None for all of it.
     """
-    shown = [
-        row
-        for row in rows(timeline, lanes)
-        if row.name == COMPUTE_LANE or any(e.end > e.start for e in row.entries)
-    ]
+    window = window or window_of(timeline)
+    shown = drawn_rows(timeline, lanes, window)
     scale = _columns_per_unit(timeline)
-    total = round(timeline.makespan * scale)
+    total = round(window.length * scale)
     names = [_name(row) for row in shown]
     margin = max(map(len, names))
     room = max(width - margin - 1, 2 * _TICK) if width else total
     head = tail = 0
+    parts = [window]
     if total > room:
         head = (room - len(_GAP) + 1) // 2
         tail = room - len(_GAP) - head
+        parts = [
+            Window(window.start, window.start + head / scale),
+            Window(window.end - tail / scale, window.end),
+        ]
     cuts = (head, total - tail) if head else ()
-    lines = [''.join(_draw(timeline, row, scale, total, cuts)) for row in shown]
-    lines.append(_axis(timeline.makespan, scale, total))
+    lines = [''.join(_draw(timeline, row, scale, window, total, cuts)) for row in shown]
+    lines.append(_axis(window, scale, total))
     if head:
         lines = [line[:head] + _GAP + line[total - tail :].ljust(tail) for line in lines]
     drawn = [
         f'{name:{margin}} {line}'.rstrip() for name, line in zip([*names, ''], lines, strict=True)
     ]
-    return '\n'.join([title(timeline), *drawn, _legend(timeline, bool(head))]) + '\n'
+    above = [title(timeline), figures(timeline), excerpt(timeline, parts)]
+    return '\n'.join([*filter(None, above), *drawn, *_legend(timeline)]) + '\n'
 
 
 def _columns_per_unit(timeline: Timeline) -> float:
@@ -61,14 +80,23 @@ def _name(row: Row) -> str:
 
 
 def _draw(
-    timeline: Timeline, row: Row, scale: float, total: int, cuts: tuple[int, ...]
+    timeline: Timeline,
+    row: Row,
+    scale: float,
+    window: Window,
+    total: int,
+    cuts: tuple[int, ...],
 ) -> list[str]:
     cells = ['.' if row.name == COMPUTE_LANE else ' '] * total
     for entry in row.entries:
-        start, end = round(entry.start * scale), round(entry.end * scale)
-        if end == start:
+        start = max(round((entry.start - window.start) * scale), 0)
+        end = min(round((entry.end - window.start) * scale), total)
+        if end <= start:
             continue
-        text = label(timeline.plan, entry.op)[: end - start]
+        text = label(timeline.plan, entry.op)
+        if window.cuts(entry) and len(text) > end - start:
+            text = ''
+        text = text[: end - start]
         if any(start < cut < start + len(text) for cut in cuts):
             # Half a number would name another microbatch.
             text = ''
@@ -77,23 +105,22 @@ def _draw(
     return cells
 
 
-def _axis(makespan: float, scale: float, total: int) -> str:
+def _axis(window: Window, scale: float, total: int) -> str:
     step = 1.0
     while step * scale < _TICK:
         step *= 2
     line = ''
-    for mark in range(int(makespan / step) + 1):
-        longer = line.ljust(round(mark * step * scale)) + f'{mark * step:g}'
+    for time in marks(window, step):
+        longer = line.ljust(round((time - window.start) * scale)) + f'{time:g}'
         if len(longer) <= total:
             line = longer
     return line.ljust(total)
 
 
-def _legend(timeline: Timeline, clipped: bool) -> str:
-    text = 'F3: forward of microbatch 3, B backward, I and W its halves, . idle'
-    most = max(map(len, timeline.plan.chunks))
-    if most == 2:
-        text += ", small letters: the rank's second chunk"
-    if most > 2:
-        text = 'stage in front: 5F3; ' + text
-    return text + ('; ~~ the middle is left out' if clipped else '')
+def _legend(timeline: Timeline) -> list[str]:
+    plan = timeline.plan
+    letters = 'B backward, I and W its halves (gradients of input and of weights), . idle'
+    lines = [unit(timeline), notation(plan), letters]
+    if most_chunks(plan) > 1:
+        lines.append('; '.join(chunk_words(plan, chunk) for chunk in range(most_chunks(plan))))
+    return lines

@@ -6,16 +6,20 @@ import json
 
 from megatron_mhc.schedules.plan import Kind
 from megatron_mhc.schedules.render_rows import NAMES, rows
-from megatron_mhc.schedules.timeline import Timeline
+from megatron_mhc.schedules.render_window import Window
+from megatron_mhc.schedules.timeline import LANES, Timeline
 
 MICROSECONDS = 1000.0  # of the trace, per unit of the timeline
 
 
-def render_trace(timeline: Timeline) -> str:
-    """The JSON of a trace: a process for each rank, a thread for each lane, a unit is 1 ms."""
+def render_trace(timeline: Timeline, window: Window | None = None) -> str:
+    """The JSON of a trace: a process for each rank, a thread for each lane, a unit is 1 ms.
+
+    With a ``window`` only the operations of which some is inside, each of them whole.
+    """
     events: list[dict[str, object]] = []
     threads: dict[int, int] = {}
-    for row in rows(timeline):
+    for row in rows(timeline, LANES, window):
         if row.rank not in threads:
             events.append(_name('process_name', row.rank, 0, f'rank {row.rank}'))
             sort: dict[str, object] = {

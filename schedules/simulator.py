@@ -91,7 +91,7 @@ class _Simulation:
         if self.blocked:
             raise ValueError(self._stuck())
         order = sorted(self.entries, key=lambda entry: (entry.start, entry.rank))
-        return Timeline(self.plan, tuple(order), tuple(self.exposed))
+        return Timeline(self.plan, tuple(order), tuple(self.exposed), self.times)
 
     def _program(self, ops: tuple[Op, ...]) -> list[tuple[Op, float]]:
         """The operations with their times; slots in their parts where they are not atomic."""

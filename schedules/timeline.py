@@ -1,8 +1,9 @@
 """What the simulator finds: when each operation of a plan runs, and what that costs.
 
 A *makespan* bubble is step time minus work: right where the optimizer waits for all ranks, as in
-Megatron with a gradient norm. A *span* bubble counts from a rank's own first operation to its last,
-as the zero-bubble papers do (arXiv 2401.10241). They differ; never compare one with the other.
+Megatron with a gradient norm. A *span* bubble, *inner bubble* where it is printed, counts from a
+rank's own first operation to its last, as the zero-bubble papers do (arXiv 2401.10241). They
+differ; never compare one with the other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_mhc.schedules.plan import Op, Plan
+from megatron_mhc.schedules.times import Times
 from megatron_mhc.schedules.validator import live_activations
 
 COMPUTE_LANE, COMMUNICATION_LANE, HIGH_LANE = LANES = ('compute', 'comm', 'high')
@@ -39,11 +41,13 @@ class Timeline:
         entries: by start.
         exposed_hops: per rank, for how long its compute waited while the tensor it waited for was
             on its way.
+        times: what the operations were said to take.
     """
 
     plan: Plan
     entries: tuple[Entry, ...]
     exposed_hops: tuple[float, ...]
+    times: Times
 
     @cached_property
     def makespan(self) -> float:

@@ -66,8 +66,8 @@ LIBRARIES = {
     'patches': 'torch packaging numpy megatron',
 }
 LAZY_LIBRARIES = (
-    'jinja2 matplotlib megatron.core megatron.training numpy safetensors tensorboard tqdm torch '
-    'triton yaml'
+    'jinja2 matplotlib megatron.core megatron.training numpy safetensors shtab tensorboard tqdm '
+    'torch triton yaml'
 )
 # These may need torch: they run what the others of their room describe.
 NEED_TORCH = tuple(

@@ -110,7 +110,7 @@ def _products(a: Tensor, b: Tensor, channels: int) -> Tensor:
     """``[..., m, k]`` inner products of the streams of a ``[..., m*C]`` and b ``[..., k*C]``."""
     first, second = (t.unflatten(-1, (-1, channels)) for t in (a, b))
     if a.device.type == 'cpu':
-        return first @ second.mT
+        return torch.matmul(first, second.mT)
     # No matmul on a GPU, as above.
     return torch.stack([(row.unsqueeze(-2) * second).sum(-1) for row in first.unbind(-2)], dim=-2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ PAGES = {
     'watching': 'TensorBoard, W&B and the report of a run',
     'migrating': "from Megatron-LM's own mHC, and to a newer Megatron-Core",
     'questions': 'asked often, answered in a few lines',
+    'commands': 'options with one meaning, JSON, exit status, completion',
     'flags': 'every flag; recomputation, optimizer, monitors, Transformer Engine, inference',
     'support': 'versions, parallelism, what is refused, kernels',
     'troubleshooting': 'by the text of the error',
@@ -38,12 +40,16 @@ PAGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The page, or none for the list."""
     parser.add_argument('page', nargs='?', choices=list(PAGES), metavar='PAGE', help='to print')
+    parser.add_argument('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(answer=__name__)
 
 
 def main(options: argparse.Namespace) -> int:
     """List the pages, or print one of them: through a pager on a terminal, else as it is."""
     if options.page is None:
+        if options.json:
+            print(json.dumps({'pages': PAGES}, indent=2))
+            return 0
         for page, words in PAGES.items():
             print(f'{page:16} {words}')
         return 0
@@ -52,7 +58,9 @@ def main(options: argparse.Namespace) -> int:
         text = path.read_text(encoding='utf-8')
     except OSError as error:
         refuse('megatron-mhc docs', f'{path}: {error.strerror}; install the package again')
-    if sys.stdout.isatty():
+    if options.json:
+        print(json.dumps({'page': options.page, 'about': PAGES[options.page], 'text': text}))
+    elif sys.stdout.isatty():
         import pydoc
 
         pydoc.pager(text)

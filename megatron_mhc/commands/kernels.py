@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_mhc.inputs.options import STREAMS, WithDefaults, add_option
 from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
 from megatron_mhc.kernels.defaults import ACCURACY_SIZES, ARCHITECTURES, DTYPES, KERNEL_STREAMS
 
@@ -38,11 +39,12 @@ def _add_report(topics: Any) -> None:
         'report',
         help='compile every kernel, without a GPU, and check what it takes',
         description=_REPORT,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=WithDefaults,
     )
     add = parser.add_argument
     add('--arch', type=_arch, nargs='+', default=[*ARCHITECTURES], help='compute capabilities')
-    add('--num-streams', type=_streams, nargs='+', default=[1, 2, 4], help='n')
+    streams = {'dest': 'num_streams', 'type': _streams, 'nargs': '+', 'metavar': 'N'}
+    add_option(add, STREAMS, default=[1, 2, 4], help='n', **streams)
     add('--hidden-size', type=integer(1, MOST_WIDTH), default=4096, help='C')
     add('--tokens', type=integer(1, MOST_TOKENS), default=8192, help='T, sequence times microbatch')
     add('--dtype', type=_dtype, default='bf16', help='of the streams: bf16, fp16 or fp32')
@@ -60,7 +62,16 @@ def _add_accuracy(topics: Any) -> None:
     devices = sorted(ACCURACY_SIZES)
     add('--device', choices=devices, help='default: cuda where there is one, else cpu')
     streams = sorted(KERNEL_STREAMS)
-    add('--num-streams', type=integer(), choices=streams, default=4, help='n (default: 4)')
+    add_option(
+        add,
+        STREAMS,
+        dest='num_streams',
+        metavar='N',
+        type=integer(),
+        choices=streams,
+        default=4,
+        help=f'n: {", ".join(map(str, streams))} (default: 4)',
+    )
     add('--hidden-size', type=integer(1, 2**16), help='C (default: 4096, on the CPU 100)')
     add('--tokens', type=integer(1, 2**20), help='T (default: 2048, on the CPU 35)')
     add('--dtype', choices=sorted(DTYPES), default='bf16', help='of the streams (default: bf16)')

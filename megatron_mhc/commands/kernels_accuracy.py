@@ -7,11 +7,12 @@ and gradient with its bound.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 from typing import Any
 
+from megatron_mhc.inputs.as_json import as_json
+from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.kernels.defaults import ACCURACY_SIZES, DTYPES
@@ -34,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
         import triton
     except ModuleNotFoundError:
         refuse(PROGRAM, "Triton is not installed; pip install 'megatron-mhc[kernels]'")
-    from megatron_mhc.kernels.accuracy import TRUNCATES, accuracy_table
+    from megatron_mhc.kernels.accuracy import OPS, TRUNCATES, accuracy_table
     from megatron_mhc.kernels.triton.launch import interpreted
 
     hidden_size, tokens = ACCURACY_SIZES[device]
@@ -45,7 +46,9 @@ def main(options: argparse.Namespace) -> int:
         'seed': secrets.randbits(32) if options.seed is None else options.seed,
     }
     try:
-        rows = accuracy_table(torch.device(device), getattr(torch, DTYPES[options.dtype]), **shape)
+        with progress(len(OPS), 'ops') as advance:
+            dtype = getattr(torch, DTYPES[options.dtype])
+            rows = accuracy_table(torch.device(device), dtype, **shape, advance=advance)
     except ValueError as error:
         refuse(PROGRAM, f'--device {device}: {error}')
     found = {
@@ -58,7 +61,7 @@ def main(options: argparse.Namespace) -> int:
         'ok': all(row.ok for row in rows),
     }
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(as_json(found))
     else:
         _print(found)
     return int(not found['ok'])

@@ -11,11 +11,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.kernels.defaults import DTYPES
@@ -72,11 +72,12 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     place = Path(triton.__file__).parent
     print(f'{PROGRAM}: {len(pairs)} to compile', file=sys.stderr)
-    results = _progress(compile_launches(pairs), len(pairs))
-    rows = [
-        _row(launch, arch, result, options.record, triton.__version__, options.dtype)
-        for (launch, arch), result in zip(pairs, results, strict=True)
-    ]
+    rows = []
+    with progress(len(pairs), 'kernels') as advance:
+        for (launch, arch), result in zip(pairs, compile_launches(pairs), strict=True):
+            record, version = options.record, triton.__version__
+            rows.append(_row(launch, arch, result, record, version, options.dtype))
+            advance(1)
     return {
         'triton': triton.__version__,
         'triton_path': str(place),
@@ -118,23 +119,6 @@ def _traffic(name: str, n: int, form: Traffic, total: int) -> dict[str, Any]:
     return {'num_streams': n, 'form': name, **asdict(form), 'elements': form.elements} | {
         'bytes': total
     }
-
-
-def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
-    """Count ``results`` on stderr where a person reads it."""
-    if not sys.stderr.isatty():
-        return iter(results)
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return _count(results, total)
-    return iter(tqdm(results, total=total, file=sys.stderr, leave=False))
-
-
-def _count(results: Iterable[Any], total: int) -> Iterator[Any]:
-    for done, result in enumerate(results, 1):
-        print(f'\r{done}/{total}', end='' if done < total else '\n', file=sys.stderr, flush=True)
-        yield result
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -9,11 +9,25 @@ backward, gradients.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_mhc.inputs.options import (
+    FULL,
+    KERNEL_BACKEND,
+    SEGMENTS,
+    STREAMS,
+    SUBLAYERS,
+    add_option,
+)
+from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
 from megatron_mhc.kernels.defaults import KERNEL_STREAMS
 from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS
@@ -27,16 +41,10 @@ if TYPE_CHECKING:
 
 PROGRAM = 'megatron-mhc recompute'
 HEADS = 4
-COLUMNS = (
-    'L',
-    'segments',
-    'L_r',
-    'kept: mHC',
-    'formula',
-    'peak: mHC',
-    'formula',
-    'all: kept',
-    'peak',
+UNIT = 'C values a token'
+HEAD = (
+    *('L', 'segments', 'L_r', 'kept: mHC', 'formula', 'peak: mHC', 'formula'),
+    *('all: kept', 'peak'),
 )
 
 
@@ -54,28 +62,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(answer=__name__)
     parser.description = __doc__.partition('\n\n')[2]
     add = parser.add_argument
-    add(
-        '--sublayers', type=_even, nargs='+', default=[24, 36, 60], metavar='L', help='even numbers'
+    add_option(
+        add,
+        SUBLAYERS,
+        dest='sublayers',
+        type=_even,
+        nargs='+',
+        default=[24, 36, 60],
+        metavar='L',
+        help='even numbers (default: 24 36 60)',
     )
-    add(
-        *('--segments', '--blocks'),
+    add_option(
+        add,
+        SEGMENTS,
+        dest='segments',
         nargs='+',
         type=integer(1, 2 * MOST_LAYERS, 'default: none auto stage', words=RECOMPUTE_SEGMENTS),
         default=['none', 'auto', 'stage'],
         metavar='B',
         help='values of --mhc-recompute-layer-num (default: none auto stage)',
     )
-    add('--num-streams', type=integer(1, MOST_STREAMS), default=4, help='n (default: 4)')
+    streams = integer(1, MOST_STREAMS)
+    known = {'dest': 'num_streams', 'type': streams, 'metavar': 'N'}
+    add_option(add, STREAMS, default=4, help='n (default: 4)', **known)
     add('--hidden-size', type=integer(HEADS, 2**16), default=256, help='C (default: 256)')
     add('--tokens', type=integer(1, 2**20), default=8, help='T (default: 8)')
-    add('--kernel-backend', choices=('torch', 'triton'), default='torch', help='default: torch')
-    add(
-        '--full',
+    backends = ('torch', 'triton')
+    add_option(add, KERNEL_BACKEND, choices=backends, default='torch', help='default: torch')
+    add_option(
+        add,
+        FULL,
+        dest='full',
         type=integer(0, MOST_LAYERS),
         default=0,
         metavar='K',
-        help='under full recomputation, --recompute-method uniform --recompute-num-layers K',
+        help='under full recomputation, --recompute-method uniform (default: 0, without)',
     )
+    add('--json', action='store_true', help='print one JSON object')
 
 
 def _even(text: str) -> int:
@@ -97,7 +120,7 @@ def _estimated_bytes(options: argparse.Namespace) -> int:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print one row for each L and kind of segment."""
+    """Print one row for each L and kind of segment; 0."""
     import torch
 
     from megatron_mhc.settings.residual import ResidualConfig
@@ -110,18 +133,21 @@ def main(options: argparse.Namespace) -> int:
     n = options.num_streams
     if options.kernel_backend == 'triton' and n not in KERNEL_STREAMS:
         known = ', '.join(map(str, sorted(KERNEL_STREAMS)))
-        refuse(PROGRAM, f'--num-streams {n} with --kernel-backend triton: use one of {known}')
+        refuse(
+            PROGRAM, f'--num-residual-streams {n} with --kernel-backend triton: use one of {known}'
+        )
     least = min(options.sublayers)
     if 2 * options.full > least:
         refuse(
             PROGRAM,
-            f'--full {options.full}: --sublayers {least} are {least // 2} layers; use at most that',
+            f'--recompute-num-layers {options.full}: --num-sublayers {least} are {least // 2} '
+            'layers; use at most that',
         )
     size, room = _estimated_bytes(options), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     if size > room:
         refuse(
             PROGRAM,
-            f'--sublayers {max(options.sublayers)} --num-streams {n} --hidden-size '
+            f'--num-sublayers {max(options.sublayers)} --num-residual-streams {n} --hidden-size '
             f'{options.hidden_size} --tokens {options.tokens}: about {size / 2**30:.0f} GiB, more '
             f'than the {room / 2**30:.0f} GiB of this machine; give smaller ones',
         )
@@ -136,23 +162,49 @@ def main(options: argparse.Namespace) -> int:
         ]
     except ValueError as error:
         refuse(PROGRAM, str(error))
-    start_megatron()
-    print(' | '.join(COLUMNS))
-    for sublayers in options.sublayers:
-        for residual in residuals:
-            layers = build(sublayers // 2, residual, options.hidden_size, options.full)
-            row = measure(layers, options.tokens, n * options.hidden_size)
-            values = [f'{b / (options.tokens * options.hidden_size * 4):.1f}' for b in row]
-            size = layers.layers[0].recompute_segment_size
-            # What a checkpoint keeps and recomputes is not in the formula.
-            formula = ('-', '-') if options.full else costs(n, sublayers, size)
-            cells = (
-                *(sublayers, residual.recompute_layer_num, size or '-', values[1], formula[0]),
-                *(values[3], formula[1], values[0], values[2]),
-            )
-            pairs = zip(cells, COLUMNS, strict=True)
-            print(' | '.join(f'{cell!s:>{len(name)}}' for cell, name in pairs))
+    # Megatron and torch may have something to say.
+    with contextlib.redirect_stdout(sys.stderr):
+        start_megatron()
+        rows = [*_measured(options, residuals)]
+    if options.json:
+        about = {'num_residual_streams': n, 'hidden_size': options.hidden_size}
+        print(json.dumps(about | {'tokens': options.tokens, 'unit': UNIT, 'rows': rows}, indent=2))
+    else:
+        print(*table([HEAD, *map(_cells, rows)], '>'), sep='\n')
     return 0
+
+
+def _measured(
+    options: argparse.Namespace, residuals: list[ResidualConfig]
+) -> Iterator[dict[str, Any]]:
+    """One row for each L and kind of segment, as plain values: C values a token."""
+    n, value = options.num_streams, 4 * options.tokens * options.hidden_size
+    with progress(len(options.sublayers) * len(residuals), 'recompute') as advance:
+        for sublayers in options.sublayers:
+            for residual in residuals:
+                layers = build(sublayers // 2, residual, options.hidden_size, options.full)
+                row = measure(layers, options.tokens, n * options.hidden_size)
+                size = layers.layers[0].recompute_segment_size
+                # What a checkpoint keeps and recomputes is not in the formula.
+                formula = (None, None) if options.full else costs(n, sublayers, size)
+                yield {
+                    'sublayers': sublayers,
+                    'segments': residual.recompute_layer_num,
+                    'segment_size': size or None,
+                    **{key: bytes_ / value for key, bytes_ in row._asdict().items()},
+                    'kept_by_formula': formula[0],
+                    'peak_by_formula': formula[1],
+                }
+                advance(1)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    keys = ('sublayers', 'segments', 'segment_size', 'kept_by_mhc', 'kept_by_formula')
+    values = [row[key] for key in (*keys, 'peak_of_mhc', 'peak_by_formula', 'kept', 'peak')]
+    return tuple(
+        '-' if value is None else f'{value:.1f}' if isinstance(value, float) else str(value)
+        for value in values
+    )
 
 
 def costs(n: int, sublayers: int, size: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_mhc.inputs.options import CHUNKS, PP, REBUILDING, SCHEDULE, WithDefaults, add_option
 from megatron_mhc.inputs.values import input_file, integer, number
 from megatron_mhc.schedules.names import RECOMPUTE_STREAMS, SCHEDULE_NAMES
 from megatron_mhc.trace import command as schedule_trace
@@ -24,10 +25,15 @@ _HELP = {
     'list': 'the schedules and what they need',
     'show': 'draw a schedule, or write its operations',
     'validate': 'prove that a schedule or a plan file is complete and cannot hang',
-    'simulate': 'step time, bubble and live activations of a schedule',
+    'simulate': 'total time, bubble and microbatches in flight of a schedule',
     'compare': 'a table of all schedules for these ranks and microbatches',
 }
 _FORMAT = 'of the output; text and csv are what --plan reads, the others pictures'
+_FROM = 'begin the picture at this time, in the unit of the times'
+_WIDTH = (
+    'columns of a drawing (default: the terminal), pixels of a PNG (default: 2400) or of an SVG '
+    '(default: all of it); 0 for all of it'
+)
 _COUNT, _TIME, _FACTOR = integer(1), number(0, 1e15), number(0, above=True)
 
 
@@ -40,25 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             topic,
             help=words,
             description=words[0].upper() + words[1:] + '.',
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=WithDefaults,
         )
         parser.add_argument('--json', action='store_true', help='print one JSON object')
         if topic == 'list':
             continue
         which = parser.add_argument_group('which plan')
         if topic != 'compare':
-            which.add_argument(
-                '--schedule', choices=SCHEDULE_NAMES, metavar='NAME', help='see list'
-            )
+            known = {'choices': SCHEDULE_NAMES, 'metavar': 'NAME'}
+            add_option(which.add_argument, SCHEDULE, help='see list', **known)
             which.add_argument(
                 '--plan', type=input_file, metavar='FILE', help='operations, text or CSV'
             )
-        required = topic == 'compare'
-        which.add_argument('--pp', type=_COUNT, metavar='P', required=required, help='ranks')
-        which.add_argument(
-            '--microbatches', type=_COUNT, metavar='M', required=required, help='of one step'
-        )
-        which.add_argument('--chunks', type=_COUNT, default=2, help='a rank, of interleaved')
+        add_option(which.add_argument, PP, type=_COUNT, metavar='P', help='pipeline ranks')
+        which.add_argument('--microbatches', type=_COUNT, metavar='M', help='of one step')
+        held = {'dest': 'chunks', 'type': _COUNT, 'default': 2, 'metavar': 'N'}
+        add_option(which.add_argument, CHUNKS, help='stages a rank, of interleaved', **held)
         if topic != 'validate':
             which.add_argument(
                 '--lowered', action='store_true', help='with communication, as it is executed'
@@ -66,20 +69,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_times(parser)
         if topic == 'show':
             parser.add_argument('--format', choices=FORMATS, default='drawing', help=_FORMAT)
-            parser.add_argument('--output', type=Path, metavar='FILE', help='instead of stdout')
             parser.add_argument(
-                '--width',
-                type=integer(0),
-                help='columns of a drawing, 0 for all (default: terminal)',
+                '-o', '--output', type=Path, metavar='FILE', help='instead of stdout'
             )
+            _add_extent(parser)
     schedule_trace.add_parser(topics)
+
+
+def _add_extent(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('how much of it; what is too wide loses its middle')
+    group.add_argument('--from', dest='start', type=_TIME, metavar='T', help=_FROM)
+    group.add_argument('--to', dest='end', type=_TIME, metavar='T', help='end there')
+    group.add_argument('--width', type=integer(0), metavar='N', help=_WIDTH)
 
 
 def _add_times(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('times, in any unit, of one microbatch on a whole rank')
     add = group.add_argument
     for name, (default, words) in TIMES.items():
-        add(f'--{name}', type=_TIME, metavar='T', default=default, help=words)
+        names = REBUILDING if name == 'recompute' else (f'--{name}',)
+        settings = {'dest': name.replace('-', '_'), 'type': _TIME, 'metavar': 'T', 'help': words}
+        add_option(add, names, default=default, **settings)
     add('--fused-slot-factor', type=_FACTOR, metavar='A', default=1.0, help='of F + B')
     add('--stage-scale', type=_FACTOR, nargs='+', metavar='X', help='a factor for each stage')
     add('--recompute-stream', choices=RECOMPUTE_STREAMS, default='compute', help='of R')

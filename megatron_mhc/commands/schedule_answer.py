@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_mhc.schedules.plan_text import read_plan, write_csv, write_text
 from megatron_mhc.schedules.render_svg import render_svg
 from megatron_mhc.schedules.render_text import render_text
 from megatron_mhc.schedules.render_trace import render_trace
+from megatron_mhc.schedules.render_window import window_of
 from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.timeline import COMPUTE_LANE, HIGH_LANE, LANES, Timeline
 from megatron_mhc.schedules.times import Times
@@ -30,6 +32,16 @@ PROGRAM = 'megatron-mhc schedule'
 _MOST_BYTES, _MOST_TIMED = 2**28, 2**20
 # Enough for the sums of a step; the digits behind are rounding.
 _DIGITS = 9
+_PICTURES = ('drawing', 'svg', 'png', 'trace')
+# What ``simulate`` and ``compare`` print: key, words, and what they mean.
+_FIGURES = (
+    ('makespan', 'total time', 'of one step, until the last rank is done'),
+    ('work', 'compute', 'of the busiest rank'),
+    ('bubble', 'bubble', 'time in which the busiest rank does not compute'),
+    ('span_bubble', 'inner bubble', "between a rank's first and last operation, where it is most"),
+    ('exposed_hop', 'exposed comm.', 'time that the rank that waits most stands still for tensors'),
+    ('peak_live', 'in flight', 'microbatches whose activations a rank holds at once, at most'),
+)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -73,6 +85,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
+    _check_extent(options)
     plan = _plan(options)
     if options.json:
         ranks = [[str(op) for op in ops] for ops in plan.ranks]
@@ -97,22 +110,35 @@ def _show(options: argparse.Namespace) -> None:
         ) from error
 
 
-def _draw(timeline: Timeline, options: argparse.Namespace) -> str | bytes:
-    if options.format == 'svg':
-        return render_svg(timeline)
-    if options.format == 'trace':
-        return render_trace(timeline)
-    if options.format == 'png':
-        from megatron_mhc.commands.schedule_png import render_png
+def _check_extent(options: argparse.Namespace) -> None:
+    """Raise ValueError for a part of a picture where there is none to cut."""
+    shape = '--json' if options.json else f'--format {options.format}'
+    taken = {'--from': options.start, '--to': options.end, '--width': options.width}
+    if not options.json and options.format in _PICTURES:
+        if options.format != 'trace':
+            return
+        taken = {'--width': options.width}
+    for flag, value in taken.items():
+        if value is not None:
+            raise ValueError(f'{flag} {value:g} has no effect with {shape}; drop one of them')
 
-        return render_png(timeline)
-    width = options.width
+
+def _draw(timeline: Timeline, options: argparse.Namespace) -> str | bytes:
+    window, width = window_of(timeline, options.start, options.end), options.width
+    if options.format == 'svg':
+        return render_svg(timeline, window=window, widest=width or inf)
+    if options.format == 'trace':
+        return render_trace(timeline, window)
+    if options.format == 'png':
+        from megatron_mhc.commands.schedule_png import WIDTH, render_png
+
+        return render_png(timeline, window, WIDTH if width is None else width)
     if width is None:
         # A file is no narrower than a step is long.
         wide = options.output is not None or not sys.stdout.isatty()
         width = 0 if wide else shutil.get_terminal_size().columns
     lanes = LANES if options.lowered else (COMPUTE_LANE, HIGH_LANE)
-    return render_text(timeline, width, lanes)
+    return render_text(timeline, width, lanes, window)
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -140,19 +166,17 @@ def _simulate(options: argparse.Namespace) -> None:
     print(
         f'{plan.schedule}: {plan.pp} ranks, {plan.microbatches} microbatches, hop {options.hop:g}'
     )
-    lines = (
-        ('step (makespan)', 'makespan', ''),
-        ('work of the busiest rank', 'work', ''),
-        ('bubble', 'bubble', f'{100 * found["bubble_share"]:.1f} % of the step'),
-        ('span bubble', 'span_bubble', "between a rank's first and last operation"),
-        ('exposed hops', 'exposed_hop', 'of the rank that waits longest'),
-        ('peak live activations', 'peak_live', 'microbatches of a whole rank'),
-    )
-    cells = ((words, f'{found[key]:.6g}', note) for words, key, note in lines)
+    share = f'{100 * found["bubble_share"]:.1f} % of the total time; '
+    cells = [
+        (words, f'{found[key]:.6g}', share * (key == 'bubble') + note)
+        for key, words, note in _FIGURES
+    ]
     print(*table(cells, '<><'), sep='\n')
 
 
 def _compare(options: argparse.Namespace) -> None:
+    if None in (options.pp, options.microbatches):
+        raise ValueError('--pp and --microbatches: both are needed to compare; give both')
     reason = too_many(options.pp, options.microbatches, options.chunks)
     if reason is not None:
         raise ValueError(reason)
@@ -176,18 +200,23 @@ def _compare(options: argparse.Namespace) -> None:
         print(json.dumps(numbers | {'schedules': rows, 'refused': refused}))
         return
     print(f'{options.pp} ranks, {options.microbatches} microbatches, hop {options.hop:g}')
-    head = 'schedule step bubble span_bubble exposed peak_live share hops copies'.split()
-    keys = ('makespan', 'bubble', 'span_bubble', 'exposed_hop', 'peak_live')
+    figures = [figure for figure in _FIGURES if figure[0] != 'work']
+    head = ('schedule', *(words for _, words, _ in figures), 'bubble %', 'hops', 'parameters')
     cells = [
         (
-            *(row['schedule'], *(f'{row[key]:.6g}' for key in keys)),
-            *(f'{row["bubble_share"]:.1%}', row['hops'], row['model_copies']),
+            *(row['schedule'], *(f'{row[key]:.6g}' for key, _, _ in figures)),
+            *(f'{100 * row["bubble_share"]:.1f}', row['hops'], f'{row["model_copies"]}x'),
         )
         for row in rows
     ]
     print(*table([head, *cells], '<>'), sep='\n')
     for row in refused:
         print(f'{row["schedule"]:14} refused: {row["reason"]}')
+    print()
+    notes = [(words, note) for _, words, note in figures]
+    notes.append(('hops', "how often a microbatch's activation goes from rank to rank"))
+    notes.append(('parameters', 'that a rank holds, against its share of one model'))
+    print(*table(notes), sep='\n')
 
 
 def _plan(options: argparse.Namespace) -> Plan:

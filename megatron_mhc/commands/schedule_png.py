@@ -5,16 +5,23 @@ from __future__ import annotations
 import io
 
 from megatron_mhc.schedules.render_svg import INK, Box, draw
-from megatron_mhc.schedules.timeline import Timeline
+from megatron_mhc.schedules.render_window import Window
+from megatron_mhc.schedules.timeline import LANES, Timeline
 
-# Pixels of the PNG for one of the SVG, and a side that viewers still open.
-_SHARPNESS, _LARGEST = 1.5, 30_000
+# Pixels of the PNG for one of the SVG, a side that viewers still open, and a width that shows on a
+# screen as it is.
+_SHARPNESS, _LARGEST, WIDTH = 1.5, 30_000, 2400
 _DPI = 100
 _SIDES = {'start': 'left', 'middle': 'center', 'end': 'right'}
 
 
-def render_png(timeline: Timeline) -> bytes:
+def render_png(timeline: Timeline, window: Window | None = None, width: int = WIDTH) -> bytes:
     """The PNG file.
+
+    Args:
+        timeline: from ``simulate``.
+        window: a part of the step; None for all of it.
+        width: pixels; a longer step shows its beginning and its end. 0 for all that fits in a file.
 
     Raises:
         RuntimeError: matplotlib is not installed.
@@ -29,10 +36,11 @@ def render_png(timeline: Timeline) -> bytes:
             'a PNG needs matplotlib, which is not installed; pip install matplotlib, '
             'or take --format svg'
         ) from error
-    width, height, shapes = draw(timeline, widest=_LARGEST / _SHARPNESS)
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_SHARPNESS * _DPI)
+    widest = min(width or _LARGEST, _LARGEST) / _SHARPNESS
+    across, down, shapes = draw(timeline, LANES, window, widest)
+    figure = Figure(figsize=(across / _DPI, down / _DPI), dpi=_SHARPNESS * _DPI)
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, across), ylim=(down, 0))
     axes.set_axis_off()
     boxes = [shape for shape in shapes if isinstance(shape, Box)]
     # All in one call: a call each takes minutes for a long step.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import pathlib
 import signal
 import sys
 import time
 
 from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
+from megatron_mhc.inputs.as_json import as_json
+from megatron_mhc.inputs.options import STEP, STREAMS, add_option
+from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
@@ -17,7 +19,6 @@ from megatron_mhc.kernels.defaults import NORM_EPS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from typing import Any
 
     from megatron_mhc.convert.conversion import Converted
@@ -44,14 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=('auto', STANDARD, *TARGETS),
         help='layout of SRC (default: auto, by its saved arguments)',
     )
-    parser.add_argument(
-        '--step',
+    add_option(
+        parser.add_argument,
+        STEP,
         type=integer(0, MOST_TOKENS),
         help='iteration of SRC (default: the latest, by its tracker file)',
     )
     group = parser.add_argument_group('streams for a standard model, exact at step 0')
-    group.add_argument(
-        '--mhc-num-residual-streams', type=integer(), metavar='N', help='n >= 2 (default: 4)'
+    # Here as the launcher has it: help and messages name what a run takes.
+    add_option(
+        group.add_argument,
+        STREAMS[::-1],
+        dest='mhc_num_residual_streams',
+        type=integer(),
+        metavar='N',
+        help='n >= 2 (default: 4)',
     )
     group.add_argument(
         '--mhc-sinkhorn-iterations', type=integer(), metavar='T', help='passes (default: 20)'
@@ -94,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--overwrite', action='store_true', help='replace the checkpoint DST, once the new is whole'
     )
+    parser.add_argument('--json', action='store_true', help='print one JSON object')
 
 
 def main(options: argparse.Namespace) -> int:
@@ -120,29 +129,45 @@ def main(options: argparse.Namespace) -> int:
             verify=options.verify,
             overwrite=options.overwrite,
             unchecked=options.unchecked,
-            progress=_progress,
+            progress=lambda nbytes: progress(nbytes, 'written', 'B'),
         )
     except (ValueError, OSError) as error:
         refuse('megatron-mhc convert', str(error))
-    _print(report)
-    if options.dry_run:
-        print('dry run: nothing was written')
+    seconds = time.monotonic() - started
+    load = None if options.dry_run else _how_to_load(report, options.destination)
+    if options.json:
+        print(as_json(_plain(report) | {'seconds': round(seconds, 1), 'load': load}))
         return 0
-    print(f'wrote {options.destination} in {time.monotonic() - started:.1f} s')
-    print(_how_to_load(report, options.destination))
+    _print(report)
+    if load is None:
+        print('dry run: nothing was written')
+    else:
+        print(f'wrote {options.destination} in {seconds:.1f} s\n{load}')
     return 0
 
 
-@contextlib.contextmanager
-def _progress(nbytes: int) -> Iterator[Callable[[int], Any]]:
-    """A bar on a terminal where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        yield lambda count: None
-        return
-    with tqdm(total=nbytes, unit='B', unit_scale=True, disable=None, leave=False) as bar:
-        yield bar.update
+def _plain(report: Converted) -> dict[str, Any]:
+    """What a conversion did, as plain values."""
+    streams = report.streams
+    return {
+        'from': report.origin,
+        'to': report.target,
+        'layers': len(streams.layers),
+        'num_residual_streams': streams.num_streams,
+        'hidden_size': streams.hidden_size,
+        'sinkhorn_iterations': streams.iterations,
+        'stream_merge': _merge(report),
+        'mapping': [row._asdict() for row in report.rows],
+        'carried': report.carried,
+        'left_out': report.left_out,
+        'bytes': report.nbytes,
+        'differences': report.differences,
+        'verified': report.verified or None,
+    }
+
+
+def _merge(report: Converted) -> str:
+    return 'mean' if report.streams.head is None else 'learned'
 
 
 def _print(report: Converted) -> None:
@@ -152,7 +177,7 @@ def _print(report: Converted) -> None:
     print(
         f'{report.origin} -> {report.target}: {len(streams.layers)} layers, n = '
         f'{streams.num_streams}, C = {streams.hidden_size}, {streams.iterations} iterations, merge '
-        f'{"mean" if streams.head is None else "learned"}'
+        f'{_merge(report)}'
     )
     header = ('from', 'to', 'shape', 'how')
     for line in table([header, *((a, b, list(shape), how) for a, b, shape, how in report.rows)]):

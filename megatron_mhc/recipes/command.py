@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_mhc.inputs.options import EP, MICRO_BATCH, PP, TP, add_option
 from megatron_mhc.inputs.values import MOST_RANKS, flag_of, integer
 from megatron_mhc.recipes.names import LAYOUT_NAMES, MODELS, SIZES
 from megatron_mhc.settings.names import STREAM_TYPES
+
+_WORDS = {'tp': TP, 'pp': PP, 'ep': EP, 'micro_batch': MICRO_BATCH}
+_SIZES = {
+    'gpus': 'ranks in all',
+    'tp': 'tensor-parallel ranks',
+    'pp': 'pipeline ranks',
+    'ep': 'expert-parallel ranks',
+    'dp': 'data-parallel ranks',
+    'micro_batch': 'sequences of a microbatch',
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for parser in (listing, show):
         parser.add_argument('--json', action='store_true', help='print one JSON object')
     show.add_argument('name', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
-    show.add_argument('--residual-type', choices=('standard', *STREAM_TYPES), default='mhc')
+    show.add_argument(
+        '--residual-type',
+        choices=('standard', *STREAM_TYPES),
+        default='mhc',
+        help='(default: mhc)',
+    )
     show.add_argument(
         '--mhc-manifold', metavar='NAME', help='what H_res is kept on (default: sinkhorn)'
     )
@@ -34,4 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = show.add_argument_group('layout: one by name, or changed')
     ranks.add_argument('--layout', choices=LAYOUT_NAMES, default='8gpu', help='(default: 8gpu)')
     for name in SIZES:
-        ranks.add_argument(flag_of(name), type=integer(1, MOST_RANKS), metavar='N')
+        words = _WORDS.get(name, (flag_of(name),))
+        count = {'type': integer(1, MOST_RANKS), 'metavar': 'N'}
+        add_option(ranks.add_argument, words, dest=name, help=_SIZES[name], **count)

@@ -5,6 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_mhc.inputs.options import (
+    CHUNKS,
+    EP,
+    MICRO_BATCH,
+    PP,
+    SCHEDULE,
+    SEGMENTS,
+    STREAMS,
+    TP,
+    add_option,
+)
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_RANKS, MOST_STREAMS, input_file, integer
 from megatron_mhc.recipes.names import MODELS
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_SEGMENTS
@@ -24,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('name', nargs='?', choices=MODELS, metavar='RECIPE', help=', '.join(MODELS))
     add('--calibrate', action='store_true', help='published figures beside ours, and the error')
     add('--json', action='store_true', help='print one JSON object')
-    add('--output', type=Path, metavar='DIR', help='write CSV, flags and a picture there')
+    add('-o', '--output', type=Path, metavar='DIR', help='write CSV, flags and a picture there')
     add('--top', type=_COUNT, default=12, metavar='N', help='lines of the table (default: 12)')
     machine = parser.add_argument_group('machine').add_argument
     names = f'{", ".join(HARDWARE)} or FILE.yaml'
@@ -40,16 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ranks = parser.add_argument_group('what to combine; several values each').add_argument
     ranks('--gpus', type=_COUNT, nargs='+', metavar='N', help='ranks in all (default: 64)')
-    ranks('--tp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
-    ranks('--pp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
-    ranks('--vpp', type=_COUNT, nargs='+', metavar='N', help='of interleaved (default: 2)')
-    ranks('--ep', type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)')
+    add_option(
+        ranks, TP, type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2 in a node)'
+    )
+    add_option(ranks, PP, type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
+    add_option(
+        ranks, CHUNKS, type=_COUNT, nargs='+', metavar='N', help='of interleaved (default: 2)'
+    )
+    add_option(
+        ranks, EP, type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)'
+    )
     ranks('--dp', type=_COUNT, nargs='+', metavar='N', help='keep only these (default: all)')
-    ranks('--schedule', nargs='+', choices=PIPELINE_SCHEDULES, metavar='NAME', help=_SCHEDULES)
-    ranks('--micro-batch-size', type=_COUNT, nargs='+', metavar='B', help='(default: 1)')
-    ranks('--num-residual-streams', type=_STREAMS, nargs='+', metavar='N', help='n (default: 4)')
-    ranks(
-        '--recompute',
+    known = {'choices': PIPELINE_SCHEDULES, 'metavar': 'NAME'}
+    add_option(ranks, SCHEDULE, nargs='+', help=_SCHEDULES, **known)
+    add_option(ranks, MICRO_BATCH, type=_COUNT, nargs='+', metavar='B', help='(default: 1)')
+    add_option(ranks, STREAMS, type=_STREAMS, nargs='+', metavar='N', help='n (default: 4)')
+    add_option(
+        ranks,
+        SEGMENTS,
+        dest='recompute',
         type=integer(1, 2 * MOST_LAYERS, words=RECOMPUTE_SEGMENTS),
         nargs='+',
         metavar='L_R',

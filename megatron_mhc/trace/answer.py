@@ -93,10 +93,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
         cells += [_cells(row, _rank(row)) for row in rows] + [_cells(total, 'all')]
     lines = table(cells, '<>') + [
         '',
-        'idle: share of the time in which no compute kernel runs. SEND/RECV (send, recv where the',
-        'trace tells them apart), all-to-all, collectives: share of their own time that no compute',
-        'kernel covers, pipeline bubbles included. F_post,res: calls; delay from ready input to',
-        'start, median and 90th percentile; streams, in brackets their priority.',
+        'ms: time from the first kernel to the last. idle: share of it in which no compute kernel',
+        'runs. SEND/RECV (send, recv where the trace tells them apart), all-to-all, collectives:',
+        'exposed communication, as a share of its own time: no compute kernel runs beside it;',
+        'waiting for another rank counts. F_post,res: calls; delay us: from ready input to start,',
+        'median and 90th percentile; streams, in brackets their priority.',
         '',
         *_advice(found),
     ]

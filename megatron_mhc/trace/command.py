@@ -10,8 +10,8 @@ What it looks for:
 - SEND and RECV are NCCL's SendRecv kernels. All-to-all runs in kernels of the same name; it is told
   apart by what torch or NVTX says of the launch, or by the kernel being DeepEP's. A ring exchange
   of context parallelism counts as SEND and RECV. Other NCCL kernels are collectives.
-- Everything else that is a kernel is compute. *Exposed* is the share of the time with at least one
-  kernel of a kind during which no compute kernel ran, *idle* the share of all time without one.
+- Everything else that is a kernel is compute. Communication is *exposed* while no compute kernel
+  runs beside it, given as a share of its own time; *idle* is the share of all time without one.
   A RECV kernel runs from when it may until the message is there, so a pipeline bubble is exposed.
 - F_post,res are the Triton kernels ``post_res_forward_kernel`` and ``post_res_backward_kernel``, or
   all kernels launched in a range ``mhc/F_post_res``: of the torch backend the forward only. Where

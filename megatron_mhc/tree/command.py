@@ -32,3 +32,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='change files whose own changes are not committed, too',
     )
+    parser.add_argument('--json', action='store_true', help='print one JSON object')

@@ -54,7 +54,7 @@ def test_the_executed_plan_can_be_simulated(schedule):
 
 def test_simulate_for_people(schedule):
     status, out, _ = schedule(f'simulate {DUALPIPEV}')
-    assert status == 0 and 'bubble' in out and '6.8 % of the step' in out
+    assert status == 0 and 'bubble' in out and '6.8 % of the total time' in out
 
 
 def test_list_names_every_schedule_and_its_needs(schedule):
@@ -100,6 +100,32 @@ def test_show_writes_png_to_a_file_only(schedule, tmp_path):
     assert path.read_bytes()[:4] == b'\x89PNG'
     status, _, err = schedule(words)
     assert status == 2 and 'give --output FILE' in err
+
+
+@pytest.mark.parametrize('shape', ['drawing', 'svg', 'trace'])
+def test_show_draws_a_part_of_the_step(schedule, shape):
+    words = f'show {DUALPIPEV} --format {shape}'
+    part = schedule(f'{words} --from 50 --to 60')[1]
+    assert 'F24' in part and 'F0' not in part and 'F31' not in part
+    assert len(part) < len(schedule(words)[1]) / 3
+
+
+def test_show_cuts_what_is_too_wide(schedule, tmp_path):
+    cut = schedule(f'show {DUALPIPEV} --format svg --width 1000')[1]
+    assert 'left out in between' in cut
+    assert float(ET.fromstring(cut).get('width')) <= 1000
+    path = tmp_path / 'a.png'
+    for extra, least, most in (('', 2000, 2400), (' --width 1500', 1200, 1500)):
+        assert schedule(f'show {DUALPIPEV} --format png --output {path}{extra}')[0] == 0
+        assert least < int.from_bytes(path.read_bytes()[16:20]) <= most
+
+
+def test_tables_explain_their_words(schedule):
+    for words in (f'simulate {DUALPIPEV}', 'compare --pp 4 --microbatches 8'):
+        lines = schedule(words)[1].splitlines()
+        assert not {'makespan', 'span', 'span_bubble', 'copies'} & set(' '.join(lines[:2]).split())
+        for name in ('total time', 'bubble', 'inner bubble', 'exposed comm.', 'in flight'):
+            assert any(line.startswith(name + '  ') for line in lines), (words, name)
 
 
 def test_show_lowered_has_communication(schedule):
@@ -173,6 +199,20 @@ def test_validate_says_what_it_proved(schedule):
             'argument --output: /nowhere/a: No such file or directory',
         ),
         ('show --schedule 1f1b --pp 2 --microbatches 2 --width x', 'argument --width: x'),
+        ('show --schedule 1f1b --pp 2 --microbatches 2 --from 9', '--from 9: the step ends at 9'),
+        ('show --schedule 1f1b --pp 2 --microbatches 2 --from 2 --to 1', '--to 1: the picture'),
+        (
+            'show --schedule 1f1b --pp 2 --microbatches 2 --format csv --to 1',
+            '--to 1 has no effect with --format csv',
+        ),
+        (
+            'show --schedule 1f1b --pp 2 --microbatches 2 --json --from 1',
+            '--from 1 has no effect with --json',
+        ),
+        (
+            'show --schedule 1f1b --pp 2 --microbatches 2 --format trace --width 9',
+            '--width 9 has no effect with --format trace',
+        ),
         ('compare --pp 8', '--microbatches'),
         (
             f'compare --pp {"9" * 5000} --microbatches 1',

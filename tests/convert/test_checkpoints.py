@@ -163,7 +163,13 @@ def test_what_the_command_says_and_writes(standard, tmp_path, capsys, monkeypatc
     assert status == 0 and not list(tmp_path.iterdir())
     assert 'standard -> megatron-dev: 4 layers, n = 2, C = 32' in said.out
     assert 'decoder.hc_head_fn' in said.out and 'nothing was written' in said.out
-    assert command('--to', 'mhc')[0] == 0
+    status, said = command('--to', 'megatron-dev', '--dry-run', '--num-streams', '2', '--json')
+    found = json.loads(said.out)
+    assert status == 0 and (found['from'], found['to']) == ('standard', 'megatron-dev')
+    assert (found['num_residual_streams'], found['layers'], found['load']) == (2, 4, None)
+    assert 'decoder.hc_head_fn' in {row['target'] for row in found['mapping']}
+    status, said = command('--to', 'mhc', '--json')
+    assert status == 0 and '--residual-type mhc' in json.loads(said.out)['load']
     assert [p.name for p in tmp_path.iterdir()] == ['new']
     status, said = command('--to', 'mhc')
     assert status == 2 and said.err.count('\n') == 1 and 'add --overwrite' in said.err

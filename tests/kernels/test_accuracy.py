@@ -41,6 +41,16 @@ def test_an_error_beyond_its_bound_is_told(device, capsys, monkeypatch):
     assert line.split()[:2] == ['sinkhorn', 'dlogits']
 
 
+def test_what_is_no_number_is_null(device, capsys, monkeypatch):
+    """Python's NaN is no JSON."""
+    from megatron_mhc.kernels import accuracy
+
+    row = accuracy.Row('pre', 'u', float('nan'), 1e-6, False)
+    monkeypatch.setattr(accuracy, 'accuracy_table', lambda *shape, **more: [row])
+    code, out, _ = run(capsys, *SMALL, '--device', device.type, '--json')
+    assert code == 1 and 'NaN' not in out and json.loads(out)['rows'][0]['error'] is None
+
+
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
