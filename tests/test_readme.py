@@ -70,7 +70,7 @@ def test_flag_table():
     for add_group in EVERY_GROUP:
         add_group(parser)
     flags = {option for action in parser._actions for option in action.option_strings}
-    assert documented(FLAGS) == flags
+    assert documented(FLAGS) == {action.option_strings[0] for action in parser._actions}
     # Wherever else a page names a flag of ours, it is spelt as the parser has it.
     ours = re.compile(r'(?<![\w-])--(?:residual|mhc|hc|mudd|engram|lr-step)(?:-[a-z]+)+')
     for page in (ROOT / 'README.md', *DOCS.glob('*.md')):

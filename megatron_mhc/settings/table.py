@@ -20,6 +20,7 @@ def row(flag: Flag) -> str:
     word = flag.choices and not flag.said and isinstance(flag.default, str | bool)
     default = f'`{flag.default_text}`' if word else flag.default_text
     meaning = f'{flag.help}; {flag.belongs_to} only' if flag.only else flag.help
+    meaning += f'; formerly `{flag.formerly}`' if flag.formerly else ''
     return f'| `{flag.name}` | {default} | {meaning} |\n'
 
 

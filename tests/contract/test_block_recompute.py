@@ -45,11 +45,8 @@ MOE = {
 
 
 def selective(*modules):
-    return {
-        'recompute_granularity': 'selective',
-        'recompute_modules': list(modules),
-        'add_bias_linear': False,
-    }
+    chosen = {'recompute_granularity': 'selective', 'recompute_modules': list(modules)}
+    return {**chosen, 'add_bias_linear': False}
 
 
 # Values of --mhc-recompute-layer-num, for L = 4 sublayers.
@@ -373,8 +370,8 @@ def test_other_kernels_than_in_the_forward_are_noticed(stage):
     run, layers = stage()
     with in_segments(layers) as segments:
         output = run(streams())
-    connection = layers[1].mlp_hyper_connection
-    connection.residual = dataclasses.replace(connection.residual, kernel_backend='triton')
+    its = layers[1].mlp_hyper_connection
+    its.residual = dataclasses.replace(its.residual, kernel_backend='triton')
     with pytest.raises(RuntimeError, match='did not save the same tensors'):
         segments[0].rebuild()
     del output

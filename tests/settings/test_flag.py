@@ -158,7 +158,9 @@ def test_help_and_row():
     minutes, stirred = (flags_of(Tea)[name] for name in ('minutes', 'stirred'))
     assert minutes.option_help == ('auto or minutes; of steeping (default: 4, a book; hot only)')
     assert row(minutes) == '| `--tea-minutes` | 4 | `auto` or minutes; hot only |\n'
-    assert row(stirred) == '| `--tea-no-stirring` | on | let it stand; hot only |\n'
+    assert row(stirred) == (
+        '| `--tea-no-stirring` | on | let it stand; hot only; formerly `--tea-unstirred` |\n'
+    )
     assert row(flags_of(Tea)['cup']) == '| `--tea-cup` | `big` | cup |\n'
     assert row(flags_of(Tea)['kind']) == '| `--tea-kind` | `hot` | `hot` |\n'
     assert row(flags_of(Tea)['leaves']) == '| `--tea-leaves` | none | which leaves |\n'
