@@ -43,6 +43,7 @@ SETTINGS = {
     'identity': Setting(IDENTITY),
     'equal-writes': Setting([*MHC, '--mhc-init', 'equal-writes']),
     'prenorm': Setting([*MHC, '--mhc-init', 'prenorm']),
+    'one stream': Setting([*MHC, '--mhc-num-residual-streams', '1']),
     'pre': Setting(IDENTITY, {'pre': 3.0}),
     'post': Setting(IDENTITY, {'post': 1.0}),
     'res': Setting(IDENTITY, {'res': 'identity'}),
@@ -61,7 +62,7 @@ SETTINGS = {
 STARTS = ['standard', 'hc', 'uniform', 'identity', 'equal-writes', 'prenorm']
 # Group -> size of the model, settings.
 GROUPS = {
-    'init': ('quickstart', STARTS),
+    'init': ('quickstart', [*STARTS, 'one stream']),
     'factors': ('quickstart', ['pre', 'post', 'res', 'pre, post', 'post, res']),
     'alpha': ('quickstart', ['alpha 0', 'alpha 0.1', 'alpha 1']),
     'mapping-lr': ('quickstart', ['lr x 3', 'lr x 10']),

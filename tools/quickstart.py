@@ -183,6 +183,7 @@ def main(argv: list[str] | None = None) -> None:
 Done in {time.monotonic() - started:.0f} s. Where to look next:
   {shown(image)}: the losses as a picture
   {sys.executable} -m tensorboard.main --logdir {shown(task)}
+  {sys.executable} -m megatron_mhc report {shlex.join(str(shown(task / name)) for name in runs)}
   {shown(run / 'command.sh')}: the command, to copy and change
   {shown(run / 'checkpoints')}: Megatron checkpoints; more --iters go on from there
   tools/quickstart_flags.py: every flag of the model and its training""")

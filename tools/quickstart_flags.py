@@ -22,10 +22,10 @@ OPTIMIZER = """
 
 RESIDUAL = {
     'standard': ['--residual-type', 'standard'],
-    'hc': ['--residual-type', 'hc', '--mhc-num-residual-streams', '4'],
+    'hc': ['--residual-type', 'hc', '--mhc-num-residual-streams', '4', '--mhc-monitor'],
     'mhc': [
         *('--residual-type', 'mhc', '--mhc-num-residual-streams', '4'),
-        *('--mhc-sinkhorn-iterations', '20'),
+        *('--mhc-sinkhorn-iterations', '20', '--mhc-monitor'),
     ],
 }
 

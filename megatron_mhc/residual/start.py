@@ -42,9 +42,9 @@ class Start(NamedTuple):
 
 
 STARTS = {
-    'uniform': Start(),
     # Streams differ from the first sublayer on; while they are equal, H_res gets no gradient.
     'identity': Start(pre=3.0, post=1.0, res='identity'),
+    'uniform': Start(),
     'equal-writes': Start(pre=3.0, res='identity'),
     'prenorm': Start(pre=3.0, res='identity', exact=True),
 }

@@ -21,7 +21,7 @@ from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS, RESIDUAL_TYPES, STRE
 
 MAPPINGS = ('pre', 'post', 'res')
 # The values of them: megatron_mhc/residual/start.py, which needs torch.
-INITS = ('uniform', 'identity', 'equal-writes', 'prenorm')
+INITS = ('identity', 'uniform', 'equal-writes', 'prenorm')
 PAPER_NORM_EPS = 1e-20
 """mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
 # Smaller ones are no normal numbers in fp32, in which the norm is computed.
@@ -119,14 +119,16 @@ class ResidualConfig:
         source='both papers',
     )
     init: str = setting(
-        'uniform',
+        'identity',
         '--mhc-init',
         choices=INITS,
         only=_MHC,
-        help='initial biases of the maps: `uniform` (all zero: H_pre 1/2, H_post 1, H_res 1/n), '
-        '`identity` (H_res near I, one home stream per sublayer), `equal-writes` (the same with '
-        'H_post 1) or `prenorm` (`equal-writes` as exactly a pre-norm network at step 0: phi 0)',
-        more='with identity, H_res learns from the start; the mHC paper does not say',
+        help='initial biases of the maps: `identity` (H_res near I, one home stream per sublayer), '
+        '`uniform` (all zero, as in Megatron-LM: H_pre 1/2, H_post 1, H_res 1/n), `equal-writes` '
+        '(`identity` with H_post 1) or `prenorm` (`equal-writes` as exactly a pre-norm network at '
+        'step 0: phi 0)',
+        more='with identity, H_res learns from the start; the mHC paper does not say; megatron-mhc '
+        'docs initial-values has the comparison',
     )
     stream_merge: str | None = setting(
         None,

@@ -164,9 +164,10 @@ def test_standard_is_untouched(build, step):
         {'residual_type': 'hc'},
         {'residual_type': 'hc', 'hc_variant': 'static', 'num_residual_streams': 3},
         {'residual_type': 'hc', 'stream_merge': 'mean'},
-        {'residual_type': 'mhc', 'init_gating_factor': 0.0},
+        {'residual_type': 'mhc', 'init': 'uniform', 'init_gating_factor': 0.0},
+        {'residual_type': 'mhc', 'init': 'prenorm'},
     ],
-    ids=['hc', 'hc-static-3', 'hc-mean', 'mhc-alpha-0'],
+    ids=['hc', 'hc-static-3', 'hc-mean', 'mhc-uniform-alpha-0', 'mhc-prenorm'],
 )
 def test_start_is_pre_norm(build, residual):
     """At initialisation the normed output equals a pre-norm residual network's.

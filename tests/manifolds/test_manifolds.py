@@ -291,7 +291,7 @@ def offer(monkeypatch):
 
 def test_a_manifold_of_another_package(offer, random_seed):
     offer('mean', 'Mean')
-    module = ManifoldHyperConnection(8, ResidualConfig(manifold='mean'), 0)
+    module = ManifoldHyperConnection(8, ResidualConfig(manifold='mean', init='uniform'), 0)
     assert module.mapping_proj.weight.shape == (2 * 4 + 1, 32)
     x = torch.randn(3, 32)
     _, _, h_res = module.all_maps(x)

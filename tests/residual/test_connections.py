@@ -79,7 +79,7 @@ def test_dynamic_hc_follows_the_paper(normalization, tanh, random_seed):
 
 def test_mhc_uniform_start():
     """Zero biases and alpha = 0: H_pre = 1/2, H_post = 1, H_res = 1/n, whatever the token."""
-    module = mhc(init_gating_factor=0.0)
+    module = mhc(init='uniform', init_gating_factor=0.0)
     pre, post, res = module.maps(torch.randn(5, 4 * HIDDEN))
     assert torch.equal(pre, torch.full_like(pre, 0.5))
     assert torch.equal(post, torch.ones_like(post))
@@ -256,7 +256,7 @@ def test_composite_gain_stays_bounded(random_seed):
         ({'fixed_mappings': ('past',)}, '--mhc-fixed-mappings past'),
         ({'residual_type': 'hc', 'hc_variant': 'both'}, '--hc-variant both'),
         ({'residual_type': 'mhc', 'hc_variant': 'static'}, "hc_variant='static' has no effect"),
-        ({'residual_type': 'hc', 'init': 'identity'}, "init='identity' has no effect"),
+        ({'residual_type': 'hc', 'init': 'uniform'}, "init='uniform' has no effect"),
     ],
 )
 def test_settings_out_of_range_name_their_flag(settings, message):

@@ -58,7 +58,7 @@ def test_without_our_streams_the_flags_are_the_releases(monkeypatch, flags):
 def test_with_our_streams_they_are_ours(monkeypatch, capsys):
     args = parse(monkeypatch, '--residual-type', 'mhc', '--mhc-recompute-layer-num', 'auto')
     assert (args.mhc_recompute_layer_num, args.mhc_num_residual_streams) == ('auto', 4)
-    assert (args.mhc_init, args.start) == ('uniform', 'theirs')
+    assert (args.mhc_init, args.start) == ('identity', 'theirs')
     assert 'counts' not in capsys.readouterr().out
     # The unit is another one, which is said.
     args = parse(monkeypatch, '--residual-type', 'hc', '--mhc-recompute-layer-num', '6')
