@@ -13,6 +13,7 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_mhc.inputs.quiet import quiet
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
 from megatron_mhc.kernels.defaults import KERNEL_STREAMS
@@ -136,13 +137,15 @@ def main(options: argparse.Namespace) -> int:
         ]
     except ValueError as error:
         refuse(PROGRAM, str(error))
-    start_megatron()
+    with quiet():
+        start_megatron()
     print(' | '.join(COLUMNS))
     for sublayers in options.sublayers:
         for residual in residuals:
-            layers = build(sublayers // 2, residual, options.hidden_size, options.full)
-            row = measure(layers, options.tokens, n * options.hidden_size)
-            values = [f'{b / (options.tokens * options.hidden_size * 4):.1f}' for b in row]
+            with quiet():
+                layers = build(sublayers // 2, residual, options.hidden_size, options.full)
+                row = measure(layers, options.tokens, n * options.hidden_size)
+            values = [f'{b / (options.tokens * options.hidden_size * 4):z.1f}' for b in row]
             size = layers.layers[0].recompute_segment_size
             # What a checkpoint keeps and recomputes is not in the formula.
             formula = ('-', '-') if options.full else costs(n, sublayers, size)

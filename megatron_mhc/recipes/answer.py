@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import sys
 from typing import Any
 
+from megatron_mhc.inputs.quiet import quiet
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.manifolds.registry import num_logits
@@ -157,7 +156,7 @@ def _show(options: argparse.Namespace) -> int:
         from megatron_mhc.recipes.build import built_summary
 
         # Megatron prints its arguments.
-        with contextlib.redirect_stdout(sys.stderr):
+        with quiet():
             figures['built'] = built_summary(recipe, residual)
     print(json.dumps(figures, indent=2) if options.json else _text(figures))
     return int('built' in figures and any(figures[k] != n for k, n in figures['built'].items()))

@@ -136,7 +136,7 @@ def as_text(rows: list[Row]) -> str:
     cells = [('source', 'setting', 'published', 'ours', 'error')]
     for row in rows:
         digits = 4 if row.unit != 'units' else 1
-        error = f'{row.error:+.4f}' if row.unit != 'units' else f'{row.error:+.1%}'
+        error = f'{row.error:+z.4f}' if row.unit != 'units' else f'{row.error:+z.1%}'
         figures = (f'{row.published:.{digits}f}', f'{row.ours:.{digits}f}', error)
         cells.append((row.source, row.setting, *figures))
     lines = [*table(cells, '<<>'), '']

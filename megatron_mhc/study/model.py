@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from megatron_mhc.inputs.quiet import quiet
 from megatron_mhc.recipes.recipe import RECIPES, Flags, parallel_flags, recipe_flags, residual_flags
 from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.sizing.memory import Layout
@@ -86,8 +86,8 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
             '--model --context-parallel-size: a study has no context parallelism, which like '
             'tensor parallelism takes CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell; drop it'
         )
-    # Megatron prints its arguments.
-    with contextlib.redirect_stdout(sys.stderr):
+    # Megatron prints its arguments; what is wrong with them it raises.
+    with quiet():
         prepare('auto')
         from megatron_mhc.recipes.build import parsed
 
@@ -96,7 +96,9 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
             args.padded_vocab_size = _padded(args)
             shape = shape_from_args(args)
         except (ArithmeticError, AssertionError, NotImplementedError, TypeError) as error:
-            raise ValueError(f'--model: Megatron does not take these flags: {error}') from error
+            # Some of its assertions have no words; their line says what they demand.
+            why = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+            raise ValueError(f'--model: Megatron does not take these flags: {why}') from error
     # Megatron would make one up.
     if batch is None and not any(word.startswith('--global-batch-size') for word in line):
         raise ValueError('--model: no batch; add --global-batch-size')

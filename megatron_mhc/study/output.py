@@ -36,9 +36,9 @@ _COLUMNS = {
     'recompute': ('L_r', ''),
     'step_s': ('step, s', '.4g'),
     'mfu': ('MFU', '.1%'),
-    'bubble_share': ('bubble', '.1%'),
-    'exposed': ('comm., s', '.3g'),
-    'mhc_overhead': ('mHC', '.1%'),
+    'bubble_share': ('bubble', 'z.1%'),
+    'exposed': ('comm., s', 'z.3g'),
+    'mhc_overhead': ('mHC', 'z.1%'),
     'memory_gib': ('mem., GiB', '.1f'),
     'wire_gib': ('sent, GiB', '.1f'),
 }
@@ -85,7 +85,7 @@ def verdict(points: list[Point], hardware: Hardware) -> str:
         )
     return (
         f'best of those that fit: {best.step_s:.4g} s a step, {best.tokens_per_gpu_s:.0f} tokens a '
-        f'second and GPU, MFU {best.mfu:.1%}, mHC {best.mhc_overhead:+.1%}, {best.memory_gib:.1f} '
+        f'second and GPU, MFU {best.mfu:.1%}, mHC {best.mhc_overhead:+z.1%}, {best.memory_gib:.1f} '
         f'of {limit:.1f} GiB'
     )
 

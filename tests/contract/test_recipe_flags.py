@@ -120,8 +120,10 @@ OWN = (
 ).split()
 
 
-def test_a_model_of_ones_own(parser, monkeypatch):
+def test_a_model_of_ones_own(parser, monkeypatch, capfd):
     model = own_model(OWN, None, 'mhc')
+    # Megatron prints a hundred lines of arguments on the way.
+    assert capfd.readouterr() == ('', '')
     assert (model.shape.hidden, model.shape.vocab, model.batch) == (256, 1024, 64)
     assert model.shape.tied and model.shape.residual.enabled and model.shape.value_bytes == 2
     assert own_model(OWN[:-1], None, 'mhc').shape.value_bytes == 4
@@ -142,7 +144,7 @@ def test_a_model_of_ones_own(parser, monkeypatch):
     [
         ([*OWN, '--pipeline-model-parallel-size', '2'], 'that is what a study chooses; drop it'),
         ([*OWN, '--bogus'], 'unrecognized arguments: --bogus'),
-        ([*OWN, '--hidden-size', '250'], 'Megatron does not take these flags'),
+        ([*OWN, '--hidden-size', '250'], 'these flags: assert args.hidden_size % args.num_att'),
         ([*OWN, '--residual-type', 'hc'], '--residual-type hc: a study does not know'),
         ([*OWN, '--residual-type', 'mudd'], '--residual-type mudd: a study does not know'),
         ([*OWN, '--context-parallel-size', '2'], 'a study has no context parallelism'),

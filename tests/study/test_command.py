@@ -17,8 +17,10 @@ import pytest
 from megatron_mhc import ResidualConfig
 from megatron_mhc.recipes.recipe import RECIPES
 from megatron_mhc.sizing.memory import Layout, rank_memory
+from megatron_mhc.study.calibrate import Row, as_text
 from megatron_mhc.study.hardware import PRESETS, hardware_of
 from megatron_mhc.study.kernels import BytesModel, Measured
+from megatron_mhc.study.output import points_table, verdict
 from megatron_mhc.study.points import run_study
 from megatron_mhc.study.sweep import Sweep
 
@@ -204,6 +206,16 @@ def test_what_is_printed(command):
     assert out.count('best of those that fit') == 2 and '--mhc-num-residual-streams 2' in out
     status, out, _ = command('27b --gpus 8 --hardware h100 --tp 1 --pp 1 --ep 1')
     assert status == 1 and 'nothing fits: the least memory is' in out and '--num-layers' not in out
+
+
+def test_nothing_is_minus_zero():
+    sweep = Sweep((64,), (1,), (4,), (8,), schedule=('1f1b',))
+    study = run_study(RECIPES['27b'].shape(), 1280, sweep, H100, BytesModel(H100))
+    tiny = {'mhc_overhead': -1e-9, 'bubble_share': -1e-9}
+    point = dataclasses.replace(study.points[0], **tiny)
+    assert '-0.0%' not in points_table([point]) + verdict([point], H100)
+    row = Row('ours', 'a rounding', 1.0, 1.0 - 1e-9, 'share')
+    assert '-0.0' not in as_text([row, row._replace(unit='units')])
 
 
 def test_files(command, tmp_path):
