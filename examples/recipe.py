@@ -11,21 +11,20 @@ each with MASTER_ADDR set, as recipe.slurm does.
 """
 
 import argparse
+import dataclasses
 import pathlib
-import shlex
 import subprocess
 import sys
 
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
-from megatron_mhc.inputs.values import integer
+from megatron_mhc.inputs.values import MOST_RANKS, integer
 from megatron_mhc.recipes.answer import describe, verdict
-from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
+from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down
+from megatron_mhc.recipes.script import LAUNCHER, bash_script, mock_data, torchrun_flags
 from megatron_mhc.settings.names import STREAM_TYPES
+from megatron_mhc.settings.queues import CONNECTIONS, connections, one_queue
 
 PRETRAIN = pathlib.Path(__file__).with_name('pretrain_gpt.py')
-# Streams that share a hardware queue wait for each other; Megatron asks for 1 with tensor
-# parallelism only.
-CONNECTIONS = '32'
 
 
 def parse(argv):
@@ -60,13 +59,7 @@ def parse(argv):
 def data_flags(options, recipe):
     """Mock data with a tokenizer that needs no file, or the user's own."""
     if options.data_path is None:
-        return {
-            'mock-data': True,
-            'tokenizer-type': 'NullTokenizer',
-            # One less: some releases add an end-of-document token.
-            'vocab-size': recipe.vocab - 1,
-            'split': '99,1,0',
-        }
+        return mock_data(recipe.vocab)
     return {
         'data-path': tuple(options.data_path),
         'tokenizer-type': 'HuggingFaceTokenizer',
@@ -89,42 +82,17 @@ def logging_flags(options):
     return flags
 
 
-def torchrun_flags(gpus, gpus_per_node):
-    """One node by itself, or one of several that meet at MASTER_ADDR; bash fills in the names."""
-    nodes = -(-gpus // gpus_per_node)
-    flags = {'nproc-per-node': min(gpus, gpus_per_node)}
-    if nodes == 1:
-        return {'standalone': True, **flags}
-    return {
-        'nnodes': nodes,
-        **flags,
-        'rdzv-backend': 'c10d',
-        'rdzv-id': '"${SLURM_JOB_ID:-recipe}"',
-        'rdzv-endpoint': '"${MASTER_ADDR:?set it to the first of the nodes}:${MASTER_PORT:-29500}"',
-    }
-
-
-def bash_script(title, topics, extra):
-    """The launch as bash: one array a topic, one flag a line."""
-    lines = [
-        '#!/usr/bin/env bash',
-        f'# {title}',
-        'set -euo pipefail',
-        f'export CUDA_DEVICE_MAX_CONNECTIONS="${{CUDA_DEVICE_MAX_CONNECTIONS:-{CONNECTIONS}}}"',
-    ]
-    for name, flags in topics.items():
-        lines += ['', f'{name}=(', *(f'    {quoted(line)}' for line in words(flags)), ')']
-    run = [sys.executable, '-m', 'torch.distributed.run']
-    command = [f'{quoted(run)} "${{TORCHRUN_ARGS[@]}}"']
-    command.append(quoted(['-m', 'megatron_mhc.run', str(PRETRAIN)]))
-    command += [f'"${{{name}[@]}}"' for name in topics if name != 'TORCHRUN_ARGS']
-    command.append(' '.join([*map(shlex.quote, extra), '"$@"']))
-    return '\n'.join([*lines, '', ' \\\n    '.join(command)])
-
-
-def quoted(line):
-    """Words for bash; what stands in double quotes is bash already."""
-    return ' '.join(word if word.startswith('"') else shlex.quote(word) for word in line)
+def layout_of(layout, extra):
+    """The layout that Megatron's own flags make of ``layout``, and whether it has one queue."""
+    parser = OneLineParser(prog='recipe.py', add_help=False, allow_abbrev=False)
+    ranks = {'tp': 'tensor', 'pp': 'pipeline', 'ep': 'expert'}
+    for name, kind in ranks.items():
+        flag, size = f'--{kind}-model-parallel-size', getattr(layout, name)
+        parser.add_argument(flag, dest=name, type=integer(1, MOST_RANKS), default=size)
+    parser.add_argument('--context-parallel-size', dest='cp', type=integer(1), default=1)
+    asked = parser.parse_known_args(extra)[0]
+    changed = {name: getattr(asked, name) for name in ranks}
+    return dataclasses.replace(layout, **changed), one_queue(asked.tp, asked.cp)
 
 
 def main(argv=None):
@@ -134,20 +102,23 @@ def main(argv=None):
     if options.scale_down:
         recipe, layout = scaled_down(recipe, layout)
     try:
+        layout, one = layout_of(layout, extra)
         figures = describe(recipe, layout, options.residual_type)
     except ValueError as error:
         refuse('recipe.py', str(error))
     topics = {
-        'TORCHRUN_ARGS': torchrun_flags(layout.gpus, options.gpus_per_node),
-        **recipe_flags(recipe, layout, options.residual_type),
+        LAUNCHER: torchrun_flags(layout.gpus, options.gpus_per_node),
+        **recipe_flags(recipe, layout, options.residual_type, one),
         'DATA_ARGS': data_flags(options, recipe),
         'LOGGING_ARGS': logging_flags(options),
     }
     size = 'scaled down' if options.scale_down else verdict(figures)
     title = f'{options.name}, ranks: {layout.gpus}; {size}'
-    script = bash_script(title, topics, extra)
+    # Nobody has said which GPU it will be: from Blackwell on 32 is right for every layout.
+    export = f'{CONNECTIONS}="${{{CONNECTIONS}:-{connections(one)}}}"'
+    script = bash_script(title, [export], topics, sys.executable, str(PRETRAIN), extra)
     if options.print:
-        print(script)
+        print(script, end='')
         return 0
     print(f'[recipe] {title}', flush=True)
     return subprocess.run(['bash', '-c', script]).returncode

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mhc.inputs.values import shown
+from megatron_mhc.settings.queues import BLACKWELL, one_queue
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Hardware:
         post_overlap: share of the MLPs' F_post,res that ``--mhc-post-stream high`` hides.
         fp32_tflops: of matrix products of a model that is trained in fp32; 0 where unknown.
         compute_capability: its major number, 10 for Blackwell: see ``one_queue``.
+        gpus_per_host: GPUs that one operating system has, for launch scripts; 0: as NVLink joins.
 
     Raises:
         ValueError: a value that no machine has.
@@ -57,6 +59,7 @@ class Hardware:
     post_overlap: float = 0.0
     fp32_tflops: float = 0.0
     compute_capability: int = 9
+    gpus_per_host: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -86,12 +89,13 @@ class Hardware:
         return self.fp32_tflops * 1e12
 
     def one_queue(self, tp: int, cp: int = 1) -> bool:
-        """Whether all streams of a GPU share one hardware queue, and do not overlap.
+        """Whether all streams of a GPU share one hardware queue (``settings.queues``)."""
+        return one_queue(tp, cp, self.compute_capability)
 
-        Megatron 0.17 to 0.19 (and main) ends a run with tensor or context parallelism unless
-        ``CUDA_DEVICE_MAX_CONNECTIONS`` is 1, on GPUs before Blackwell.
-        """
-        return (tp > 1 or cp > 1) and self.compute_capability < BLACKWELL
+    @property
+    def ranks_per_host(self) -> int:
+        """GPUs of one launch of torchrun."""
+        return self.gpus_per_host or self.gpus_per_node
 
     @property
     def bandwidth(self) -> float:
@@ -104,9 +108,7 @@ class Hardware:
         return self.memory_gib * 2**30
 
 
-# Major number of its compute capability.
-BLACKWELL = 10
-_ZERO = ('latency_us', 'slot_overlap', 'post_overlap', 'fp32_tflops')
+_ZERO = ('latency_us', 'slot_overlap', 'post_overlap', 'fp32_tflops', 'gpus_per_host')
 _LARGEST = 1e30
 # Digits of a number in a file or behind --set that is worth reading.
 _DIGITS = 40
