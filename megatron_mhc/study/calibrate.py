@@ -13,9 +13,9 @@ from megatron_mhc.schedules.longest_path import Path, walk
 from megatron_mhc.schedules.plan import Kind, Plan
 from megatron_mhc.schedules.validator import live_activations
 from megatron_mhc.sizing.memory import Layout
+from megatron_mhc.study.estimate import run_study
 from megatron_mhc.study.hardware import PRESETS, Hardware
 from megatron_mhc.study.kernels import BytesModel
-from megatron_mhc.study.points import run_study
 from megatron_mhc.study.published import DUALPIPE, MHC_OVERHEAD, ZERO_BUBBLE
 from megatron_mhc.study.sweep import Sweep
 

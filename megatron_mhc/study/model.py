@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import NoReturn
 
 from megatron_mhc.inputs.quiet import quiet
 from megatron_mhc.recipes.recipe import RECIPES, Flags, parallel_flags, recipe_flags, residual_flags
+from megatron_mhc.recipes.script import mock_data
 from megatron_mhc.settings.residual import ResidualConfig
-from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.study.names import STUDIED, only_studied
+from megatron_mhc.study.points import Point
 
 # What a study chooses, and what is not there without Transformer Engine.
 _CHOSEN = (
@@ -41,35 +43,57 @@ class Model:
         name: for people.
         shape: its sizes.
         batch: sequences of a step.
-        flags: by topic, of a layout, residual connections, and whether there is one queue.
+        flags: of a point, by topic.
+        tokens: of the whole training; None where nobody has said.
+        line: somebody's own flags, to which the others are added.
+        data: the flags that a launch needs beside them.
     """
 
     name: str
     shape: ModelShape
     batch: int
-    flags: Callable[[Layout, ResidualConfig, bool], dict[str, Flags]]
+    flags: Callable[[Point], dict[str, Flags]]
+    tokens: float | None = None
+    line: tuple[str, ...] = ()
+    data: Flags = dataclasses.field(default_factory=dict)
 
 
-def recipe_model(name: str, batch: int | None, residual_type: str) -> Model:
-    """A recipe; ``batch`` instead of its own."""
+def recipe_model(
+    name: str, batch: int | None, residual_type: str, tokens: float | None = None
+) -> Model:
+    """A recipe.
+
+    Args:
+        name: of ``RECIPES``.
+        batch: instead of its own, with as many tokens.
+        residual_type: of its layers.
+        tokens: of the whole training, instead of its own.
+    """
     recipe = RECIPES[name]
-    if batch is not None:
-        recipe = dataclasses.replace(recipe, batch=batch)
-    return Model(
-        name,
-        recipe.shape(residual_type),
-        recipe.batch,
-        lambda *chosen: recipe_flags(recipe, *chosen),
-    )
+    total = tokens or recipe.tokens
+
+    def flags(point: Point) -> dict[str, Flags]:
+        batch = point.global_batch
+        steps = max(2, math.ceil(total / (batch * recipe.sequence)))
+        # The shares of the steps stay.
+        warmup = max(1, round(recipe.warmup * steps / recipe.steps))
+        one = dataclasses.replace(recipe, batch=batch, steps=steps, warmup=warmup)
+        return recipe_flags(one, point.layout, point.residual, point.one_queue)
+
+    shape, data = recipe.shape(residual_type), mock_data(recipe.vocab)
+    return Model(name, shape, batch or recipe.batch, flags, total, data=data)
 
 
-def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
+def own_model(
+    line: list[str], batch: int | None, residual_type: str, tokens: float | None = None
+) -> Model:
     """The model of a Megatron command line; its flags are those to add to that line.
 
     Args:
         line: the model, ``--vocab-size`` and ``--global-batch-size``.
         batch: instead of the latter.
         residual_type: where the line names none.
+        tokens: of the whole training.
 
     Raises:
         ValueError: Megatron does not take the line, or it says what a study chooses.
@@ -109,15 +133,18 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
     if kind not in STUDIED:
         raise ValueError(f'--model --residual-type {kind}: {only_studied(kind)}')
 
-    def flags(layout: Layout, residual: ResidualConfig, one_queue: bool) -> dict[str, Flags]:
-        sizes: Flags = {'micro-batch-size': layout.micro_batch, 'global-batch-size': batch}
+    def flags(point: Point) -> dict[str, Flags]:
+        sizes: Flags = {
+            'micro-batch-size': point.layout.micro_batch,
+            'global-batch-size': point.global_batch,
+        }
         return {
-            'RESIDUAL_ARGS': residual_flags(residual),
+            'RESIDUAL_ARGS': residual_flags(point.residual),
             'TRAINING_ARGS': sizes,
-            'PARALLEL_ARGS': parallel_flags(shape.layers, layout, one_queue),
+            'PARALLEL_ARGS': parallel_flags(shape.layers, point.layout, point.one_queue),
         }
 
-    return Model('own model', shape, batch, flags)
+    return Model('own model', shape, batch, flags, tokens, tuple(line))
 
 
 def _padded(args: argparse.Namespace) -> int:

@@ -55,6 +55,7 @@ class Sweep:
         micro_batch: sequences of a microbatch.
         streams: n.
         recompute: ``none``, ``auto``, ``stage`` or L_r sublayers.
+        grows: the batch grows with the GPUs, so that a rank has as much to do (weak scaling).
 
     Raises:
         ValueError: more combinations than anyone waits for.
@@ -70,6 +71,7 @@ class Sweep:
     micro_batch: tuple[int, ...] = (1,)
     streams: tuple[int, ...] = (4,)
     recompute: tuple[int | str, ...] = ('auto',)
+    grows: bool = False
 
     def __post_init__(self) -> None:
         found = sum(1 for _ in itertools.islice(self.combinations(), LARGEST + 1))
@@ -78,6 +80,10 @@ class Sweep:
                 f'more than {LARGEST} combinations; give fewer values of --tp, --pp, --ep, '
                 '--micro-batch-size, --num-residual-streams or --recompute'
             )
+
+    def batch(self, sequences: int, gpus: int) -> int:
+        """Sequences of a step on so many GPUs; ``sequences`` are those on the fewest."""
+        return round(sequences * gpus / min(self.gpus)) if self.grows else sequences
 
     def combinations(self) -> Iterator[Sizes]:
         """What ``Layout`` takes; without a pipeline there is no schedule to choose."""
@@ -107,7 +113,8 @@ def legal_layouts(
     layouts: list[Layout] = []
     refused: Counter[Reason] = Counter()
     for sizes in sweep.combinations():
-        reason = impossible(shape, sequences, sizes, sweep.dp)
+        batch = sweep.batch(sequences, sizes['gpus'])
+        reason = impossible(shape, batch, sizes, sweep.dp)
         if reason is None:
             layouts.append(Layout(**sizes))
         else:

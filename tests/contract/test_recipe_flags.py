@@ -11,11 +11,11 @@ import pytest
 
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, words
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES
+from megatron_mhc.study.estimate import run_study
 from megatron_mhc.study.hardware import PRESETS
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.model import own_model, recipe_model
 from megatron_mhc.study.output import flags_text
-from megatron_mhc.study.points import run_study
 from megatron_mhc.study.sweep import Sweep
 
 CASES = [(name, layout) for name in RECIPES for layout in LAYOUTS[name]]
@@ -100,7 +100,7 @@ def test_what_a_study_prints_is_accepted(parser, monkeypatch):
     assert len(found) > 40
     for point in found:
         layout, model = point.layout, recipe_model('27b', 1920, 'mhc')
-        flags = shlex.split(flags_text(model.flags(layout, point.residual)).replace('\\\n', ' '))
+        flags = shlex.split(flags_text(model.flags(point)).replace('\\\n', ' '))
         args = validated(flags, layout.gpus, monkeypatch)
         assert args.data_parallel_size == layout.dp
         assert args.mhc_num_residual_streams == point.residual.num_residual_streams
@@ -133,7 +133,7 @@ def test_a_model_of_ones_own(parser, monkeypatch, capfd):
     points = run_study(model.shape, model.batch, sweep, hardware, BytesModel(hardware)).points
     assert {point.layout.schedule for point in points} == set(PIPELINE_SCHEDULES)
     for point in points:
-        topics = model.flags(point.layout, point.residual, point.one_queue)
+        topics = model.flags(point)
         added = [word for topic in topics.values() for line in words(topic) for word in line]
         args = validated([*OWN, *added], 8, monkeypatch)
         assert args.data_parallel_size == point.layout.dp

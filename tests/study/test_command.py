@@ -18,10 +18,10 @@ from megatron_mhc import ResidualConfig
 from megatron_mhc.recipes.recipe import RECIPES
 from megatron_mhc.sizing.memory import Layout, rank_memory
 from megatron_mhc.study.calibrate import Row, as_text
+from megatron_mhc.study.estimate import run_study
 from megatron_mhc.study.hardware import PRESETS, hardware_of
 from megatron_mhc.study.kernels import BytesModel, Measured
 from megatron_mhc.study.output import points_table, verdict
-from megatron_mhc.study.points import run_study
 from megatron_mhc.study.sweep import Sweep
 
 H100 = PRESETS['h100']
@@ -190,6 +190,11 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('27b --set tflops=inf', 'tflops: no machine has more than'),
         ('27b --residual-type mudd', '--residual-type: mudd: a study does not know its kernels'),
         ('27b --residual-type hc', '--residual-type: hc: a study does not know its kernels'),
+        ('27b --train-tokens 1X', 'argument --train-tokens: 1X: wanted a finite number'),
+        ('27b --train-tokens 0', 'argument --train-tokens: 0.0: wanted a finite number above 0'),
+        ('27b --gpu-hour-price 0', 'argument --gpu-hour-price: 0: wanted a finite number above 0'),
+        ('27b --launch-scripts /dev/null/x', '--launch-scripts /dev/null/x: Not a directory'),
+        ('--calibrate --scaling weak', '--scaling has no effect with --calibrate'),
         ('27b --residual-type x', '--residual-type: x: there is no such type; use standard or mhc'),
     ],
 )
