@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Train a model of the mHC paper: 3b, 9b, 27b or 3b-1t, on 1, 8 or 64 GPUs.
+"""Train a model of the mHC paper: 3b, 9b, 27b or 3b-1t, on 1, 8, 64 or more GPUs.
 
 python examples/recipe.py 3b --layout 8gpu                       # mock data, nothing to download
 python examples/recipe.py 3b --scale-down                        # 20 iterations on a laptop's CPU
 python examples/recipe.py 27b --layout 64gpu --print > train.sh  # the same as a bash script
+python examples/recipe.py 27b --gpus 1024 --print                # beyond the layouts with a name
 python examples/recipe.py 9b -- --train-iters 100 --log-interval 1
 
 What follows `--` goes to Megatron, after the recipe's own flags. On several nodes start it once on
@@ -19,6 +20,7 @@ import sys
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import MOST_RANKS, integer
 from megatron_mhc.recipes.answer import describe, verdict
+from megatron_mhc.recipes.beyond import layout_beyond
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down
 from megatron_mhc.recipes.script import LAUNCHER, bash_script, mock_data, torchrun_flags
 from megatron_mhc.settings.names import STREAM_TYPES
@@ -33,7 +35,10 @@ def parse(argv):
         prog='recipe.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('name', choices=RECIPES)
-    parser.add_argument('--layout', choices=LAYOUTS['3b'], default='8gpu', help='(default: 8gpu)')
+    parser.add_argument('--layout', choices=LAYOUTS['3b'], help='(default: 8gpu)')
+    parser.add_argument(
+        '--gpus', type=integer(65, MOST_RANKS), metavar='N', help='more than 64, from 64gpu on'
+    )
     parser.add_argument('--residual-type', choices=('standard', *STREAM_TYPES), default='mhc')
     parser.add_argument(
         '--gpus-per-node', type=integer(1, 1024), default=8, metavar='N', help='(default: 8)'
@@ -98,10 +103,13 @@ def layout_of(layout, extra):
 def main(argv=None):
     """Print the script, or run it."""
     options, extra = parse(sys.argv[1:] if argv is None else argv)
-    recipe, layout = RECIPES[options.name], LAYOUTS[options.name][options.layout]
-    if options.scale_down:
-        recipe, layout = scaled_down(recipe, layout)
+    recipe, layout = RECIPES[options.name], LAYOUTS[options.name][options.layout or '8gpu']
     try:
+        if options.gpus:
+            named = LAYOUTS[options.name][options.layout or '64gpu']
+            layout = layout_beyond(recipe.batch, named, {'gpus': options.gpus})
+        if options.scale_down:
+            recipe, layout = scaled_down(recipe, layout)
         layout, one = layout_of(layout, extra)
         figures = describe(recipe, layout, options.residual_type)
     except ValueError as error:

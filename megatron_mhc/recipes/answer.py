@@ -11,6 +11,7 @@ from megatron_mhc.inputs.quiet import quiet
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.manifolds.registry import num_logits
+from megatron_mhc.recipes.beyond import layout_beyond
 from megatron_mhc.recipes.names import SIZES
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, Recipe
 from megatron_mhc.settings.residual import ResidualConfig
@@ -104,11 +105,17 @@ def layout_of(options: argparse.Namespace) -> Layout:
     Raises:
         ValueError: sizes that contradict each other.
     """
-    named = LAYOUTS[options.name][options.layout]
+    largest = max(layout.gpus for layout in LAYOUTS[options.name].values())
+    beyond = options.gpus is not None and options.gpus > largest
+    named = LAYOUTS[options.name][options.layout or ('64gpu' if beyond else '8gpu')]
     given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
     dp = given.pop('dp', None)
     if dp is None:
-        return dataclasses.replace(named, **given)
+        return (
+            layout_beyond(RECIPES[options.name].batch, named, given)
+            if beyond
+            else (dataclasses.replace(named, **given))
+        )
     model = given.get('tp', named.tp) * given.get('pp', named.pp)
     if given.setdefault('gpus', dp * model) != dp * model:
         raise ValueError(

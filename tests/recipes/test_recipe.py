@@ -176,6 +176,29 @@ def test_show_sizes_up_a_manifold(manifold, rows, show):
     }
 
 
+@pytest.mark.parametrize(
+    ('name', 'gpus', 'tp', 'schedule'),
+    [
+        ('27b', 512, 1, 'dualpipev-w'),
+        ('27b', 1024, 1, 'zb-v'),
+        ('27b', 8192, 8, 'zb-v'),
+        ('9b', 256, 1, 'dualpipev-w'),
+        ('3b-1t', 4096, 4, 'dualpipev-w'),
+    ],
+)
+def test_layouts_beyond_those_with_a_name(show, launcher, capsys, name, gpus, tp, schedule):
+    """1280 sequences on 256 replicas are 5 microbatches, fewer than 2 x pp = 8."""
+    status, out, _ = show(f'show {name} --gpus {gpus} --json')
+    layout = json.loads(out)['layout']
+    assert status == 0 and (layout['gpus'], layout['tp']) == (gpus, tp)
+    assert layout['schedule'] == schedule
+    assert layout['pp'] == LAYOUTS[name]['64gpu'].pp and layout['ep'] == LAYOUTS[name]['64gpu'].ep
+    assert launcher.main([name, '--gpus', str(gpus), '--print']) == 0
+    script = capsys.readouterr().out
+    assert f'--pipeline-schedule {schedule}\n' in script
+    assert f'--nnodes {gpus // 8}\n' in script and f':-{32 if tp == 1 else 1}}}' in script
+
+
 def test_list_names_every_recipe(show):
     assert [row['name'] for row in json.loads(show('list --json')[1])] == list(RECIPES)
     assert all(name in show('list')[1] for name in RECIPES)
@@ -190,6 +213,7 @@ def test_list_names_every_recipe(show):
         ('show 3b --dp 3 --ep 3', 'a batch of 320 sequences is no multiple of 1'),
         ('show 3b --dp 160', 'needs at least 2 x pp = 4 microbatches'),
         ('show 3b --ep 0', 'argument --ep: 0: wanted an integer from 1'),
+        ('show 27b --gpus 16384', '1280 sequences is no multiple of 1 a microbatch x 512'),
         ('show 4b', "invalid choice: '4b'"),
         ('show 3b --mhc-manifold birkhoff', 'choose one of sinkhorn, permutation'),
         ('show 3b --residual-type hc --mhc-manifold identity', 'has no effect with'),
