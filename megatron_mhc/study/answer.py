@@ -16,13 +16,13 @@ from megatron_mhc.study.calibrate import as_text, calibration
 from megatron_mhc.study.choices import sweep_of
 from megatron_mhc.study.estimate import run_study
 from megatron_mhc.study.files import make_folder, require_matplotlib, write, write_study
-from megatron_mhc.study.hardware import hardware_of
 from megatron_mhc.study.kernels import BytesModel, Measured
 from megatron_mhc.study.launch import launch_scripts
 from megatron_mhc.study.model import Model, own_model, recipe_model
 from megatron_mhc.study.names import SCALING
 from megatron_mhc.study.output import flags_text
 from megatron_mhc.study.points import best_of
+from megatron_mhc.study.presets import hardware_of
 from megatron_mhc.study.report import Answer, as_words, plain
 from megatron_mhc.study.scaling import curves
 

@@ -6,7 +6,7 @@ from megatron_mhc.inputs.values import number
 from megatron_mhc.settings.names import RESIDUAL_TYPES
 
 # Those of ``PRESETS``.
-HARDWARE = ('a100', 'h100', 'h200', 'b200')
+HARDWARE = ('a100', 'h800', 'h100', 'h200', 'b200', 'gb200', 'gb300')
 # Tokens of a training beyond which the number is a slip.
 MOST_TRAINED = 1e18
 # Of a batch that stays, and of one that grows with the GPUs.

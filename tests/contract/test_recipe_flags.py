@@ -12,10 +12,10 @@ import pytest
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, words
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES
 from megatron_mhc.study.estimate import run_study
-from megatron_mhc.study.hardware import PRESETS
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.model import own_model, recipe_model
 from megatron_mhc.study.output import flags_text
+from megatron_mhc.study.presets import PRESETS
 from megatron_mhc.study.sweep import Sweep
 
 CASES = [(name, layout) for name in RECIPES for layout in LAYOUTS[name]]

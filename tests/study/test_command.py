@@ -19,9 +19,9 @@ from megatron_mhc.recipes.recipe import RECIPES
 from megatron_mhc.sizing.memory import Layout, rank_memory
 from megatron_mhc.study.calibrate import Row, as_text
 from megatron_mhc.study.estimate import run_study
-from megatron_mhc.study.hardware import PRESETS, hardware_of
 from megatron_mhc.study.kernels import BytesModel, Measured
 from megatron_mhc.study.output import points_table, verdict
+from megatron_mhc.study.presets import PRESETS, hardware_of
 from megatron_mhc.study.sweep import Sweep
 
 H100 = PRESETS['h100']
@@ -159,7 +159,7 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('', 'name one of 3b, 9b'),
         ('27b --calibrate', '--calibrate has models of its own'),
         ('--calibrate --set tflops=1', '--set has no effect with --calibrate'),
-        ('27b --hardware h300', '--hardware h300: choose a100, h100'),
+        ('27b --hardware h300', '--hardware h300: choose a100, h800, h100'),
         ('27b --set speed=1', '--set speed=1: there is no field speed'),
         ('27b --set tflops', '--set tflops: wanted FIELD=VALUE'),
         ('27b --tp 3', 'do not divide by tp; choose a --tp that divides 32'),
@@ -287,6 +287,17 @@ def test_a_way_out_that_streams_cannot_take_is_not_given(command):
     flag = '--overlap-moe-expert-parallel-comm'
     assert flag not in command(line)[1]
     assert flag in command(f'{line} --residual-type standard')[1]
+
+
+def test_racks_join_more_gpus_than_a_host_has(command, tmp_path):
+    """72 GPUs on NVLink, of which 4 a host: links count by the one, launches by the other."""
+    h800, rack = PRESETS['h800'], PRESETS['gb200']
+    assert h800.nvlink_gb_s < H100.nvlink_gb_s and h800.tflops == H100.tflops
+    assert (rack.gpus_per_node, rack.ranks_per_host) == (64, 4)
+    assert PRESETS['gb300'].network_gb_s == 2 * rack.network_gb_s
+    command(f'27b --gpus 64 --tp 1 --pp 2 --ep 8 --hardware gb200 --launch-scripts {tmp_path}')
+    assert '--nproc-per-node 4' in (tmp_path / 'gpus-64-n4.sh').read_text()
+    assert '#SBATCH --nodes=16' in (tmp_path / 'gpus-64-n4.slurm').read_text()
 
 
 def test_a_pipe_is_no_machine(tmp_path, command):

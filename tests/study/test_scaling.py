@@ -11,9 +11,9 @@ import pytest
 from megatron_mhc.recipes.recipe import RECIPES
 from megatron_mhc.study.budget import Budget
 from megatron_mhc.study.estimate import run_study
-from megatron_mhc.study.hardware import PRESETS
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.names import token_count
+from megatron_mhc.study.presets import PRESETS
 from megatron_mhc.study.scaling import BEST, curves
 from megatron_mhc.study.sweep import Sweep
 

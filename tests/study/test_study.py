@@ -23,11 +23,11 @@ from megatron_mhc.sizing.size import parameters
 from megatron_mhc.study.calibrate import calibration
 from megatron_mhc.study.costs import CostModel, Costs
 from megatron_mhc.study.estimate import residuals, run_study
-from megatron_mhc.study.hardware import PRESETS
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.links import Group, groups_of
 from megatron_mhc.study.pipeline import EXACT, Case, run_steps
 from megatron_mhc.study.points import best_of, breakdown, pareto
+from megatron_mhc.study.presets import PRESETS
 from megatron_mhc.study.sweep import Sweep, legal_layouts
 
 H100 = PRESETS['h100']
