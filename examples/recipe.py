@@ -90,14 +90,12 @@ def logging_flags(options):
 def layout_of(layout, extra):
     """The layout that Megatron's own flags make of ``layout``, and whether it has one queue."""
     parser = OneLineParser(prog='recipe.py', add_help=False, allow_abbrev=False)
-    ranks = {'tp': 'tensor', 'pp': 'pipeline', 'ep': 'expert'}
-    for name, kind in ranks.items():
-        flag, size = f'--{kind}-model-parallel-size', getattr(layout, name)
+    kinds = {'tp': 'tensor-model', 'pp': 'pipeline-model', 'ep': 'expert-model', 'cp': 'context'}
+    for name, kind in kinds.items():
+        flag, size = f'--{kind}-parallel-size', getattr(layout, name)
         parser.add_argument(flag, dest=name, type=integer(1, MOST_RANKS), default=size)
-    parser.add_argument('--context-parallel-size', dest='cp', type=integer(1), default=1)
-    asked = parser.parse_known_args(extra)[0]
-    changed = {name: getattr(asked, name) for name in ranks}
-    return dataclasses.replace(layout, **changed), one_queue(asked.tp, asked.cp)
+    asked = vars(parser.parse_known_args(extra)[0])
+    return dataclasses.replace(layout, **asked), one_queue(asked['tp'], asked['cp'])
 
 
 def main(argv=None):

@@ -116,7 +116,7 @@ def layout_of(options: argparse.Namespace) -> Layout:
             if beyond
             else (dataclasses.replace(named, **given))
         )
-    model = given.get('tp', named.tp) * given.get('pp', named.pp)
+    model = given.get('tp', named.tp) * given.get('cp', 1) * given.get('pp', named.pp)
     if given.setdefault('gpus', dp * model) != dp * model:
         raise ValueError(
             f'--dp {dp} x tp x pp = {dp * model} ranks, but --gpus {given["gpus"]}; drop one'
@@ -185,9 +185,10 @@ def _text(figures: dict[str, Any]) -> str:
             f'{cost["parameter_bytes"] / 2**20:.1f} MiB of fp32 parameters, and '
             f'{cost["token_bytes"]} bytes a token and sublayer'
         )
+    shared = f' x cp {layout["cp"]}' if layout['cp'] > 1 else ''
     lines += [
         '',
-        f'layout: {layout["gpus"]} ranks = tp {layout["tp"]} x pp {layout["pp"]} x dp '
+        f'layout: {layout["gpus"]} ranks = tp {layout["tp"]}{shared} x pp {layout["pp"]} x dp '
         f'{layout["dp"]}, ep {layout["ep"]} x expert dp {layout["expert_dp"]}; '
         f'{layout["microbatches"]} microbatches of {layout["micro_batch"]}'
         + (f', {layout["schedule"]}' if layout['pp'] > 1 else ''),

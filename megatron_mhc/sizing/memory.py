@@ -33,6 +33,7 @@ class Layout:
         pp: pipeline ranks P.
         ep: ranks that share the experts of a layer.
         tp: tensor-parallel ranks, of experts too; with sequence parallelism.
+        cp: context-parallel ranks, which share the tokens of a sequence.
         micro_batch: sequences of a microbatch, b.
         schedule: of the pipeline; means nothing where P = 1.
         vpp: chunks a rank, of the schedule ``interleaved``; the others have their own number.
@@ -48,6 +49,7 @@ class Layout:
     micro_batch: int = 1
     schedule: str = 'dualpipev-w'
     vpp: int = 2
+    cp: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -55,7 +57,8 @@ class Layout:
                 raise ValueError(f'{name} = {value}: at least 1 is needed; give one')
         if self.schedule not in SCHEDULES:
             raise ValueError(f'schedule {self.schedule!r}: choose one of {", ".join(SCHEDULES)}')
-        for names, size in (('tp x pp', self.tp * self.pp), ('tp x pp x ep', self._expert_ranks)):
+        dense = 'tp x cp x pp' if self.cp > 1 else 'tp x pp'
+        for names, size in ((dense, self._dense_ranks), ('tp x pp x ep', self._expert_ranks)):
             if self.gpus % size:
                 raise ValueError(
                     f'{self.gpus} ranks are no multiple of {names} = {size} (tp {self.tp}, pp '
@@ -78,13 +81,22 @@ class Layout:
         return self.pp * self.chunks
 
     @property
+    def _dense_ranks(self) -> int:
+        return self.tp * self.cp * self.pp
+
+    @property
     def _expert_ranks(self) -> int:
         return self.tp * self.pp * self.ep
 
     @property
     def dp(self) -> int:
-        """Replicas of what is not an expert; data-parallel ranks."""
-        return self.gpus // (self.tp * self.pp)
+        """Data-parallel ranks: those with sequences of their own."""
+        return self.gpus // self._dense_ranks
+
+    @property
+    def replicas(self) -> int:
+        """Of what is not an expert; ranks of one sequence have the same weights."""
+        return self.dp * self.cp
 
     @property
     def expert_dp(self) -> int:
@@ -198,7 +210,7 @@ def sharing(part: str, layout: Layout) -> tuple[int, int]:
     """How many ranks divide a part of a stage's parameters, and the replicas of each share."""
     if part == 'routed_experts':
         return layout.tp * layout.ep, layout.expert_dp
-    return 1 if part in REPLICATED else layout.tp, layout.dp
+    return 1 if part in REPLICATED else layout.tp, layout.replicas
 
 
 def stages_of(
@@ -228,8 +240,8 @@ def edge_bytes(shape: ModelShape, layout: Layout) -> int:
 
 
 def _tokens(shape: ModelShape, layout: Layout) -> int:
-    """Tokens of a microbatch on one rank: sequence parallelism divides them."""
-    return layout.micro_batch * shape.sequence // layout.tp
+    """Tokens of a microbatch on one rank: sequence and context parallelism divide them."""
+    return layout.micro_batch * shape.sequence // (layout.tp * layout.cp)
 
 
 def _states(parts: Counter[str], layout: Layout, width: int) -> tuple[int, int, int]:

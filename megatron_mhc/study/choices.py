@@ -46,6 +46,7 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
     return Sweep(
         gpus=_unique(gpus),
         tp=_unique(options.tp or [t for t in _POWERS if t <= hardware.gpus_per_node]),
+        cp=_unique(options.cp or (1,)),
         pp=_unique(options.pp or pipeline),
         ep=_unique(options.ep or [e for e in range(1, experts + 1) if not experts % e]),
         dp=_unique(options.dp or ()),

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = parser.add_argument_group('what to combine; several values each').add_argument
     ranks('--gpus', type=_COUNT, nargs='+', metavar='N', help='ranks in all (default: 64)')
     ranks('--tp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2 in a node)')
+    ranks('--cp', type=_COUNT, nargs='+', metavar='N', help='context parallel (default: 1)')
     ranks('--pp', type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
     ranks('--vpp', type=_COUNT, nargs='+', metavar='N', help='of interleaved (default: 2)')
     ranks('--ep', type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)')

@@ -2,7 +2,7 @@
 
 FLOPs are those of ``model_flops``, parameters and edges those of ``model_memory``; nothing is
 counted here a second time. T is the tokens of a microbatch, of which a tensor-parallel rank has
-1 / tp between the linear layers (sequence parallelism).
+1 / tp between the linear layers (sequence parallelism), and 1 / cp everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.kernels import BytesModel, Measured, Sublayer
 from megatron_mhc.study.links import Groups, groups_of
+from megatron_mhc.study.ring import ring_of
 
 # A backward of flash attention has 5 products of matrices, a forward 2 (arXiv 2307.08691).
 CORE_BACKWARD = 2.5
@@ -38,7 +39,9 @@ class Costs:
         recompute: R as an operation of its own, ahead of the backward.
         exchange: all-to-all of experts, in the forward; the backward has as much.
         collectives: of tensor parallelism, forward and backward; part of the others.
-        tensor_bytes: sent in them.
+        ring: of context parallelism, what attention does not hide; likewise.
+        tensor_bytes: sent in collectives.
+        ring_bytes: sent in the ring, forward and backward.
         expert_bytes: sent in the all-to-all, forward and backward.
     """
 
@@ -48,7 +51,9 @@ class Costs:
     recompute: float = 0.0
     exchange: float = 0.0
     collectives: float = 0.0
+    ring: float = 0.0
     tensor_bytes: float = 0.0
+    ring_bytes: float = 0.0
     expert_bytes: float = 0.0
 
     def add(self, other: Costs, times: int = 1) -> None:
@@ -151,7 +156,7 @@ class CostModel:
         return RankCosts(max(reduce), max(gather), max(optimizer), max(data))
 
     def _layer(self, layout: Layout, sparse: bool) -> Costs:
-        key = layout.gpus // layout.pp, layout.tp, layout.ep, layout.micro_batch, sparse
+        key = layout.gpus // layout.pp, layout.tp, layout.cp, layout.ep, layout.micro_batch, sparse
         if key not in self.layer_costs:
             self.layer_costs[key] = self._new_layer(layout, sparse)
         return self.layer_costs[key]
@@ -170,13 +175,20 @@ class CostModel:
         # Dispatch and combine.
         exchange = 2 * groups.ep.exchange_seconds(exchanged)
         collectives, sent = self._collectives(groups, tokens, sparse)
+        ring = ring_of(shape, layout, groups.cp, tokens, (core, CORE_BACKWARD * core))
         return Costs(
-            forward=linear + core + 2 * residual.forward + collectives,
-            input_grad=linear + CORE_BACKWARD * core + 2 * residual.backward + collectives,
+            forward=linear + core + 2 * residual.forward + collectives + ring.forward,
+            input_grad=linear
+            + CORE_BACKWARD * core
+            + 2 * residual.backward
+            + collectives
+            + ring.backward,
             weight_grad=linear,
             exchange=exchange,
             collectives=2 * collectives,
+            ring=ring.forward + ring.backward,
             tensor_bytes=2 * sent,
+            ring_bytes=ring.sent,
             expert_bytes=4 * groups.ep.sent(exchanged),
         )
 
@@ -229,10 +241,10 @@ class CostModel:
     def _sublayer(self, layout: Layout) -> Sublayer:
         """Residual connections of a sublayer, of a microbatch on one rank."""
         tokens = self._tokens(layout) // layout.tp
-        shape, overlaps = self.shape, not self.hardware.one_queue(layout.tp)
+        shape, overlaps = self.shape, not self.hardware.one_queue(layout.tp, layout.cp)
         return self.kernels.sublayer(
             shape.residual, shape.hidden, tokens, shape.value_bytes, overlaps
         )
 
     def _tokens(self, layout: Layout) -> int:
-        return layout.micro_batch * self.shape.sequence
+        return layout.micro_batch * self.shape.sequence // layout.cp

@@ -54,7 +54,7 @@ def run_study(
         model = models[residual]
         microbatches = layout.microbatches(sweep.batch(sequences, layout.gpus))
         stages, hop = model.stages(layout), model.hop(layout)
-        overlap = 0.0 if hardware.one_queue(layout.tp) else hardware.slot_overlap
+        overlap = 0.0 if hardware.one_queue(layout.tp, layout.cp) else hardware.slot_overlap
         cases.append(Case(layout, microbatches, stages, hop, overlap))
         advance(1)
     steps = run_steps(cases, advance)
@@ -113,15 +113,17 @@ def _point(
         bubble_share=step.bubble_share,
         exposed_pp_s=step.hops,
         exposed_tp_s=m * _largest(case, lambda stage: stage.collectives),
+        exposed_cp_s=m * _largest(case, lambda stage: stage.ring),
         exposed_ep_s=step.exchange,
         exposed_dp_s=once.exposed_reduce + once.gather,
         optimizer_s=once.optimizer,
         mhc_overhead=seconds / plain - 1,
         memory_gib=memory / 2**30,
         fits=memory <= USABLE * hardware.memory,
-        one_queue=hardware.one_queue(layout.tp),
+        one_queue=hardware.one_queue(layout.tp, layout.cp),
         pp_bytes=m * _edges(layout) * edge_bytes(shape, layout),
         tp_bytes=m * _largest(case, lambda stage: stage.tensor_bytes),
+        cp_bytes=m * _largest(case, lambda stage: stage.ring_bytes),
         ep_bytes=m * _largest(case, lambda stage: stage.expert_bytes),
         dp_bytes=once.data_bytes,
     )

@@ -21,6 +21,7 @@ from megatron_mhc.study.points import Point
 # What a study chooses, and what is not there without Transformer Engine.
 _CHOSEN = (
     '--tensor-model-parallel-size',
+    '--context-parallel-size',
     '--pipeline-model-parallel-size',
     '--expert-model-parallel-size',
     '--expert-tensor-parallel-size',
@@ -105,11 +106,6 @@ def own_model(
     for flag in _CHOSEN:
         if any(word.partition('=')[0] == flag for word in line):
             raise ValueError(f'--model {flag}: that is what a study chooses; drop it')
-    if any(word.partition('=')[0] == '--context-parallel-size' for word in line):
-        raise ValueError(
-            '--model --context-parallel-size: a study has no context parallelism, which like '
-            'tensor parallelism takes CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell; drop it'
-        )
     # Megatron prints its arguments; what is wrong with them it raises.
     with quiet():
         prepare('auto')

@@ -15,6 +15,7 @@ from megatron_mhc.study.points import Point, Study, best_of
 _COLUMNS = {
     'gpus': ('gpus', 'd'),
     'tp': ('tp', 'd'),
+    'cp': ('cp', 'd'),
     'pp': ('pp', 'd'),
     'vpp': ('vpp', 'd'),
     'ep': ('ep', 'd'),

@@ -18,6 +18,7 @@ PARTS = {
     'bubble': 'lightgray',
     'pipeline hops': 'tab:orange',
     'tensor parallel': 'tab:purple',
+    'context parallel': 'tab:pink',
     'expert all-to-all': 'tab:red',
     'data parallel': 'tab:brown',
     'optimizer': 'tab:green',
@@ -135,6 +136,7 @@ def _bars(axes: Axes, study: Study, counts: list[int]) -> None:
 def bar_label(point: Point) -> str:
     """What a bar stands for: two lines."""
     layout = point.layout
-    ranks = f'tp {layout.tp} pp {layout.pp} ep {layout.ep} b {layout.micro_batch}'
+    cp = f' cp {layout.cp}' if layout.cp > 1 else ''
+    ranks = f'tp {layout.tp}{cp} pp {layout.pp} ep {layout.ep} b {layout.micro_batch}'
     fits = '' if point.fits else ', does not fit'
     return f'{layout.gpus} GPUs, n {point.streams}, {point.schedule_name}\n{ranks}{fits}'

@@ -27,6 +27,7 @@ class Point:
         bubble_share: of the pipeline's time.
         exposed_pp_s: by how much hops make the step longer.
         exposed_tp_s: collectives of tensor parallelism.
+        exposed_cp_s: keys and values of context parallelism that attention does not hide.
         exposed_ep_s: by how much the all-to-all makes the step longer.
         exposed_dp_s: gradient reduction behind the backward, and the gather of parameters.
         optimizer_s: Adam.
@@ -34,7 +35,7 @@ class Point:
         memory_gib: estimated, of the fullest rank.
         fits: within ``USABLE`` of a GPU.
         one_queue: needs ``CUDA_DEVICE_MAX_CONNECTIONS=1``, so that no streams overlap.
-        pp_bytes, tp_bytes, ep_bytes, dp_bytes: sent.
+        pp_bytes, tp_bytes, cp_bytes, ep_bytes, dp_bytes: sent.
     """
 
     layout: Layout
@@ -47,6 +48,7 @@ class Point:
     bubble_share: float
     exposed_pp_s: float
     exposed_tp_s: float
+    exposed_cp_s: float
     exposed_ep_s: float
     exposed_dp_s: float
     optimizer_s: float
@@ -56,6 +58,7 @@ class Point:
     one_queue: bool
     pp_bytes: float
     tp_bytes: float
+    cp_bytes: float
     ep_bytes: float
     dp_bytes: float
 
@@ -80,18 +83,19 @@ class Point:
     @property
     def exposed(self) -> float:
         """Seconds of communication that nothing covers."""
-        return self.exposed_pp_s + self.exposed_tp_s + self.exposed_ep_s + self.exposed_dp_s
+        inner = self.exposed_tp_s + self.exposed_cp_s + self.exposed_ep_s
+        return self.exposed_pp_s + inner + self.exposed_dp_s
 
     @property
     def sent(self) -> float:
         """Bytes that the busiest rank sends in a step."""
-        return self.pp_bytes + self.tp_bytes + self.ep_bytes + self.dp_bytes
+        return self.pp_bytes + self.tp_bytes + self.cp_bytes + self.ep_bytes + self.dp_bytes
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, the layout's first."""
         layout = self.layout
         sizes = {
-            **{name: getattr(layout, name) for name in ('gpus', 'tp', 'pp')},
+            **{name: getattr(layout, name) for name in ('gpus', 'tp', 'cp', 'pp')},
             'vpp': layout.chunks,
             **{name: getattr(layout, name) for name in ('ep', 'dp')},
             'schedule': self.schedule,
@@ -131,6 +135,7 @@ def breakdown(point: Point) -> dict[str, float]:
         'bubble': max(0.0, point.bubble_share * pipeline - point.exposed_pp_s),
         'pipeline hops': point.exposed_pp_s,
         'tensor parallel': point.exposed_tp_s,
+        'context parallel': point.exposed_cp_s,
         'expert all-to-all': point.exposed_ep_s,
         'data parallel': point.exposed_dp_s,
         'optimizer': point.optimizer_s,

@@ -47,7 +47,7 @@ def knee_line(curve: Curve, first: int) -> str:
 
 
 def _best(curve: Curve, counts: list[int], budget: Budget | None) -> list[str]:
-    head = ['gpus', 'batch', 'tp', 'pp', 'ep', 'b', 'm', 'schedule', 'step, s', 'tokens/s/GPU']
+    head = [*'gpus batch tp cp pp ep b m schedule'.split(), 'step, s', 'tokens/s/GPU']
     head += ['efficiency', 'comm.', 'bubble']
     if budget:
         head += ['days', 'GPU-hours', *([] if budget.price is None else ['cost'])]
@@ -62,7 +62,7 @@ def _best(curve: Curve, counts: list[int], budget: Budget | None) -> list[str]:
 
 def _row(curve: Curve, point: Point, budget: Budget | None) -> list[str]:
     layout = point.layout
-    sizes = (point.global_batch, layout.tp, layout.pp, layout.ep, layout.micro_batch)
+    sizes = (point.global_batch, layout.tp, layout.cp, layout.pp, layout.ep, layout.micro_batch)
     row = [str(size) for size in (*sizes, point.microbatches)]
     row += [point.schedule_name, f'{point.step_s:.4g}', f'{point.tokens_per_gpu_s:.0f}']
     row += [f'{curve.efficiency(point):.1%}', f'{point.exposed / point.step_s:z.1%}']

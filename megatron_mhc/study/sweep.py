@@ -37,6 +37,7 @@ class Sizes(TypedDict):
     tp: int
     pp: int
     ep: int
+    cp: int
     micro_batch: int
     schedule: str
     vpp: int
@@ -49,6 +50,7 @@ class Sweep:
     Args:
         gpus: ranks in all.
         tp, pp, ep: ranks that share tensors, stages, experts.
+        cp: ranks that share a sequence.
         dp: data-parallel ranks that are looked at; empty for whatever follows.
         schedule: of the pipeline, where there is one.
         vpp: chunks a rank, of ``interleaved``.
@@ -72,6 +74,7 @@ class Sweep:
     streams: tuple[int, ...] = (4,)
     recompute: tuple[int | str, ...] = ('auto',)
     grows: bool = False
+    cp: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         found = sum(1 for _ in itertools.islice(self.combinations(), LARGEST + 1))
@@ -87,8 +90,8 @@ class Sweep:
 
     def combinations(self) -> Iterator[Sizes]:
         """What ``Layout`` takes; without a pipeline there is no schedule to choose."""
-        sizes = itertools.product(self.gpus, self.tp, self.pp, self.ep, self.micro_batch)
-        for gpus, tp, pp, ep, micro_batch in sizes:
+        ranks = self.gpus, self.tp, self.cp, self.pp, self.ep
+        for gpus, tp, cp, pp, ep, micro_batch in itertools.product(*ranks, self.micro_batch):
             for schedule in self.schedule if pp > 1 else ('1f1b',):
                 for vpp in self.vpp if schedule == 'interleaved' else (2,):
                     yield Sizes(
@@ -96,6 +99,7 @@ class Sweep:
                         tp=tp,
                         pp=pp,
                         ep=ep,
+                        cp=cp,
                         micro_batch=micro_batch,
                         schedule=schedule,
                         vpp=vpp,
@@ -134,6 +138,7 @@ def impossible(
         shape: the model.
         sequences: of a step.
         sizes: what ``Layout`` takes.
+        cp: ranks that share a sequence.
         dp: data-parallel ranks that are asked for; empty for any.
     """
     checks = itertools.chain(_of_model(shape, sizes), _of_ranks(sequences, sizes, dp))
@@ -164,6 +169,13 @@ def _of_model(shape: ModelShape, sizes: Sizes) -> _Checks:
         'vocabulary, sequence or widths do not divide by tp',
         'choose a smaller --tp',
     )
+    cp = sizes['cp']
+    # Each rank has an early and a late part, so that a causal mask loads them evenly.
+    yield (
+        cp > 1 and bool(shape.sequence % (2 * cp * tp)),
+        'the sequence does not divide by 2 x cp x tp',
+        'choose a smaller --cp',
+    )
     count = experts.count if experts else 1
     words = 'the experts do not divide by ep' if experts else 'the model has no experts'
     yield bool(count % ep), words, f'choose an --ep that divides {count}'
@@ -176,14 +188,16 @@ def _of_model(shape: ModelShape, sizes: Sizes) -> _Checks:
 
 def _of_ranks(sequences: int, sizes: Sizes, dp: tuple[int, ...]) -> _Checks:
     gpus, schedule, pp = sizes['gpus'], sizes['schedule'], sizes['pp']
-    model = sizes['tp'] * pp
-    words = 'the GPUs are no multiple of tp x pp'
-    yield gpus % model > 0, words, f'change --gpus {gpus}, --tp or --pp'
-    yield gpus % (model * sizes['ep']) > 0, f'{words} x ep', f'change --gpus {gpus} or --ep'
-    replicas = gpus // model
+    model, cp = sizes['tp'] * pp, sizes['cp']
+    shared = 'tp x cp x pp' if cp > 1 else 'tp x pp'
+    words = f'the GPUs are no multiple of {shared}'
+    yield gpus % (model * cp) > 0, words, f'change --gpus {gpus}, --tp or --pp'
+    words = 'the GPUs are no multiple of tp x pp x ep'
+    yield gpus % (model * sizes['ep']) > 0, words, f'change --gpus {gpus} or --ep'
+    replicas = gpus // (model * cp)
     yield (
         bool(dp) and replicas not in dp,
-        'dp = GPUs / (tp x pp) is not one that is asked for',
+        f'dp = GPUs / ({shared}) is not one that is asked for',
         f'change --dp or --gpus {gpus}',
     )
     together = replicas * sizes['micro_batch']

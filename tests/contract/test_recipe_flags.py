@@ -147,7 +147,7 @@ def test_a_model_of_ones_own(parser, monkeypatch, capfd):
         ([*OWN, '--hidden-size', '250'], 'these flags: assert args.hidden_size % args.num_att'),
         ([*OWN, '--residual-type', 'hc'], '--residual-type hc: a study does not know'),
         ([*OWN, '--residual-type', 'mudd'], '--residual-type mudd: a study does not know'),
-        ([*OWN, '--context-parallel-size', '2'], 'a study has no context parallelism'),
+        ([*OWN, '--context-parallel-size', '2'], 'that is what a study chooses; drop it'),
         ([*OWN, '--mtp-num-layers', '1'], '--mtp-num-layers'),
         (OWN[: OWN.index('--global-batch-size')], 'no batch; add --global-batch-size'),
         ([word for word in OWN if word not in ('--vocab-size', '1000')], 'add --vocab-size'),
