@@ -17,9 +17,12 @@ from megatron_mhc.schedules.live import live_at_peak
 from megatron_mhc.schedules.stage_layers import layer_counts, stage_at
 from megatron_mhc.settings.recompute_cost import kept_cost, segment_size
 from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
-from megatron_mhc.sizing.size import REPLICATED, ends, layer_parameters
+from megatron_mhc.sizing.size import LINEAR, REPLICATED, ends, layer_parameters
 
 FP32 = 4
+# Bytes that Transformer Engine keeps of a weight in fp8, beside its own: the weight and, for the
+# backward, its transpose.
+FP8_COPIES = 2
 # Of a GPU's memory; the rest is for what the estimate leaves out.
 USABLE = 0.9
 
@@ -172,7 +175,7 @@ def rank_memory(shape: ModelShape, layout: Layout, sequences: int) -> list[RankM
         last = rank == layout.pp - 1
         memory.append(
             RankMemory(
-                *_states(parts, layout, shape.value_bytes),
+                *_states(parts, layout, shape),
                 live[rank],
                 *_activations(shape, layout, stages[rank]),
                 # Logits, and the fp32 softmax that cross entropy keeps.
@@ -244,8 +247,9 @@ def _tokens(shape: ModelShape, layout: Layout) -> int:
     return layout.micro_batch * shape.sequence // (layout.tp * layout.cp)
 
 
-def _states(parts: Counter[str], layout: Layout, width: int) -> tuple[int, int, int]:
+def _states(parts: Counter[str], layout: Layout, shape: ModelShape) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one rank."""
+    width = shape.value_bytes
     weights = gradients = optimizer = 0
     for part, whole in parts.items():
         split, replicas = sharing(part, layout)
@@ -253,6 +257,8 @@ def _states(parts: Counter[str], layout: Layout, width: int) -> tuple[int, int, 
         # The mapping is fp32 itself and needs no master copy.
         wide = part == 'mhc' or width == FP32
         weights += count * (FP32 if wide else width)
+        if shape.fp8 and part in LINEAR:
+            weights += count * FP8_COPIES
         gradients += count * FP32
         optimizer += -(-count * (2 if wide else 3) * FP32 // replicas)
     return weights, gradients, optimizer
@@ -264,6 +270,8 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     inside = sum(_inside(shape, layer) for stage in stages for layer in stage)
     sublayers = [2 * len(stage) for stage in stages]
     token = shape.value_bytes * _tokens(shape, layout)
+    if shape.full_recompute:
+        return _full(shape, token, stages)
     if not residual.has_streams:
         # Input and output of the norm.
         kept = token * (inside + sum(sublayers) * 2 * hidden)
@@ -279,6 +287,16 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     firsts = sum(kept_cost(n, *pair) for pair in zip(sublayers, sizes, strict=True))
     recomputed = always + firsts * hidden
     return token * kept, token * recomputed, token * max(sizes) * around
+
+
+def _full(shape: ModelShape, token: int, stages: list[range]) -> tuple[int, int, int]:
+    """The same where a layer keeps its input alone, n C values a token, and is run again."""
+    layers = [layer for stage in stages for layer in stage]
+    residual, hidden = shape.residual, shape.hidden
+    around = (residual.streams + 3) * hidden if residual.has_streams else 2 * hidden
+    kept = token * len(layers) * residual.streams * hidden
+    again = max(_inside(shape, layer) for layer in layers) + 2 * around
+    return kept, kept, token * again
 
 
 def _inside(shape: ModelShape, layer: int) -> int:

@@ -29,8 +29,8 @@ from megatron_mhc.study.scaling import curves
 PROGRAM = 'megatron-mhc study'
 _STUDY_ONLY = (
     *('output', 'set', 'kernel_times', 'gpus', 'tp', 'cp', 'pp', 'vpp', 'ep', 'dp', 'schedule'),
-    *('micro_batch_size', 'num_residual_streams', 'recompute', 'global_batch_size', 'scaling'),
-    *('train_tokens', 'gpu_hour_price', 'launch_scripts'),
+    *('micro_batch_size', 'num_residual_streams', 'recompute', 'precision', 'global_batch_size'),
+    *('scaling', 'train_tokens', 'gpu_hour_price', 'launch_scripts'),
 )
 
 

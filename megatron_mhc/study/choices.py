@@ -9,6 +9,7 @@ from typing import Any
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES, V_SCHEDULES
 from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.study.hardware import Hardware
+from megatron_mhc.study.names import FULL, PRECISIONS
 from megatron_mhc.study.sweep import Sweep
 
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
@@ -33,7 +34,9 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
             'drop it or give --pp 2 or more'
         )
     streams, segments = options.num_residual_streams, options.recompute
-    if not shape.residual.has_streams and (streams or segments):
+    if shape.value_bytes != 2 and 'fp8' in (options.precision or ()):
+        raise ValueError('--precision fp8: the model is fp32; add --bf16 behind --model')
+    if not shape.residual.has_streams and (streams or {*(segments or ())} - {FULL, 'none'}):
         flag = '--num-residual-streams' if streams else '--recompute'
         kind = shape.residual.residual_type
         raise ValueError(f'{flag} has no effect with --residual-type {kind}; drop one of them')
@@ -55,6 +58,7 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
         micro_batch=_unique(options.micro_batch_size or (1,)),
         streams=_unique(streams or (4,)),
         recompute=_unique(segments or ('auto',)),
+        precision=_unique(options.precision or PRECISIONS[:1]),
     )
 
 

@@ -15,7 +15,15 @@ from megatron_mhc.inputs.values import (
 )
 from megatron_mhc.recipes.names import MODELS
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_SEGMENTS
-from megatron_mhc.study.names import HARDWARE, SCALING, STUDIED, only_studied, token_count
+from megatron_mhc.study.names import (
+    FULL,
+    HARDWARE,
+    PRECISIONS,
+    SCALING,
+    STUDIED,
+    only_studied,
+    token_count,
+)
 
 _COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
 
@@ -62,10 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks('--num-residual-streams', type=_STREAMS, nargs='+', metavar='N', help='n (default: 4)')
     ranks(
         '--recompute',
-        type=integer(1, 2 * MOST_LAYERS, words=RECOMPUTE_SEGMENTS),
+        type=integer(1, 2 * MOST_LAYERS, words=(*RECOMPUTE_SEGMENTS, FULL)),
         nargs='+',
         metavar='L_R',
-        help=f'{", ".join(RECOMPUTE_SEGMENTS)} or sublayers of a segment (default: auto)',
+        help=f'{", ".join(RECOMPUTE_SEGMENTS)} or sublayers of a segment, or full, which runs '
+        'whole layers again (default: auto)',
+    )
+    ranks(
+        '--precision',
+        nargs='+',
+        choices=PRECISIONS,
+        metavar='NAME',
+        help='of linear layers: bf16 or fp8, a model (default: bf16)',
     )
     budget = parser.add_argument_group('scaling and cost').add_argument
     budget(

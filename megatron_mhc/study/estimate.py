@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
@@ -10,14 +11,21 @@ from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.sizing.flops import step_flops
 from megatron_mhc.sizing.memory import USABLE, Layout, edge_bytes, rank_memory
 from megatron_mhc.sizing.shape import ModelShape
-from megatron_mhc.study.costs import CostModel, Costs, RankCosts
+from megatron_mhc.study.costs import CostModel
 from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.kernels import BytesModel, Measured
+from megatron_mhc.study.names import FULL
 from megatron_mhc.study.pipeline import Case, Step, run_steps
 from megatron_mhc.study.points import Point, Study
-from megatron_mhc.study.sweep import Sweep, legal_layouts
+from megatron_mhc.study.seconds import Costs, RankCosts
+from megatron_mhc.study.sweep import Reason, Sweep, legal_layouts
 
 STANDARD = ResidualConfig('standard')
+_NOT_IN_A_V = Reason(
+    100,
+    'full recomputation does not run under a V schedule, whose backward is split',
+    'choose --schedule 1f1b or interleaved, or another --recompute',
+)
 
 
 def run_study(
@@ -42,16 +50,20 @@ def run_study(
         ValueError: no layout exists, or no kernel time.
     """
     layouts, refused = legal_layouts(sweep, shape, sequences)
-    variants = residuals(shape.residual, sweep)
+    shapes = variants(shape, sweep)
+    plain = {one: dataclasses.replace(one, residual=STANDARD) for one in shapes}
     models = {
-        residual: CostModel(dataclasses.replace(shape, residual=residual), hardware, kernels)
-        for residual in {*variants, STANDARD}
+        one: CostModel(one, hardware, kernels) for one in dict.fromkeys([*shapes, *plain.values()])
     }
-    pairs = [(residual, layout) for residual in models for layout in layouts]
+    pairs = [(one, layout) for one in models for layout in layouts if _runs(one, layout)]
+    if len(pairs) < len(models) * len(layouts):
+        refused[_NOT_IN_A_V] += sum(not _runs(one, layout) for one in shapes for layout in layouts)
+    if not pairs:
+        raise ValueError(f'no layout exists: {_NOT_IN_A_V.words}; {_NOT_IN_A_V.remedy}')
     advance = progress(2 * len(pairs))
     cases = []
-    for residual, layout in pairs:
-        model = models[residual]
+    for one, layout in pairs:
+        model = models[one]
         microbatches = layout.microbatches(sweep.batch(sequences, layout.gpus))
         stages, hop = model.stages(layout), model.hop(layout)
         overlap = 0.0 if hardware.one_queue(layout.tp, layout.cp) else hardware.slot_overlap
@@ -63,24 +75,35 @@ def run_study(
         pair: (case, step, models[pair[0]].step(pair[1], case.stages)) for pair, case, step in sizes
     }
     points = []
-    for residual in variants:
+    for one in shapes:
         for layout in layouts:
-            plain = _seconds(*found[STANDARD, layout][1:])
-            shape = models[residual].shape
-            batch = sweep.batch(sequences, layout.gpus)
-            points.append(_point(shape, batch, hardware, *found[residual, layout], plain))
+            if _runs(one, layout):
+                seconds = _seconds(*found[plain[one], layout][1:])
+                batch = sweep.batch(sequences, layout.gpus)
+                points.append(_point(one, batch, hardware, *found[one, layout], seconds))
     return Study(points, refused)
 
 
-def residuals(given: ResidualConfig, sweep: Sweep) -> list[ResidualConfig]:
-    """The kinds of residual connections to look at, as the sweep varies them."""
-    if not given.has_streams:
-        return [given]
-    return [
-        dataclasses.replace(given, num_residual_streams=n, recompute_layer_num=segments)
-        for n in sweep.streams
-        for segments in sweep.recompute
-    ]
+def variants(shape: ModelShape, sweep: Sweep) -> list[ModelShape]:
+    """The model with every n, size of segments and precision of the sweep."""
+    given, found = shape.residual, []
+    for n in sweep.streams if given.has_streams else (given.streams,):
+        for segments, precision in itertools.product(sweep.recompute, sweep.precision):
+            full, residual = segments == FULL, given
+            if given.has_streams:
+                size = 'none' if full else segments
+                residual = dataclasses.replace(
+                    given, num_residual_streams=n, recompute_layer_num=size
+                )
+            fp8 = precision == 'fp8'
+            found.append(
+                dataclasses.replace(shape, residual=residual, fp8=fp8, full_recompute=full)
+            )
+    return list(dict.fromkeys(found))
+
+
+def _runs(shape: ModelShape, layout: Layout) -> bool:
+    return not (shape.full_recompute and layout.placement == 'v')
 
 
 def _seconds(step: Step, once: RankCosts) -> float:
@@ -100,11 +123,14 @@ def _point(
     seconds = _seconds(step, once)
     ranks = rank_memory(shape, layout, sequences)
     kept = shape.residual.has_streams and shape.residual.recompute_layer_num != 'none'
+    kept = kept or shape.full_recompute
     memory = max(rank.total_recompute if kept else rank.total for rank in ranks)
     peak = layout.gpus * hardware.peak(shape.value_bytes)
     return Point(
         layout=layout,
         residual=shape.residual,
+        precision='fp8' if shape.fp8 else 'bf16' if shape.value_bytes == 2 else 'fp32',
+        recompute=FULL if shape.full_recompute else shape.residual.recompute_layer_num,
         global_batch=sequences,
         microbatches=m,
         step_s=seconds,

@@ -85,6 +85,19 @@ class Hardware:
             )
         return self.fp32_tflops * 1e12
 
+    def fp8_peak(self) -> float:
+        """FLOP/s of a GPU in fp8.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if not self.fp8_tflops:
+            raise ValueError(
+                f'--precision fp8: {self.name} has no fp8 (fp8_tflops=0); use another --hardware, '
+                'or --set fp8_tflops=1979 (an H100)'
+            )
+        return self.fp8_tflops * 1e12
+
     def one_queue(self, tp: int, cp: int = 1) -> bool:
         """Whether all streams of a GPU share one hardware queue (``settings.queues``)."""
         return one_queue(tp, cp, self.compute_capability)

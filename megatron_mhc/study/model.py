@@ -15,7 +15,7 @@ from megatron_mhc.recipes.recipe import RECIPES, Flags, parallel_flags, recipe_f
 from megatron_mhc.recipes.script import mock_data
 from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.sizing.shape import ModelShape
-from megatron_mhc.study.names import STUDIED, only_studied
+from megatron_mhc.study.names import FULL, STUDIED, only_studied
 from megatron_mhc.study.points import Point
 
 # What a study chooses, and what is not there without Transformer Engine.
@@ -79,7 +79,7 @@ def recipe_model(
         # The shares of the steps stay.
         warmup = max(1, round(recipe.warmup * steps / recipe.steps))
         one = dataclasses.replace(recipe, batch=batch, steps=steps, warmup=warmup)
-        return recipe_flags(one, point.layout, point.residual, point.one_queue)
+        return recipe_flags(one, point.layout, point.residual, _one_stream(point)) | _more(point)
 
     shape, data = recipe.shape(residual_type), mock_data(recipe.vocab)
     return Model(name, shape, batch or recipe.batch, flags, total, data=data)
@@ -137,10 +137,30 @@ def own_model(
         return {
             'RESIDUAL_ARGS': residual_flags(point.residual),
             'TRAINING_ARGS': sizes,
-            'PARALLEL_ARGS': parallel_flags(shape.layers, point.layout, point.one_queue),
-        }
+            'PARALLEL_ARGS': parallel_flags(shape.layers, point.layout, _one_stream(point)),
+        } | _more(point)
 
     return Model('own model', shape, batch, flags, tokens, tuple(line))
+
+
+def _one_stream(point: Point) -> bool:
+    """Whether F_post,res has no stream of its own; full recomputation refuses it."""
+    return point.one_queue or point.recompute == FULL
+
+
+def _more(point: Point) -> dict[str, Flags]:
+    """Flags of precision and full recomputation, where there are any."""
+    found: dict[str, Flags] = {}
+    if point.precision == 'fp8':
+        # Delayed scaling, the default, does not run under a V schedule.
+        found['PRECISION_ARGS'] = {'fp8-format': 'hybrid', 'fp8-recipe': 'tensorwise'}
+    if point.recompute == FULL:
+        found['RECOMPUTE_ARGS'] = {
+            'recompute-granularity': 'full',
+            'recompute-method': 'uniform',
+            'recompute-num-layers': 1,
+        }
+    return found
 
 
 def _padded(args: argparse.Namespace) -> int:

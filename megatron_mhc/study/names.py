@@ -12,7 +12,11 @@ MOST_TRAINED = 1e18
 # Of a batch that stays, and of one that grows with the GPUs.
 SCALING = ('strong', 'weak')
 # Types of residual connections that a study has the costs of.
-STUDIED = ('standard', 'mhc')
+STUDIED = ('standard', 'hc', 'mhc')
+# What linear layers multiply in.
+PRECISIONS = ('bf16', 'fp8')
+# Of ``--recompute``, beside segments: --recompute-granularity full, one layer at a time.
+FULL = 'full'
 
 
 def only_studied(residual_type: str) -> str:

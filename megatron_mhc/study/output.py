@@ -25,6 +25,7 @@ _COLUMNS = {
     'microbatches': ('m', 'd'),
     'streams': ('n', 'd'),
     'recompute': ('L_r', ''),
+    'precision': ('prec.', ''),
     'step_s': ('step, s', '.4g'),
     'mfu': ('MFU', '.1%'),
     'bubble_share': ('bubble', 'z.1%'),

@@ -19,6 +19,8 @@ class Point:
     Args:
         layout: the ranks.
         residual: streams and segments.
+        precision: what linear layers multiply in.
+        recompute: segments of L_r, or ``full``.
         global_batch: sequences of a step.
         microbatches: m.
         step_s: the whole step.
@@ -40,6 +42,8 @@ class Point:
 
     layout: Layout
     residual: ResidualConfig
+    precision: str
+    recompute: int | str
     global_batch: int
     microbatches: int
     step_s: float
@@ -101,9 +105,10 @@ class Point:
             'schedule': self.schedule,
             'micro_batch': layout.micro_batch,
             'streams': self.streams,
-            'recompute': self.residual.recompute_layer_num,
+            'recompute': self.recompute,
+            'precision': self.precision,
         }
-        rest = [field.name for field in dataclasses.fields(self)][2:]
+        rest = [field.name for field in dataclasses.fields(self)][4:]
         return sizes | {name: getattr(self, name) for name in rest}
 
 

@@ -56,7 +56,8 @@ class Sweep:
         vpp: chunks a rank, of ``interleaved``.
         micro_batch: sequences of a microbatch.
         streams: n.
-        recompute: ``none``, ``auto``, ``stage`` or L_r sublayers.
+        recompute: ``none``, ``auto``, ``stage``, L_r sublayers or ``full``.
+        precision: of ``PRECISIONS``.
         grows: the batch grows with the GPUs, so that a rank has as much to do (weak scaling).
 
     Raises:
@@ -75,10 +76,12 @@ class Sweep:
     recompute: tuple[int | str, ...] = ('auto',)
     grows: bool = False
     cp: tuple[int, ...] = (1,)
+    precision: tuple[str, ...] = ('bf16',)
 
     def __post_init__(self) -> None:
         found = sum(1 for _ in itertools.islice(self.combinations(), LARGEST + 1))
-        if found * len(self.streams) * len(self.recompute) > LARGEST:
+        kinds = len(self.streams) * len(self.recompute) * len(self.precision)
+        if found * kinds > LARGEST:
             raise ValueError(
                 f'more than {LARGEST} combinations; give fewer values of --tp, --pp, --ep, '
                 '--micro-batch-size, --num-residual-streams or --recompute'

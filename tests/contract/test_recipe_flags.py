@@ -112,6 +112,16 @@ def test_what_a_study_prints_is_accepted(parser, monkeypatch):
         assert microbatches == point.microbatches
 
 
+def test_full_recomputation_is_accepted(parser, monkeypatch):
+    hardware, model = PRESETS['h200'], recipe_model('27b', 1280, 'mhc')
+    sweep = Sweep((64,), (1,), (4,), (8,), schedule=('1f1b',), recompute=('full',))
+    (point,) = run_study(model.shape, 1280, sweep, hardware, BytesModel(hardware)).points
+    flags = shlex.split(flags_text(model.flags(point)).replace('\\\n', ' '))
+    args = validated(flags, 64, monkeypatch)
+    found = args.recompute_granularity, args.recompute_method, args.recompute_num_layers
+    assert found == ('full', 'uniform', 1) and args.residual_type == 'mhc'
+
+
 OWN = (
     '--num-layers 8 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 8 '
     '--group-query-attention --num-query-groups 4 --seq-length 128 --max-position-embeddings 128 '
@@ -145,7 +155,6 @@ def test_a_model_of_ones_own(parser, monkeypatch, capfd):
         ([*OWN, '--pipeline-model-parallel-size', '2'], 'that is what a study chooses; drop it'),
         ([*OWN, '--bogus'], 'unrecognized arguments: --bogus'),
         ([*OWN, '--hidden-size', '250'], 'these flags: assert args.hidden_size % args.num_att'),
-        ([*OWN, '--residual-type', 'hc'], '--residual-type hc: a study does not know'),
         ([*OWN, '--residual-type', 'mudd'], '--residual-type mudd: a study does not know'),
         ([*OWN, '--context-parallel-size', '2'], 'that is what a study chooses; drop it'),
         ([*OWN, '--mtp-num-layers', '1'], '--mtp-num-layers'),

@@ -189,13 +189,18 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('27b --set gpus_per_node=8.5', 'gpus_per_node=8.5: wanted int'),
         ('27b --set tflops=inf', 'tflops: no machine has more than'),
         ('27b --residual-type mudd', '--residual-type: mudd: a study does not know its kernels'),
-        ('27b --residual-type hc', '--residual-type: hc: a study does not know its kernels'),
+        ('27b --recompute full --schedule zb-v', 'does not run under a V schedule'),
+        ('27b --hardware a100 --precision fp8', 'A100 80 GB has no fp8'),
+        ('27b --precision fp4', "invalid choice: 'fp4'"),
         ('27b --train-tokens 1X', 'argument --train-tokens: 1X: wanted a finite number'),
         ('27b --train-tokens 0', 'argument --train-tokens: 0.0: wanted a finite number above 0'),
         ('27b --gpu-hour-price 0', 'argument --gpu-hour-price: 0: wanted a finite number above 0'),
         ('27b --launch-scripts /dev/null/x', '--launch-scripts /dev/null/x: Not a directory'),
         ('--calibrate --scaling weak', '--scaling has no effect with --calibrate'),
-        ('27b --residual-type x', '--residual-type: x: there is no such type; use standard or mhc'),
+        (
+            '27b --residual-type x',
+            '--residual-type: x: there is no such type; use standard or hc or mhc',
+        ),
     ],
 )
 def test_refusals_are_one_line_with_a_remedy(command, line, message):

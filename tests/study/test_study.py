@@ -21,13 +21,14 @@ from megatron_mhc.sizing.flops import step_flops, token_flops
 from megatron_mhc.sizing.memory import Layout, edge_bytes, rank_memory, stages_of
 from megatron_mhc.sizing.size import parameters
 from megatron_mhc.study.calibrate import calibration
-from megatron_mhc.study.costs import CostModel, Costs
-from megatron_mhc.study.estimate import residuals, run_study
+from megatron_mhc.study.costs import CostModel
+from megatron_mhc.study.estimate import run_study, variants
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.links import Group, groups_of
 from megatron_mhc.study.pipeline import EXACT, Case, run_steps
 from megatron_mhc.study.points import best_of, breakdown, pareto
 from megatron_mhc.study.presets import PRESETS
+from megatron_mhc.study.seconds import Costs
 from megatron_mhc.study.sweep import Sweep, legal_layouts
 
 H100 = PRESETS['h100']
@@ -329,7 +330,8 @@ def test_a_type_without_streams_costs_one():
     """``enabled`` is not ``has_streams``: dense connections have neither n streams nor our maps."""
     dense, plain = ResidualConfig('mudd'), ResidualConfig('standard')
     assert (dense.streams, dense.has_streams, dense.enabled) == (1, False, True)
-    assert residuals(dense, Sweep((8,), (1,), (1,), (1,))) == [dense]
+    mudd = RECIPES['27b'].shape(dense)
+    assert variants(mudd, Sweep((8,), (1,), (1,), (1,))) == [mudd]
     point = study_of(gpus=(64,)).points[0]
     assert dataclasses.replace(point, residual=dense).streams == 1
     kernels = BytesModel(H100)
