@@ -33,6 +33,12 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
             f'--schedule {schedules[0]} has no effect with --pp 1: there is no pipeline; '
             'drop it or give --pp 2 or more'
         )
+    gpus = _unique(options.gpus or (64,))
+    if options.scaling and len(gpus) == 1:
+        raise ValueError(
+            f'--scaling {options.scaling[0]} has no effect with one number of GPUs; give --gpus '
+            f'several, such as {gpus[0]} {2 * gpus[0]}'
+        )
     streams, segments = options.num_residual_streams, options.recompute
     if shape.value_bytes != 2 and 'fp8' in (options.precision or ()):
         raise ValueError('--precision fp8: the model is fp32; add --bf16 behind --model')
@@ -40,14 +46,13 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
         flag = '--num-residual-streams' if streams else '--recompute'
         kind = shape.residual.residual_type
         raise ValueError(f'{flag} has no effect with --residual-type {kind}; drop one of them')
-    gpus = options.gpus or (64,)
     experts = shape.experts.count if shape.experts else 1
     pipeline = [p for p in _POWERS if p <= shape.layers]
     if options.schedule and not options.pp:
         # Without a pipeline there is no schedule.
         pipeline.remove(1)
     return Sweep(
-        gpus=_unique(gpus),
+        gpus=gpus,
         tp=_unique(options.tp or [t for t in _POWERS if t <= hardware.gpus_per_node]),
         cp=_unique(options.cp or (1,)),
         pp=_unique(options.pp or pipeline),

@@ -121,6 +121,8 @@ Estimate step time, memory and messages of every layout of ranks. No GPU and no 
   megatron-mhc study 27b --gpus 256 --hardware h200       a table, and the flags of the best
   megatron-mhc study 27b --gpus 64 128 256 512 1024 --train-tokens 1T --gpu-hour-price 2.5
                                                           strong and weak scaling, days and costs
+  megatron-mhc study 27b --gpus 256 --cp 1 2 --precision bf16 fp8 --recompute auto full
+                                                          more to combine
   megatron-mhc study 27b --gpus 256 1024 --output DIR     tables as CSV, and pictures
   megatron-mhc study 27b --gpus 256 1024 --launch-scripts DIR
                                                           the best of each, for torchrun and Slurm

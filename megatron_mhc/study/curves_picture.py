@@ -30,7 +30,7 @@ def curves_picture(curves: list[Curve], title: str) -> bytes:
         row[0].set(title=f'{mode} scaling: {batch}', ylabel='tokens a second and GPU')
         row[1].set(title='efficiency; ring: the knee', ylabel='efficiency, %')
         row[1].axhline(100 * ENOUGH, color='gray', ls='--', lw=1)
-        row[0].legend(fontsize=7)
+        row[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1.0, 0.5), frameon=False)
     file = io.BytesIO()
     canvas.print_figure(file, format='png', dpi=90)
     return file.getvalue()

@@ -12,6 +12,12 @@ from megatron_mhc.study.model import Model
 from megatron_mhc.study.points import Point
 from megatron_mhc.study.scaling import BEST, Curve
 
+LOGGING: Flags = {
+    'log-interval': 10,
+    'log-throughput': True,
+    'eval-interval': 1000,
+    'eval-iters': 10,
+}
 PYTHON, SCRIPT = '"${PYTHON:-python}"', '"${PRETRAIN:-pretrain_gpt.py}"'
 
 
@@ -40,10 +46,11 @@ def _script(model: Model, point: Point, hardware: Hardware) -> str:
     )
     topics: dict[str, Flags | Sequence[str]] = {
         LAUNCHER: torchrun_flags(layout.gpus, hardware.ranks_per_host),
+        # First, so that somebody's own line may say otherwise.
+        'LOGGING_ARGS': LOGGING,
         **({'MODEL_LINE': model.line} if model.line else {}),
         **model.flags(point),
         **({'DATA_ARGS': model.data} if model.data else {}),
-        'LOGGING_ARGS': {'log-interval': 10, 'log-throughput': True},
     }
     # Megatron ends a run where it demands 1; elsewhere a site's own value may be as good.
     value = connections(point.one_queue)

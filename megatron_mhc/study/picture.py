@@ -87,8 +87,13 @@ def scatter(axes: Axes, study: Study, counts: list[int]) -> None:
                 color=colours[one],
                 marker=MARKERS[number % len(MARKERS)],
                 alpha=0.5,
-                label=one if len(study.streams) == 1 else f'{one}, n = {n}',
+                # Colours in the key once, and markers once.
+                label='_' * bool(number) + one,
             )
+        if len(study.streams) > 1:
+            style = STYLES[number % len(STYLES)]
+            marker = MARKERS[number % len(MARKERS)]
+            axes.plot([], [], color='gray', marker=marker, ls=style, ms=4, label=f'n = {n}')
         for gpus in counts:
             front = pareto(point for point in points if point.layout.gpus == gpus)
             front.sort(key=lambda point: point.memory_gib)

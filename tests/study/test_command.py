@@ -200,6 +200,7 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('27b --train-tokens 0', 'argument --train-tokens: 0.0: wanted a finite number above 0'),
         ('27b --gpu-hour-price 0', 'argument --gpu-hour-price: 0: wanted a finite number above 0'),
         ('27b --launch-scripts /dev/null/x', '--launch-scripts /dev/null/x: Not a directory'),
+        ('27b --scaling weak', '--scaling weak has no effect with one number of GPUs; give --gpus'),
         ('--calibrate --scaling weak', '--scaling has no effect with --calibrate'),
         (
             '27b --residual-type x',

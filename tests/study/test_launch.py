@@ -33,7 +33,7 @@ SHOW = 'printf "%s\\n" "$CUDA_DEVICE_MAX_CONNECTIONS" "$@"'
 def test_a_script_starts_the_best_layout_of_its_gpus(command, tmp_path, machine, tp, connections):
     folder, tools = tmp_path / 'scripts', tmp_path / 'tools'
     tools.mkdir()
-    line = f'27b --gpus 8 64 --tp {tp} --hardware {machine} --micro-batch-size 1'
+    line = f'27b --gpus 16 64 --tp {tp} --pp 2 4 --ep 4 8 --hardware {machine}'
     found = json.loads(command(f'{line} --json --launch-scripts {folder}')[1])
     best = [row for row in found['scaling'] if (row['scaling'], row['curve']) == ('strong', 'best')]
     names = [f'gpus-{row["gpus"]}-n4.{kind}' for row in best for kind in ('sh', 'slurm')]
@@ -60,7 +60,7 @@ def test_a_script_starts_the_best_layout_of_its_gpus(command, tmp_path, machine,
             ('ep', 'expert-model'),
         ):
             assert flags[f'--{flag}-parallel-size'] == str(row[name])
-        assert flags['--global-batch-size'] == '1280'
+        assert flags['--global-batch-size'] == '1280' and flags['--eval-interval'] == '1000'
         assert ('--mhc-post-stream' in seen) == (connections == '32' and row['pp'] > 1)
 
 
