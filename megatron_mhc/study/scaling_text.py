@@ -26,6 +26,7 @@ def as_text(curves: list[Curve], counts: tuple[int, ...], budget: Budget | None)
             f'{best.mode} scaling, {grows}; efficiency: tokens a second and GPU, by those of the '
             'fewest GPUs',
             *_best(best, sorted(counts), budget),
+            *_missing(best, sorted(counts)),
             knee_line(best, first),
             'efficiency of the best layout of each schedule:',
             *_schedules(curves[1:], sorted(counts)),
@@ -58,6 +59,14 @@ def _best(curve: Curve, counts: list[int], budget: Budget | None) -> list[str]:
         row = [_NONE] * (len(head) - 1) if point is None else _row(curve, point, budget)
         cells.append([str(gpus), *row])
     return table(cells, '>')
+
+
+def _missing(curve: Curve, counts: list[int]) -> list[str]:
+    found = {point.layout.gpus for point in curve.points}
+    missing = [gpus for gpus in counts if gpus not in found]
+    if not missing:
+        return []
+    return [f'{_NONE}: no layout exists, or none fits; --gpus {missing[0]} alone says why']
 
 
 def _row(curve: Curve, point: Point, budget: Budget | None) -> list[str]:

@@ -125,6 +125,7 @@ def test_counts_without_a_layout_have_a_dash(command):
     out = command('27b --gpus 64 100 128 --tp 1 --pp 4 --ep 8 --schedule 1f1b --scaling strong')[1]
     (row,) = [line for line in out.splitlines() if line.split()[:2] == ['100', '-']][:1]
     assert set(row.split()[1:]) == {'-'}
+    assert '-: no layout exists, or none fits; --gpus 100 alone says why' in out
 
 
 def test_curves_in_json_csv_and_a_picture(command, tmp_path):
