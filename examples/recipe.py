@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Train a model of the mHC paper: 3b, 9b, 27b or 3b-1t, on 1, 8 or 64 GPUs.
+"""Train a model of the mHC paper: 3b, 9b, 27b or 3b-1t, on 1, 8, 64 or more GPUs.
 
 python examples/recipe.py 3b --layout 8gpu                       # mock data, nothing to download
 python examples/recipe.py 3b --scale-down                        # 20 iterations on a laptop's CPU
 python examples/recipe.py 27b --layout 64gpu --print > train.sh  # the same as a bash script
+python examples/recipe.py 27b --gpus 1024 --print                # beyond the layouts with a name
 python examples/recipe.py 9b -- --train-iters 100 --log-interval 1
 
 What follows `--` goes to Megatron, after the recipe's own flags. On several nodes start it once on
@@ -11,21 +12,21 @@ each with MASTER_ADDR set, as recipe.slurm does.
 """
 
 import argparse
+import dataclasses
 import pathlib
-import shlex
 import subprocess
 import sys
 
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
-from megatron_mhc.inputs.values import integer
+from megatron_mhc.inputs.values import MOST_RANKS, integer
 from megatron_mhc.recipes.answer import describe, verdict
-from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
+from megatron_mhc.recipes.beyond import layout_beyond
+from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down
+from megatron_mhc.recipes.script import LAUNCHER, bash_script, mock_data, torchrun_flags
 from megatron_mhc.settings.names import STREAM_TYPES
+from megatron_mhc.settings.queues import CONNECTIONS, connections, one_queue
 
 PRETRAIN = pathlib.Path(__file__).with_name('pretrain_gpt.py')
-# Streams that share a hardware queue wait for each other; Megatron asks for 1 with tensor
-# parallelism only.
-CONNECTIONS = '32'
 
 
 def parse(argv):
@@ -34,7 +35,10 @@ def parse(argv):
         prog='recipe.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('name', choices=RECIPES)
-    parser.add_argument('--layout', choices=LAYOUTS['3b'], default='8gpu', help='(default: 8gpu)')
+    parser.add_argument('--layout', choices=LAYOUTS['3b'], help='(default: 8gpu)')
+    parser.add_argument(
+        '--gpus', type=integer(65, MOST_RANKS), metavar='N', help='more than 64, from 64gpu on'
+    )
     parser.add_argument('--residual-type', choices=('standard', *STREAM_TYPES), default='mhc')
     parser.add_argument(
         '--gpus-per-node', type=integer(1, 1024), default=8, metavar='N', help='(default: 8)'
@@ -60,13 +64,7 @@ def parse(argv):
 def data_flags(options, recipe):
     """Mock data with a tokenizer that needs no file, or the user's own."""
     if options.data_path is None:
-        return {
-            'mock-data': True,
-            'tokenizer-type': 'NullTokenizer',
-            # One less: some releases add an end-of-document token.
-            'vocab-size': recipe.vocab - 1,
-            'split': '99,1,0',
-        }
+        return mock_data(recipe.vocab)
     return {
         'data-path': tuple(options.data_path),
         'tokenizer-type': 'HuggingFaceTokenizer',
@@ -89,65 +87,44 @@ def logging_flags(options):
     return flags
 
 
-def torchrun_flags(gpus, gpus_per_node):
-    """One node by itself, or one of several that meet at MASTER_ADDR; bash fills in the names."""
-    nodes = -(-gpus // gpus_per_node)
-    flags = {'nproc-per-node': min(gpus, gpus_per_node)}
-    if nodes == 1:
-        return {'standalone': True, **flags}
-    return {
-        'nnodes': nodes,
-        **flags,
-        'rdzv-backend': 'c10d',
-        'rdzv-id': '"${SLURM_JOB_ID:-recipe}"',
-        'rdzv-endpoint': '"${MASTER_ADDR:?set it to the first of the nodes}:${MASTER_PORT:-29500}"',
-    }
-
-
-def bash_script(title, topics, extra):
-    """The launch as bash: one array a topic, one flag a line."""
-    lines = [
-        '#!/usr/bin/env bash',
-        f'# {title}',
-        'set -euo pipefail',
-        f'export CUDA_DEVICE_MAX_CONNECTIONS="${{CUDA_DEVICE_MAX_CONNECTIONS:-{CONNECTIONS}}}"',
-    ]
-    for name, flags in topics.items():
-        lines += ['', f'{name}=(', *(f'    {quoted(line)}' for line in words(flags)), ')']
-    run = [sys.executable, '-m', 'torch.distributed.run']
-    command = [f'{quoted(run)} "${{TORCHRUN_ARGS[@]}}"']
-    command.append(quoted(['-m', 'megatron_mhc.run', str(PRETRAIN)]))
-    command += [f'"${{{name}[@]}}"' for name in topics if name != 'TORCHRUN_ARGS']
-    command.append(' '.join([*map(shlex.quote, extra), '"$@"']))
-    return '\n'.join([*lines, '', ' \\\n    '.join(command)])
-
-
-def quoted(line):
-    """Words for bash; what stands in double quotes is bash already."""
-    return ' '.join(word if word.startswith('"') else shlex.quote(word) for word in line)
+def layout_of(layout, extra):
+    """The layout that Megatron's own flags make of ``layout``, and whether it has one queue."""
+    parser = OneLineParser(prog='recipe.py', add_help=False, allow_abbrev=False)
+    kinds = {'tp': 'tensor-model', 'pp': 'pipeline-model', 'ep': 'expert-model', 'cp': 'context'}
+    for name, kind in kinds.items():
+        flag, size = f'--{kind}-parallel-size', getattr(layout, name)
+        parser.add_argument(flag, dest=name, type=integer(1, MOST_RANKS), default=size)
+    asked = vars(parser.parse_known_args(extra)[0])
+    return dataclasses.replace(layout, **asked), one_queue(asked['tp'], asked['cp'])
 
 
 def main(argv=None):
     """Print the script, or run it."""
     options, extra = parse(sys.argv[1:] if argv is None else argv)
-    recipe, layout = RECIPES[options.name], LAYOUTS[options.name][options.layout]
-    if options.scale_down:
-        recipe, layout = scaled_down(recipe, layout)
+    recipe, layout = RECIPES[options.name], LAYOUTS[options.name][options.layout or '8gpu']
     try:
+        if options.gpus:
+            named = LAYOUTS[options.name][options.layout or '64gpu']
+            layout = layout_beyond(recipe.batch, named, {'gpus': options.gpus})
+        if options.scale_down:
+            recipe, layout = scaled_down(recipe, layout)
+        layout, one = layout_of(layout, extra)
         figures = describe(recipe, layout, options.residual_type)
     except ValueError as error:
         refuse('recipe.py', str(error))
     topics = {
-        'TORCHRUN_ARGS': torchrun_flags(layout.gpus, options.gpus_per_node),
-        **recipe_flags(recipe, layout, options.residual_type),
+        LAUNCHER: torchrun_flags(layout.gpus, options.gpus_per_node),
+        **recipe_flags(recipe, layout, options.residual_type, one),
         'DATA_ARGS': data_flags(options, recipe),
         'LOGGING_ARGS': logging_flags(options),
     }
     size = 'scaled down' if options.scale_down else verdict(figures)
     title = f'{options.name}, ranks: {layout.gpus}; {size}'
-    script = bash_script(title, topics, extra)
+    # Nobody has said which GPU it will be: from Blackwell on 32 is right for every layout.
+    export = f'{CONNECTIONS}="${{{CONNECTIONS}:-{connections(one)}}}"'
+    script = bash_script(title, [export], topics, sys.executable, str(PRETRAIN), extra)
     if options.print:
-        print(script)
+        print(script, end='')
         return 0
     print(f'[recipe] {title}', flush=True)
     return subprocess.run(['bash', '-c', script]).returncode

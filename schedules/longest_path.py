@@ -108,13 +108,13 @@ def _sources(plan: Plan, op: Op, made: Made) -> tuple[int, ...] | None:
     """The results of other ranks that ``op`` needs; None where a result is not there yet."""
     sources = []
     for leaf in op.leaves:
+        here = plan.rank_of(leaf.stage, leaf.direction)
         for kind, stage in _needs(plan, leaf):
             source = made.get((kind, (stage, leaf.microbatch, leaf.direction)))
             if source is None:
                 return None
-            here, there = (plan.rank_of(s, leaf.direction) for s in (leaf.stage, stage))
             # What the rank itself has made is older than the step before.
-            if here != there:
+            if plan.rank_of(stage, leaf.direction) != here:
                 sources.append(source)
     return tuple(sources)
 

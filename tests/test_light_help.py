@@ -100,7 +100,7 @@ def test_words_of_options_are_those_of_what_they_name():
     from megatron_mhc.convert.layouts import LAYOUTS as CHECKPOINTS
     from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES
     from megatron_mhc.schedules.catalog import SCHEDULES
-    from megatron_mhc.study.hardware import PRESETS
+    from megatron_mhc.study.presets import PRESETS
 
     assert tuple(CHECKPOINTS) == TARGETS
     assert tuple(RECIPES) == MODELS

@@ -9,10 +9,8 @@ backward, gradients.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +24,7 @@ from megatron_mhc.inputs.options import (
     add_option,
 )
 from megatron_mhc.inputs.progress import progress
+from megatron_mhc.inputs.quiet import quiet
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_LAYERS, MOST_STREAMS, integer
@@ -162,8 +161,7 @@ def main(options: argparse.Namespace) -> int:
         ]
     except ValueError as error:
         refuse(PROGRAM, str(error))
-    # Megatron and torch may have something to say.
-    with contextlib.redirect_stdout(sys.stderr):
+    with quiet():
         start_megatron()
         rows = [*_measured(options, residuals)]
     if options.json:

@@ -16,6 +16,7 @@ STREAMS = ('--num-residual-streams', '--num-streams', '--mhc-num-residual-stream
 SEGMENTS = ('--segments', '--blocks', '--recompute', '--mhc-recompute-layer-num')
 CHUNKS = ('--vpp', '--chunks', '--num-virtual-stages-per-pipeline-rank')
 SCHEDULE = ('--schedule', '--pipeline-schedule')
+CP = ('--cp', '--context-parallel-size')
 TP = ('--tp', '--tensor-model-parallel-size')
 PP = ('--pp', '--pipeline-model-parallel-size')
 EP = ('--ep', '--expert-model-parallel-size')

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import sys
 from typing import Any
 
+from megatron_mhc.inputs.quiet import quiet
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.manifolds.registry import num_logits
+from megatron_mhc.recipes.beyond import layout_beyond
 from megatron_mhc.recipes.names import SIZES
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, Recipe
 from megatron_mhc.settings.residual import ResidualConfig
@@ -105,12 +105,18 @@ def layout_of(options: argparse.Namespace) -> Layout:
     Raises:
         ValueError: sizes that contradict each other.
     """
-    named = LAYOUTS[options.name][options.layout]
+    largest = max(layout.gpus for layout in LAYOUTS[options.name].values())
+    beyond = options.gpus is not None and options.gpus > largest
+    named = LAYOUTS[options.name][options.layout or ('64gpu' if beyond else '8gpu')]
     given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
     dp = given.pop('dp', None)
     if dp is None:
-        return dataclasses.replace(named, **given)
-    model = given.get('tp', named.tp) * given.get('pp', named.pp)
+        return (
+            layout_beyond(RECIPES[options.name].batch, named, given)
+            if beyond
+            else (dataclasses.replace(named, **given))
+        )
+    model = given.get('tp', named.tp) * given.get('cp', 1) * given.get('pp', named.pp)
     if given.setdefault('gpus', dp * model) != dp * model:
         raise ValueError(
             f'--dp {dp} x tp x pp = {dp * model} ranks, but --gpus {given["gpus"]}; drop one'
@@ -157,7 +163,7 @@ def _show(options: argparse.Namespace) -> int:
         from megatron_mhc.recipes.build import built_summary
 
         # Megatron prints its arguments.
-        with contextlib.redirect_stdout(sys.stderr):
+        with quiet():
             figures['built'] = built_summary(recipe, residual)
     print(json.dumps(figures, indent=2) if options.json else _text(figures))
     return int('built' in figures and any(figures[k] != n for k, n in figures['built'].items()))
@@ -179,9 +185,10 @@ def _text(figures: dict[str, Any]) -> str:
             f'{cost["parameter_bytes"] / 2**20:.1f} MiB of fp32 parameters, and '
             f'{cost["token_bytes"]} bytes a token and sublayer'
         )
+    shared = f' x cp {layout["cp"]}' if layout['cp'] > 1 else ''
     lines += [
         '',
-        f'layout: {layout["gpus"]} ranks = tp {layout["tp"]} x pp {layout["pp"]} x dp '
+        f'layout: {layout["gpus"]} ranks = tp {layout["tp"]}{shared} x pp {layout["pp"]} x dp '
         f'{layout["dp"]}, ep {layout["ep"]} x expert dp {layout["expert_dp"]}; '
         f'{layout["microbatches"]} microbatches of {layout["micro_batch"]}'
         + (f', {layout["schedule"]}' if layout['pp'] > 1 else ''),

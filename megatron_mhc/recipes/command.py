@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='also build the model with Megatron, on the meta device, and count its parameters',
     )
     ranks = show.add_argument_group('layout: one by name, or changed')
-    ranks.add_argument('--layout', choices=LAYOUT_NAMES, default='8gpu', help='(default: 8gpu)')
+    ranks.add_argument(
+        '--layout', choices=LAYOUT_NAMES, help='(default: 8gpu; 64gpu with more than 64 --gpus)'
+    )
     for name in SIZES:
         words = _WORDS.get(name, (flag_of(name),))
         count = {'type': integer(1, MOST_RANKS), 'metavar': 'N'}

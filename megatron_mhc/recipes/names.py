@@ -5,4 +5,4 @@ from __future__ import annotations
 # Those of ``RECIPES``, and of each of its ``LAYOUTS``.
 MODELS = ('3b', '9b', '27b', '3b-1t')
 LAYOUT_NAMES = ('1gpu', '8gpu', '64gpu')
-SIZES = ('gpus', 'tp', 'pp', 'ep', 'dp', 'micro_batch')
+SIZES = ('gpus', 'tp', 'cp', 'pp', 'ep', 'dp', 'micro_batch')

@@ -180,7 +180,7 @@ def recipe_flags(
         one_queue: as for ``parallel_flags``; None for a GPU that nobody has named.
     """
     if one_queue is None:
-        one_queue = layout.tp > 1
+        one_queue = layout.tp > 1 or layout.cp > 1
     if isinstance(residual, str):
         segments = 'none' if residual == 'standard' else SEGMENTS
         residual = ResidualConfig(residual, recompute_layer_num=segments)
@@ -310,6 +310,8 @@ def parallel_flags(layers: int, layout: Layout, one_queue: bool) -> Flags:
     }
     if layout.tp > 1:
         flags['sequence-parallel'] = True
+    if layout.cp > 1:
+        flags['context-parallel-size'] = layout.cp
     if layout.pp > 1:
         flags['pipeline-schedule'] = layout.schedule
         if not one_queue:

@@ -6,6 +6,7 @@ counted, in segments of L_r; n streams. A sublayer's output, C values, is kept i
 
 from __future__ import annotations
 
+import functools
 import math
 
 
@@ -34,6 +35,7 @@ def whole_cost(n: int, sublayers: int) -> int:
     return (n + 2) * sublayers
 
 
+@functools.cache
 def best_segment(n: int, sublayers: int) -> int:
     """The L_r of the least ``segment_cost``, about sqrt(n * L / (n + 2)); the least of equals."""
     return min(

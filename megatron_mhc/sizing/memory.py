@@ -17,9 +17,12 @@ from megatron_mhc.schedules.live import live_at_peak
 from megatron_mhc.schedules.stage_layers import layer_counts, stage_at
 from megatron_mhc.settings.recompute_cost import kept_cost, segment_size
 from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
-from megatron_mhc.sizing.size import REPLICATED, ends, layer_parameters
+from megatron_mhc.sizing.size import LINEAR, REPLICATED, ends, layer_parameters
 
 FP32 = 4
+# Bytes that Transformer Engine keeps of a weight in fp8, beside its own: the weight and, for the
+# backward, its transpose.
+FP8_COPIES = 2
 # Of a GPU's memory; the rest is for what the estimate leaves out.
 USABLE = 0.9
 
@@ -33,6 +36,7 @@ class Layout:
         pp: pipeline ranks P.
         ep: ranks that share the experts of a layer.
         tp: tensor-parallel ranks, of experts too; with sequence parallelism.
+        cp: context-parallel ranks, which share the tokens of a sequence.
         micro_batch: sequences of a microbatch, b.
         schedule: of the pipeline; means nothing where P = 1.
         vpp: chunks a rank, of the schedule ``interleaved``; the others have their own number.
@@ -48,6 +52,7 @@ class Layout:
     micro_batch: int = 1
     schedule: str = 'dualpipev-w'
     vpp: int = 2
+    cp: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -55,7 +60,8 @@ class Layout:
                 raise ValueError(f'{name} = {value}: at least 1 is needed; give one')
         if self.schedule not in SCHEDULES:
             raise ValueError(f'schedule {self.schedule!r}: choose one of {", ".join(SCHEDULES)}')
-        for names, size in (('tp x pp', self.tp * self.pp), ('tp x pp x ep', self._expert_ranks)):
+        dense = 'tp x cp x pp' if self.cp > 1 else 'tp x pp'
+        for names, size in ((dense, self._dense_ranks), ('tp x pp x ep', self._expert_ranks)):
             if self.gpus % size:
                 raise ValueError(
                     f'{self.gpus} ranks are no multiple of {names} = {size} (tp {self.tp}, pp '
@@ -78,13 +84,22 @@ class Layout:
         return self.pp * self.chunks
 
     @property
+    def _dense_ranks(self) -> int:
+        return self.tp * self.cp * self.pp
+
+    @property
     def _expert_ranks(self) -> int:
         return self.tp * self.pp * self.ep
 
     @property
     def dp(self) -> int:
-        """Replicas of what is not an expert; data-parallel ranks."""
-        return self.gpus // (self.tp * self.pp)
+        """Data-parallel ranks: those with sequences of their own."""
+        return self.gpus // self._dense_ranks
+
+    @property
+    def replicas(self) -> int:
+        """Of what is not an expert; ranks of one sequence have the same weights."""
+        return self.dp * self.cp
 
     @property
     def expert_dp(self) -> int:
@@ -160,7 +175,7 @@ def rank_memory(shape: ModelShape, layout: Layout, sequences: int) -> list[RankM
         last = rank == layout.pp - 1
         memory.append(
             RankMemory(
-                *_states(parts, layout, shape.value_bytes),
+                *_states(parts, layout, shape),
                 live[rank],
                 *_activations(shape, layout, stages[rank]),
                 # Logits, and the fp32 softmax that cross entropy keeps.
@@ -198,7 +213,7 @@ def sharing(part: str, layout: Layout) -> tuple[int, int]:
     """How many ranks divide a part of a stage's parameters, and the replicas of each share."""
     if part == 'routed_experts':
         return layout.tp * layout.ep, layout.expert_dp
-    return 1 if part in REPLICATED else layout.tp, layout.dp
+    return 1 if part in REPLICATED else layout.tp, layout.replicas
 
 
 def stages_of(
@@ -228,12 +243,13 @@ def edge_bytes(shape: ModelShape, layout: Layout) -> int:
 
 
 def _tokens(shape: ModelShape, layout: Layout) -> int:
-    """Tokens of a microbatch on one rank: sequence parallelism divides them."""
-    return layout.micro_batch * shape.sequence // layout.tp
+    """Tokens of a microbatch on one rank: sequence and context parallelism divide them."""
+    return layout.micro_batch * shape.sequence // (layout.tp * layout.cp)
 
 
-def _states(parts: Counter[str], layout: Layout, width: int) -> tuple[int, int, int]:
+def _states(parts: Counter[str], layout: Layout, shape: ModelShape) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one rank."""
+    width = shape.value_bytes
     weights = gradients = optimizer = 0
     for part, whole in parts.items():
         split, replicas = sharing(part, layout)
@@ -241,6 +257,8 @@ def _states(parts: Counter[str], layout: Layout, width: int) -> tuple[int, int, 
         # The mapping is fp32 itself and needs no master copy.
         wide = part == 'mhc' or width == FP32
         weights += count * (FP32 if wide else width)
+        if shape.fp8 and part in LINEAR:
+            weights += count * FP8_COPIES
         gradients += count * FP32
         optimizer += -(-count * (2 if wide else 3) * FP32 // replicas)
     return weights, gradients, optimizer
@@ -252,6 +270,8 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     inside = sum(_inside(shape, layer) for stage in stages for layer in stage)
     sublayers = [2 * len(stage) for stage in stages]
     token = shape.value_bytes * _tokens(shape, layout)
+    if shape.full_recompute:
+        return _full(shape, token, stages)
     if not residual.has_streams:
         # Input and output of the norm.
         kept = token * (inside + sum(sublayers) * 2 * hidden)
@@ -267,6 +287,16 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     firsts = sum(kept_cost(n, *pair) for pair in zip(sublayers, sizes, strict=True))
     recomputed = always + firsts * hidden
     return token * kept, token * recomputed, token * max(sizes) * around
+
+
+def _full(shape: ModelShape, token: int, stages: list[range]) -> tuple[int, int, int]:
+    """The same where a layer keeps its input alone, n C values a token, and is run again."""
+    layers = [layer for stage in stages for layer in stage]
+    residual, hidden = shape.residual, shape.hidden
+    around = (residual.streams + 3) * hidden if residual.has_streams else 2 * hidden
+    kept = token * len(layers) * residual.streams * hidden
+    again = max(_inside(shape, layer) for layer in layers) + 2 * around
+    return kept, kept, token * again
 
 
 def _inside(shape: ModelShape, layer: int) -> int:

@@ -98,6 +98,8 @@ class ModelShape:
         engram: conditional memory; None for none.
         value_bytes: of a weight, an activation and what ranks send of them: 2 for bf16 and fp16, 4
             for fp32, as Megatron trains without ``--bf16`` and ``--fp16``.
+        fp8: linear layers inside of decoder layers multiply in fp8 (``--fp8-format``).
+        full_recompute: every layer is run again in the backward, one at a time.
     """
 
     layers: int
@@ -115,6 +117,8 @@ class ModelShape:
     residual: ResidualConfig = ResidualConfig('standard')
     engram: EngramConfig | None = None
     value_bytes: int = 2
+    fp8: bool = False
+    full_recompute: bool = False
 
     @property
     def sublayers(self) -> int:

@@ -12,6 +12,8 @@ from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
 
 # Held by every tensor-parallel rank as a whole.
 REPLICATED = ('norms', 'router', 'mhc', 'engram')
+# Parts of a layer that are linear layers, but for biases and norms of latents.
+LINEAR = ('attention', 'dense_mlp', 'routed_experts', 'shared_experts')
 PARTS = (
     'embedding',
     'attention',

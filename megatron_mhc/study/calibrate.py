@@ -13,15 +13,14 @@ from megatron_mhc.schedules.longest_path import Path, walk
 from megatron_mhc.schedules.plan import Kind, Plan
 from megatron_mhc.schedules.validator import live_activations
 from megatron_mhc.sizing.memory import Layout
-from megatron_mhc.study.hardware import PRESETS, Hardware
+from megatron_mhc.study.estimate import run_study
+from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.kernels import BytesModel
-from megatron_mhc.study.points import run_study
+from megatron_mhc.study.presets import PRESETS
 from megatron_mhc.study.published import DUALPIPE, MHC_OVERHEAD, ZERO_BUBBLE
 from megatron_mhc.study.sweep import Sweep
 
-# What DeepSeek-V3 (arXiv 2412.19437) was trained on: NVLink of 200 GB/s one way, of which its
-# report counts on 160.
-H800 = dataclasses.replace(PRESETS['h100'], name='H800', nvlink_gb_s=200)
+H800 = PRESETS['h800']
 _MHC_LAYOUT = Layout(64, pp=4, ep=8)
 
 
@@ -136,7 +135,7 @@ def as_text(rows: list[Row]) -> str:
     cells = [('source', 'setting', 'published', 'ours', 'error')]
     for row in rows:
         digits = 4 if row.unit != 'units' else 1
-        error = f'{row.error:+.4f}' if row.unit != 'units' else f'{row.error:+.1%}'
+        error = f'{row.error:+z.4f}' if row.unit != 'units' else f'{row.error:+z.1%}'
         figures = (f'{row.published:.{digits}f}', f'{row.ours:.{digits}f}', error)
         cells.append((row.source, row.setting, *figures))
     lines = [*table(cells, '<<>'), '']

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_mhc.inputs.options import (
     CHUNKS,
+    CP,
     EP,
     MICRO_BATCH,
     PP,
@@ -16,10 +17,25 @@ from megatron_mhc.inputs.options import (
     TP,
     add_option,
 )
-from megatron_mhc.inputs.values import MOST_LAYERS, MOST_RANKS, MOST_STREAMS, input_file, integer
+from megatron_mhc.inputs.values import (
+    MOST_LAYERS,
+    MOST_RANKS,
+    MOST_STREAMS,
+    input_file,
+    integer,
+    number,
+)
 from megatron_mhc.recipes.names import MODELS
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_SEGMENTS
-from megatron_mhc.study.names import HARDWARE, STUDIED, only_studied
+from megatron_mhc.study.names import (
+    FULL,
+    HARDWARE,
+    PRECISIONS,
+    SCALING,
+    STUDIED,
+    only_studied,
+    token_count,
+)
 
 _COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
 
@@ -27,16 +43,20 @@ _COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc study``."""
     parser.set_defaults(answer='megatron_mhc.study.answer')
-    parser.description = (
-        'Estimate step time, memory and messages of every layout of ranks. No GPU and no Megatron '
-        'is needed.'
-    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = _DESCRIPTION
     add = parser.add_argument
     add('name', nargs='?', choices=MODELS, metavar='RECIPE', help=', '.join(MODELS))
     add('--calibrate', action='store_true', help='published figures beside ours, and the error')
     add('--json', action='store_true', help='print one JSON object')
     add('-o', '--output', type=Path, metavar='DIR', help='write CSV, flags and a picture there')
     add('--top', type=_COUNT, default=12, metavar='N', help='lines of the table (default: 12)')
+    add(
+        '--launch-scripts',
+        type=Path,
+        metavar='DIR',
+        help='write the best layout for each number of GPUs there: for torchrun and for Slurm',
+    )
     machine = parser.add_argument_group('machine').add_argument
     names = f'{", ".join(HARDWARE)} or FILE.yaml'
     machine('--hardware', default='h100', metavar='NAME', help=names)
@@ -54,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(
         ranks, TP, type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2 in a node)'
     )
+    add_option(ranks, CP, type=_COUNT, nargs='+', metavar='N', help='(default: 1)')
     add_option(ranks, PP, type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
     add_option(
         ranks, CHUNKS, type=_COUNT, nargs='+', metavar='N', help='of interleaved (default: 2)'
@@ -70,10 +91,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ranks,
         SEGMENTS,
         dest='recompute',
-        type=integer(1, 2 * MOST_LAYERS, words=RECOMPUTE_SEGMENTS),
+        type=integer(1, 2 * MOST_LAYERS, words=(*RECOMPUTE_SEGMENTS, FULL)),
         nargs='+',
         metavar='L_R',
-        help=f'{", ".join(RECOMPUTE_SEGMENTS)} or sublayers of a segment (default: auto)',
+        help=f'{", ".join(RECOMPUTE_SEGMENTS)} or sublayers of a segment, or full, which runs '
+        'whole layers again (default: auto)',
+    )
+    ranks(
+        '--precision',
+        nargs='+',
+        choices=PRECISIONS,
+        metavar='NAME',
+        help='of linear layers: bf16 or fp8, a model (default: bf16)',
+    )
+    budget = parser.add_argument_group('scaling and cost').add_argument
+    budget(
+        '--scaling',
+        nargs='+',
+        choices=SCALING,
+        metavar='KIND',
+        help='curves over several --gpus: strong (the same batch) or weak (a batch that grows '
+        'with the GPUs); launch scripts are of the first (default: strong weak)',
+    )
+    budget(
+        '--train-tokens',
+        type=token_count,
+        metavar='N',
+        help="of the whole training, such as 2e11, 300B or 1T (default: the recipe's)",
+    )
+    budget(
+        '--gpu-hour-price',
+        type=number(0, above=True, remedy='give a price such as 2.5'),
+        metavar='PRICE',
+        help='of one GPU for an hour, in any currency',
     )
     model = parser.add_argument_group('model').add_argument
     model(
@@ -86,6 +136,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model('--global-batch-size', type=_COUNT, metavar='N', help="(default: the recipe's)")
 
 
+_DESCRIPTION = """\
+Estimate step time, memory and messages of every layout of ranks. No GPU and no Megatron is needed.
+
+  megatron-mhc study 27b --gpus 256 --hardware h200       a table, and the flags of the best
+  megatron-mhc study 27b --gpus 64 128 256 512 1024 --train-tokens 1T --gpu-hour-price 2.5
+                                                          strong and weak scaling, days and costs
+  megatron-mhc study 27b --gpus 256 --cp 1 2 --precision bf16 fp8 --recompute auto full
+                                                          more to combine
+  megatron-mhc study 27b --gpus 256 1024 --output DIR     tables as CSV, and pictures
+  megatron-mhc study 27b --gpus 256 1024 --launch-scripts DIR
+                                                          the best of each, for torchrun and Slurm
+  megatron-mhc study --gpus 64 --model --num-layers 32 --hidden-size 4096 ... --vocab-size 128256
+                                                          a model of your own
+"""
 _TYPES = f'{" or ".join(STUDIED)} (default: mhc)'
 _SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: all)'
 

@@ -2,13 +2,11 @@
 
 FLOPs are those of ``model_flops``, parameters and edges those of ``model_memory``; nothing is
 counted here a second time. T is the tokens of a microbatch, of which a tensor-parallel rank has
-1 / tp between the linear layers (sequence parallelism).
+1 / tp between the linear layers (sequence parallelism), and 1 / cp everywhere.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.schedules.stage_layers import stage_at
@@ -19,63 +17,14 @@ from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.kernels import BytesModel, Measured, Sublayer
 from megatron_mhc.study.links import Groups, groups_of
+from megatron_mhc.study.ring import ring_of
+from megatron_mhc.study.seconds import Costs, RankCosts
 
 # A backward of flash attention has 5 products of matrices, a forward 2 (arXiv 2307.08691).
 CORE_BACKWARD = 2.5
 # Bytes a parameter in Adam: gradient, (master) weight and two moments read, the latter three
 # written; the weight of the model as well where that is narrower.
 ADAM = 7 * FP32
-
-
-@dataclass
-class Costs:
-    """Seconds, of a microbatch in a layer or a stage on one rank.
-
-    Args:
-        forward: compute, with collectives of tensor parallelism, which nothing hides.
-        input_grad: I, likewise.
-        weight_grad: W.
-        recompute: R as an operation of its own, ahead of the backward.
-        exchange: all-to-all of experts, in the forward; the backward has as much.
-        collectives: of tensor parallelism, forward and backward; part of the others.
-        tensor_bytes: sent in them.
-        expert_bytes: sent in the all-to-all, forward and backward.
-    """
-
-    forward: float = 0.0
-    input_grad: float = 0.0
-    weight_grad: float = 0.0
-    recompute: float = 0.0
-    exchange: float = 0.0
-    collectives: float = 0.0
-    tensor_bytes: float = 0.0
-    expert_bytes: float = 0.0
-
-    def add(self, other: Costs, times: int = 1) -> None:
-        """Add ``times`` of ``other``."""
-        for field in _FIELDS:
-            setattr(self, field, getattr(self, field) + times * getattr(other, field))
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Costs))
-
-
-@dataclass(frozen=True)
-class RankCosts:
-    """Once a step, of the rank that waits longest or sends most.
-
-    Args:
-        exposed_reduce: seconds of gradient reduction that the backward of the last microbatch does
-            not cover.
-        gather: seconds of the all-gather of parameters, which nothing covers.
-        optimizer: seconds of Adam.
-        data_bytes: sent by data parallelism.
-    """
-
-    exposed_reduce: float
-    gather: float
-    optimizer: float
-    data_bytes: float
 
 
 class CostModel:
@@ -151,7 +100,7 @@ class CostModel:
         return RankCosts(max(reduce), max(gather), max(optimizer), max(data))
 
     def _layer(self, layout: Layout, sparse: bool) -> Costs:
-        key = layout.gpus // layout.pp, layout.tp, layout.ep, layout.micro_batch, sparse
+        key = layout.gpus // layout.pp, layout.tp, layout.cp, layout.ep, layout.micro_batch, sparse
         if key not in self.layer_costs:
             self.layer_costs[key] = self._new_layer(layout, sparse)
         return self.layer_costs[key]
@@ -160,9 +109,8 @@ class CostModel:
         shape, hardware = self.shape, self.hardware
         groups, tokens = groups_of(layout, hardware), self._tokens(layout)
         own = tokens // layout.tp
-        flops = dict(self.flops[sparse])
-        core = flops.pop('attention_core') * tokens / layout.tp / self.attention_flops
-        linear = sum(flops.values()) * tokens / layout.tp / self.linear_flops
+        core = self.flops[sparse]['attention_core'] * tokens / layout.tp / self.attention_flops
+        linear = self._linear(sparse) * tokens / layout.tp
         residual = self._sublayer(layout)
         exchanged = 0
         if sparse and shape.experts is not None:
@@ -170,15 +118,41 @@ class CostModel:
         # Dispatch and combine.
         exchange = 2 * groups.ep.exchange_seconds(exchanged)
         collectives, sent = self._collectives(groups, tokens, sparse)
+        ring = ring_of(shape, layout, groups.cp, tokens, (core, CORE_BACKWARD * core))
+        forward = linear + core + 2 * residual.forward + collectives + ring.forward
+        # Full recomputation runs the forward once more, with its messages.
+        again = int(shape.full_recompute)
         return Costs(
-            forward=linear + core + 2 * residual.forward + collectives,
-            input_grad=linear + CORE_BACKWARD * core + 2 * residual.backward + collectives,
+            forward=forward,
+            input_grad=again * forward
+            + linear
+            + CORE_BACKWARD * core
+            + 2 * residual.backward
+            + collectives
+            + ring.backward,
             weight_grad=linear,
             exchange=exchange,
-            collectives=2 * collectives,
-            tensor_bytes=2 * sent,
-            expert_bytes=4 * groups.ep.sent(exchanged),
+            again=again * exchange,
+            collectives=(2 + again) * collectives,
+            ring=(1 + again) * ring.forward + ring.backward,
+            tensor_bytes=(2 + again) * sent,
+            ring_bytes=ring.sent * (3 + again) / 3,
+            expert_bytes=(4 + 2 * again) * groups.ep.sent(exchanged),
         )
+
+    def _linear(self, sparse: bool) -> float:
+        """Seconds a token of a layer's linear layers, with all that stands between them.
+
+        In fp8 the products alone are faster, a model: what is between them takes as long as in
+        bf16, and so does the router.
+        """
+        flops = self.flops[sparse]
+        whole = sum(flops.values()) - flops['attention_core']
+        if not self.shape.fp8:
+            return whole / self.linear_flops
+        narrow = whole - flops.get('router', 0)
+        saved = narrow / self.hardware.peak() - narrow / self.hardware.fp8_peak()
+        return whole / self.linear_flops - saved
 
     def _collectives(self, groups: Groups, tokens: int, sparse: bool) -> tuple[float, float]:
         """Seconds and bytes of a layer's all-gathers and reduce-scatters, of its forward."""
@@ -229,10 +203,10 @@ class CostModel:
     def _sublayer(self, layout: Layout) -> Sublayer:
         """Residual connections of a sublayer, of a microbatch on one rank."""
         tokens = self._tokens(layout) // layout.tp
-        shape, overlaps = self.shape, not self.hardware.one_queue(layout.tp)
+        shape, overlaps = self.shape, not self.hardware.one_queue(layout.tp, layout.cp)
         return self.kernels.sublayer(
             shape.residual, shape.hidden, tokens, shape.value_bytes, overlaps
         )
 
     def _tokens(self, layout: Layout) -> int:
-        return layout.micro_batch * self.shape.sequence
+        return layout.micro_batch * self.shape.sequence // layout.cp

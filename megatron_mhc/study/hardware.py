@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from megatron_mhc.inputs.values import shown
+from megatron_mhc.settings.queues import one_queue
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,9 @@ class Hardware:
         slot_overlap: share of the all-to-all that a fused slot can hide, and does.
         post_overlap: share of the MLPs' F_post,res that ``--mhc-post-stream high`` hides.
         fp32_tflops: of matrix products of a model that is trained in fp32; 0 where unknown.
+        fp8_tflops: dense, of linear layers in fp8; 0 where there is none.
         compute_capability: its major number, 10 for Blackwell: see ``one_queue``.
+        gpus_per_host: GPUs that one operating system has, for launch scripts; 0: as NVLink joins.
 
     Raises:
         ValueError: a value that no machine has.
@@ -56,7 +54,9 @@ class Hardware:
     slot_overlap: float = 1.0
     post_overlap: float = 0.0
     fp32_tflops: float = 0.0
+    fp8_tflops: float = 0.0
     compute_capability: int = 9
+    gpus_per_host: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -85,13 +85,27 @@ class Hardware:
             )
         return self.fp32_tflops * 1e12
 
-    def one_queue(self, tp: int, cp: int = 1) -> bool:
-        """Whether all streams of a GPU share one hardware queue, and do not overlap.
+    def fp8_peak(self) -> float:
+        """FLOP/s of a GPU in fp8.
 
-        Megatron 0.17 to 0.19 (and main) ends a run with tensor or context parallelism unless
-        ``CUDA_DEVICE_MAX_CONNECTIONS`` is 1, on GPUs before Blackwell.
+        Raises:
+            ValueError: it has none.
         """
-        return (tp > 1 or cp > 1) and self.compute_capability < BLACKWELL
+        if not self.fp8_tflops:
+            raise ValueError(
+                f'--precision fp8: {self.name} has no fp8 (fp8_tflops=0); use another --hardware, '
+                'or --set fp8_tflops=1979 (an H100)'
+            )
+        return self.fp8_tflops * 1e12
+
+    def one_queue(self, tp: int, cp: int = 1) -> bool:
+        """Whether all streams of a GPU share one hardware queue (``settings.queues``)."""
+        return one_queue(tp, cp, self.compute_capability)
+
+    @property
+    def ranks_per_host(self) -> int:
+        """GPUs of one launch of torchrun."""
+        return self.gpus_per_host or self.gpus_per_node
 
     @property
     def bandwidth(self) -> float:
@@ -104,116 +118,5 @@ class Hardware:
         return self.memory_gib * 2**30
 
 
-# Major number of its compute capability.
-BLACKWELL = 10
-_ZERO = ('latency_us', 'slot_overlap', 'post_overlap', 'fp32_tflops')
+_ZERO = ('latency_us', 'slot_overlap', 'post_overlap', 'fp32_tflops', 'fp8_tflops', 'gpus_per_host')
 _LARGEST = 1e30
-# Digits of a number in a file or behind --set that is worth reading.
-_DIGITS = 40
-
-# NVIDIA's data sheets of the SXM parts: products without sparsity, NVLink one way (half of what
-# they print), one network adapter a GPU as in DGX systems; memory as CUDA reports it.
-PRESETS = {
-    'a100': Hardware('A100 80 GB', 312, 79, 2039, 300, 25, fp32_tflops=19.5, compute_capability=8),
-    'h100': Hardware('H100', 989, 79, 3350, 450, 50, fp32_tflops=67),
-    'h200': Hardware('H200', 989, 139, 4800, 450, 50, fp32_tflops=67),
-    'b200': Hardware(
-        'B200', 2250, 178, 8000, 900, 50, fp32_tflops=75, compute_capability=BLACKWELL
-    ),
-}
-
-
-def hardware_of(name: str, changes: Sequence[str] = ()) -> Hardware:
-    """A preset by name or a machine from a YAML file, with fields changed.
-
-    Args:
-        name: of ``PRESETS``, or a file of ``field: value`` lines; ``preset: h100`` among them gives
-            the fields that it leaves out.
-        changes: ``field=value``.
-
-    Raises:
-        ValueError: no such preset or file, an unknown, missing or wrong field.
-        RuntimeError: PyYAML is not installed.
-    """
-    where = f'--hardware {name}'
-    if name in PRESETS:
-        values = dataclasses.asdict(PRESETS[name])
-    elif name.endswith(('.yaml', '.yml')):
-        values = _read(Path(name), where)
-    else:
-        raise ValueError(f'{where}: choose {", ".join(PRESETS)} or a .yaml file')
-    for change in changes:
-        field, equals, value = change.partition('=')
-        if not equals:
-            raise ValueError(f'--set {change}: wanted FIELD=VALUE, such as gemm_efficiency=0.5')
-        _known(field, f'--set {change}')
-        values[field] = value
-    return Hardware(**{field: _typed(field, value, where) for field, value in values.items()})
-
-
-def _read(path: Path, where: str) -> dict[str, Any]:
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f'{where}: reading YAML needs PyYAML, which is not installed; pip install pyyaml'
-        ) from error
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, 'not a file')
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'not a text file'
-        raise ValueError(f'{where}: {reason}; give a YAML file') from error
-    except yaml.YAMLError as error:
-        raise ValueError(f'{where}: not YAML: {" ".join(str(error).split())}') from error
-    except (ValueError, RecursionError) as error:
-        # Python reads no integer of thousands of digits, PyYAML no date of the 13th month.
-        raise ValueError(f'{where}: a value that cannot be: {shown(str(error))}') from error
-    if not isinstance(found, dict):
-        raise ValueError(f'{where}: wanted "field: value" lines of {_fields()}')
-    values: dict[str, Any] = {'name': path.stem}
-    preset = found.pop('preset', None)
-    if preset is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise ValueError(
-                f'{where}: preset: {shown(preset)}: choose one of {", ".join(PRESETS)}'
-            )
-        values = dataclasses.asdict(PRESETS[preset]) | values
-    for field in found:
-        _known(field, where)
-    values |= found
-    missing = [
-        field.name
-        for field in dataclasses.fields(Hardware)
-        if field.default is dataclasses.MISSING and field.name not in values
-    ]
-    if missing:
-        raise ValueError(f'{where}: {missing[0]} is missing; add it, or preset: h100')
-    return values
-
-
-def _fields() -> str:
-    return ', '.join(field.name for field in dataclasses.fields(Hardware))
-
-
-def _known(field: str, where: str) -> None:
-    if not isinstance(field, str) or field not in Hardware.__dataclass_fields__:
-        raise ValueError(f'{where}: there is no field {shown(field)}; there are {_fields()}')
-
-
-def _typed(field: str, value: Any, where: str) -> Any:
-    """YAML takes 1e3 for text, and ``--set`` everything."""
-    kind = {'str': str, 'int': int, 'float': float}[str(Hardware.__dataclass_fields__[field].type)]
-    try:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise ValueError
-        if isinstance(value, str) and kind is not str and len(value) > _DIGITS:
-            raise ValueError
-        found = kind(value)
-        # What int() would cut off.
-        if isinstance(value, float) and found != value:
-            raise ValueError
-        return found
-    except (OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f'{where}: {field}={shown(value)}: wanted {kind.__name__}') from error

@@ -55,23 +55,31 @@ class BytesModel:
             value_bytes: of a stream's value.
             overlaps: whether streams can run side by side, so that F_post,res can be hidden.
         """
-        n = residual.streams if residual.has_streams else 0
+        kind = residual.residual_type if residual.has_streams else 'standard'
         whole, rest = (
             [one.bytes(tokens, hidden, value_bytes) / self.bandwidth for one in forms]
-            for forms in _forms(n)
+            for forms in _forms(kind, residual.streams)
         )
         half = self.hidden_post / 2 if overlaps else 0.0
         return Sublayer(*(w - half * (w - r) for w, r in zip(whole, rest, strict=True)))
 
 
 @functools.cache
-def _forms(n: int) -> tuple[tuple[Traffic, Traffic], tuple[Traffic, Traffic]]:
-    """Traffic forward and backward, whole and without F_post,res; n = 0 is a plain residual."""
-    if not n:
+def _forms(kind: str, n: int) -> tuple[tuple[Traffic, Traffic], tuple[Traffic, Traffic]]:
+    """Traffic forward and backward, whole and without F_post,res."""
+    if kind == 'standard':
         plain = paper_forms(1)['plain residual']
         return (plain, plain), (plain, plain)
     forms = our_forms(n)
     kernels = kernel_forms(n)
+    if kind == 'hc':
+        # A model: the maps' reads by mHC, Table 2, the rest by our kernels, pass by pass; torch
+        # computes the maps, and moves more.
+        maps = paper_forms(n)['HC: maps']
+        post = kernels['post_res_forward'], kernels['post_res_backward WRITE_DX']
+        back = forms['mapping backward'] + forms['F_pre backward']
+        rest = maps + forms['F_pre'], back
+        return (rest[0] + post[0], forms['backward op by op']), rest
     whole = forms['forward at the fused edge'], forms['backward at the fused edge']
     backward = [
         kernels[name] for name in ('pre_backward', 'maps_backward', 'read_backward HAS_G HAS_U')
@@ -145,6 +153,11 @@ class Measured:
         Raises:
             ValueError: this C and n, or this width of values, were not measured.
         """
+        if residual.residual_type != 'mhc' and residual.has_streams:
+            raise ValueError(
+                f'--kernel-times {self.path}: times of mhc, but the model is '
+                f'{residual.residual_type}; drop the flag'
+            )
         if not residual.has_streams:
             return self.bytes.sublayer(residual, hidden, tokens, value_bytes)
         if value_bytes != 2:

@@ -1,7 +1,8 @@
 """Seconds and bytes of messages between ranks, by where Megatron places the ranks of a group.
 
-Megatron numbers ranks with tensor parallelism innermost, then data (and expert) parallelism, then
-the pipeline. A group is thus ``members`` ranks, each ``stride`` after the one before.
+Megatron numbers ranks with tensor parallelism innermost, then context, data (and expert)
+parallelism, then the pipeline. A group is thus ``members`` ranks, each ``stride`` after the one
+before.
 """
 
 from __future__ import annotations
@@ -76,9 +77,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of a layout: tensor, expert, data (not of experts, of experts) and pipeline."""
+    """Of a layout: tensor, context, expert, data (with context; of experts) and pipeline."""
 
     tp: Group
+    cp: Group
     ep: Group
     dp: Group
     expert_dp: Group
@@ -87,11 +89,12 @@ class Groups:
 
 def groups_of(layout: Layout, hardware: Hardware) -> Groups:
     """Where the ranks of ``layout`` are."""
-    tp, dp = layout.tp, layout.dp
+    tp, replicas = layout.tp, layout.replicas
     return Groups(
         tp=Group(hardware, tp, 1),
+        cp=Group(hardware, layout.cp, tp),
         ep=Group(hardware, layout.ep, tp),
-        dp=Group(hardware, dp, tp),
+        dp=Group(hardware, replicas, tp),
         expert_dp=Group(hardware, layout.expert_dp, tp * layout.ep),
-        pp=Group(hardware, layout.pp, tp * dp),
+        pp=Group(hardware, layout.pp, tp * replicas),
     )

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import sys
+import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from megatron_mhc.inputs.quiet import quiet
 from megatron_mhc.recipes.recipe import RECIPES, Flags, parallel_flags, recipe_flags, residual_flags
+from megatron_mhc.recipes.script import mock_data
 from megatron_mhc.settings.residual import ResidualConfig
-from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import ModelShape
-from megatron_mhc.study.names import STUDIED, only_studied
+from megatron_mhc.study.names import FULL, STUDIED, only_studied
+from megatron_mhc.study.points import Point
 
 # What a study chooses, and what is not there without Transformer Engine.
 _CHOSEN = (
     '--tensor-model-parallel-size',
+    '--context-parallel-size',
     '--pipeline-model-parallel-size',
     '--expert-model-parallel-size',
     '--expert-tensor-parallel-size',
@@ -41,35 +44,57 @@ class Model:
         name: for people.
         shape: its sizes.
         batch: sequences of a step.
-        flags: by topic, of a layout, residual connections, and whether there is one queue.
+        flags: of a point, by topic.
+        tokens: of the whole training; None where nobody has said.
+        line: somebody's own flags, to which the others are added.
+        data: the flags that a launch needs beside them.
     """
 
     name: str
     shape: ModelShape
     batch: int
-    flags: Callable[[Layout, ResidualConfig, bool], dict[str, Flags]]
+    flags: Callable[[Point], dict[str, Flags]]
+    tokens: float | None = None
+    line: tuple[str, ...] = ()
+    data: Flags = dataclasses.field(default_factory=dict)
 
 
-def recipe_model(name: str, batch: int | None, residual_type: str) -> Model:
-    """A recipe; ``batch`` instead of its own."""
+def recipe_model(
+    name: str, batch: int | None, residual_type: str, tokens: float | None = None
+) -> Model:
+    """A recipe.
+
+    Args:
+        name: of ``RECIPES``.
+        batch: instead of its own, with as many tokens.
+        residual_type: of its layers.
+        tokens: of the whole training, instead of its own.
+    """
     recipe = RECIPES[name]
-    if batch is not None:
-        recipe = dataclasses.replace(recipe, batch=batch)
-    return Model(
-        name,
-        recipe.shape(residual_type),
-        recipe.batch,
-        lambda *chosen: recipe_flags(recipe, *chosen),
-    )
+    total = tokens or recipe.tokens
+
+    def flags(point: Point) -> dict[str, Flags]:
+        batch = point.global_batch
+        steps = max(2, math.ceil(total / (batch * recipe.sequence)))
+        # The shares of the steps stay.
+        warmup = max(1, round(recipe.warmup * steps / recipe.steps))
+        one = dataclasses.replace(recipe, batch=batch, steps=steps, warmup=warmup)
+        return recipe_flags(one, point.layout, point.residual, _one_stream(point)) | _more(point)
+
+    shape, data = recipe.shape(residual_type), mock_data(recipe.vocab)
+    return Model(name, shape, batch or recipe.batch, flags, total, data=data)
 
 
-def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
+def own_model(
+    line: list[str], batch: int | None, residual_type: str, tokens: float | None = None
+) -> Model:
     """The model of a Megatron command line; its flags are those to add to that line.
 
     Args:
         line: the model, ``--vocab-size`` and ``--global-batch-size``.
         batch: instead of the latter.
         residual_type: where the line names none.
+        tokens: of the whole training.
 
     Raises:
         ValueError: Megatron does not take the line, or it says what a study chooses.
@@ -81,13 +106,8 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
     for flag in _CHOSEN:
         if any(word.partition('=')[0] == flag for word in line):
             raise ValueError(f'--model {flag}: that is what a study chooses; drop it')
-    if any(word.partition('=')[0] == '--context-parallel-size' for word in line):
-        raise ValueError(
-            '--model --context-parallel-size: a study has no context parallelism, which like '
-            'tensor parallelism takes CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell; drop it'
-        )
-    # Megatron prints its arguments.
-    with contextlib.redirect_stdout(sys.stderr):
+    # Megatron prints its arguments; what is wrong with them it raises.
+    with quiet():
         prepare('auto')
         from megatron_mhc.recipes.build import parsed
 
@@ -96,7 +116,9 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
             args.padded_vocab_size = _padded(args)
             shape = shape_from_args(args)
         except (ArithmeticError, AssertionError, NotImplementedError, TypeError) as error:
-            raise ValueError(f'--model: Megatron does not take these flags: {error}') from error
+            # Some of its assertions have no words; their line says what they demand.
+            why = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+            raise ValueError(f'--model: Megatron does not take these flags: {why}') from error
     # Megatron would make one up.
     if batch is None and not any(word.startswith('--global-batch-size') for word in line):
         raise ValueError('--model: no batch; add --global-batch-size')
@@ -107,15 +129,38 @@ def own_model(line: list[str], batch: int | None, residual_type: str) -> Model:
     if kind not in STUDIED:
         raise ValueError(f'--model --residual-type {kind}: {only_studied(kind)}')
 
-    def flags(layout: Layout, residual: ResidualConfig, one_queue: bool) -> dict[str, Flags]:
-        sizes: Flags = {'micro-batch-size': layout.micro_batch, 'global-batch-size': batch}
-        return {
-            'RESIDUAL_ARGS': residual_flags(residual),
-            'TRAINING_ARGS': sizes,
-            'PARALLEL_ARGS': parallel_flags(shape.layers, layout, one_queue),
+    def flags(point: Point) -> dict[str, Flags]:
+        sizes: Flags = {
+            'micro-batch-size': point.layout.micro_batch,
+            'global-batch-size': point.global_batch,
         }
+        return {
+            'RESIDUAL_ARGS': residual_flags(point.residual),
+            'TRAINING_ARGS': sizes,
+            'PARALLEL_ARGS': parallel_flags(shape.layers, point.layout, _one_stream(point)),
+        } | _more(point)
 
-    return Model('own model', shape, batch, flags)
+    return Model('own model', shape, batch, flags, tokens, tuple(line))
+
+
+def _one_stream(point: Point) -> bool:
+    """Whether F_post,res has no stream of its own; full recomputation refuses it."""
+    return point.one_queue or point.recompute == FULL
+
+
+def _more(point: Point) -> dict[str, Flags]:
+    """Flags of precision and full recomputation, where there are any."""
+    found: dict[str, Flags] = {}
+    if point.precision == 'fp8':
+        # Delayed scaling, the default, does not run under a V schedule.
+        found['PRECISION_ARGS'] = {'fp8-format': 'hybrid', 'fp8-recipe': 'tensorwise'}
+    if point.recompute == FULL:
+        found['RECOMPUTE_ARGS'] = {
+            'recompute-granularity': 'full',
+            'recompute-method': 'uniform',
+            'recompute-num-layers': 1,
+        }
+    return found
 
 
 def _padded(args: argparse.Namespace) -> int:

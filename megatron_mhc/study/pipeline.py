@@ -18,7 +18,7 @@ from megatron_mhc.schedules.longest_path import Path, Work, walk
 from megatron_mhc.schedules.lowering import place_recompute
 from megatron_mhc.schedules.plan import Kind
 from megatron_mhc.sizing.memory import Layout
-from megatron_mhc.study.costs import Costs
+from megatron_mhc.study.seconds import Costs
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXACT = 16
 # Numbers held at a time: steps of a plan x cases.
 _LARGEST = 4_000_000
-_ROWS = ('forward', 'input_grad', 'weight_grad', 'recompute', 'exchange')
+_ROWS = ('forward', 'input_grad', 'weight_grad', 'recompute', 'exchange', 'again')
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ def _times(path: Path, cases: list[Case]) -> ndarray:
     # As they are, without hops, without all-to-all: three columns of a case.
     rows = {row: numpy.tile(values, 3) for row, values in rows.items()}
     rows['exchange'][:, 2 * count :] = 0
+    rows['again'][:, 2 * count :] = 0
     hop, overlap = numpy.tile(hop, 3), numpy.tile(overlap, 3)
     hop[count : 2 * count] = 0
     works = {work for rank in path.ranks for work in rank}
@@ -173,4 +174,7 @@ def _compute(kind: Kind, stage: int, rows: dict[str, ndarray]) -> ndarray:
 
 
 def _exchange(kind: Kind, stage: int, rows: dict[str, ndarray]) -> ndarray | float:
-    return rows['exchange'][stage] if kind in (Kind.F, Kind.I, Kind.B) else 0.0
+    if kind is Kind.F:
+        return rows['exchange'][stage]
+    # What is run again in the backward exchanges again.
+    return rows['exchange'][stage] + rows['again'][stage] if kind in (Kind.I, Kind.B) else 0.0

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_mhc.settings.residual import ResidualConfig
-from megatron_mhc.sizing.flops import step_flops
-from megatron_mhc.sizing.memory import USABLE, Layout, edge_bytes, rank_memory
-from megatron_mhc.sizing.shape import ModelShape
-from megatron_mhc.study.costs import CostModel, Costs, RankCosts
-from megatron_mhc.study.hardware import Hardware
-from megatron_mhc.study.kernels import BytesModel, Measured
-from megatron_mhc.study.pipeline import Case, Step, run_steps
-from megatron_mhc.study.sweep import Reason, Sweep, legal_layouts
-
-STANDARD = ResidualConfig('standard')
+from megatron_mhc.sizing.memory import Layout
+from megatron_mhc.study.sweep import Reason
 
 
 @dataclass(frozen=True)
@@ -27,6 +19,9 @@ class Point:
     Args:
         layout: the ranks.
         residual: streams and segments.
+        precision: what linear layers multiply in.
+        recompute: segments of L_r, or ``full``.
+        global_batch: sequences of a step.
         microbatches: m.
         step_s: the whole step.
         tokens_per_gpu_s: tokens a second and GPU.
@@ -34,6 +29,7 @@ class Point:
         bubble_share: of the pipeline's time.
         exposed_pp_s: by how much hops make the step longer.
         exposed_tp_s: collectives of tensor parallelism.
+        exposed_cp_s: keys and values of context parallelism that attention does not hide.
         exposed_ep_s: by how much the all-to-all makes the step longer.
         exposed_dp_s: gradient reduction behind the backward, and the gather of parameters.
         optimizer_s: Adam.
@@ -41,11 +37,14 @@ class Point:
         memory_gib: estimated, of the fullest rank.
         fits: within ``USABLE`` of a GPU.
         one_queue: needs ``CUDA_DEVICE_MAX_CONNECTIONS=1``, so that no streams overlap.
-        pp_bytes, tp_bytes, ep_bytes, dp_bytes: sent.
+        pp_bytes, tp_bytes, cp_bytes, ep_bytes, dp_bytes: sent.
     """
 
     layout: Layout
     residual: ResidualConfig
+    precision: str
+    recompute: int | str
+    global_batch: int
     microbatches: int
     step_s: float
     tokens_per_gpu_s: float
@@ -53,6 +52,7 @@ class Point:
     bubble_share: float
     exposed_pp_s: float
     exposed_tp_s: float
+    exposed_cp_s: float
     exposed_ep_s: float
     exposed_dp_s: float
     optimizer_s: float
@@ -62,6 +62,7 @@ class Point:
     one_queue: bool
     pp_bytes: float
     tp_bytes: float
+    cp_bytes: float
     ep_bytes: float
     dp_bytes: float
 
@@ -70,19 +71,44 @@ class Point:
         """n; 1 without streams."""
         return self.residual.streams
 
+    @property
+    def schedule(self) -> str:
+        """Of the pipeline; ``-`` where there is none."""
+        return self.layout.schedule if self.layout.pp > 1 else '-'
+
+    @property
+    def schedule_name(self) -> str:
+        """The same for people, with the chunks of ``interleaved``."""
+        if self.layout.pp == 1:
+            return 'no pipeline'
+        chunks = self.layout.placement == 'interleaved'
+        return self.schedule + (f' x{self.layout.vpp}' if chunks else '')
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication that nothing covers."""
+        inner = self.exposed_tp_s + self.exposed_cp_s + self.exposed_ep_s
+        return self.exposed_pp_s + inner + self.exposed_dp_s
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the busiest rank sends in a step."""
+        return self.pp_bytes + self.tp_bytes + self.cp_bytes + self.ep_bytes + self.dp_bytes
+
     def as_dict(self) -> dict[str, object]:
         """Plain values, the layout's first."""
         layout = self.layout
         sizes = {
-            **{name: getattr(layout, name) for name in ('gpus', 'tp', 'pp')},
+            **{name: getattr(layout, name) for name in ('gpus', 'tp', 'cp', 'pp')},
             'vpp': layout.chunks,
             **{name: getattr(layout, name) for name in ('ep', 'dp')},
-            'schedule': layout.schedule if layout.pp > 1 else '-',
+            'schedule': self.schedule,
             'micro_batch': layout.micro_batch,
             'streams': self.streams,
-            'recompute': self.residual.recompute_layer_num,
+            'recompute': self.recompute,
+            'precision': self.precision,
         }
-        rest = [field.name for field in dataclasses.fields(self)][2:]
+        rest = [field.name for field in dataclasses.fields(self)][4:]
         return sizes | {name: getattr(self, name) for name in rest}
 
 
@@ -107,72 +133,25 @@ class Study:
         return found
 
 
+def breakdown(point: Point) -> dict[str, float]:
+    """Seconds of a step by what they are spent on; compute is what is left."""
+    pipeline = point.step_s - point.exposed_dp_s - point.optimizer_s
+    parts = {
+        'bubble': max(0.0, point.bubble_share * pipeline - point.exposed_pp_s),
+        'pipeline hops': point.exposed_pp_s,
+        'tensor parallel': point.exposed_tp_s,
+        'context parallel': point.exposed_cp_s,
+        'expert all-to-all': point.exposed_ep_s,
+        'data parallel': point.exposed_dp_s,
+        'optimizer': point.optimizer_s,
+    }
+    return {'compute': point.step_s - sum(parts.values())} | parts
+
+
 def best_of(points: Iterable[Point]) -> Point | None:
     """The shortest step of those that fit, then the least memory; None if none fits."""
     fitting = [point for point in points if point.fits]
     return min(fitting, key=lambda point: (point.step_s, point.memory_gib), default=None)
-
-
-def run_study(
-    shape: ModelShape,
-    sequences: int,
-    sweep: Sweep,
-    hardware: Hardware,
-    kernels: BytesModel | Measured,
-    progress: Callable[[int], Callable[[int], object]] = lambda total: bool,
-) -> Study:
-    """Look at every combination.
-
-    Args:
-        shape: the model; its residual connections say whether there are streams at all.
-        sequences: of a step.
-        sweep: what to combine.
-        hardware: the machine.
-        kernels: seconds of residual connections.
-        progress: told the number of cases, gives what is told how many more are done.
-
-    Raises:
-        ValueError: no layout exists, or no kernel time.
-    """
-    layouts, refused = legal_layouts(sweep, shape, sequences)
-    variants = residuals(shape.residual, sweep)
-    models = {
-        residual: CostModel(dataclasses.replace(shape, residual=residual), hardware, kernels)
-        for residual in {*variants, STANDARD}
-    }
-    pairs = [(residual, layout) for residual in models for layout in layouts]
-    advance = progress(2 * len(pairs))
-    cases = []
-    for residual, layout in pairs:
-        model = models[residual]
-        microbatches = layout.microbatches(sequences)
-        stages, hop = model.stages(layout), model.hop(layout)
-        overlap = 0.0 if hardware.one_queue(layout.tp) else hardware.slot_overlap
-        cases.append(Case(layout, microbatches, stages, hop, overlap))
-        advance(1)
-    steps = run_steps(cases, advance)
-    sizes = zip(pairs, cases, steps, strict=True)
-    found = {
-        pair: (case, step, models[pair[0]].step(pair[1], case.stages)) for pair, case, step in sizes
-    }
-    points = []
-    for residual in variants:
-        for layout in layouts:
-            plain = _seconds(*found[STANDARD, layout][1:])
-            shape = models[residual].shape
-            points.append(_point(shape, sequences, hardware, *found[residual, layout], plain))
-    return Study(points, refused)
-
-
-def residuals(given: ResidualConfig, sweep: Sweep) -> list[ResidualConfig]:
-    """The kinds of residual connections to look at, as the sweep varies them."""
-    if not given.has_streams:
-        return [given]
-    return [
-        dataclasses.replace(given, num_residual_streams=n, recompute_layer_num=segments)
-        for n in sweep.streams
-        for segments in sweep.recompute
-    ]
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:
@@ -188,73 +167,3 @@ def pareto(points: Iterable[Point]) -> list[Point]:
         if not beaten:
             front.append(point)
     return front
-
-
-def _seconds(step: Step, once: RankCosts) -> float:
-    return step.makespan + once.exposed_reduce + once.optimizer + once.gather
-
-
-def _point(
-    shape: ModelShape,
-    sequences: int,
-    hardware: Hardware,
-    case: Case,
-    step: Step,
-    once: RankCosts,
-    plain: float,
-) -> Point:
-    layout, m = case.layout, case.microbatches
-    seconds = _seconds(step, once)
-    ranks = rank_memory(shape, layout, sequences)
-    kept = shape.residual.has_streams and shape.residual.recompute_layer_num != 'none'
-    memory = max(rank.total_recompute if kept else rank.total for rank in ranks)
-    peak = layout.gpus * hardware.peak(shape.value_bytes)
-    return Point(
-        layout=layout,
-        residual=shape.residual,
-        microbatches=m,
-        step_s=seconds,
-        tokens_per_gpu_s=sequences * shape.sequence / layout.gpus / seconds,
-        mfu=step_flops(shape, sequences) / peak / seconds,
-        bubble_share=step.bubble_share,
-        exposed_pp_s=step.hops,
-        exposed_tp_s=m * _largest(case, lambda stage: stage.collectives),
-        exposed_ep_s=step.exchange,
-        exposed_dp_s=once.exposed_reduce + once.gather,
-        optimizer_s=once.optimizer,
-        mhc_overhead=seconds / plain - 1,
-        memory_gib=memory / 2**30,
-        fits=memory <= USABLE * hardware.memory,
-        one_queue=hardware.one_queue(layout.tp),
-        pp_bytes=m * _edges(layout) * edge_bytes(shape, layout),
-        tp_bytes=m * _largest(case, lambda stage: stage.tensor_bytes),
-        ep_bytes=m * _largest(case, lambda stage: stage.expert_bytes),
-        dp_bytes=once.data_bytes,
-    )
-
-
-def _holders(layout: Layout) -> list[int]:
-    """The pipeline rank of every stage, as far as it matters who holds several."""
-    pp = layout.pp
-    if layout.placement == 'v':
-        return [*range(pp), *range(pp)[::-1]]
-    return [stage % pp for stage in range(layout.stages)]
-
-
-def _largest(case: Case, value: Callable[[Costs], float]) -> float:
-    """Of all ranks, the sum over its stages."""
-    sums: dict[int, float] = defaultdict(float)
-    for holder, stage in zip(_holders(case.layout), case.stages, strict=True):
-        sums[holder] += value(stage)
-    return max(sums.values())
-
-
-def _edges(layout: Layout) -> int:
-    """Tensors that the busiest rank sends a microbatch: activations on, and gradients back."""
-    holders = _holders(layout)
-    sent: Counter[int] = Counter({0: 0})
-    for a, b in zip(holders, holders[1:], strict=False):
-        if a != b:
-            sent[a] += 1
-            sent[b] += 1
-    return max(sent.values())

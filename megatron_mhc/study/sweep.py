@@ -37,6 +37,7 @@ class Sizes(TypedDict):
     tp: int
     pp: int
     ep: int
+    cp: int
     micro_batch: int
     schedule: str
     vpp: int
@@ -49,12 +50,15 @@ class Sweep:
     Args:
         gpus: ranks in all.
         tp, pp, ep: ranks that share tensors, stages, experts.
+        cp: ranks that share a sequence.
         dp: data-parallel ranks that are looked at; empty for whatever follows.
         schedule: of the pipeline, where there is one.
         vpp: chunks a rank, of ``interleaved``.
         micro_batch: sequences of a microbatch.
         streams: n.
-        recompute: ``none``, ``auto``, ``stage`` or L_r sublayers.
+        recompute: ``none``, ``auto``, ``stage``, L_r sublayers or ``full``.
+        precision: of ``PRECISIONS``.
+        grows: the batch grows with the GPUs, so that a rank has as much to do (weak scaling).
 
     Raises:
         ValueError: more combinations than anyone waits for.
@@ -70,19 +74,27 @@ class Sweep:
     micro_batch: tuple[int, ...] = (1,)
     streams: tuple[int, ...] = (4,)
     recompute: tuple[int | str, ...] = ('auto',)
+    grows: bool = False
+    cp: tuple[int, ...] = (1,)
+    precision: tuple[str, ...] = ('bf16',)
 
     def __post_init__(self) -> None:
         found = sum(1 for _ in itertools.islice(self.combinations(), LARGEST + 1))
-        if found * len(self.streams) * len(self.recompute) > LARGEST:
+        kinds = len(self.streams) * len(self.recompute) * len(self.precision)
+        if found * kinds > LARGEST:
             raise ValueError(
                 f'more than {LARGEST} combinations; give fewer values of --tp, --pp, --ep, '
                 '--micro-batch-size, --num-residual-streams or --recompute'
             )
 
+    def batch(self, sequences: int, gpus: int) -> int:
+        """Sequences of a step on so many GPUs; ``sequences`` are those on the fewest."""
+        return round(sequences * gpus / min(self.gpus)) if self.grows else sequences
+
     def combinations(self) -> Iterator[Sizes]:
         """What ``Layout`` takes; without a pipeline there is no schedule to choose."""
-        sizes = itertools.product(self.gpus, self.tp, self.pp, self.ep, self.micro_batch)
-        for gpus, tp, pp, ep, micro_batch in sizes:
+        ranks = self.gpus, self.tp, self.cp, self.pp, self.ep
+        for gpus, tp, cp, pp, ep, micro_batch in itertools.product(*ranks, self.micro_batch):
             for schedule in self.schedule if pp > 1 else ('1f1b',):
                 for vpp in self.vpp if schedule == 'interleaved' else (2,):
                     yield Sizes(
@@ -90,6 +102,7 @@ class Sweep:
                         tp=tp,
                         pp=pp,
                         ep=ep,
+                        cp=cp,
                         micro_batch=micro_batch,
                         schedule=schedule,
                         vpp=vpp,
@@ -107,7 +120,8 @@ def legal_layouts(
     layouts: list[Layout] = []
     refused: Counter[Reason] = Counter()
     for sizes in sweep.combinations():
-        reason = impossible(shape, sequences, sizes, sweep.dp)
+        batch = sweep.batch(sequences, sizes['gpus'])
+        reason = impossible(shape, batch, sizes, sweep.dp)
         if reason is None:
             layouts.append(Layout(**sizes))
         else:
@@ -127,6 +141,7 @@ def impossible(
         shape: the model.
         sequences: of a step.
         sizes: what ``Layout`` takes.
+        cp: ranks that share a sequence.
         dp: data-parallel ranks that are asked for; empty for any.
     """
     checks = itertools.chain(_of_model(shape, sizes), _of_ranks(sequences, sizes, dp))
@@ -157,6 +172,13 @@ def _of_model(shape: ModelShape, sizes: Sizes) -> _Checks:
         'vocabulary, sequence or widths do not divide by tp',
         'choose a smaller --tp',
     )
+    cp = sizes['cp']
+    # Each rank has an early and a late part, so that a causal mask loads them evenly.
+    yield (
+        cp > 1 and bool(shape.sequence % (2 * cp * tp)),
+        'the sequence does not divide by 2 x cp x tp',
+        'choose a smaller --cp',
+    )
     count = experts.count if experts else 1
     words = 'the experts do not divide by ep' if experts else 'the model has no experts'
     yield bool(count % ep), words, f'choose an --ep that divides {count}'
@@ -169,14 +191,16 @@ def _of_model(shape: ModelShape, sizes: Sizes) -> _Checks:
 
 def _of_ranks(sequences: int, sizes: Sizes, dp: tuple[int, ...]) -> _Checks:
     gpus, schedule, pp = sizes['gpus'], sizes['schedule'], sizes['pp']
-    model = sizes['tp'] * pp
-    words = 'the GPUs are no multiple of tp x pp'
-    yield gpus % model > 0, words, f'change --gpus {gpus}, --tp or --pp'
-    yield gpus % (model * sizes['ep']) > 0, f'{words} x ep', f'change --gpus {gpus} or --ep'
-    replicas = gpus // model
+    model, cp = sizes['tp'] * pp, sizes['cp']
+    shared = 'tp x cp x pp' if cp > 1 else 'tp x pp'
+    words = f'the GPUs are no multiple of {shared}'
+    yield gpus % (model * cp) > 0, words, f'change --gpus {gpus}, --tp or --pp'
+    words = 'the GPUs are no multiple of tp x pp x ep'
+    yield gpus % (model * sizes['ep']) > 0, words, f'change --gpus {gpus} or --ep'
+    replicas = gpus // (model * cp)
     yield (
         bool(dp) and replicas not in dp,
-        'dp = GPUs / (tp x pp) is not one that is asked for',
+        f'dp = GPUs / ({shared}) is not one that is asked for',
         f'change --dp or --gpus {gpus}',
     )
     together = replicas * sizes['micro_batch']

@@ -11,11 +11,11 @@ import pytest
 
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, words
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES
-from megatron_mhc.study.hardware import PRESETS
+from megatron_mhc.study.estimate import run_study
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.model import own_model, recipe_model
 from megatron_mhc.study.output import flags_text
-from megatron_mhc.study.points import run_study
+from megatron_mhc.study.presets import PRESETS
 from megatron_mhc.study.sweep import Sweep
 
 CASES = [(name, layout) for name in RECIPES for layout in LAYOUTS[name]]
@@ -100,7 +100,7 @@ def test_what_a_study_prints_is_accepted(parser, monkeypatch):
     assert len(found) > 40
     for point in found:
         layout, model = point.layout, recipe_model('27b', 1920, 'mhc')
-        flags = shlex.split(flags_text(model.flags(layout, point.residual)).replace('\\\n', ' '))
+        flags = shlex.split(flags_text(model.flags(point)).replace('\\\n', ' '))
         args = validated(flags, layout.gpus, monkeypatch)
         assert args.data_parallel_size == layout.dp
         assert args.mhc_num_residual_streams == point.residual.num_residual_streams
@@ -112,6 +112,16 @@ def test_what_a_study_prints_is_accepted(parser, monkeypatch):
         assert microbatches == point.microbatches
 
 
+def test_full_recomputation_is_accepted(parser, monkeypatch):
+    hardware, model = PRESETS['h200'], recipe_model('27b', 1280, 'mhc')
+    sweep = Sweep((64,), (1,), (4,), (8,), schedule=('1f1b',), recompute=('full',))
+    (point,) = run_study(model.shape, 1280, sweep, hardware, BytesModel(hardware)).points
+    flags = shlex.split(flags_text(model.flags(point)).replace('\\\n', ' '))
+    args = validated(flags, 64, monkeypatch)
+    found = args.recompute_granularity, args.recompute_method, args.recompute_num_layers
+    assert found == ('full', 'uniform', 1) and args.residual_type == 'mhc'
+
+
 OWN = (
     '--num-layers 8 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 8 '
     '--group-query-attention --num-query-groups 4 --seq-length 128 --max-position-embeddings 128 '
@@ -120,8 +130,10 @@ OWN = (
 ).split()
 
 
-def test_a_model_of_ones_own(parser, monkeypatch):
+def test_a_model_of_ones_own(parser, monkeypatch, capfd):
     model = own_model(OWN, None, 'mhc')
+    # Megatron prints a hundred lines of arguments on the way.
+    assert capfd.readouterr() == ('', '')
     assert (model.shape.hidden, model.shape.vocab, model.batch) == (256, 1024, 64)
     assert model.shape.tied and model.shape.residual.enabled and model.shape.value_bytes == 2
     assert own_model(OWN[:-1], None, 'mhc').shape.value_bytes == 4
@@ -131,7 +143,7 @@ def test_a_model_of_ones_own(parser, monkeypatch):
     points = run_study(model.shape, model.batch, sweep, hardware, BytesModel(hardware)).points
     assert {point.layout.schedule for point in points} == set(PIPELINE_SCHEDULES)
     for point in points:
-        topics = model.flags(point.layout, point.residual, point.one_queue)
+        topics = model.flags(point)
         added = [word for topic in topics.values() for line in words(topic) for word in line]
         args = validated([*OWN, *added], 8, monkeypatch)
         assert args.data_parallel_size == point.layout.dp
@@ -142,10 +154,9 @@ def test_a_model_of_ones_own(parser, monkeypatch):
     [
         ([*OWN, '--pipeline-model-parallel-size', '2'], 'that is what a study chooses; drop it'),
         ([*OWN, '--bogus'], 'unrecognized arguments: --bogus'),
-        ([*OWN, '--hidden-size', '250'], 'Megatron does not take these flags'),
-        ([*OWN, '--residual-type', 'hc'], '--residual-type hc: a study does not know'),
+        ([*OWN, '--hidden-size', '250'], 'these flags: assert args.hidden_size % args.num_att'),
         ([*OWN, '--residual-type', 'mudd'], '--residual-type mudd: a study does not know'),
-        ([*OWN, '--context-parallel-size', '2'], 'a study has no context parallelism'),
+        ([*OWN, '--context-parallel-size', '2'], 'that is what a study chooses; drop it'),
         ([*OWN, '--mtp-num-layers', '1'], '--mtp-num-layers'),
         (OWN[: OWN.index('--global-batch-size')], 'no batch; add --global-batch-size'),
         ([word for word in OWN if word not in ('--vocab-size', '1000')], 'add --vocab-size'),

@@ -14,7 +14,9 @@ import pytest
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
+from megatron_mhc.recipes.script import torchrun_flags
 from megatron_mhc.schedules.inverted_v import holder_of
+from megatron_mhc.settings.queues import CONNECTIONS
 from megatron_mhc.sizing.flops import residual_flops, step_flops, token_flops
 from megatron_mhc.sizing.memory import Layout, edge_bytes, rank_memory, stages_of
 from megatron_mhc.sizing.size import parameters, summary
@@ -174,6 +176,29 @@ def test_show_sizes_up_a_manifold(manifold, rows, show):
     }
 
 
+@pytest.mark.parametrize(
+    ('name', 'gpus', 'tp', 'schedule'),
+    [
+        ('27b', 512, 1, 'dualpipev-w'),
+        ('27b', 1024, 1, 'zb-v'),
+        ('27b', 8192, 8, 'zb-v'),
+        ('9b', 256, 1, 'dualpipev-w'),
+        ('3b-1t', 4096, 4, 'dualpipev-w'),
+    ],
+)
+def test_layouts_beyond_those_with_a_name(show, launcher, capsys, name, gpus, tp, schedule):
+    """1280 sequences on 256 replicas are 5 microbatches, fewer than 2 x pp = 8."""
+    status, out, _ = show(f'show {name} --gpus {gpus} --json')
+    layout = json.loads(out)['layout']
+    assert status == 0 and (layout['gpus'], layout['tp']) == (gpus, tp)
+    assert layout['schedule'] == schedule
+    assert layout['pp'] == LAYOUTS[name]['64gpu'].pp and layout['ep'] == LAYOUTS[name]['64gpu'].ep
+    assert launcher.main([name, '--gpus', str(gpus), '--print']) == 0
+    script = capsys.readouterr().out
+    assert f'--pipeline-schedule {schedule}\n' in script
+    assert f'--nnodes {gpus // 8}\n' in script and f':-{32 if tp == 1 else 1}}}' in script
+
+
 def test_list_names_every_recipe(show):
     assert [row['name'] for row in json.loads(show('list --json')[1])] == list(RECIPES)
     assert all(name in show('list')[1] for name in RECIPES)
@@ -188,6 +213,7 @@ def test_list_names_every_recipe(show):
         ('show 3b --dp 3 --ep 3', 'a batch of 320 sequences is no multiple of 1'),
         ('show 3b --dp 160', 'needs at least 2 x pp = 4 microbatches'),
         ('show 3b --ep 0', 'argument --ep: 0: wanted an integer from 1'),
+        ('show 27b --gpus 16384', '1280 sequences is no multiple of 1 a microbatch x 512'),
         ('show 4b', "invalid choice: '4b'"),
         ('show 3b --mhc-manifold birkhoff', 'choose one of sinkhorn, permutation'),
         ('show 3b --residual-type hc --mhc-manifold identity', 'has no effect with'),
@@ -252,6 +278,40 @@ def test_the_printed_script_starts_exactly_the_recipe(
     nodes = int(seen[seen.index('--nnodes') + 1]) if layout.gpus > 8 else 1
     assert ranks * nodes == layout.gpus
     assert ('node-1:29500' in seen) == (nodes > 1)
+
+
+@pytest.mark.parametrize(
+    ('extra', 'connections', 'tp'),
+    [
+        ([], '32', '1'),
+        (['--tensor-model-parallel-size', '2', '--expert-model-parallel-size', '2'], '1', '2'),
+        (['--context-parallel-size=2'], '1', '1'),
+    ],
+)
+def test_megatron_gets_the_one_connection_that_it_demands(launcher, extra, connections, tp, capsys):
+    """Tensor and context parallelism before Blackwell; a stream of its own then hides nothing."""
+    assert launcher.main(['27b', '--layout', '8gpu', '--print', '--', *extra]) == 0
+    script = capsys.readouterr().out
+    assert f'export {CONNECTIONS}="${{{CONNECTIONS}:-{connections}}}"' in script
+    assert f'--tensor-model-parallel-size {tp}\n' in script
+    assert ('--mhc-post-stream high' in script) == (connections == '32')
+    assert ('--sequence-parallel' in script) == (tp == '2')
+
+
+def test_wrong_ranks_behind_the_dashes_are_one_line(launcher, capsys):
+    with pytest.raises(SystemExit) as ended:
+        launcher.main(['27b', '--print', '--', '--tensor-model-parallel-size', 'two'])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count('\n') == 1
+    assert '--tensor-model-parallel-size: two: wanted an integer from 1' in error
+
+
+def test_nodes_of_a_launch_have_as_many_ranks_each():
+    assert torchrun_flags(12, 8) | {'rdzv-id': 0, 'rdzv-endpoint': 0} == {
+        **{'nnodes': 2, 'nproc-per-node': 6, 'rdzv-backend': 'c10d'},
+        **{'rdzv-id': 0, 'rdzv-endpoint': 0},
+    }
+    assert torchrun_flags(4, 8) == {'standalone': True, 'nproc-per-node': 4}
 
 
 def test_several_nodes_need_an_address(launcher, tmp_path, monkeypatch, capfd):
