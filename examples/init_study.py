@@ -132,10 +132,14 @@ def read(path: Path) -> tuple[Results, set[str]]:
     """Results by run, and the digests of the texts that they were trained on.
 
     Raises:
-        ValueError: a line is no result.
+        ValueError: it is no text, or a line is no result.
     """
     results, texts = {}, set()
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f'--results {path}: not text; name a file of JSON lines') from error
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             run = Run(*(record.pop(name) for name in Run._fields))

@@ -171,6 +171,9 @@ def _reason(
     for noted in exceptions:
         known = kernel.startswith(noted['kernel']) and problem.rule == noted['rule']
         known = known and n == noted['num_streams'] and arch in noted.get('arch', [arch])
+        # Some are of channels that fill no tile, whose masks take registers, or of one precision.
+        known = known and not (noted.get('masked') and launch.constants.get('EVEN', True))
+        known = known and noted.get('precision') in (None, launch.constants.get('PRECISION'))
         # Of an access a limit says how narrow it may be, of all else how much there may be.
         if known and problem.value <= noted['limit'] * (-1 if problem.rule == 'vector' else 1):
             return str(noted['reason'])

@@ -111,6 +111,7 @@ def mapping(
 
     Returns:
         ``h_pre [..., n]``, ``h_post [..., n]``, ``h_res [..., n, n]`` in fp32 (fp64 for fp64 x).
+        NaN for a token whose sum of nC squares is beyond fp32, on every backend.
     """
     n = num_streams
     require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)

@@ -24,7 +24,9 @@ def scaled_projection_ref(
         norm_eps: added to the mean square under the root.
 
     Returns:
-        ``[..., M]`` in fp32 (fp64 for fp64 x).
+        ``[..., M]`` in fp32 (fp64 for fp64 x). NaN for a token whose sum of squares fp32 cannot
+        hold: a root mean square over 1.8e19 / sqrt(nC), 1.4e17 at nC = 16384. Scaled by the largest
+        value first it would be finite; to find that one is another read of the streams.
     """
     with without_autocast(x.device):
         # Contiguous, so that a view has the bits of its copy: the order of sums follows strides.

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_mhc.kernels.defaults import DIVISOR
 from megatron_mhc.kernels.reference.dropout import dropout_constants
 from megatron_mhc.kernels.triton.device import (
     fold,
@@ -26,20 +27,23 @@ from megatron_mhc.kernels.triton.launch import Tile, cdiv, fitted, interpreted, 
 from megatron_mhc.kernels.triton.maps import map_columns
 from megatron_mhc.kernels.triton.post_res import post_res
 
-# One tile with and without MIX, so that both add in the same order. Streams of more than 8 bits of
-# mantissa go through three-term TF32, which takes twice the registers and shared memory.
+# One tile with and without MIX, so that both add in the same order.
 TILE = {
     1: Tile(32, 64),
     2: Tile(64, 32, num_warps=8, num_stages=3, registers=128),
     4: Tile(64, 32, num_warps=8, num_stages=3),
     8: Tile(32, 16, num_warps=8),
 }
+# Streams of more than 8 bits of mantissa go through three-term TF32, which takes twice the
+# registers and shared memory.
 WIDE_TILE = {
     1: Tile(32, 32),
     2: Tile(32, 32),
     4: Tile(64, 16, num_warps=8),
     8: Tile(16, 16, num_warps=8, num_stages=1),
 }
+# Of bf16 streams that are read value by value, which takes registers: these spill with ``TILE``.
+NARROW_TILE = {**TILE, 1: WIDE_TILE[1], 4: WIDE_TILE[4]}
 PACK = Tile(0, 32, num_warps=8)
 # Enough programs to fill the largest GPU, and the same number on every GPU: partial sums, and with
 # them the bits of the result, follow from the shapes alone.
@@ -204,7 +208,8 @@ def _project(
     tokens, width = x.shape
     channels, columns = width // n, map_columns(n)
     precision = resolved_precision(precision, x.dtype)
-    tile = fitted((TILE if precision == 'bf16x2' else WIDE_TILE)[n], channels)
+    narrow = NARROW_TILE if channels % DIVISOR else TILE
+    tile = fitted((narrow if precision == 'bf16x2' else WIDE_TILE)[n], channels)
     high, low = pack_weight(weight, n, precision)
     programs = cdiv(tokens, tile.tokens)
     blocks = cdiv(channels, tile.channels)

@@ -48,7 +48,7 @@ def _add_report(topics: Any) -> None:
     add('--hidden-size', type=integer(1, MOST_WIDTH), default=4096, help='C')
     add('--tokens', type=integer(1, MOST_TOKENS), default=8192, help='T, sequence times microbatch')
     add('--dtype', type=_dtype, default='bf16', help='of the streams: bf16, fp16 or fp32')
-    add('--kernel', nargs='+', default=None, help='only kernels whose name begins like this')
+    add('--kernel', nargs='+', default=None, help='only rows that begin like this')
     add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
     add('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(answer='megatron_mhc.commands.kernels_report')

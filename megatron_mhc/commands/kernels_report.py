@@ -64,7 +64,9 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     launches = [launch for n in options.num_streams for launch in shipped_launches(n, *shape)]
     if options.kernel:
         names = sorted({launch.name.removesuffix('_kernel') for launch in launches})
-        launches = [launch for launch in launches if launch.name.startswith(tuple(options.kernel))]
+        launches = [
+            launch for launch in launches if label(launch).startswith(tuple(options.kernel))
+        ]
         if not launches:
             wanted = ' '.join(options.kernel)
             raise ValueError(f'argument --kernel: {wanted}: no such kernel; one of {names}')

@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -22,11 +23,16 @@ from megatron_mhc.convert.source import OPAQUE, Chunk, Entry, Source, open_sourc
 
 # Parameters of streams are checked against n and C as they are read.
 STREAMS = ('_hyper_connection.', 'stream_merge.', 'hc_head')
-# Transformer Engine keeps a norm with the linear layer behind it.
+# Transformer Engine keeps a norm with the linear layer behind it, and so do names that local layers
+# save, whether or not one is behind it: there is none behind the norm before experts.
 FUSED = (
     ('.input_layernorm.', '.self_attention.linear_qkv.layer_norm_'),
     ('.pre_mlp_layernorm.', '.mlp.linear_fc1.layer_norm_'),
+    ('.self_attention.q_layernorm.', '.self_attention.linear_q_up_proj.layer_norm_'),
+    ('.self_attention.kv_layernorm.', '.self_attention.linear_kv_up_proj.layer_norm_'),
 )
+# An expert of the local layers, of which grouped ones number the weights.
+EXPERT = re.compile(r'\.local_experts\.(\d+)\.(linear_fc\d\.(?:weight|bias))$')
 Expected = dict[str, tuple[list[int], str]]
 
 
@@ -89,7 +95,7 @@ def _compare(source: Source, expected: Expected) -> tuple[list[str], list[str]]:
     missing, strange = [], []
     dtypes = (torch.float32, getattr(source.args, 'params_dtype', torch.float32))
     for name, (shape, dtype) in expected.items():
-        entry = source.entries.get(name) or source.entries.get(_fused(name))
+        entry = source.entries.get(stored_name(source, name))
         if entry is None or entry.shape is None:
             missing.append(name)
         elif list(entry.shape) != shape:
@@ -99,10 +105,12 @@ def _compare(source: Source, expected: Expected) -> tuple[list[str], list[str]]:
     return missing, strange
 
 
-def _fused(name: str) -> str:
+def stored_name(source: Source, name: str) -> str:
+    """What ``source`` calls a weight of local layers; ``name`` where it has no other either."""
+    others = [EXPERT.sub(r'.\2\1', name)]
     for apart, joined in FUSED:
-        name = name.replace(apart, joined)
-    return name
+        others += [name.replace(apart, joined), name.replace(joined, apart)]
+    return next((one for one in (name, *others) if one in source.entries), name)
 
 
 def _key(source: Source) -> str:
@@ -143,7 +151,7 @@ def main(argv: list[str]) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         source = open_source(pathlib.Path(folder))
         with torch.device('meta'):
-            model = build(source, describe(source, origin))
+            model = build(source, describe(source, origin), prediction=True)
         parts = model.sharded_state_dict(metadata=dict(source.common.get('content_metadata') or {}))
         apply_factories(parts)
         found = [part for part in nested_values(parts) if isinstance(part, ShardedTensor)]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_mhc import ops
 from megatron_mhc.convert import worker
+from megatron_mhc.convert.complete import stored_name
 from megatron_mhc.convert.maps import maps, merge_gates, stored_head, stored_parameters
 from megatron_mhc.convert.saved_args import Described, describe
 from megatron_mhc.convert.source import OPAQUE, Source, open_source
@@ -133,10 +134,18 @@ def logits(path: pathlib.Path, origin: str) -> Tensor:
     return model(tokens, positions, mask).float()
 
 
-def build(source: Source, described: Described) -> GPTModel:
-    """A model of the saved arguments with local layers, n streams if there are any."""
+def build(source: Source, described: Described, prediction: bool = False) -> GPTModel:
+    """A model of the saved arguments with local layers, n streams if there are any.
+
+    Args:
+        prediction: with the layers of multi-token prediction, which logits do not need.
+    """
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_decoder_layer_specs,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.training.arguments import core_transformer_config_from_args
 
     from megatron_mhc.residual.block import widen_block
@@ -145,6 +154,8 @@ def build(source: Source, described: Described) -> GPTModel:
     args = copy.copy(source.args)
     for name, value in LOCAL.items():
         setattr(args, name, value)
+    if prediction:
+        args.mtp_num_layers = getattr(source.args, 'mtp_num_layers', None)
     residual = ResidualConfig('standard')
     if described.layout is not None:
         residual = ResidualConfig(
@@ -158,6 +169,11 @@ def build(source: Source, described: Described) -> GPTModel:
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=args.normalization
     )
+    mtp_spec = None
+    if args.mtp_num_layers:
+        # Prediction layers keep the stock residual.
+        layers = get_gpt_decoder_layer_specs(config, False, args.normalization)
+        mtp_spec = get_gpt_mtp_block_spec(config, layers[-1], False)
     model = GPTModel(
         config,
         with_residual(spec, residual),
@@ -168,6 +184,7 @@ def build(source: Source, described: Described) -> GPTModel:
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        mtp_block_spec=mtp_spec,
     )
     if residual.enabled:
         widen_block(model.decoder, residual)
@@ -184,9 +201,10 @@ def load(model: GPTModel, source: Source, described: Described) -> None:
         for name, value in model.state_dict(keep_vars=True).items()
         if OPAQUE not in name and not (foreign and _maps_streams(name))
     }
-    if own.keys() <= source.entries.keys():
+    stored = {name: stored_name(source, name) for name in own}
+    if source.entries.keys() >= {*stored.values()}:
         for name, value in own.items():
-            value.copy_(source.tensor(name))
+            value.copy_(source.tensor(stored[name]))
     else:
         _load_sharded(model, source, foreign)
 
@@ -206,7 +224,8 @@ def _load_sharded(model: GPTModel, source: Source, foreign: bool) -> None:
         if isinstance(part, ShardedTensor) and not (foreign and _maps_streams(part.key)):
             sizes = [1] * part.prepend_axis_num + list(part.local_shape)
             where = zip(part.global_offset, sizes, strict=True)
-            value = source.tensor(part.key)[tuple(slice(o, o + size) for o, size in where)]
+            value = source.tensor(stored_name(source, part.key))
+            value = value[tuple(slice(o, o + size) for o, size in where)]
             part.data.copy_(value.reshape(part.data.shape))
 
 

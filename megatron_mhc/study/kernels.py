@@ -12,7 +12,9 @@ from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.study.hardware import Hardware
 
 # Of ``tools/bench``: its headline, per sublayer, as the layers use the kernels.
-OP, CONTENDER, DTYPE, FORWARD, BACKWARD = 'layer', 'triton', 'bf16', 'fwd', 'bwd'
+OP, CONTENDER, FORWARD, BACKWARD = 'layer', 'triton', 'fwd', 'bwd'
+# Bytes of a stream's value -> the dtype whose times count; those of bf16 serve fp16 too.
+DTYPES = {2: 'bf16', 4: 'fp32'}
 MODES = ('graph', 'eager')
 
 
@@ -101,12 +103,12 @@ class Measured:
     def __init__(self, path: Path, hardware: Hardware) -> None:
         self.path, self.bytes = path, BytesModel(hardware)
         self.source = f'measured, {path}'
-        # (C, n) -> tokens -> (mode, seconds) of the two directions.
-        self.times: dict[tuple[int, int], dict[int, dict[str, float]]] = {}
+        # (C, n, dtype) -> tokens -> seconds of the two directions.
+        self.times: dict[tuple[int, int, str], dict[int, dict[str, float]]] = {}
         for mode in MODES[::-1]:
             for row in self._rows():
                 if row['mode'] == mode:
-                    point = int(row['hidden']), int(row['streams'])
+                    point = int(row['hidden']), int(row['streams']), row['dtype']
                     times = self.times.setdefault(point, {}).setdefault(int(row['tokens']), {})
                     times[row['direction']] = float(row['median_us']) * 1e-6
         self.times = {
@@ -115,18 +117,19 @@ class Measured:
         }
         if not any(self.times.values()):
             raise ValueError(
-                f'--kernel-times {path}: no row of op {OP}, contender {CONTENDER}, {DTYPE}, fwd '
-                'and bwd, on a GPU; measure with make bench'
+                f'--kernel-times {path}: no row of op {OP}, contender {CONTENDER}, '
+                f'{" or ".join(DTYPES.values())}, fwd and bwd, on a GPU; measure with make bench'
             )
 
     def _rows(self) -> list[dict[str, str]]:
-        wanted = {'op': OP, 'contender': CONTENDER, 'dtype': DTYPE, 'status': 'ok'}
+        wanted = {'op': OP, 'contender': CONTENDER, 'status': 'ok'}
         try:
             with self.path.open(newline='') as file:
                 rows = [
                     row
                     for row in csv.DictReader(file)
                     if all(row[key] == value for key, value in wanted.items())
+                    and row['dtype'] in DTYPES.values()
                 ]
             for row in rows:
                 if not float(row['median_us']) > 0 or not int(row['tokens']) > 0:
@@ -151,7 +154,7 @@ class Measured:
         """Seconds for T tokens of width C: in proportion to the nearest T that was measured.
 
         Raises:
-            ValueError: this C and n, or this width of values, were not measured.
+            ValueError: this C and n were not measured in the dtype of the model.
         """
         if residual.residual_type != 'mhc' and residual.has_streams:
             raise ValueError(
@@ -160,18 +163,13 @@ class Measured:
             )
         if not residual.has_streams:
             return self.bytes.sublayer(residual, hidden, tokens, value_bytes)
-        if value_bytes != 2:
-            raise ValueError(
-                f'--kernel-times {self.path}: times of {DTYPE}, but the model is fp32; add --bf16 '
-                'behind --model, or drop the flag'
-            )
-        n = residual.streams
-        found = self.times.get((hidden, n))
+        n, dtype = residual.streams, DTYPES[value_bytes]
+        found = self.times.get((hidden, n, dtype))
         if not found:
             raise ValueError(
-                f'--kernel-times {self.path}: nothing for hidden size {hidden} and {n} streams; '
-                f"measure with make bench ARGS='--ops layer --hidden-sizes {hidden} --num-streams "
-                f"{n}', or drop the flag"
+                f'--kernel-times {self.path}: nothing for hidden size {hidden} and {n} streams in '
+                f"{dtype}; measure with make bench ARGS='--ops layer --hidden-sizes {hidden} "
+                f"--num-streams {n} --dtype {dtype}', or drop the flag"
             )
         nearest = min(found, key=lambda measured: abs(measured - tokens))
         both, scale = found[nearest], tokens / nearest

@@ -92,7 +92,9 @@ def _read(path: Path, where: str) -> dict[str, Any]:
         reason = getattr(error, 'strerror', None) or 'not a text file'
         raise ValueError(f'{where}: {reason}; give a YAML file') from error
     except yaml.YAMLError as error:
-        raise ValueError(f'{where}: not YAML: {" ".join(str(error).split())}') from error
+        raise ValueError(
+            f'{where}: not YAML: {" ".join(str(error).split())}; give "field: value" lines'
+        ) from error
     except (ValueError, RecursionError) as error:
         # Python reads no integer of thousands of digits, PyYAML no date of the 13th month.
         raise ValueError(f'{where}: a value that cannot be: {shown(str(error))}') from error

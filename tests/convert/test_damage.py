@@ -22,6 +22,22 @@ MODEL = """
     --tokenizer-type NullTokenizer --vocab-size 256 --untie-embeddings-and-output-weights
     --swiglu --normalization RMSNorm
 """.split()
+# A dense layer, one of experts, and one of prediction, with latent attention: as DeepSeek-V3.
+EXPERTS = """
+    --num-experts 4 --moe-layer-freq ([0]+[1]) --moe-router-topk 2 --moe-ffn-hidden-size 16
+    --moe-shared-expert-intermediate-size 16 --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias --moe-router-load-balancing-type none
+    --moe-token-dispatcher-type alltoall --disable-bias-linear --mtp-num-layers 1
+    --multi-latent-attention --q-lora-rank 16 --kv-lora-rank 8 --qk-head-dim 8
+    --qk-pos-emb-head-dim 4 --v-head-dim 8 --qk-layernorm --rope-type rope --no-rope-fusion
+""".split()
+KINDS = """
+    .experts.linear_fc1.weight .experts.linear_fc2.weight .router.weight .router.expert_bias
+    .shared_experts.linear_fc1.weight .shared_experts.linear_fc2.weight
+    .linear_q_down_proj.weight .linear_q_up_proj.weight .linear_kv_down_proj.weight
+    .linear_kv_up_proj.weight .q_layernorm.weight .kv_layernorm.weight
+    mtp.layers.0.eh_proj.weight mtp.layers.0.enorm.weight mtp.layers.0.hnorm.weight
+""".split()
 TRAINING = """
     --micro-batch-size 1 --global-batch-size 4 --mock-data --split 98,1,1 --num-workers 0 --lr 1e-2
     --eval-iters 1 --eval-interval 100 --log-interval 1
@@ -38,9 +54,10 @@ def run(script: str, *flags: object) -> str:
 @pytest.fixture(scope='module', params=['torch_dist', 'torch'])
 def saved(request, tmp_path_factory) -> pathlib.Path:
     """Two steps of a standard model."""
-    folder = tmp_path_factory.mktemp(request.param) / 'run'
-    flags = ('--train-iters', 2, '--save', folder, '--save-interval', 2)
-    run('pretrain_gpt.py', *MODEL, *TRAINING, *flags, '--ckpt-format', request.param)
+    disk, _, more = request.param.partition(' ')
+    folder = tmp_path_factory.mktemp(disk) / 'run'
+    flags = ('--train-iters', 2, '--save', folder, '--save-interval', 2, '--ckpt-format', disk)
+    run('pretrain_gpt.py', *MODEL, *(EXPERTS if more else ()), *TRAINING, *flags)
     return folder
 
 
@@ -68,7 +85,8 @@ def refused(folder: pathlib.Path, message: str) -> None:
     assert '\n' not in str(said.value) and not new.exists()
 
 
-def test_every_weight_must_be_there(copy, tmp_path):
+@pytest.mark.parametrize('saved', ['torch_dist', 'torch', 'torch_dist experts'], indirect=True)
+def test_every_weight_must_be_there(copy, request):
     """Each name in turn: any one of them is called missing; none is trained without."""
     names = [name for name, entry in open_source(copy).entries.items() if entry.shape is not None]
     assert len(names) > 10
@@ -85,6 +103,10 @@ def test_every_weight_must_be_there(copy, tmp_path):
             del state['model'][name]
             torch.save(state, file)
         refused(copy, f'{re.escape(name)} is missing')
+    if 'experts' in request.node.name:
+        assert all(any(kind in name for name in names) for kind in KINDS)
+    (copy / '.metadata' if distributed else file).write_bytes(whole)
+    assert convert(copy.parent, copy.parent.parent / 'new').carried >= len(names)
 
 
 def recorded_as(metadata, name: str, dtype: torch.dtype) -> None:

@@ -85,6 +85,9 @@ def test_a_norm_beyond_fp32_is_seen(device, backend, size):
     given = leaves(3, device)
     with torch.no_grad():
         given['x'][1, 0] = given['x'][1, 0].sign() * size
+        # As far as it is said to hold.
+        width = given['x'].shape[-1]
+        given['x'][2, 0] = given['x'][2, 0].sign() * 1.8e19 / width**0.5
     parameters = [given[name] for name in ('weight', 'bias', 'alpha')]
     maps = ops.mapping(given['x'], *parameters, num_streams=N, backend=backend)
     for h in maps:

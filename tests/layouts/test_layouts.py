@@ -36,6 +36,8 @@ MTP_ALONE = {
     'config': {'pipeline_model_parallel_layout': 'Ett|tt|m|L', 'overlap_p2p_comm': True},
     'embedding_ranks': [0],
 }
+# Stages that Megatron lets be: one that holds nothing, and one of the loss alone.
+EMPTY = {'layout': VPP2, 'config': {'pipeline_model_parallel_layout': 'Ett||tt|L'}}
 MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 
 # model -> what distinguishes it
@@ -70,6 +72,7 @@ CASES = [
     ('pp2-vpp2', 'tied', 2, {'layout': VPP2}, False),
     ('pp2-full', 'mhc', 2, PP2_FULL, True),
     ('pp2-vpp2', 'mhc', 2, {'layout': {'pp': 2, 'vpp': 2}}, True),
+    ('pp2-vpp2-empty', 'mhc', 2, EMPTY, True),
     ('pp2-vpp2', 'hc', 2, {'layout': {'pp': 2, 'vpp': 2}}, True),
     # Blocks of sublayers under the stock schedules; the first is 3 of the 4 in a stage.
     ('pp2-blocks-3', 'mhc', 2, {'layout': {'pp': 2}, 'residual': BLOCKS[3]}, True),

@@ -211,7 +211,8 @@ def step(case: dict, folder: pathlib.Path) -> dict:
     else:
         state = dist_checkpointing.load(weights(chunks), str(folder / case['weights']))
         for index, chunk in enumerate(chunks):
-            chunk.module.load_state_dict(state[str(index)])
+            # Of a stage without layers nothing is stored.
+            chunk.module.load_state_dict(state.get(str(index), {}))
     optimizer = make_optimizer(case, chunks)
     monitor = None
     if case.get('tokens'):

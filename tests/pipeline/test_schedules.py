@@ -37,6 +37,8 @@ EVEN_8 = 'Et|t|t|t|t|t|t|tL'
 V2, V4 = {'pp': 2, 'vpp': 2}, {'pp': 4, 'vpp': 2}
 ODD = 'Et|tt|tt|tL'
 MTP_LAST = 'Et|t|tt|mL'
+# Stages that Megatron lets be: one that holds nothing, and one of the loss alone.
+EMPTY = 'Ett||tt|L'
 OVERLAP = {'overlap': True}
 TP, SP, EP = {'tp': 2}, {'tp': 2, 'sp': True}, {'ep': 2}
 HIGH = {'post_stream': 'high'}
@@ -88,6 +90,7 @@ BITWISE = [
     on_v('few', 'mhc-3', 2, 'zb-v'),
     on_v('few', 'deep-2', 4, 'zb-v'),
     on_v('uneven', 'odd-5', 2, 'dualpipev-w', ODD),
+    on_v('empty', 'mhc-4', 2, 'zb-v', EMPTY),
     on_v('hc', 'hc-4', 2, 'dualpipev'),
     on_v('verified', 'mhc-4', 2, 'dualpipev', settings={'verify_steps': 1}),
     on_v('moe', 'moe-4', 2, 'dualpipev'),

@@ -88,7 +88,12 @@ def test_measured_kernels_replace_the_bytes(measured, command):
         ({'fwd': 1.0, 'bwd': 1.0}, {'status': 'failed: x'}, 'no row of op layer'),
         ({'fwd': 1.0, 'bwd': -1.0}, {}, 'not above 0'),
         ({'fwd': 1.0, 'bwd': 'x'}, {}, 'not a results.csv of tools/bench'),
-        ({'fwd': 1.0, 'bwd': 1.0}, {'hidden': 64}, 'nothing for hidden size 2560 and 4 streams'),
+        (
+            {'fwd': 1.0, 'bwd': 1.0},
+            {'hidden': 64},
+            'nothing for hidden size 2560 and 4 streams in bf16',
+        ),
+        ({'fwd': 1.0, 'bwd': 1.0}, {'dtype': 'fp16'}, 'no row of op layer'),
     ],
 )
 def test_kernel_times_that_do_not_serve_are_refused(measured, command, us, changes, message):
@@ -349,7 +354,11 @@ def test_states_of_a_model_in_fp32_need_no_master_copy():
         assert (rank.weights, rank.optimizer) == (weight * count, optimizer * count)
 
 
-def test_kernel_times_are_of_bf16(measured):
-    times = Measured(measured({'fwd': 100.0, 'bwd': 250.0}), H100)
-    with pytest.raises(ValueError, match='times of bf16, but the model is fp32; add --bf16'):
-        times.sublayer(ResidualConfig('mhc'), 2560, 4096, value_bytes=4)
+def test_kernel_times_are_of_the_width_of_the_model(measured):
+    """Those of bf16 for 2 bytes a value, those of fp32 for 4, and none of one for the other."""
+    mhc, us = ResidualConfig('mhc'), {'fwd': 100.0, 'bwd': 250.0}
+    for dtype, width, other in (('bf16', 2, 'fp32'), ('fp32', 4, 'bf16')):
+        times = Measured(measured(us, dtype=dtype), H100)
+        assert times.sublayer(mhc, 2560, 4096, width) == pytest.approx((50e-6, 125e-6))
+        with pytest.raises(ValueError, match=f"in {other}; measure .* --dtype {other}', or drop"):
+            times.sublayer(mhc, 2560, 4096, 6 - width)

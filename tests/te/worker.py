@@ -7,6 +7,7 @@ import pathlib
 import sys
 import tempfile
 import traceback
+import types
 
 import cpu_extension
 
@@ -18,16 +19,15 @@ cpu_extension.install(pathlib.Path(sys.argv[1]))
 import torch  # noqa: E402
 import transformer_engine.pytorch as te  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
 from megatron.core.extensions import transformer_engine as extension  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
-    get_gpt_decoder_block_spec,
-    get_gpt_layer_local_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.transformer.transformer_config import (  # noqa: E402
@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_config import (  # noqa: E402
 )
 
 from megatron_mhc import ResidualConfig  # noqa: E402
+from megatron_mhc.convert.complete import stored_name  # noqa: E402
 from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
 from megatron_mhc.patches.registry import RESIDUAL_PATCHES, SCHEDULE_PATCHES  # noqa: E402
@@ -98,7 +99,7 @@ def build(residual=None, te=True, delayed=False, **settings):
     if te:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     else:
-        spec = get_gpt_layer_local_spec(normalization=config.normalization)
+        spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
     model = GPTModel(config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE)
     return Float16Module(config, model) if config.bf16 else model
 
@@ -180,19 +181,47 @@ def case_mixture_of_experts():
     assert isinstance(experts.linear_fc1, extension.TEGroupedLinear)
 
 
+LATENT = {
+    **SWIGLU,
+    'multi_latent_attention': True,
+    'q_lora_rank': None,
+    'kv_lora_rank': 16,
+    'qk_head_dim': 8,
+    'qk_pos_emb_head_dim': 8,
+    'v_head_dim': 8,
+    'rope_type': 'rope',
+    'apply_rope_fusion': False,
+}
+
+
 def case_latent_attention():
-    latent = {
-        **SWIGLU,
-        'multi_latent_attention': True,
-        'q_lora_rank': None,
-        'kv_lora_rank': 16,
-        'qk_head_dim': 8,
-        'qk_pos_emb_head_dim': 8,
-        'v_head_dim': 8,
-        'rope_type': 'rope',
-        'apply_rope_fusion': False,
-    }
-    constant_maps_are_the_standard_model(**latent)
+    constant_maps_are_the_standard_model(**LATENT)
+
+
+def case_the_conversion_finds_every_weight():
+    """It builds local layers, whose names are others, and wants each in a checkpoint of these."""
+    for settings in (
+        SWIGLU,
+        MOE,
+        {**LATENT, 'q_lora_rank': 16, 'qk_layernorm': True},
+        {**MOE, **LATENT, 'q_lora_rank': 16, 'qk_layernorm': True, 'moe_layer_freq': [0, 1]},
+    ):
+        saved, wanted = (
+            names_in_checkpoints(build(te=te, **settings | {'moe_grouped_gemm': te}))
+            for te in (True, False)
+        )
+        for stored, names in zip(saved, wanted, strict=True):
+            source = types.SimpleNamespace(entries=stored)
+            found = {stored_name(source, name) for name in names}
+            assert found == stored, (settings, found ^ stored)
+
+
+def names_in_checkpoints(model):
+    """Of the ``torch`` format, and of ``torch_dist``; without opaque states."""
+    parts = model.sharded_state_dict()
+    apply_factories(parts)
+    sharded = {part.key for part in nested_values(parts) if isinstance(part, ShardedTensor)}
+    return {name for name in model.state_dict() if '_extra_state' not in name}, sharded
 
 
 def case_recomputation():
