@@ -200,7 +200,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     keys = ('sublayers', 'segments', 'segment_size', 'kept_by_mhc', 'kept_by_formula')
     values = [row[key] for key in (*keys, 'peak_of_mhc', 'peak_by_formula', 'kept', 'peak')]
     return tuple(
-        '-' if value is None else f'{value:.1f}' if isinstance(value, float) else str(value)
+        '-' if value is None else f'{value:z.1f}' if isinstance(value, float) else str(value)
         for value in values
     )
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_mhc.inputs.options import EP, MICRO_BATCH, PP, TP, add_option
+from megatron_mhc.inputs.options import CP, EP, MICRO_BATCH, PP, TP, add_option
 from megatron_mhc.inputs.values import MOST_RANKS, flag_of, integer
 from megatron_mhc.recipes.names import LAYOUT_NAMES, MODELS, SIZES
 from megatron_mhc.settings.names import STREAM_TYPES
 
-_WORDS = {'tp': TP, 'pp': PP, 'ep': EP, 'micro_batch': MICRO_BATCH}
+_WORDS = {'tp': TP, 'cp': CP, 'pp': PP, 'ep': EP, 'micro_batch': MICRO_BATCH}
 _SIZES = {
     'gpus': 'ranks in all',
     'tp': 'tensor-parallel ranks',
+    'cp': 'context-parallel ranks',
     'pp': 'pipeline ranks',
     'ep': 'expert-parallel ranks',
     'dp': 'data-parallel ranks',
