@@ -59,17 +59,18 @@ SETTINGS = {
     'hc, merge mean': Setting(['--residual-type', 'hc', '--mhc-stream-merge', 'mean']),
     'eps 1e-20': Setting([*IDENTITY, '--mhc-norm-eps', '1e-20']),
 }
-STARTS = ['standard', 'hc', 'uniform', 'identity', 'equal-writes', 'prenorm']
+MAIN = ['standard', 'hc', 'uniform', 'identity']
 # Group -> size of the model, settings.
 GROUPS = {
-    'init': ('quickstart', [*STARTS, 'one stream']),
+    'main': ('quickstart', MAIN),
+    'init': ('quickstart', [*MAIN, 'equal-writes', 'prenorm', 'one stream']),
     'factors': ('quickstart', ['pre', 'post', 'res', 'pre, post', 'post, res']),
     'alpha': ('quickstart', ['alpha 0', 'alpha 0.1', 'alpha 1']),
     'mapping-lr': ('quickstart', ['lr x 3', 'lr x 10']),
     'merge': ('quickstart', ['merge sum', 'merge learned', 'hc, merge mean']),
     'eps': ('quickstart', ['eps 1e-20']),
-    'deep': ('deep', STARTS),
-    'bpe': ('bpe', STARTS),
+    'deep': ('deep', MAIN),
+    'bpe': ('bpe', MAIN),
 }
 
 
@@ -120,12 +121,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def wanted(options: argparse.Namespace) -> list[Run]:
     """Seed by seed, so that whenever it is stopped all settings have about as many."""
-    return [
+    every = (
         Run(size, setting, options.iters, seed)
         for seed in range(1, options.seeds + 1)
         for size, settings in (GROUPS[name] for name in options.only or GROUPS)
         for setting in settings
-    ]
+    )
+    # Groups have settings in common.
+    return list(dict.fromkeys(every))
 
 
 def read(path: Path) -> tuple[Results, set[str]]:
