@@ -73,7 +73,7 @@ def fake_runs(monkeypatch):
         if child := os.fork():
             return child
         log.with_suffix('.json').write_text(json.dumps({'valid': 1.5}))
-        os._exit(int('1' in arguments))
+        os._exit(int(arguments[-2:] == ['--mhc-init-gating-factor', '1']))
 
     fake = types.SimpleNamespace(
         load_megatron=lambda: None,
