@@ -15,6 +15,7 @@ from megatron_mhc.recipes.beyond import layout_beyond
 from megatron_mhc.recipes.names import SIZES
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, Recipe
 from megatron_mhc.settings.residual import ResidualConfig
+from megatron_mhc.sizing.divides import check_model
 from megatron_mhc.sizing.flops import STEP, step_flops, token_flops
 from megatron_mhc.sizing.memory import FP32, USABLE, Layout, RankMemory, edge_bytes, rank_memory
 from megatron_mhc.sizing.shape import ModelShape
@@ -45,6 +46,7 @@ def describe(
     """
     shape = recipe.shape(residual)
     ranks = rank_memory(shape, layout, recipe.batch)
+    check_model(shape, layout)
     fields = [field.name for field in dataclasses.fields(ranks[0])]
     fields += ['total', 'total_recompute']
     forward = token_flops(shape)

@@ -10,8 +10,9 @@ from typing import NamedTuple, TypedDict
 
 from megatron_mhc.schedules.catalog import obstacle
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES
+from megatron_mhc.sizing.divides import Checks, model_checks
 from megatron_mhc.sizing.memory import Layout
-from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
+from megatron_mhc.sizing.shape import ModelShape
 
 LARGEST = 500_000
 
@@ -144,52 +145,16 @@ def impossible(
         cp: ranks that share a sequence.
         dp: data-parallel ranks that are asked for; empty for any.
     """
-    checks = itertools.chain(_of_model(shape, sizes), _of_ranks(sequences, sizes, dp))
+    ranks = sizes['tp'], sizes['cp'], sizes['ep']
+    of_model = model_checks(shape, *ranks, _stages(sizes))
+    checks = itertools.chain(of_model, _of_ranks(sequences, sizes, dp))
     for number, (wrong, words, remedy) in enumerate(checks):
         if wrong:
             return Reason(number, words, remedy)
     return None
 
 
-# Whether it is wrong, the words, the remedy; a later check may rely on those before it.
-_Checks = Iterator[tuple[bool, str, str]]
-
-
-def _of_model(shape: ModelShape, sizes: Sizes) -> _Checks:
-    tp, ep = sizes['tp'], sizes['ep']
-    attention, experts = shape.attention, shape.experts
-    heads = attention.groups if isinstance(attention, GroupedAttention) else attention.heads
-    yield (
-        bool(attention.heads % tp or heads % tp),
-        'the attention heads, or their groups, do not divide by tp',
-        f'choose a --tp that divides {heads}',
-    )
-    divided = [shape.vocab, shape.sequence, shape.ffn, shape.hidden]
-    if experts:
-        divided += [experts.ffn, experts.shared_ffn]
-    yield (
-        any(size % tp for size in divided),
-        'vocabulary, sequence or widths do not divide by tp',
-        'choose a smaller --tp',
-    )
-    cp = sizes['cp']
-    # Each rank has an early and a late part, so that a causal mask loads them evenly.
-    yield (
-        cp > 1 and bool(shape.sequence % (2 * cp * tp)),
-        'the sequence does not divide by 2 x cp x tp',
-        'choose a smaller --cp',
-    )
-    count = experts.count if experts else 1
-    words = 'the experts do not divide by ep' if experts else 'the model has no experts'
-    yield bool(count % ep), words, f'choose an --ep that divides {count}'
-    yield (
-        shape.layers < _stages(sizes),
-        'fewer layers than stages',
-        f'choose --pp, and --vpp, with at most {shape.layers} stages; a V has 2 a rank',
-    )
-
-
-def _of_ranks(sequences: int, sizes: Sizes, dp: tuple[int, ...]) -> _Checks:
+def _of_ranks(sequences: int, sizes: Sizes, dp: tuple[int, ...]) -> Checks:
     gpus, schedule, pp = sizes['gpus'], sizes['schedule'], sizes['pp']
     model, cp = sizes['tp'] * pp, sizes['cp']
     shared = 'tp x cp x pp' if cp > 1 else 'tp x pp'

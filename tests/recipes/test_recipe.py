@@ -208,6 +208,8 @@ def test_list_names_every_recipe(show):
     ('line', 'said'),
     [
         ('show 27b --pp 16 --gpus 64 --ep 1', 'use at most 15 pipeline ranks'),
+        ('show 27b --cp 3 --gpus 24', 'the sequence does not divide by 2 x cp x tp; choose a'),
+        ('show 27b --tp 5 --gpus 40 --dp 4', '--tp 5 --cp 1 --ep 4: the attention heads'),
         ('show 27b --gpus 12', '12 ranks are no multiple of tp x pp x ep = 8'),
         ('show 3b --dp 4 --gpus 16', '--dp 4 x tp x pp = 8 ranks, but --gpus 16; drop one'),
         ('show 3b --dp 3 --ep 3', 'a batch of 320 sequences is no multiple of 1'),
