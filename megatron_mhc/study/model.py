@@ -32,6 +32,12 @@ _CHOSEN = (
     '--micro-batch-size',
     '--mhc-num-residual-streams',
     '--mhc-recompute-layer-num',
+    '--mhc-post-stream',
+    '--recompute-granularity',
+    '--recompute-method',
+    '--recompute-num-layers',
+    '--fp8-format',
+    '--fp8-recipe',
 )
 _ABSENT = ('--moe-grouped-gemm',)
 

@@ -197,6 +197,10 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         (f'27b --set gpus_per_node={"9" * 400}', 'gpus_per_node=9999'),
         ('27b --set gpus_per_node=8.5', 'gpus_per_node=8.5: wanted int'),
         ('27b --set tflops=inf', 'tflops: no machine has more than'),
+        *(
+            (f'--model --seq-length 64 {words}', 'that is what a study chooses; drop it')
+            for words in ('--recompute-granularity full', '--fp8-format=hybrid')
+        ),
         ('27b --residual-type mudd', '--residual-type: mudd: a study does not know its kernels'),
         ('27b --recompute full --schedule zb-v', 'does not run under a V schedule'),
         ('27b --hardware a100 --precision fp8', 'A100 80 GB has no fp8'),
