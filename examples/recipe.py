@@ -56,6 +56,8 @@ def parse(argv):
     options = parser.parse_args(own)
     if (options.data_path is None) != (options.tokenizer is None):
         parser.error('--data-path and --tokenizer belong together: give both or neither')
+    if options.gpus and options.scale_down:
+        parser.error(f'--gpus {options.gpus} has no effect with --scale-down; drop one of them')
     if options.save and pathlib.Path(options.save).is_file():
         parser.error(f'--save {options.save}: a file; name a folder')
     return options, extra

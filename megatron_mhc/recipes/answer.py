@@ -118,10 +118,12 @@ def layout_of(options: argparse.Namespace) -> Layout:
             if beyond
             else (dataclasses.replace(named, **given))
         )
-    model = given.get('tp', named.tp) * given.get('cp', 1) * given.get('pp', named.pp)
+    cp = given.get('cp', named.cp)
+    model = given.get('tp', named.tp) * cp * given.get('pp', named.pp)
+    shared = 'tp x cp x pp' if cp > 1 else 'tp x pp'
     if given.setdefault('gpus', dp * model) != dp * model:
         raise ValueError(
-            f'--dp {dp} x tp x pp = {dp * model} ranks, but --gpus {given["gpus"]}; drop one'
+            f'--dp {dp} x {shared} = {dp * model} ranks, but --gpus {given["gpus"]}; drop one'
         )
     return dataclasses.replace(named, **given)
 

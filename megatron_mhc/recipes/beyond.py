@@ -24,17 +24,20 @@ def layout_beyond(batch: int, named: Layout, given: Mapping[str, int]) -> Layout
         given: sizes that are to be as they are.
 
     Raises:
-        ValueError: none exists; says why not with the most ranks that share tensors.
+        ValueError: none exists; says why not with the fewest ranks that share tensors.
     """
-    found: ValueError | None = None
-    for tp in (given['tp'],) if 'tp' in given else _TENSOR_RANKS:
+    first: ValueError | None = None
+    tried = (given['tp'],) if 'tp' in given else _TENSOR_RANKS
+    for tp in tried:
         for schedule in dict.fromkeys((named.schedule, 'zb-v')):
             try:
                 layout = dataclasses.replace(named, **{**given, 'tp': tp}, schedule=schedule)
                 microbatches = layout.microbatches(batch)
             except ValueError as error:
-                found = error
+                first = first or error
                 continue
             if layout.pp == 1 or obstacle(schedule, layout.pp, microbatches) is None:
                 return layout
-    raise found or ValueError('no schedule exists; change --pp')
+    why = first or 'no schedule exists; change --pp'
+    more = f'; tried with --tp {", ".join(map(str, tried))}' if len(tried) > 1 else ''
+    raise ValueError(f'{why}{more}')

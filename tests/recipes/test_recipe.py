@@ -212,10 +212,13 @@ def test_list_names_every_recipe(show):
         ('show 27b --tp 5 --gpus 40 --dp 4', '--tp 5 --cp 1 --ep 4: the attention heads'),
         ('show 27b --gpus 12', '12 ranks are no multiple of tp x pp x ep = 8'),
         ('show 3b --dp 4 --gpus 16', '--dp 4 x tp x pp = 8 ranks, but --gpus 16; drop one'),
+        ('show 3b --dp 4 --cp 2 --gpus 4', '--dp 4 x tp x cp x pp = 16 ranks, but --gpus 4'),
         ('show 3b --dp 3 --ep 3', 'a batch of 320 sequences is no multiple of 1'),
         ('show 3b --dp 160', 'needs at least 2 x pp = 4 microbatches'),
         ('show 3b --ep 0', 'argument --ep: 0: wanted an integer from 1'),
-        ('show 27b --gpus 16384', '1280 sequences is no multiple of 1 a microbatch x 512'),
+        ('show 27b --gpus 16384', '1280 sequences is no multiple of 1 a microbatch x 4096'),
+        ('show 27b --gpus 96', 'change one of them; tried with --tp 1, 2, 4, 8'),
+        ('show 27b --gpus 96 --tp 1', '1 a microbatch x 24 data-parallel ranks; change one of'),
         ('show 4b', "invalid choice: '4b'"),
         ('show 3b --mhc-manifold birkhoff', 'choose one of sinkhorn, permutation'),
         ('show 3b --residual-type hc --mhc-manifold identity', 'has no effect with'),
@@ -306,6 +309,14 @@ def test_wrong_ranks_behind_the_dashes_are_one_line(launcher, capsys):
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count('\n') == 1
     assert '--tensor-model-parallel-size: two: wanted an integer from 1' in error
+
+
+def test_no_number_of_gpus_is_scaled_down(launcher, capsys):
+    with pytest.raises(SystemExit) as ended:
+        launcher.main('27b --gpus 1024 --scale-down --print'.split())
+    out, error = capsys.readouterr()
+    assert ended.value.code == 2 and not out and error.count('\n') == 1
+    assert '--gpus 1024 has no effect with --scale-down; drop one' in error
 
 
 def test_nodes_of_a_launch_have_as_many_ranks_each():
