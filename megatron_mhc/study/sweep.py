@@ -84,8 +84,9 @@ class Sweep:
         kinds = len(self.streams) * len(self.recompute) * len(self.precision)
         if found * kinds > LARGEST:
             raise ValueError(
-                f'more than {LARGEST} combinations; give fewer values of --tp, --pp, --ep, '
-                '--micro-batch-size, --num-residual-streams or --recompute'
+                f'more than {LARGEST} combinations; give fewer values of --gpus, --tp, --cp, '
+                '--pp, --ep, --schedule, --vpp, --micro-batch-size, --num-residual-streams, '
+                '--segments or --precision'
             )
 
     def batch(self, sequences: int, gpus: int) -> int:
@@ -142,7 +143,6 @@ def impossible(
         shape: the model.
         sequences: of a step.
         sizes: what ``Layout`` takes.
-        cp: ranks that share a sequence.
         dp: data-parallel ranks that are asked for; empty for any.
     """
     ranks = sizes['tp'], sizes['cp'], sizes['ep']
@@ -157,9 +157,9 @@ def impossible(
 def _of_ranks(sequences: int, sizes: Sizes, dp: tuple[int, ...]) -> Checks:
     gpus, schedule, pp = sizes['gpus'], sizes['schedule'], sizes['pp']
     model, cp = sizes['tp'] * pp, sizes['cp']
-    shared = 'tp x cp x pp' if cp > 1 else 'tp x pp'
+    shared, more = ('tp x cp x pp', ', --cp') if cp > 1 else ('tp x pp', '')
     words = f'the GPUs are no multiple of {shared}'
-    yield gpus % (model * cp) > 0, words, f'change --gpus {gpus}, --tp or --pp'
+    yield gpus % (model * cp) > 0, words, f'change --gpus {gpus}, --tp{more} or --pp'
     words = 'the GPUs are no multiple of tp x pp x ep'
     yield gpus % (model * sizes['ep']) > 0, words, f'change --gpus {gpus} or --ep'
     replicas = gpus // (model * cp)
