@@ -29,8 +29,9 @@ from megatron_mhc.study.scaling import curves
 PROGRAM = 'megatron-mhc study'
 _STUDY_ONLY = (
     *('output', 'set', 'kernel_times', 'gpus', 'tp', 'cp', 'pp', 'vpp', 'ep', 'dp', 'schedule'),
-    *('micro_batch_size', 'num_residual_streams', 'recompute', 'precision', 'global_batch_size'),
+    *('micro_batch_size', 'num_residual_streams', 'segments', 'precision', 'global_batch_size'),
     *('scaling', 'train_tokens', 'gpu_hour_price', 'launch_scripts'),
+    *('hardware', 'top', 'residual_type'),
 )
 
 
@@ -62,14 +63,14 @@ def _study(options: argparse.Namespace) -> int:
         raise ValueError(
             f'RECIPE or --model, one of both: name one of {", ".join(RECIPES)}, or give flags'
         )
-    hardware = hardware_of(options.hardware, options.set)
+    hardware = hardware_of(options.hardware or 'h100', options.set)
     kernels: BytesModel | Measured = BytesModel(hardware)
     if options.kernel_times is not None:
         if hardware.post_overlap:
             raise ValueError('--kernel-times: set post_overlap=0; times are measured as they are')
         kernels = Measured(options.kernel_times, hardware)
     _make_folders(options)
-    given = options.global_batch_size, options.residual_type, options.train_tokens
+    given = options.global_batch_size, options.residual_type or 'mhc', options.train_tokens
     model = recipe_model(options.name, *given) if options.name else own_model(options.model, *given)
     budget = _budget(options, model)
     sweep = sweep_of(options, model.shape, hardware)
@@ -91,7 +92,7 @@ def _study(options: argparse.Namespace) -> int:
     if options.launch_scripts is not None:
         scripts = launch_scripts(model, found[0], hardware)
         write('--launch-scripts', options.launch_scripts, scripts)
-    print(json.dumps(plain(answer)) if options.json else as_words(answer, options.top))
+    print(json.dumps(plain(answer)) if options.json else as_words(answer, options.top or 12))
     return int(None in best.values())
 
 

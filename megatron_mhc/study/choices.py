@@ -28,22 +28,23 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
             f'--vpp {options.vpp[0]} has no effect with --schedule {" ".join(schedules)}: {why}; '
             'drop it or add --schedule interleaved'
         )
-    if options.schedule and options.pp and max(options.pp) == 1:
-        raise ValueError(
-            f'--schedule {schedules[0]} has no effect with --pp 1: there is no pipeline; '
-            'drop it or give --pp 2 or more'
-        )
+    for flag, given in (('--schedule', options.schedule), ('--vpp', options.vpp)):
+        if given and options.pp and max(options.pp) == 1:
+            raise ValueError(
+                f'{flag} {given[0]} has no effect with --pp 1: there is no pipeline; '
+                'drop it or give --pp 2 or more'
+            )
     gpus = _unique(options.gpus or (64,))
     if options.scaling and len(gpus) == 1:
         raise ValueError(
             f'--scaling {options.scaling[0]} has no effect with one number of GPUs; give --gpus '
             f'several, such as {gpus[0]} {2 * gpus[0]}'
         )
-    streams, segments = options.num_residual_streams, options.recompute
+    streams, segments = options.num_residual_streams, options.segments
     if shape.value_bytes != 2 and 'fp8' in (options.precision or ()):
         raise ValueError('--precision fp8: the model is fp32; add --bf16 behind --model')
     if not shape.residual.has_streams and (streams or {*(segments or ())} - {FULL, 'none'}):
-        flag = '--num-residual-streams' if streams else '--recompute'
+        flag = '--num-residual-streams' if streams else '--segments'
         kind = shape.residual.residual_type
         raise ValueError(f'{flag} has no effect with --residual-type {kind}; drop one of them')
     experts = shape.experts.count if shape.experts else 1

@@ -33,6 +33,7 @@ from megatron_mhc.study.names import (
     PRECISIONS,
     SCALING,
     STUDIED,
+    STUDIED_WORDS,
     only_studied,
     token_count,
 )
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--calibrate', action='store_true', help='published figures beside ours, and the error')
     add('--json', action='store_true', help='print one JSON object')
     add('-o', '--output', type=Path, metavar='DIR', help='write CSV, flags and a picture there')
-    add('--top', type=_COUNT, default=12, metavar='N', help='lines of the table (default: 12)')
+    add('--top', type=_COUNT, metavar='N', help='show N layouts at most (default: 12)')
     add(
         '--launch-scripts',
         type=Path,
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine = parser.add_argument_group('machine').add_argument
     names = f'{", ".join(HARDWARE)} or FILE.yaml'
-    machine('--hardware', default='h100', metavar='NAME', help=names)
+    machine('--hardware', metavar='NAME', help=f'{names} (default: h100)')
     machine(
         '--set', nargs='+', default=[], metavar='FIELD=VALUE', help='change fields of the hardware'
     )
@@ -77,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(ranks, CP, type=_COUNT, nargs='+', metavar='N', help='(default: 1)')
     add_option(ranks, PP, type=_COUNT, nargs='+', metavar='N', help='(default: powers of 2)')
     add_option(
-        ranks, CHUNKS, type=_COUNT, nargs='+', metavar='N', help='of interleaved (default: 2)'
+        ranks,
+        CHUNKS,
+        type=_COUNT,
+        nargs='+',
+        metavar='N',
+        help='chunks a rank, of interleaved (default: 2)',
     )
     add_option(
         ranks, EP, type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)'
@@ -90,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(
         ranks,
         SEGMENTS,
-        dest='recompute',
+        dest='segments',
         type=integer(1, 2 * MOST_LAYERS, words=(*RECOMPUTE_SEGMENTS, FULL)),
         nargs='+',
         metavar='L_R',
@@ -132,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='FLAGS',
         help='last: a model of your own as Megatron flags, instead of RECIPE; needs Megatron',
     )
-    model('--residual-type', type=_residual, metavar='TYPE', default='mhc', help=_TYPES)
+    model('--residual-type', type=_residual, metavar='TYPE', help=_TYPES)
     model('--global-batch-size', type=_COUNT, metavar='N', help="(default: the recipe's)")
 
 
@@ -150,7 +156,7 @@ Estimate step time, memory and messages of every layout of ranks. No GPU and no 
   megatron-mhc study --gpus 64 --model --num-layers 32 --hidden-size 4096 ... --vocab-size 128256
                                                           a model of your own
 """
-_TYPES = f'{" or ".join(STUDIED)} (default: mhc)'
+_TYPES = f'{STUDIED_WORDS} (default: mhc)'
 _SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: all)'
 
 

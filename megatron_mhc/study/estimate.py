@@ -24,7 +24,7 @@ STANDARD = ResidualConfig('standard')
 _NOT_IN_A_V = Reason(
     100,
     'full recomputation does not run under a V schedule, whose backward is split',
-    'choose --schedule 1f1b or interleaved, or another --recompute',
+    'choose --schedule 1f1b or interleaved, or another --segments',
 )
 
 

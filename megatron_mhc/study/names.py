@@ -13,9 +13,10 @@ MOST_TRAINED = 1e18
 SCALING = ('strong', 'weak')
 # Types of residual connections that a study has the costs of.
 STUDIED = ('standard', 'hc', 'mhc')
+STUDIED_WORDS = f'{", ".join(STUDIED[:-1])} or {STUDIED[-1]}'
 # What linear layers multiply in.
 PRECISIONS = ('bf16', 'fp8')
-# Of ``--recompute``, beside segments: --recompute-granularity full, one layer at a time.
+# Of ``--segments``, beside segments: --recompute-granularity full, one layer at a time.
 FULL = 'full'
 
 
@@ -23,7 +24,7 @@ def only_studied(residual_type: str) -> str:
     """Why a study does not take another type, and what to use."""
     known = residual_type in RESIDUAL_TYPES
     why = 'a study does not know its kernels and memory' if known else 'there is no such type'
-    return f'{why}; use {" or ".join(STUDIED)}'
+    return f'{why}; use {STUDIED_WORDS}'
 
 
 def token_count(text: str) -> float:

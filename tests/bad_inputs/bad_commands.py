@@ -87,7 +87,7 @@ LINES = (
     said('study --calibrate --pp 2', '--pp', '--calibrate'),
     said('study 3b --schedule 1f1b --vpp 2', '--vpp', '2'),
     said('study 3b --schedule zb-v --pp 1', '--schedule', 'zb-v'),
-    said('study 3b --residual-type standard --recompute 4', '--recompute', 'standard'),
+    said('study 3b --residual-type standard --recompute 4', '--segments', 'standard'),
     said('study 3b --hardware nosuch', 'nosuch'),
     said('study 3b --set peak', 'peak'),
     said('study 3b --output /dev/null', '/dev/null'),

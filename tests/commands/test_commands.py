@@ -99,7 +99,7 @@ def test_an_older_word_is_the_same_value_and_leaves_the_default():
     line = 'recipe show 3b --micro-batch 4'.split()
     assert cli.build_parser(cli.COMMANDS).parse_args(line).micro_batch == 4
     line = 'study 3b --recompute 12 auto'.split()
-    assert cli.build_parser(cli.COMMANDS).parse_args(line).recompute == [12, 'auto']
+    assert cli.build_parser(cli.COMMANDS).parse_args(line).segments == [12, 'auto']
     plain = cli.build_parser(cli.COMMANDS).parse_args(['recompute'])
     assert (plain.num_streams, plain.segments) == (4, ['none', 'auto', 'stage'])
     assert plain.sublayers == [24, 36, 60] and plain.full == 0

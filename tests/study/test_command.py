@@ -162,6 +162,10 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
     assert message in error
 
 
+# Values of an axis; of three of them there are too many combinations.
+_MANY = ' '.join(map(str, range(1, 101)))
+
+
 @pytest.mark.parametrize(
     'line, message',
     [
@@ -176,13 +180,20 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('27b --pp 32', 'fewer layers than stages; choose --pp'),
         ('27b --gpus 1000', 'change --global-batch-size 1280'),
         ('27b --gpus 63 --tp 1 --pp 2', 'change --gpus 63, --tp or --pp'),
+        ('27b --gpus 63 --tp 1 --pp 1 --cp 2', 'change --gpus 63, --tp, --cp or --pp'),
+        (f'27b --cp {_MANY} --gpus {_MANY} --pp {_MANY}', '--precision'),
         ('27b --gpus 1024 --tp 1 --pp 8 --schedule dualpipev', 'at least 2 x pp microbatches'),
         ('27b --gpus 1024 --tp 1 --pp 8 --schedule interleaved', 'a multiple of pp microbatches'),
         ('27b --dp 7', 'change --dp or --gpus 64'),
         ('27b --vpp 4 --schedule zb-v', '--vpp 4 has no effect with --schedule zb-v'),
         ('27b --pp 1 --schedule zb-v', '--schedule zb-v has no effect with --pp 1'),
+        ('27b --pp 1 --vpp 3', '--vpp 3 has no effect with --pp 1'),
+        *(
+            (f'--calibrate {words}', f'{words.split()[0]} has no effect with --calibrate')
+            for words in ('--hardware h200', '--top 3', '--residual-type hc', '--segments 2')
+        ),
         ('27b --recompute 0', 'argument --recompute: 0: wanted an integer from 1'),
-        ('27b --residual-type standard --recompute auto', '--recompute has no effect'),
+        ('27b --residual-type standard --recompute auto', '--segments has no effect'),
         ('27b --output /dev/null/x', '--output /dev/null/x: Not a directory'),
         ('27b --kernel-times /nowhere', 'argument --kernel-times: /nowhere: No such file'),
         ('27b --gpus 0', 'argument --gpus: 0: wanted an integer from 1'),
@@ -202,7 +213,10 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
             for words in ('--recompute-granularity full', '--fp8-format=hybrid')
         ),
         ('27b --residual-type mudd', '--residual-type: mudd: a study does not know its kernels'),
-        ('27b --recompute full --schedule zb-v', 'does not run under a V schedule'),
+        (
+            '27b --recompute full --schedule zb-v',
+            'choose --schedule 1f1b or interleaved, or another --segments',
+        ),
         ('27b --hardware a100 --precision fp8', 'A100 80 GB has no fp8'),
         ('27b --precision fp4', "invalid choice: 'fp4'"),
         ('27b --train-tokens 1X', 'argument --train-tokens: 1X: wanted a finite number'),
@@ -213,7 +227,7 @@ def test_wrong_machines_are_refused_in_one_line(tmp_path, command, text, message
         ('--calibrate --scaling weak', '--scaling has no effect with --calibrate'),
         (
             '27b --residual-type x',
-            '--residual-type: x: there is no such type; use standard or hc or mhc',
+            '--residual-type: x: there is no such type; use standard, hc or mhc',
         ),
     ],
 )
