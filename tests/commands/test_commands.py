@@ -73,7 +73,7 @@ def test_help_of_the_launcher_has_examples(answer):
 
 SHARED = (
     *(names.STREAMS, names.CHUNKS, names.MICRO_BATCH, names.KERNEL_BACKEND, names.SEGMENTS),
-    *(names.SCHEDULE, names.STEP, names.TP, names.PP, names.EP),
+    *(names.SCHEDULE, names.STEP, names.TP, names.CP, names.PP, names.EP, names.FULL),
 )
 
 
