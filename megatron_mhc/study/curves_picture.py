@@ -20,7 +20,7 @@ def curves_picture(curves: list[Curve], title: str) -> bytes:
     modes = list(dict.fromkeys(curve.mode for curve in curves))
     figure = Figure(figsize=(12, 4.2 * len(modes)), layout='constrained')
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     for mode, row in zip(modes, figure.subplots(len(modes), 2, squeeze=False), strict=True):
         mine = [curve for curve in curves if curve.mode == mode]
         for axes, efficiency in zip(row, (False, True), strict=True):

@@ -36,18 +36,20 @@ def picture(study: Study, hardware: Hardware, title: str) -> bytes:
     figure = Figure(figsize=(12, 5), layout='constrained')
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     counts = sorted({point.layout.gpus for point in study.points})
     scatter(left, study, counts)
     limit = USABLE * hardware.memory_gib
     words = f'{USABLE:.0%} of {hardware.name}, {limit:.0f} GiB'
     left.axvline(limit, color='gray', ls='--', lw=1, label=words)
-    left.legend(
+    key = left.legend(
         **{'fontsize': 7, 'title_fontsize': 7, 'ncol': 5, 'frameon': False},
         title='line: no layout that fits is better',
         loc='lower center',
         bbox_to_anchor=(0.5, 1.0),
     )
+    for text in key.get_texts():
+        text.set_parse_math(False)
     _bars(right, study, counts)
     file = io.BytesIO()
     canvas.print_figure(file, format='png', dpi=90)
