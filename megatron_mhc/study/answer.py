@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
-from collections.abc import Callable
+import functools
 
+from megatron_mhc.inputs.as_json import as_json
+from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.recipes.recipe import RECIPES
@@ -27,6 +27,7 @@ from megatron_mhc.study.report import Answer, as_words, plain
 from megatron_mhc.study.scaling import curves
 
 PROGRAM = 'megatron-mhc study'
+_PROGRESS = functools.partial(progress, doing='study', unit='case')
 _STUDY_ONLY = (
     *('output', 'set', 'kernel_times', 'gpus', 'tp', 'cp', 'pp', 'vpp', 'ep', 'dp', 'schedule'),
     *('micro_batch_size', 'num_residual_streams', 'segments', 'precision', 'global_batch_size'),
@@ -52,7 +53,7 @@ def _calibrate(options: argparse.Namespace) -> int:
             raise ValueError(f'{flag} has no effect with --calibrate; drop one of them')
     rows = calibration()
     if options.json:
-        print(json.dumps([row._asdict() | {'error': row.error} for row in rows], indent=1))
+        print(as_json([row._asdict() | {'error': row.error} for row in rows]))
     else:
         print(as_text(rows))
     return 0
@@ -74,14 +75,14 @@ def _study(options: argparse.Namespace) -> int:
     model = recipe_model(options.name, *given) if options.name else own_model(options.model, *given)
     budget = _budget(options, model)
     sweep = sweep_of(options, model.shape, hardware)
-    study = run_study(model.shape, model.batch, sweep, hardware, kernels, _progress)
+    study = run_study(model.shape, model.batch, sweep, hardware, kernels, _PROGRESS)
     found = []
     modes = options.scaling or (SCALING if len(sweep.gpus) > 1 else SCALING[:1])
     for mode in dict.fromkeys(modes):
         points = study.points
         if mode == 'weak':
             weak = dataclasses.replace(sweep, grows=True)
-            points = run_study(model.shape, model.batch, weak, hardware, kernels, _progress).points
+            points = run_study(model.shape, model.batch, weak, hardware, kernels, _PROGRESS).points
         found.append(curves(points, mode))
     best = {n: best_of(points) for n, points in study.streams.items()}
     flags = {n: flags_text(model.flags(one)) for n, one in best.items() if one is not None}
@@ -92,7 +93,7 @@ def _study(options: argparse.Namespace) -> int:
     if options.launch_scripts is not None:
         scripts = launch_scripts(model, found[0], hardware)
         write('--launch-scripts', options.launch_scripts, scripts)
-    print(json.dumps(plain(answer)) if options.json else as_words(answer, options.top or 12))
+    print(as_json(plain(answer)) if options.json else as_words(answer, options.top or 12))
     return int(None in best.values())
 
 
@@ -114,14 +115,3 @@ def _budget(options: argparse.Namespace, model: Model) -> Budget | None:
             'tokens; add --train-tokens, such as 1T'
         )
     return None
-
-
-def _progress(total: int) -> Callable[[int], object]:
-    """A bar on a terminal, or nothing."""
-    if not sys.stderr.isatty():
-        return bool
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return bool
-    return tqdm(total=total, unit='case', desc='study', leave=False).update

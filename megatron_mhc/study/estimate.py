@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
@@ -20,6 +21,8 @@ from megatron_mhc.study.points import Point, Study
 from megatron_mhc.study.seconds import Costs, RankCosts
 from megatron_mhc.study.sweep import Reason, Sweep, legal_layouts
 
+# Told how much there is to do; gives what is told how much more is done.
+Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]]
 STANDARD = ResidualConfig('standard')
 _NOT_IN_A_V = Reason(
     100,
@@ -34,7 +37,7 @@ def run_study(
     sweep: Sweep,
     hardware: Hardware,
     kernels: BytesModel | Measured,
-    progress: Callable[[int], Callable[[int], object]] = lambda total: bool,
+    progress: Progress = lambda total: contextlib.nullcontext(bool),
 ) -> Study:
     """Look at every combination.
 
@@ -44,7 +47,7 @@ def run_study(
         sweep: what to combine.
         hardware: the machine.
         kernels: seconds of residual connections.
-        progress: told the number of cases, gives what is told how many more are done.
+        progress: told the number of cases, a context of what is told how many more are done.
 
     Raises:
         ValueError: no layout exists, or no kernel time.
@@ -60,16 +63,16 @@ def run_study(
         refused[_NOT_IN_A_V] += sum(not _runs(one, layout) for one in shapes for layout in layouts)
     if not pairs:
         raise ValueError(f'no layout exists: {_NOT_IN_A_V.words}; {_NOT_IN_A_V.remedy}')
-    advance = progress(2 * len(pairs))
     cases = []
-    for one, layout in pairs:
-        model = models[one]
-        microbatches = layout.microbatches(sweep.batch(sequences, layout.gpus))
-        stages, hop = model.stages(layout), model.hop(layout)
-        overlap = 0.0 if hardware.one_queue(layout.tp, layout.cp) else hardware.slot_overlap
-        cases.append(Case(layout, microbatches, stages, hop, overlap))
-        advance(1)
-    steps = run_steps(cases, advance)
+    with progress(2 * len(pairs)) as advance:
+        for one, layout in pairs:
+            model = models[one]
+            microbatches = layout.microbatches(sweep.batch(sequences, layout.gpus))
+            stages, hop = model.stages(layout), model.hop(layout)
+            overlap = 0.0 if hardware.one_queue(layout.tp, layout.cp) else hardware.slot_overlap
+            cases.append(Case(layout, microbatches, stages, hop, overlap))
+            advance(1)
+        steps = run_steps(cases, advance)
     sizes = zip(pairs, cases, steps, strict=True)
     found = {
         pair: (case, step, models[pair[0]].step(pair[1], case.stages)) for pair, case, step in sizes

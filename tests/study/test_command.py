@@ -271,6 +271,13 @@ def test_files(command, tmp_path):
     ]
 
 
+def test_the_name_of_a_machine_is_no_formula(command, tmp_path):
+    line = r'3b --gpus 8 16 --tp 1 --pp 1 --ep 8 --set name=$\bad$'
+    status, out, error = command(f'{line} --output {tmp_path}')
+    assert status == 0 and not error and r'$\bad$' in out
+    assert (tmp_path / 'scaling.png').exists() and (tmp_path / 'study.png').exists()
+
+
 def test_calibration_is_printed_with_its_errors_and_assumptions(command):
     status, out, _ = command('--calibrate')
     assert status == 0 and 'ZB table 5: 36 figures, largest error 0.0035' in out
@@ -290,6 +297,13 @@ def test_a_terminal_gets_a_bar_and_a_pipe_none():
     os.close(side)
     os.close(terminal)
     assert subprocess.run(command, capture_output=True, check=True).stderr == b''
+
+
+def test_a_terminal_without_tqdm_gets_a_count(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tqdm', None)
+    monkeypatch.setattr('sys.stderr.isatty', lambda: True, raising=False)
+    status, out, error = command('3b --gpus 8 --tp 1 --pp 1 --ep 8 --json')
+    assert status == 0 and json.loads(out) and 'study: 4/4' in error and error.endswith('\r')
 
 
 LAYOUT = '27b --gpus 64 --tp {} --pp 4 --ep 8 --schedule dualpipev --hardware {} --set {}'
