@@ -71,11 +71,25 @@ def _closing(page: str) -> str:
     """What the help of ``page``, such as ``schedule show``, ends with."""
     from megatron_mhc.commands.examples import examples
 
-    lines = ['', 'examples:', *(f'  {line}' for line in examples(page))]
+    lines = ['', 'examples:', *(_folded(line) for line in examples(page))]
     name = page.partition(' ')[0]
     if name in GUIDES:
         lines += ['', f'guide: megatron-mhc docs {GUIDES[name]}']
     return '\n'.join(lines) + '\n'
+
+
+def _folded(line: str) -> str:
+    """A line to type within 80 columns, with the backslashes that a shell continues it after."""
+    import re
+    import textwrap
+
+    head, flag, tail = line.partition(' --')
+    # Values stay with their flag.
+    glued = head + flag + re.sub(' (?!--)', '\0', tail)
+    # 78 and the backslash.
+    folded = textwrap.TextWrapper(78, '  ', '      ', break_long_words=False)
+    folded.break_on_hyphens = False
+    return ' \\\n'.join(folded.wrap(glued)).replace('\0', ' ')
 
 
 def build_parser(wanted: Container[str]) -> argparse.ArgumentParser:
@@ -87,7 +101,7 @@ def build_parser(wanted: Container[str]) -> argparse.ArgumentParser:
         choices=SHELLS,
         help='print a script for the shell that completes commands and options',
     )
-    commands = parser.add_subparsers(dest='command')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
     for name, (module, words) in COMMANDS.items():
         command = commands.add_parser(name, help=words)
         if name in wanted:
@@ -109,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.print_completion:
         options.answer, options.parser = COMPLETION, build_parser(COMMANDS)
     elif options.command is None:
-        parser.error(f'argument command: missing; choose from {", ".join(COMMANDS)}')
+        parser.error(f'argument COMMAND: missing; choose from {", ".join(COMMANDS)}')
     try:
         status = importlib.import_module(options.answer).main(options)
         sys.stdout.flush()

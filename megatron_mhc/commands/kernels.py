@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RECORD = Path(__file__).parents[1] / 'kernels' / 'record.json'
 _REPORT = """
 Compiles the kernels of a training step with the Triton that Python finds, judges them (spills,
-room, vector width, matrix units, occupancy beside ``kernels/record.json``), then prints what each
+room, vector width, matrix units, occupancy beside kernels/record.json), then prints what each
 form of the residual reads and writes (mHC, Table 2, and ours).
 """
 _ACCURACY = """

@@ -1,8 +1,8 @@
 """``megatron-mhc recompute``: memory of recompute in segments, measured beside the paper's formula.
 
 Builds layers of a GPT with mHC, runs them forward and backward once and counts every byte that
-torch allocates. Unit of the table: C values a token. ``mHC`` is what hyper-connections make, with
-the streams that the layers start from; ``all`` adds what attention and MLP keep and, in the
+torch allocates. Unit of the table: C values a token. "mHC" is what hyper-connections make, with
+the streams that the layers start from; "all" adds what attention and MLP keep and, in the
 backward, gradients.
 """
 

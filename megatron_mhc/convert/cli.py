@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from megatron_mhc.convert.conversion import Converted
 
+_ORIGINS = ('auto', STANDARD, *TARGETS)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc convert``."""
@@ -42,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--from',
         dest='origin',
         default='auto',
-        choices=('auto', STANDARD, *TARGETS),
-        help='layout of SRC (default: auto, by its saved arguments)',
+        choices=_ORIGINS,
+        metavar='LAYOUT',
+        help=f'layout of SRC: {", ".join(_ORIGINS)} (default: auto, by its saved arguments)',
     )
     add_option(
         parser.add_argument,

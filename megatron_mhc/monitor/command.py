@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-_DESCRIPTION = """\
-Say of each run whether it is healthy, and what is wrong, in which layer and since when; draw loss,
-gains, streams, logits and maps. Reads TensorBoard's events; no GPU is needed.
-
-  megatron-mhc report runs/mhc/tensorboard
-  megatron-mhc report standard=runs/compare/standard mhc=runs/compare/mhc -o page.html
-"""
+_DESCRIPTION = (
+    'Say of each run whether it is healthy, and what is wrong, in which layer and since when; draw '
+    "loss, gains, streams, logits and maps. Reads TensorBoard's events; no GPU is needed."
+)
 _FOLDERS = (
     'folder of --tensorboard-dir, or one that holds it, or folders seed-N of several runs, which '
     'become one curve with a band; the losses of the others are compared with those of the first'
@@ -22,10 +19,8 @@ _STATUS = 'Exit status: 0, whatever the verdicts; 2 where something cannot be re
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc report``."""
     parser.set_defaults(answer='megatron_mhc.monitor.answer')
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = _DESCRIPTION
-    # The last line names the guide.
-    parser.epilog = '\n'.join(filter(None, (_STATUS, parser.epilog)))
+    parser.epilog = _STATUS
     parser.add_argument('folders', nargs='+', metavar='[NAME=]LOGDIR', help=_FOLDERS)
     parser.add_argument(
         '-o',

@@ -44,8 +44,10 @@ _COUNT, _STREAMS = integer(1, MOST_RANKS), integer(1, MOST_STREAMS)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-mhc study``."""
     parser.set_defaults(answer='megatron_mhc.study.answer')
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = _DESCRIPTION
+    parser.description = (
+        'Estimate step time, memory and messages of every layout of ranks. No GPU and no Megatron '
+        'is needed, but for --model.'
+    )
     add = parser.add_argument
     add('name', nargs='?', choices=MODELS, metavar='RECIPE', help=', '.join(MODELS))
     add('--calibrate', action='store_true', help='published figures beside ours, and the error')
@@ -142,20 +144,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model('--global-batch-size', type=_COUNT, metavar='N', help="(default: the recipe's)")
 
 
-_DESCRIPTION = """\
-Estimate step time, memory and messages of every layout of ranks. No GPU and no Megatron is needed.
-
-  megatron-mhc study 27b --gpus 256 --hardware h200       a table, and the flags of the best
-  megatron-mhc study 27b --gpus 64 128 256 512 1024 --train-tokens 1T --gpu-hour-price 2.5
-                                                          strong and weak scaling, days and costs
-  megatron-mhc study 27b --gpus 256 --cp 1 2 --precision bf16 fp8 --recompute auto full
-                                                          more to combine
-  megatron-mhc study 27b --gpus 256 1024 --output DIR     tables as CSV, and pictures
-  megatron-mhc study 27b --gpus 256 1024 --launch-scripts DIR
-                                                          the best of each, for torchrun and Slurm
-  megatron-mhc study --gpus 64 --model --num-layers 32 --hidden-size 4096 ... --vocab-size 128256
-                                                          a model of your own
-"""
 _TYPES = f'{STUDIED_WORDS} (default: mhc)'
 _SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: all)'
 

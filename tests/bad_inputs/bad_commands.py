@@ -54,7 +54,7 @@ LINES = (
     said('bogus', 'bogus'),
     said('Run', 'Run'),
     said('--bogus', '--bogus'),
-    said('', 'command'),
+    said('', 'COMMAND'),
     said('schedule', 'topic'),
     said('schedule bogus', 'topic', 'bogus'),
     said('schedule list extra', 'extra'),

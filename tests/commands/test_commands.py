@@ -57,7 +57,7 @@ def test_every_page_has_examples_and_no_other_has():
 
 @pytest.mark.parametrize('page', PARSERS)
 def test_examples_are_in_the_help_and_parse(page, files):
-    text = PARSERS[page].format_help()
+    text = PARSERS[page].format_help().replace(' \\\n     ', '')
     lines = re.findall(r'^  (megatron-mhc\b.*)', text.partition('\nexamples:\n')[2], re.MULTILINE)
     assert lines == examples(page) and lines
     for line in lines:
@@ -68,7 +68,17 @@ def test_examples_are_in_the_help_and_parse(page, files):
 
 def test_help_of_the_launcher_has_examples(answer):
     status, out, _ = answer('run --help')
-    assert status == 0 and all(line in out for line in examples('run'))
+    assert status == 0 and all(line in out.replace(' \\\n     ', '') for line in examples('run'))
+
+
+@pytest.mark.parametrize('page', PARSERS)
+def test_help_fits_80_columns_and_has_no_markup(page, answer, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    status, out, _ = answer(f'{page} --help')
+    assert status == 0 and [line for line in out.splitlines() if len(line) > 80] == []
+    assert '``' not in out
+    above, _, below = out.partition('\nexamples:\n')
+    assert '  megatron-mhc ' not in above and 'megatron-mhc ' in below
 
 
 SHARED = (
