@@ -98,6 +98,13 @@ EVERY = range(L)
             'the product of all H_res from layer 2 attention (and 2 more) on has an amax gain '
             'above 100, up to 1e+09, since iteration 30',
         ),
+        # What is over does not hide what goes on.
+        (
+            {SINGLE: at((10,), 2, value=9.0), PRODUCT: at((30,), 0, value=50.0)},
+            {},
+            'sick at iteration 30: exploding gains: the product of all H_res from layer 1 '
+            'attention on has an amax gain above 3, up to 50, since iteration 30',
+        ),
         ({PRODUCT: at((30,), 0, value=90.0)}, {'residual_type': 'hc'}, 'run: healthy'),
         ({PRODUCT: at((30,), 0, value=2.0)}, {}, 'watch at iteration 30: composite gain 2, above'),
         ({PRODUCT: at((30,), 0, value=2.0)}, {'mhc_alarm_gain': '1.9'}, 'an amax gain above 1.9'),
