@@ -114,6 +114,7 @@ LINES = (
     said('patch . --force', '--force'),
     said('report', 'LOGDIR'),
     said('report /no/such/folder', '/no/such/folder'),
+    said(f'report {"x" * 300}', 'LOGDIR', 'x' * 40),
     said('convert', 'SRC', 'DST'),
     said('convert src', 'DST'),
     said('convert src dst', '--to'),

@@ -33,6 +33,7 @@ from megatron_mhc.monitor.names import (
     SINGLE_GAINS,
     WRITE_SHARE,
 )
+from megatron_mhc.monitor.page import _files
 from megatron_mhc.monitor.panels import PANELS
 from megatron_mhc.monitor.picture import new_figure
 from megatron_mhc.monitor.runs import Run, read_runs
@@ -225,6 +226,13 @@ def test_seeds_are_named_apart(seeds):
         read_runs([one, f'{one}/tensorboard'])
 
 
+def test_a_folder_with_an_equals_sign_is_a_folder(seeds, tmp_path, monkeypatch):
+    (tmp_path / 'lr=3').symlink_to(seeds / 'mhc')
+    monkeypatch.chdir(tmp_path)
+    assert read_runs(['lr=3']).keys() == {'lr=3'}
+    assert read_runs(['high=lr=3']).keys() == {'high'}
+
+
 class Page(html.parser.HTMLParser):
     """What a page refers to, and its text; raises where tags are not closed in order."""
 
@@ -295,6 +303,13 @@ def test_the_page_is_whole_in_itself(seeds, tmp_path, capsys):
         ('20', 6.0),
         ('30', 4.0),
     ]
+
+
+def test_a_tag_is_no_formula(made, tmp_path):
+    run = made()
+    run.scalars['=HYPERLINK("x")'] = dict.fromkeys(STEPS, -1.0)
+    head, first, *_ = csv.reader(io.StringIO(content(_files(run)['scalars.csv'])))
+    assert (head[-1], first[-1]) == ('\'=HYPERLINK("x")', '-1')
 
 
 def panel_of(title):
