@@ -14,6 +14,7 @@ import numpy
 import pytest
 
 from megatron_mhc.cli import main as cli
+from megatron_mhc.monitor import answer as answers
 from megatron_mhc.monitor.checks import LOST
 from megatron_mhc.monitor.curves import curves, limits
 from megatron_mhc.monitor.draw import draw_panel, extent
@@ -268,12 +269,15 @@ def content(address: str) -> str:
     return base64.b64decode(data).decode()
 
 
-def test_the_page_is_whole_in_itself(seeds, tmp_path, capsys):
+def test_the_page_is_whole_in_itself(seeds, tmp_path, capsys, monkeypatch):
     """Markup in a name stays text; pictures, numbers and verdicts are within the page."""
+    judged = []
+    monkeypatch.setattr(answers, 'verdict', lambda run: judged.append(run.label) or verdict(run))
     name, output = '<b>&"x</title><script>', tmp_path / 'page.html'
     with pytest.raises(SystemExit) as end:
         cli(['report', f'{seeds}/standard', f'{name}={seeds}/mhc', '-o', str(output), '--json'])
     answer = json.loads(capsys.readouterr().out)
+    assert len(judged) == len({*judged}) == 4
     # A sick run is no failure of the command.
     assert end.value.code == 0 and answer['page'] == str(output)
     page = Page(output.read_text())
