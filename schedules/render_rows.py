@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 from megatron_mhc.schedules.plan import Kind, Op, Plan
 from megatron_mhc.schedules.render_window import Window
-from megatron_mhc.schedules.timeline import COMPUTE_LANE, LANES, Entry, Timeline
+from megatron_mhc.schedules.timeline import (
+    COMMUNICATION_LANE,
+    COMPUTE_LANE,
+    HIGH_LANE,
+    LANES,
+    Entry,
+    Timeline,
+)
 
 # For readers who cannot tell red from green: Okabe and Ito's palette, lightened under black text.
 COLOURS = {
@@ -31,6 +38,7 @@ NAMES = {
     Kind.REDUCE: 'gradient reduction',
     Kind.PARAM_SYNC: 'parameter gather',
 }
+_LANES = {COMMUNICATION_LANE: 'messages', HIGH_LANE: 'side stream'}
 
 
 class Row(NamedTuple):
@@ -78,6 +86,12 @@ def drawn_rows(timeline: Timeline, lanes: tuple[str, ...], window: Window) -> li
         for row in rows(timeline, lanes, window)
         if row.name == COMPUTE_LANE or any(entry.end > entry.start for entry in row.entries)
     ]
+
+
+def lane_words(row: Row) -> str:
+    """``messages 2``: what is beside the compute of a rank; empty for that."""
+    lane, _, number = row.name.partition(' ')
+    return f'{_LANES[lane]} {number}'.strip() if lane in _LANES else ''
 
 
 def most_chunks(plan: Plan) -> int:

@@ -17,6 +17,7 @@ from megatron_mhc.schedules.render_rows import (
     drawn_rows,
     figures,
     label,
+    lane_words,
     marks,
     most_chunks,
     notation,
@@ -24,22 +25,21 @@ from megatron_mhc.schedules.render_rows import (
     title,
     unit,
 )
-from megatron_mhc.schedules.render_window import Window, excerpt, panels, window_of
-from megatron_mhc.schedules.timeline import (
-    COMMUNICATION_LANE,
-    COMPUTE_LANE,
-    HIGH_LANE,
-    LANES,
-    Entry,
-    Timeline,
+from megatron_mhc.schedules.render_window import (
+    FINEST,
+    MOST_WIDE,
+    Window,
+    excerpt,
+    panels,
+    window_of,
 )
+from megatron_mhc.schedules.timeline import COMPUTE_LANE, LANES, Entry, Timeline
 
 # Pixels.
 _ROW, _THIN_ROW, _GAP, _MARGIN, _EDGE, _LINE, _BREAK = 24, 12, 3, 86, 12, 18, 34
 _LETTER = 6.2
 _SHORTEST = 20.0
 INK, IDLE = '#444', '#f0f0f0'
-_LANES = {COMMUNICATION_LANE: 'messages', HIGH_LANE: 'side stream'}
 
 
 class Box(NamedTuple):
@@ -112,7 +112,7 @@ def draw(
     """The picture of ``timeline``: its width, its height, and shapes from the back to the front.
 
     An operation shows its label where that fits; later chunks of a rank are darker. What would be
-    more than ``widest`` pixels wide loses its middle, and says so.
+    more than ``widest`` pixels wide, or ``MOST_WIDE``, loses its middle, and says so.
 
     Args:
         timeline: from ``simulate``.
@@ -135,8 +135,7 @@ def draw(
         y += _GAP if row.rank == previous else 2 * _GAP
         previous = row.rank
         height = _ROW if row.name == COMPUTE_LANE else _THIN_ROW
-        lane, _, number = row.name.partition(' ')
-        name = f'rank {row.rank}' if lane == COMPUTE_LANE else f'{_LANES[lane]} {number}'.strip()
+        name = lane_words(row) or f'rank {row.rank}'
         shapes.append(Words(_MARGIN - 6, y + height / 2 + 4, name, 'end'))
         for panel in placed:
             if row.name == COMPUTE_LANE:
@@ -162,7 +161,7 @@ def _placed(timeline: Timeline, window: Window, widest: float) -> list[Panel]:
     """The parts of ``window`` that fit, side by side."""
     scale = _pixels_per_unit(timeline)
     # Half of the last number on the axis as well.
-    room = widest - _MARGIN - 2 * _EDGE
+    room = min(widest, MOST_WIDE) - _MARGIN - 2 * _EDGE
     if window.length * scale > room:
         room = max(room - _BREAK, 4 * _SHORTEST)
     found, left = [], float(_MARGIN)
@@ -180,7 +179,7 @@ def _pixels_per_unit(timeline: Timeline) -> float:
             parts = len(entry.op.leaves)
             wide = max(wide, (len(label(timeline.plan, entry.op)) * _LETTER + 5) / parts)
             short = min(short, (entry.end - entry.start) / parts)
-    return wide / short if short < inf else 1.0
+    return wide / max(short, timeline.makespan * FINEST) if short < inf else 1.0
 
 
 def _shade(plan: Plan, chunk: int) -> float:

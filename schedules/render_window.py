@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from megatron_mhc.schedules.timeline import Entry, Timeline
 
+# Pixels or columns of a picture, beyond which nobody follows it, and how short of a step is drawn.
+MOST_WIDE, FINEST = 1_000_000, 1e-12
+
 
 class Window(NamedTuple):
     """A stretch of time, in the unit of the timeline."""

@@ -71,7 +71,8 @@ class _ScaledProjection(Function):
             of_square = (of_normed * normed).sum(-1, keepdim=True) / (-v.shape[-1] * r * r)
             of_v = (of_h @ weight).addcmul_(v, of_square)
         if ctx.needs_input_grad[1]:
-            of_weight = of_h.flatten(0, -2).mT @ v.flatten(0, -2)
+            # One token of shape ``[nC]`` has no dimensions to flatten.
+            of_weight = of_h.reshape(-1, of_h.shape[-1]).mT @ v.reshape(-1, v.shape[-1])
         of_bias = grad.sum_to_size(ctx.bias_shape)
         of_scale = (grad * normed).sum_to_size(scale.shape)
         return of_v, of_weight, of_bias, of_scale, None

@@ -32,7 +32,7 @@ _FORMAT = 'of the output; text and csv are what --plan reads, the others picture
 _FROM = 'begin the picture at this time, in the unit of the times'
 _WIDTH = (
     'columns of a drawing (default: the terminal), pixels of a PNG (default: 2400) or of an SVG '
-    '(default: all of it); 0 for all of it'
+    '(default: all of it); 0 for all of it, as far as it fits in a file'
 )
 _COUNT, _TIME, _FACTOR = integer(1), number(0, 1e15), number(0, above=True)
 

@@ -25,6 +25,7 @@ def render_png(timeline: Timeline, window: Window | None = None, width: int = WI
 
     Raises:
         RuntimeError: matplotlib is not installed.
+        ValueError: so many ranks that the picture is too high.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,6 +39,10 @@ def render_png(timeline: Timeline, window: Window | None = None, width: int = WI
         ) from error
     widest = min(width or _LARGEST, _LARGEST) / _SHARPNESS
     across, down, shapes = draw(timeline, LANES, window, widest)
+    if (high := round(down * _SHARPNESS)) > _LARGEST:
+        raise ValueError(
+            f'argument --format png: {high} pixels high, at most {_LARGEST}; take --format svg'
+        )
     figure = Figure(figsize=(across / _DPI, down / _DPI), dpi=_SHARPNESS * _DPI)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, across), ylim=(down, 0))

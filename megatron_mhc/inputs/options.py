@@ -32,7 +32,8 @@ class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the defaults, where there is one to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False):
+        # Not ``in``, for which 0.0 is False.
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.monitor.finding import Finding
 from megatron_mhc.monitor.heat_maps import chosen_sublayers
 from megatron_mhc.monitor.page import write_page
 from megatron_mhc.monitor.picture import new_figure, write_picture
-from megatron_mhc.monitor.runs import read_runs
+from megatron_mhc.monitor.runs import Run, read_runs
 from megatron_mhc.monitor.verdict import level, line, verdict
 
 PROGRAM = 'megatron-mhc report'
@@ -46,11 +47,13 @@ def _report(options: argparse.Namespace) -> str:
     """Write the page; what is to be printed."""
     groups = read_runs(options.folders)
     runs = [run for seeds in groups.values() for run in seeds]
-    # Of several seeds the maps of the first are drawn.
-    watched = [[r for r in seeds if r.iteration is not None] for seeds in groups.values()]
-    first = [seeds[0] for seeds in watched if seeds]
-    mapped = [(run, chosen_sublayers(run, options.sublayers, verdict(run))) for run in first]
     findings = [(run, verdict(run)) for run in runs]
+    # Of several seeds the maps of the first are drawn.
+    first: dict[str, tuple[Run, list[Finding]]] = {}
+    for run, found in findings:
+        if run.iteration is not None:
+            first.setdefault(run.name, (run, found))
+    mapped = [(r, chosen_sublayers(r, options.sublayers, found)) for r, found in first.values()]
     lines = [line(run, found) for run, found in findings]
     answer = {
         'page': str(options.output),

@@ -70,24 +70,29 @@ def gains(run: Run, settings: MonitorConfig) -> Iterable[Finding]:
     limit = settings.alarm_gain
     single, composite = larger(SINGLE_GAINS), larger(COMPOSITE_GAINS)
     # The product grows from the last sublayer backwards, so that trouble begins at the last one.
-    for history, subject, end in (
-        (single, 'H_res of {} has', 0),
-        (composite, 'the product of all H_res from {} on has', -1),
-    ):
-        found = spell(history, lambda gains: gains > limit)
-        if found is not None:
-            sublayer = found.sublayers[end]
-            value = float(numpy.nanmax(history[found.last]))
-            yield Finding(
-                'gains',
-                found.level,
-                f'exploding gains: {subject.format(found.where(sublayer))} an amax gain above '
-                f'{limit:g}, up to {value:.3g}, {found.when}',
-                value,
-                limit,
-                *place(found, sublayer),
-            )
-            return
+    spells = [
+        (found, history, subject, end)
+        for history, subject, end in (
+            (single, 'H_res of {} has', 0),
+            (composite, 'the product of all H_res from {} on has', -1),
+        )
+        if (found := spell(history, lambda gains: gains > limit)) is not None
+    ]
+    if spells:
+        # What goes on comes before what is over, single maps before products.
+        found, history, subject, end = min(spells, key=lambda one: one[0].over)
+        sublayer = found.sublayers[end]
+        value = float(numpy.nanmax(history[found.last]))
+        yield Finding(
+            'gains',
+            found.level,
+            f'exploding gains: {subject.format(found.where(sublayer))} an amax gain above '
+            f'{limit:g}, up to {value:.3g}, {found.when}',
+            value,
+            limit,
+            *place(found, sublayer),
+        )
+        return
     if numpy.isnan([*composite.values()]).all():
         return
     most = float(numpy.nanmax([*composite.values()]))

@@ -134,7 +134,7 @@ def _files(run: Run) -> dict[str, str]:
     ]
     steps = sorted({step for tag in tags for step in run.scalars[tag]})
     rows = [[step, *(run.scalars[tag].get(step, '') for tag in tags)] for step in steps]
-    files = {'scalars.csv': _csv(['iteration', *tags], rows)}
+    files = {'scalars.csv': _csv(['iteration', *map(_no_formula, tags)], rows)}
     if run.iteration is not None:
         steps, count, streams = list(run.h_res), len(run.composite), run.composite.shape[-1]
         names = list(run.by_sublayer)
@@ -153,6 +153,11 @@ def _files(run: Run) -> dict[str, str]:
         ]
         files['maps.csv'] = _csv(['map', 'from sublayer', *entries], whole)
     return files
+
+
+def _no_formula(text: str) -> str:
+    """``text`` as a spreadsheet shows it: tags are anyone's, and these would be worked out."""
+    return f"'{text}" if text.startswith(('=', '+', '-', '@', '\t', '\r')) else text
 
 
 def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_mhc.inputs.values import shown
 from megatron_mhc.monitor.events import read_events, scalars
 from megatron_mhc.monitor.names import BY_SUBLAYER, COMPOSITE, H_RES, LOSS, PREFIX, ROWS
 
@@ -53,25 +55,37 @@ def read_runs(words: list[str]) -> dict[str, list[Run]]:
     """Name -> its runs, one a seed, in the order of the command line's ``[NAME=]LOGDIR``.
 
     Raises:
-        ValueError: a folder holds no run, or several that are not seeds, or two runs are called
-            alike.
+        ValueError: a folder cannot be read, holds no run, or several that are not seeds, or two
+            runs are called alike.
         RuntimeError: TensorBoard is not installed.
     """
     groups: dict[str, list[Run]] = {}
     for word in words:
-        given, equals, path = word.partition('=')
-        logdir = Path(path if equals and path else given)
-        for folder in _seeds_in(logdir):
-            name, seed = _named(folder)
-            run = read_run(folder, _printable(given if equals and given else name), seed)
-            seeds = groups.setdefault(run.name, [])
-            if seed in (other.seed for other in seeds):
-                raise ValueError(
-                    f'LOGDIR {_printable(str(folder))}: there is a run {run.label!r} already; name '
-                    'it otherwise: NAME=LOGDIR'
-                )
-            seeds.append(run)
+        # A folder whose path has the sign is not NAME=LOGDIR.
+        whole = ('', '', word)
+        given, equals, path = whole if os.path.isdir(word) else word.partition('=')
+        try:
+            _add(groups, given if equals else '', Path(path or given))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise ValueError(
+                f'LOGDIR {shown(_printable(word))}: {why}; name a folder that can be read'
+            ) from error
     return groups
+
+
+def _add(groups: dict[str, list[Run]], given: str, logdir: Path) -> None:
+    """Read the runs in ``logdir``, called ``given``, or as their path is."""
+    for folder in _seeds_in(logdir):
+        name, seed = _named(folder)
+        run = read_run(folder, _printable(given or name), seed)
+        seeds = groups.setdefault(run.name, [])
+        if seed in (other.seed for other in seeds):
+            raise ValueError(
+                f'LOGDIR {_printable(str(folder))}: there is a run {run.label!r} already; name '
+                'it otherwise: NAME=LOGDIR'
+            )
+        seeds.append(run)
 
 
 def _seeds_in(folder: Path) -> list[Path]:

@@ -196,13 +196,14 @@ def recipe_flags(
 def words(flags: Flags) -> list[list[str]]:
     """``{'swiglu': True, 'betas': (0.9, 0.95)}`` -> one list of words for each flag."""
     return [
-        [f'--{name}', *([] if value is True else map(str, _several(value)))]
-        for name, value in flags.items()
+        [f'--{name}', *([] if value is True else _several(value))] for name, value in flags.items()
     ]
 
 
-def _several(value: object) -> tuple[object, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _several(value: object) -> list[str]:
+    values = value if isinstance(value, tuple) else (value,)
+    # ``str`` would take a word of a class of its own for any.
+    return [one if isinstance(one, str) else str(one) for one in values]
 
 
 def _model(recipe: Recipe, layout: Layout) -> Flags:

@@ -12,6 +12,10 @@ Topics = Mapping[str, Flags | Sequence[str]]
 LAUNCHER = 'TORCHRUN_ARGS'
 
 
+class Bash(str):
+    """A word that is bash already, in double quotes; all others are quoted."""
+
+
 def mock_data(vocab: int) -> Flags:
     """Mock data, with a tokenizer that needs no file."""
     return {
@@ -38,8 +42,10 @@ def torchrun_flags(gpus: int, gpus_per_node: int) -> Flags:
         'nnodes': gpus // ranks,
         **flags,
         'rdzv-backend': 'c10d',
-        'rdzv-id': '"${SLURM_JOB_ID:-recipe}"',
-        'rdzv-endpoint': '"${MASTER_ADDR:?set it to the first of the nodes}:${MASTER_PORT:-29500}"',
+        'rdzv-id': Bash('"${SLURM_JOB_ID:-recipe}"'),
+        'rdzv-endpoint': Bash(
+            '"${MASTER_ADDR:?set it to the first of the nodes}:${MASTER_PORT:-29500}"'
+        ),
     }
 
 
@@ -49,14 +55,14 @@ def bash_script(
     """The launch as bash: one array a topic, one flag a line.
 
     Args:
-        title: a comment.
-        exports: ``NAME=VALUE``, of the environment.
+        title: a comment, of one line whatever is in it.
+        exports: ``NAME=VALUE``, of the environment, as bash.
         topics: flags, those of torchrun under ``LAUNCHER``.
-        python: the interpreter; in double quotes it is bash.
+        python: the interpreter; ``Bash``, or a path.
         script: that is launched, likewise.
         extra: further flags, before those that the script is given.
     """
-    lines = ['#!/usr/bin/env bash', f'# {title}', 'set -euo pipefail']
+    lines = ['#!/usr/bin/env bash', '# ' + ' '.join(title.split()), 'set -euo pipefail']
     lines += [f'export {one}' for one in exports]
     for name, flags in topics.items():
         found = words(flags) if isinstance(flags, dict) else _by_flag(flags)
@@ -99,8 +105,8 @@ srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/{script}" "$@"
 
 
 def quoted(line: Sequence[str]) -> str:
-    """Words for bash; what stands in double quotes is bash already."""
-    return ' '.join(word if word.startswith('"') else shlex.quote(word) for word in line)
+    """Words for bash."""
+    return ' '.join(word if isinstance(word, Bash) else shlex.quote(word) for word in line)
 
 
 def _by_flag(line: Sequence[str]) -> list[list[str]]:

@@ -103,7 +103,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
         announce(
             f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
             f'layers {args.pipeline_model_parallel_layout} in stage order, at most {max(live):g} '
-            'live activations a rank'
+            'microbatches in flight on a rank'
         )
     return pipeline
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from megatron_mhc.inputs.values import shown
 from megatron_mhc.settings.queues import one_queue
 
 
@@ -62,6 +63,8 @@ class Hardware:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == 'name':
+                if not value.isprintable():
+                    raise ValueError(f'hardware name={shown(repr(value))}: give one line of text')
                 continue
             if abs(value) > _LARGEST:
                 raise ValueError(f'hardware {field.name}: no machine has more than {_LARGEST:g}')

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megatron_mhc.recipes.recipe import Flags
-from megatron_mhc.recipes.script import LAUNCHER, bash_script, slurm_script, torchrun_flags
+from megatron_mhc.recipes.script import (
+    LAUNCHER,
+    Bash,
+    bash_script,
+    slurm_script,
+    torchrun_flags,
+)
 from megatron_mhc.settings.queues import CONNECTIONS, connections
 from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.model import Model
@@ -18,7 +24,7 @@ LOGGING: Flags = {
     'eval-interval': 1000,
     'eval-iters': 10,
 }
-PYTHON, SCRIPT = '"${PYTHON:-python}"', '"${PRETRAIN:-pretrain_gpt.py}"'
+PYTHON, SCRIPT = Bash('"${PYTHON:-python}"'), Bash('"${PRETRAIN:-pretrain_gpt.py}"')
 
 
 def launch_scripts(model: Model, curves: Iterable[Curve], hardware: Hardware) -> dict[str, str]:

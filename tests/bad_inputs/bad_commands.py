@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bad_values import CHOICE, COUNT, FACTOR, FROM_ZERO
-from one_line import all_rows, said
+from one_line import Row, all_rows, said
 
 CONVERT = 'convert src dst --to mhc'
 COMPARE = 'schedule compare --pp 2 --microbatches 4'
@@ -90,6 +90,7 @@ LINES = (
     said('study 3b --residual-type standard --recompute 4', '--segments', 'standard'),
     said('study 3b --hardware nosuch', 'nosuch'),
     said('study 3b --set peak', 'peak'),
+    Row(('study', '3b', '--set', 'name=H100\ntouch x'), ('hardware name', 'H100')),
     said('study 3b --output /dev/null', '/dev/null'),
     said('study 3b --residual-type mudd', '--residual-type', 'mudd'),
     said('recompute --sublayers 3', '--sublayers', '3'),
@@ -114,6 +115,7 @@ LINES = (
     said('patch . --force', '--force'),
     said('report', 'LOGDIR'),
     said('report /no/such/folder', '/no/such/folder'),
+    said(f'report {"x" * 300}', 'LOGDIR', 'x' * 40),
     said('convert', 'SRC', 'DST'),
     said('convert src', 'DST'),
     said('convert src dst', '--to'),

@@ -46,6 +46,12 @@ def test_times_reach_the_simulator(schedule):
     assert json.loads(schedule(chunks)[1])['bubble'] == 9 / 4
 
 
+def test_help_tells_a_default_of_zero(schedule):
+    said = ' '.join(schedule('simulate --help')[1].split())
+    assert 'from one rank to another (default: 0.0)' in said
+    assert 'as it is executed (default' not in said
+
+
 def test_the_executed_plan_can_be_simulated(schedule):
     words = 'simulate --schedule dualpipev-w --pp 8 --microbatches 64 --hop 0.2 --recompute 0.201'
     found = json.loads(schedule(f'{words} --lowered --json')[1])

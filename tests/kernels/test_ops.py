@@ -130,6 +130,19 @@ def test_mapping_follows_the_equations(n, dtype, random_seed):
         assert (got - expected).abs().max() < MAP_TOLERANCE[dtype]
 
 
+def test_mapping_of_one_token_needs_no_other_dimension(random_seed):
+    one, *others = random_mapping_inputs(4, 8, (), torch.float32)
+    grads = []
+    for x in (one, one.unsqueeze(0)):
+        inputs = [t.clone().requires_grad_() for t in (x, *others)]
+        maps = ops.mapping(*inputs, num_streams=4, backend='torch')
+        # The rows of H_res sum to one: a plain sum would leave it without a gradient.
+        sum(t.square().sum() for t in maps).backward()
+        grads.append([t.grad.reshape(-1) for t in inputs])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_mapping_is_fp32_under_autocast(random_seed):
     inputs = random_mapping_inputs(4, 8, (6,), torch.bfloat16)
     plain = ops.mapping(*inputs, num_streams=4)

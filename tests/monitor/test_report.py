@@ -14,6 +14,7 @@ import numpy
 import pytest
 
 from megatron_mhc.cli import main as cli
+from megatron_mhc.monitor import answer as answers
 from megatron_mhc.monitor.checks import LOST
 from megatron_mhc.monitor.curves import curves, limits
 from megatron_mhc.monitor.draw import draw_panel, extent
@@ -33,6 +34,7 @@ from megatron_mhc.monitor.names import (
     SINGLE_GAINS,
     WRITE_SHARE,
 )
+from megatron_mhc.monitor.page import _files
 from megatron_mhc.monitor.panels import PANELS
 from megatron_mhc.monitor.picture import new_figure
 from megatron_mhc.monitor.runs import Run, read_runs
@@ -97,6 +99,13 @@ EVERY = range(L)
             {'residual_type': 'hc', 'mhc_alarm_gain': 'None'},
             'the product of all H_res from layer 2 attention (and 2 more) on has an amax gain '
             'above 100, up to 1e+09, since iteration 30',
+        ),
+        # What is over does not hide what goes on.
+        (
+            {SINGLE: at((10,), 2, value=9.0), PRODUCT: at((30,), 0, value=50.0)},
+            {},
+            'sick at iteration 30: exploding gains: the product of all H_res from layer 1 '
+            'attention on has an amax gain above 3, up to 50, since iteration 30',
         ),
         ({PRODUCT: at((30,), 0, value=90.0)}, {'residual_type': 'hc'}, 'run: healthy'),
         ({PRODUCT: at((30,), 0, value=2.0)}, {}, 'watch at iteration 30: composite gain 2, above'),
@@ -218,6 +227,13 @@ def test_seeds_are_named_apart(seeds):
         read_runs([one, f'{one}/tensorboard'])
 
 
+def test_a_folder_with_an_equals_sign_is_a_folder(seeds, tmp_path, monkeypatch):
+    (tmp_path / 'lr=3').symlink_to(seeds / 'mhc')
+    monkeypatch.chdir(tmp_path)
+    assert read_runs(['lr=3']).keys() == {'lr=3'}
+    assert read_runs(['high=lr=3']).keys() == {'high'}
+
+
 class Page(html.parser.HTMLParser):
     """What a page refers to, and its text; raises where tags are not closed in order."""
 
@@ -253,12 +269,15 @@ def content(address: str) -> str:
     return base64.b64decode(data).decode()
 
 
-def test_the_page_is_whole_in_itself(seeds, tmp_path, capsys):
+def test_the_page_is_whole_in_itself(seeds, tmp_path, capsys, monkeypatch):
     """Markup in a name stays text; pictures, numbers and verdicts are within the page."""
+    judged = []
+    monkeypatch.setattr(answers, 'verdict', lambda run: judged.append(run.label) or verdict(run))
     name, output = '<b>&"x</title><script>', tmp_path / 'page.html'
     with pytest.raises(SystemExit) as end:
         cli(['report', f'{seeds}/standard', f'{name}={seeds}/mhc', '-o', str(output), '--json'])
     answer = json.loads(capsys.readouterr().out)
+    assert len(judged) == len({*judged}) == 4
     # A sick run is no failure of the command.
     assert end.value.code == 0 and answer['page'] == str(output)
     page = Page(output.read_text())
@@ -288,6 +307,13 @@ def test_the_page_is_whole_in_itself(seeds, tmp_path, capsys):
         ('20', 6.0),
         ('30', 4.0),
     ]
+
+
+def test_a_tag_is_no_formula(made, tmp_path):
+    run = made()
+    run.scalars['=HYPERLINK("x")'] = dict.fromkeys(STEPS, -1.0)
+    head, first, *_ = csv.reader(io.StringIO(content(_files(run)['scalars.csv'])))
+    assert (head[-1], first[-1]) == ('\'=HYPERLINK("x")', '-1')
 
 
 def panel_of(title):

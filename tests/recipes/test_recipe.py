@@ -14,7 +14,7 @@ import pytest
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down, words
-from megatron_mhc.recipes.script import torchrun_flags
+from megatron_mhc.recipes.script import LAUNCHER, bash_script, torchrun_flags
 from megatron_mhc.schedules.inverted_v import holder_of
 from megatron_mhc.settings.queues import CONNECTIONS
 from megatron_mhc.sizing.flops import residual_flops, step_flops, token_flops
@@ -301,6 +301,27 @@ def test_megatron_gets_the_one_connection_that_it_demands(launcher, extra, conne
     assert f'--tensor-model-parallel-size {tp}\n' in script
     assert ('--mhc-post-stream high' in script) == (connections == '32')
     assert ('--sequence-parallel' in script) == (tp == '2')
+
+
+def test_what_a_user_gives_is_no_bash(tmp_path):
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    model = '"x y"; touch z'
+    topics = {LAUNCHER: torchrun_flags(16, 8), 'DATA_ARGS': {'tokenizer-model': model}}
+    text = bash_script('one\ntouch two', [], topics, str(python), '"$(touch three)"', ['"$4"'])
+    done = subprocess.run(
+        ['bash', '-s'],
+        input=text,
+        cwd=tmp_path,
+        env={'PATH': os.environ['PATH'], 'MASTER_ADDR': 'node-1'},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ['python']
+    seen = done.stdout.splitlines()
+    assert {model, '"$(touch three)"', '"$4"', 'node-1:29500', 'recipe'} <= {*seen}
 
 
 def test_wrong_ranks_behind_the_dashes_are_one_line(launcher, capsys):

@@ -57,7 +57,7 @@ def test_text_fits_the_width_and_keeps_both_ends(width):
 
 def test_text_of_all_lanes_shows_hops(timeline):
     lines = render_text(timeline, 0, ('compute', 'comm')).splitlines()
-    assert any(line.startswith('rank 0 comm') and 'F' in line for line in lines)
+    assert any(line.startswith('rank 0 messages') and 'F' in line for line in lines)
 
 
 def test_a_short_recompute_does_not_stretch_the_text():
@@ -65,6 +65,21 @@ def test_a_short_recompute_does_not_stretch_the_text():
     own = lower(plan, recompute=True, reduce=False)
     text = render_text(simulate(own, Times(recompute=0.01)), 0)
     assert text.splitlines()[3] == 'rank 1 ...F0 B0--- F1 B1--- ......'
+    assert 'R recompute' in text
+
+
+@pytest.mark.parametrize(
+    'times', [Times(forward=1e7), Times(hop=1e9), Times(forward=1e15, hop=1e-300, reduce=1e-300)]
+)
+def test_times_far_apart_are_drawn_all_the_same(times):
+    """As many marks, pixels and columns as a reader can follow, whatever the shortest takes."""
+    timeline = simulate(make_plan('1f1b', 2, 4), times)
+    svg = render_svg(timeline)
+    assert len(svg) < 5_000_000 and float(ET.fromstring(svg).get('width')) <= 1_000_000
+    for width, most in ((100, 100), (0, 1_000_016)):
+        drawn = [s for s in render_text(timeline, width).splitlines() if s.startswith('rank ')]
+        assert len(drawn) == 2 and max(map(len, drawn)) <= most
+        assert 'F0' in drawn[0] and {len(drawn[0]), len(drawn[1])} & {most, most - 9}
 
 
 def test_rows_do_not_overlap():
@@ -127,6 +142,15 @@ def test_png_is_a_picture(timeline):
     assert 1400 < narrow <= 1500 and 2300 < wide <= 2400
     part = render_png(long, Window(0, 4))
     assert int.from_bytes(part[16:20]) < 1500
+
+
+def test_a_png_of_too_many_ranks_is_refused(timeline, monkeypatch):
+    pytest.importorskip('matplotlib')
+    from megatron_mhc.commands import schedule_png
+
+    monkeypatch.setattr(schedule_png, '_LARGEST', 200)
+    with pytest.raises(ValueError, match='pixels high, at most 200; take --format svg'):
+        schedule_png.render_png(timeline)
 
 
 def boxes(svg):

@@ -46,7 +46,7 @@ def test_a_v_gets_a_layout_in_stage_order(parse, capsys):
     (line,) = [
         line for line in capsys.readouterr().out.splitlines() if 'schedule dualpipev' in line
     ]
-    assert '4 ranks, 8 microbatches' in line and '4.5 live activations' in line
+    assert '4 ranks, 8 microbatches' in line and '4.5 microbatches in flight on a rank' in line
     # Two chunks are what a V has.
     again = parse(*V.split(), '--num-virtual-stages-per-pipeline-rank', '2')
     assert again.num_virtual_stages_per_pipeline_rank is None
