@@ -132,7 +132,9 @@ REFUSED = {
     '--residual-type hc --transformer-impl inference_optimized': 'inference_optimized',
     '--residual-type mhc --use-torch-fsdp2': '--use-torch-fsdp2',
     '--residual-type mhc --yaml-cfg x.yaml': '--yaml-cfg cannot be combined',
-    '--residual-type mhc --hybrid-layer-pattern MM': '--hybrid-layer-pattern',
+    '--residual-type mhc --hybrid-layer-pattern *-/*-': '--mtp-num-layers with --hybrid-layer',
+    '--residual-type mudd --hybrid-layer-pattern *-': '--hybrid-layer-pattern cannot be combined',
+    '--mhc-post-stream high --hybrid-layer-pattern *-': '--hybrid-layer-pattern cannot be combined',
     f'--residual-type mhc --no-overlap-p2p-communication {VPP}': '--no-overlap-p2p-communication',
 }
 
