@@ -202,11 +202,14 @@ def get_embedding_ranks(pp_ranks):
     return sorted(ranks)
 
 
-def main():
-    """Call ``pretrain`` in the form that the installed release expects."""
+def main(provider=None):
+    """Call ``pretrain`` in the form that the installed release expects.
+
+    ``provider``: of another model, in a script that shares all the rest.
+    """
     options = {
         'train_valid_test_dataset_provider': datasets_provider,
-        'model_provider': model_provider,
+        'model_provider': provider or model_provider,
         'model_type': ModelType.encoder_or_decoder,
         'forward_step_func': forward_step,
         'get_embedding_ranks': get_embedding_ranks,

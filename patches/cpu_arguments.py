@@ -10,7 +10,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from megatron_mhc.patches.cpu_pattern import check_pattern
 from megatron_mhc.patches.engine import Patch, on_every_release
+from megatron_mhc.patches.hybrid_pattern import pattern_of
 from megatron_mhc.patches.parse_hook import after_parsing
 
 # ``megatron_mhc.runtime.cpu_device.NOTICE`` names these to the user.
@@ -78,6 +80,7 @@ def check_limits(namespace: argparse.Namespace, unknown: list[str]) -> None:
         value = getattr(namespace, name, accepted[0])
         if value not in accepted:
             raise ValueError(f'{flag} {value}: not on the CPU device, {reason}; {remedy}.')
+    check_pattern(pattern_of(namespace))
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_mhc.engram.sizes import engram_flops
 from megatron_mhc.patches.engine import Patch
+from megatron_mhc.settings.constraint import hybrid_model
 from megatron_mhc.settings.flags_engram import engram_config_from_args
 from megatron_mhc.settings.flags_residual import residual_config_from_args
 from megatron_mhc.sizing.flops import STEP, residual_flops
@@ -29,7 +30,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             tokens = given['batch_size'] * settings.seq_length
         # Prediction layers (MTP) keep the stock residual.
         residual = residual_config_from_args(settings)
-        own = residual_flops(residual, settings.hidden_size, 2 * settings.num_layers)
+        each = 1 if hybrid_model(lambda name: getattr(settings, name, None)) else 2
+        own = residual_flops(residual, settings.hidden_size, each * settings.num_layers)
         engram = engram_config_from_args(settings)
         own += engram_flops(engram, settings.hidden_size, residual.streams)
         return original(*args, **kwargs) + STEP * tokens * own

@@ -1,7 +1,7 @@
 """Patch: the optimizer's parameter groups, where weight decay and learning rate are decided.
 
 It is also the first point after every model chunk is built, hence where a run is stopped whose
-script builds no GPTModel: ``--residual-type`` would otherwise silently do nothing.
+script builds no such model: ``--residual-type`` would otherwise silently do nothing.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def require_widened(chunks: Iterable[nn.Module], residual: ResidualConfig) -> No
                 inner = inner.module
             raise RuntimeError(
                 f'--residual-type {residual.residual_type} had no effect: the script built a '
-                f'{type(inner).__name__}, and only GPTModel is widened to n streams; use a GPT '
-                'model or --residual-type standard'
+                f'{type(inner).__name__}, and only GPTModel and HybridModel are widened to n '
+                'streams; use one of them or --residual-type standard'
             )
 
 

@@ -7,6 +7,7 @@ from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
 from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
 from megatron_mhc.patches.flops import FLOPS_PATCH
 from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
+from megatron_mhc.patches.hybrid_model import HYBRID_MODEL_PATCHES
 from megatron_mhc.patches.inverted_v import INVERTED_V_PATCHES
 from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
 from megatron_mhc.patches.moe_lanes import MOE_LANE_PATCHES
@@ -18,7 +19,7 @@ from megatron_mhc.patches.run_start import RUN_START_PATCH
 from megatron_mhc.patches.save_checkpoint import SAVE_CHECKPOINT_PATCH
 from megatron_mhc.patches.tied_embedding import TIED_EMBEDDING_PATCH
 
-MODEL_PATCHES = (GPT_MODEL_PATCH, TIED_EMBEDDING_PATCH)
+MODEL_PATCHES = (GPT_MODEL_PATCH, *HYBRID_MODEL_PATCHES, TIED_EMBEDDING_PATCH)
 RESIDUAL_PATCHES = (
     *MODEL_PATCHES,
     P2P_PATCH,

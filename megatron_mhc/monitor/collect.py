@@ -38,7 +38,7 @@ class Monitor:
         self.settings, self._iteration = settings, iteration
         chunks = list(chunks)
         found = [m for c in chunks for m in c.modules() if isinstance(m, HyperConnection)]
-        self.connections = sorted(found, key=lambda connection: connection.sublayer)
+        self.connections = sorted(found, key=lambda connection: connection.row)
         parameter = next((p for c in chunks for p in c.parameters()), None)
         self.device = torch.device('cuda') if parameter is None else parameter.device
         self.gradients = MappingGradients(chunks, self.connections)
@@ -54,8 +54,8 @@ class Monitor:
 
     @property
     def sublayers(self) -> list[int]:
-        """Number in the whole model of each sublayer that this rank holds, ascending."""
-        return [connection.sublayer for connection in self.connections]
+        """Row in the tables of the whole model of each sublayer that this rank holds, ascending."""
+        return [connection.row for connection in self.connections]
 
     def is_due(self, iteration: int) -> bool:
         """Whether a step is reported; the same on every rank."""

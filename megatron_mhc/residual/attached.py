@@ -76,7 +76,7 @@ def _values_and_graph(x: Tensor) -> object:
 
 
 # Taken by the sublayer that reads next, whether it can use it or not.
-READ_AHEAD: Attached[ReadAhead] = Attached('mhc_read_ahead', 'residual.layer', _values_and_graph)
+READ_AHEAD: Attached[ReadAhead] = Attached('mhc_read_ahead', 'residual.sublayer', _values_and_graph)
 
 # The segment that the next sublayer belongs to, which takes it. Nothing rebuilds streams that were
 # changed since.

@@ -11,9 +11,9 @@ from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
 
 from megatron_mhc.residual import single_pass
-from megatron_mhc.residual.layer import HyperConnectionLayerMixin
 from megatron_mhc.residual.recompute_choice import choose_segment_size
 from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
+from megatron_mhc.residual.sublayer import ChainedLayer
 from megatron_mhc.settings.residual import ResidualConfig
 
 if TYPE_CHECKING:
@@ -77,13 +77,15 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     for layer in block.layers:
         layer.recompute_segment_size = size
     for layer, following in itertools.pairwise(block.layers):
-        if isinstance(layer, HyperConnectionLayerMixin):
+        if isinstance(layer, ChainedLayer):
             layer.precedes(following)
-    if block.final_layernorm is not None:
+    # The name in a hybrid stack, which has none on other stages.
+    norm = getattr(block, 'final_norm', None) or getattr(block, 'final_layernorm', None)
+    if norm is not None:
         block.stream_merge = StreamMerge(
             block.config.hidden_size, residual, block.config.sequence_parallel
         )
-        block.final_layernorm.register_forward_pre_hook(functools.partial(_merge_first, block))
+        norm.register_forward_pre_hook(functools.partial(_merge_first, block))
     elif block.post_process and not block.config.mtp_num_layers:
         raise ValueError(
             'the last pipeline stage has no final norm, before which the residual streams are '

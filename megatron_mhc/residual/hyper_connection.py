@@ -127,6 +127,8 @@ class HyperConnection(KeepFP32):
         self.residual = residual
         self.num_streams = residual.num_residual_streams
         self.sublayer = sublayer
+        # Its row in the tables of the monitors, which have two a layer; a layer may have one alone.
+        self.row = sublayer
         # A module whose maps are all constants has no parameters: none could ever get a gradient.
         if set(residual.fixed_mappings) != set(MAPPINGS):
             self.build_parameters()

@@ -1,24 +1,16 @@
 """n-stream residuals around the two sublayers of *any* Megatron transformer layer.
 
-The mixin goes in front of the layer class that a spec names. The stock methods see the C-wide
-sublayer input as their hidden states, and bias-dropout-add is replaced by a function that only
-notes bias and dropout, so what they return is the bare sublayer output; the mixin then applies
-F_post,res with both. Norms, attention, MLP,
-MoE, recomputation and quantisation inside those methods run unchanged.
+The mixin goes in front of the layer class that a spec names. Norms, attention, MLP, MoE,
+recomputation and quantisation inside the two methods that it overrides run unchanged.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -26,17 +18,20 @@ from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
     TransformerLayer,
 )
-from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
-from megatron_mhc import ops
 from megatron_mhc.kernels.profiler_names import POST_RANGE
-from megatron_mhc.residual.attached import READ_AHEAD, ReadAhead
-from megatron_mhc.residual.hc import UnconstrainedHyperConnection
 from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
-from megatron_mhc.residual.mhc import ManifoldHyperConnection
-from megatron_mhc.residual.recompute import RecomputedSegment, Written, segment_of
-from megatron_mhc.residual.single_pass import SinglePassHyperConnection
+from megatron_mhc.residual.recompute import segment_of
+from megatron_mhc.residual.sublayer import (
+    ChainedLayer,
+    build_hyper_connection,
+    collected_tail,
+    output_projections_rescaled,
+    read,
+    without_residual,
+    write,
+)
 from megatron_mhc.settings.residual import ResidualConfig
 
 if TYPE_CHECKING:
@@ -71,104 +66,8 @@ if TYPE_CHECKING:
 else:
     _Host = object
 
-# Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
-_TAIL: ContextVar[dict[str, Any] | None] = ContextVar('megatron_mhc_tail', default=None)
 
-
-@contextlib.contextmanager
-def _collected_tail() -> Iterator[dict[str, Any]]:
-    """What ``bias_dropout`` was given inside the context, as arguments of F_post,res."""
-    tail: dict[str, Any] = {}
-    token = _TAIL.set(tail)
-    try:
-        yield tail
-    finally:
-        _TAIL.reset(token)
-
-
-def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """Drop-in for ``get_bias_dropout_add``: the residual is left out, the rest is put off.
-
-    ``fused`` is ignored; bias and dropout are part of F_post,res.
-    """
-    del fused
-
-    def apply(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
-        del residual
-        x, bias = x_with_bias
-        if bias is not None and bias.dim() > 1:
-            # One bias a token, which some mixtures of experts have: no longer a parameter.
-            x, bias = x + bias, None
-        tail = _TAIL.get()
-        if tail is None:
-            raise RuntimeError(
-                'bias and dropout of a hyper-connection layer outside its sublayers: they belong '
-                'to F_post,res; call _forward_attention and _forward_mlp of the layer instead'
-            )
-        tail.update(bias=bias, dropout=prob if training else 0.0)
-        return x
-
-    return apply
-
-
-def _without_residual(name: str, bias_dropout_add: object) -> object:
-    """What takes the place of a spec's bias-dropout-add; one we do not know is not dropped."""
-    known = getattr(bias_dropout_add, 'module', bias_dropout_add)
-    if known is IdentityFuncOp:
-        return bias_dropout_add
-    if known not in (get_bias_dropout_add, bias_dropout):
-        raise ValueError(
-            f'{name}={known} in a layer spec: only get_bias_dropout_add can be replaced by '
-            'hyper-connections, and what this one does would be lost; use --residual-type standard'
-        )
-    return bias_dropout
-
-
-def build_hyper_connection(
-    config: TransformerConfig, residual: ResidualConfig, sublayer: int
-) -> HyperConnection:
-    """The residual connection of sublayer number ``sublayer`` (attention and MLP both count)."""
-    if residual.residual_type == 'hc':
-        return UnconstrainedHyperConnection(
-            config.hidden_size,
-            residual,
-            sublayer,
-            config.sequence_parallel,
-            normalization=config.normalization,
-            norm_eps=config.layernorm_epsilon,
-        )
-    connection = SinglePassHyperConnection if residual.single_pass else ManifoldHyperConnection
-    return connection(config.hidden_size, residual, sublayer, config.sequence_parallel)
-
-
-@contextlib.contextmanager
-def output_projections_rescaled(
-    config: TransformerConfig, residual: ResidualConfig
-) -> Iterator[None]:
-    """Divide the initial std of output projections by sqrt(n) where streams are summed.
-
-    HC section 3.1: the sum of n streams would otherwise leave the last layer with a larger std.
-    Megatron initialises exactly these projections with ``output_layer_init_method``; only layers
-    built inside the context are affected, so MTP layers keep their own.
-    """
-    original = config.output_layer_init_method
-    if residual.stream_merge != 'sum' or original is None:
-        yield
-        return
-
-    def rescaled(weight: Tensor, *args: object, **kwargs: object) -> Tensor | None:
-        result: Tensor | None = original(weight, *args, **kwargs)
-        weight.data.div_(math.sqrt(residual.num_residual_streams))
-        return result
-
-    config.output_layer_init_method = rescaled
-    try:
-        yield
-    finally:
-        config.output_layer_init_method = original
-
-
-class HyperConnectionLayerMixin(_Host):
+class HyperConnectionLayerMixin(ChainedLayer, _Host):
     """Overrides the two sublayer methods; everything else is the layer class behind it."""
 
     def __init__(
@@ -177,8 +76,10 @@ class HyperConnectionLayerMixin(_Host):
         submodules: TransformerLayerSubmodules,
         *args: object,
         residual: ResidualConfig,
+        sublayers: int = 2,
         **kwargs: object,
     ) -> None:
+        """``sublayers``: how many each layer of the model has, counting those left out."""
         cross_attention = submodules.cross_attention
         if getattr(cross_attention, 'module', cross_attention) not in (IdentityOp, IdentityFuncOp):
             raise ValueError(
@@ -187,26 +88,23 @@ class HyperConnectionLayerMixin(_Host):
                 'use --residual-type standard for encoder-decoder models'
             )
         replaced = {
-            name: _without_residual(name, getattr(submodules, name))
+            name: without_residual(name, getattr(submodules, name))
             for name in ('self_attn_bda', 'mlp_bda')
         }
         with output_projections_rescaled(config, residual):
             super().__init__(config, dataclasses.replace(submodules, **replaced), *args, **kwargs)
-        first = 2 * (self.layer_number - 1)
-        self.self_attention_hyper_connection = (
-            None
-            if isinstance(self.self_attention, IdentityOp)
-            else build_hyper_connection(config, residual, first)
-        )
-        self.mlp_hyper_connection = (
-            None
-            if isinstance(self.mlp, IdentityOp)
-            else build_hyper_connection(config, residual, first + 1)
-        )
 
-        # Sublayers in a segment; 0: nothing is recomputed. ``widen_block`` sets it.
-        self.recompute_segment_size = 0
-        self.following: tuple[HyperConnection, ...] = ()
+        def connection(sublayer: nn.Module, place: int) -> HyperConnection | None:
+            if isinstance(sublayer, IdentityOp):
+                return None
+            before = self.layer_number - 1
+            number = before if sublayers == 1 else 2 * before + place
+            built = build_hyper_connection(config, residual, number)
+            built.row = 2 * before + place
+            return built
+
+        self.self_attention_hyper_connection = connection(self.self_attention, 0)
+        self.mlp_hyper_connection = connection(self.mlp, 1)
         # A ``PostStream``: where the MLP's F_post,res runs if not on the current stream.
         self.post_stream: PostStream | None = None
 
@@ -217,95 +115,32 @@ class HyperConnectionLayerMixin(_Host):
         if connection is None:
             return super()._forward_attention(hidden_states, *args, **kwargs)
         segment = segment_of(hidden_states, self.recompute_segment_size)
-        u, carried = _read(connection, hidden_states, segment)
-        with _collected_tail() as tail:
+        u, carried = read(connection, hidden_states, segment)
+        with collected_tail() as tail:
             y, context = super()._forward_attention(u, *args, **kwargs)
         connection.observe(hidden_states, carried, y, tail.get('bias'))
-        pending = Pending(y, carried, **tail)
-        return _write(pending, segment, connection, self.mlp_hyper_connection), context
+        inside = self.mlp_hyper_connection
+        following = self.following if inside is None else (inside,)
+        return write(Pending(y, carried, **tail), segment, connection, *following), context
 
     def _forward_mlp(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         connection = self.mlp_hyper_connection
         if connection is None:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
         segment = segment_of(hidden_states, self.recompute_segment_size)
-        u, carried = _read(connection, hidden_states, segment)
-        with _collected_tail() as tail:
+        u, carried = read(connection, hidden_states, segment)
+        with collected_tail() as tail:
             y = super()._forward_mlp(u, *args, **kwargs)
         connection.observe(hidden_states, carried, y, tail.get('bias'))
         if self.post_stream is None or not self.training:
             with torch.profiler.record_function(POST_RANGE):
-                return _write(Pending(y, carried, **tail), segment, connection, *self.following)
+                return write(Pending(y, carried, **tail), segment, connection, *self.following)
         bias, dropout = tail['bias'], tail['dropout']
         return self.post_stream.run(
-            lambda y, bias, carried: _write(
-                Pending(y, carried, bias, dropout), segment, connection
-            ),
+            lambda y, bias, carried: write(Pending(y, carried, bias, dropout), segment, connection),
             *(y, bias, carried),
             hands_over=not self.is_moe_layer,
         )
-
-    def precedes(self, layer: nn.Module) -> None:
-        """Let the MLP's F_post,res join the mapping of the next layer's attention."""
-        connection = getattr(layer, 'self_attention_hyper_connection', None)
-        # A recomputed layer starts from its input alone: what was read ahead would be lost.
-        if connection is not None and self.config.recompute_granularity != 'full':
-            # In a tuple, or it would be registered as a child of this layer too.
-            self.following = (connection,)
-
-
-def _read(
-    connection: HyperConnection, hidden_states: Tensor, segment: RecomputedSegment | None
-) -> tuple[Tensor, ops.Carried]:
-    """Sublayer input, from the read that came with the streams if there is one."""
-    ahead = READ_AHEAD.take(hidden_states)
-    observed = hidden_states._backward_hooks or hidden_states.retains_grad
-    if ahead is not None and ahead.connection is connection and not observed:
-        return ahead.u, ahead.carried
-    _, u, carried = (
-        connection(hidden_states) if segment is None else segment.read(connection, hidden_states)
-    )
-    return u, carried
-
-
-def _write(
-    pending: Pending,
-    segment: RecomputedSegment | None,
-    connection: HyperConnection,
-    following: HyperConnection | None = None,
-) -> Tensor:
-    """The next streams. Where the kernels run, the next sublayer reads them in the same pass.
-
-    What it read travels on the streams (``READ_AHEAD``), so that any code between the two sublayers
-    that replaces, changes or observes the tensor gets the plain path. In inference mode, which
-    does not count changes of a tensor, there is no other.
-    """
-    if torch.is_inference_mode_enabled():
-        following = None
-    if following is not None and not following.joins(pending.carried):
-        following = None
-    if segment is not None and segment.ends:
-        # The next segment rebuilds its first read from the streams that it keeps.
-        following = None
-
-    def written(pending: Pending) -> Written:
-        if following is None:
-            return _viewless(connection.post(*pending)), None, None
-        x, u, carried = following(pending)
-        return _viewless(x), u, carried
-
-    x, u, carried = written(pending) if segment is None else segment.write(written, pending)
-    connection.hand_over(x, pending.carried)
-    if following is not None:
-        assert u is not None and carried is not None
-        READ_AHEAD.attach(x, ReadAhead(following, u, carried))
-    return x
-
-
-def _viewless(x: Tensor) -> Tensor:
-    """Pipeline schedules free a stage's output in place and therefore refuse views."""
-    same: Tensor = make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
-    return same
 
 
 class HyperConnectionTransformerLayer(HyperConnectionLayerMixin, TransformerLayer):

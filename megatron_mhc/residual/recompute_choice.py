@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 
 from megatron_mhc.inputs.refusal import announce
 from megatron_mhc.residual.hyper_connection import HyperConnection
+from megatron_mhc.residual.stack import HyperConnectionStackMixin
 from megatron_mhc.settings.recompute_cost import kept_cost, segment_cost, segment_size, whole_cost
 from megatron_mhc.settings.residual import ResidualConfig
 
@@ -19,13 +20,14 @@ def choose_segment_size(block: TransformerBlock, residual: ResidualConfig) -> in
     if wanted == 'none':
         return 0
     sublayers = sum(isinstance(module, HyperConnection) for module in block.modules())
+    each = 1 if isinstance(block, HyperConnectionStackMixin) else 2
     # Other stages may have other numbers of layers; layers of one sublayer have no such table.
     stages = {sublayers}
     if sublayers == 2 * len(block.layers):
         stages |= {2 * layers for layers in _layers_of_stages(block.config) if layers}
     sizes, choices = {}, []
     for stage in sorted(stages, reverse=True):
-        alive = _alive_at_once(block.config, stage)
+        alive = _alive_at_once(block.config, stage, each)
         size = sizes[stage] = segment_size(wanted, n, alive)
         if not stage:
             continue
@@ -49,12 +51,15 @@ def _layers_of_stages(config: Any) -> set[int]:
     }
 
 
-def _alive_at_once(config: Any, sublayers: int) -> int:
-    """Sublayers whose graph exists at one time: under full recomputation, those of a checkpoint."""
+def _alive_at_once(config: Any, sublayers: int, each: int) -> int:
+    """Sublayers whose graph exists at one time: under full recomputation, those of a checkpoint.
+
+    ``each``: sublayers of a layer.
+    """
     if config.recompute_granularity != 'full':
         return sublayers
-    recomputed: int = 2 * config.recompute_num_layers
+    recomputed: int = each * config.recompute_num_layers
     if config.recompute_method == 'block' and recomputed < sublayers:
         # Layers of their own first; the others are not recomputed as a whole.
         return sublayers - recomputed
-    return min(sublayers, recomputed if config.recompute_method == 'uniform' else 2)
+    return min(sublayers, recomputed if config.recompute_method == 'uniform' else each)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megatron_mhc.residual.layer import hyper_connection_layer
+from megatron_mhc.residual.mamba_layer import hyper_connection_mamba_layer
+from megatron_mhc.residual.stack import hyper_connection_stack, is_stack
 from megatron_mhc.settings.names import STREAM_TYPES
 from megatron_mhc.settings.residual import ResidualConfig
 
 type Spec = ModuleSpec | TransformerBlockSubmodules
 
 
-def with_residual(spec: Spec, residual: ResidualConfig) -> Spec:
+def with_residual(spec: Spec, residual: ResidualConfig, sublayers: int = 2) -> Spec:
     """The n-stream form of ``spec``; the argument is left as it was.
 
     Args:
         spec: a ``ModuleSpec`` of any ``TransformerLayer`` (local or TE, dense or MoE, MLA), a
-            ``TransformerBlockSubmodules``, or a ``ModuleSpec`` of a block.
+            ``TransformerBlockSubmodules``, or a ``ModuleSpec`` of a block or of a hybrid stack.
         residual: the settings. Without n streams the spec itself is returned.
+        sublayers: of each layer of the model; 1 in a hybrid stack.
 
     Raises:
         ValueError: the spec names no transformer layer.
@@ -37,10 +41,15 @@ def with_residual(spec: Spec, residual: ResidualConfig) -> Spec:
         )
     if issubclass(spec.module, TransformerBlock):
         return dataclasses.replace(spec, submodules=with_residual(spec.submodules, residual))
+    if is_stack(spec):
+        params = {**spec.params, 'residual': residual}
+        return dataclasses.replace(spec, module=hyper_connection_stack(spec.module), params=params)
+    mamba = issubclass(spec.module, MambaLayer)
+    widened = hyper_connection_mamba_layer if mamba else hyper_connection_layer
     return dataclasses.replace(
         spec,
-        module=hyper_connection_layer(spec.module),
-        params={**spec.params, 'residual': residual},
+        module=widened(spec.module),
+        params={**spec.params, 'residual': residual, 'sublayers': sublayers},
         # The stock layer rewrites its submodules in place; specs are often shared between layers.
         submodules=dataclasses.replace(spec.submodules),
     )

@@ -75,4 +75,11 @@ def shards_parameters(get: Setting) -> bool:
 
 
 def hybrid_model(get: Setting) -> bool:
-    return bool(get('hybrid_layer_pattern') or get('hybrid_override_pattern'))
+    """The model config says so by another name than the command line."""
+    pattern = get('hybrid_layer_pattern') or get('hybrid_override_pattern')
+    return bool(pattern or get('is_hybrid_model'))
+
+
+def predicts(get: Setting) -> bool:
+    """Whether a hybrid pattern has prediction layers."""
+    return '/' in (get('hybrid_layer_pattern') or get('hybrid_override_pattern') or '')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Refusals, full_recompute
+from megatron_mhc.settings.constraint import Constraint, Refusals, full_recompute, hybrid_model
 
 _ROWS = (
     Constraint(
@@ -10,6 +10,12 @@ _ROWS = (
         lambda get: (get('pipeline_model_parallel_size') or 1) > 1,
         'every stage would have to send the outputs of all layers before it',
         'use tensor, sequence or data parallelism',
+    ),
+    Constraint(
+        '--hybrid-layer-pattern',
+        hybrid_model,
+        'only the layers of a GPTModel are connected densely, not those of a HybridModel',
+        'use a GPT layer spec',
     ),
     Constraint(
         '--transformer-impl transformer_engine',

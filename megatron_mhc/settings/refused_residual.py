@@ -8,6 +8,7 @@ from megatron_mhc.settings.constraint import (
     Setting,
     cuda_graphs,
     hybrid_model,
+    predicts,
     shards_parameters,
 )
 
@@ -97,10 +98,10 @@ _ROWS = (
         'drop --mhc-mapping-optimizer or use --optimizer muon',
     ),
     Constraint(
-        '--hybrid-layer-pattern',
-        hybrid_model,
-        'only GPTModel is widened to n streams, not HybridModel',
-        'use a GPT layer spec',
+        '--mtp-num-layers with --hybrid-layer-pattern',
+        lambda get: hybrid_model(get) and (bool(get('mtp_num_layers')) or predicts(get)),
+        'prediction layers behind a hybrid stack are not tested with n streams',
+        "leave them out of the pattern (its parts after '/')",
     ),
     Constraint(
         '--export-kd-teacher-load',

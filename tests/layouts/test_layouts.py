@@ -40,6 +40,11 @@ MTP_ALONE = {
 EMPTY = {'layout': VPP2, 'config': {'pipeline_model_parallel_layout': 'Ett||tt|L'}}
 MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 
+# Hybrid models of local layers; ``|`` ends a stage, at any layer.
+LOCAL_STACK = {'is_hybrid_model': True, 'transformer_impl': 'local'}
+HYBRID = {'layers': 8, 'pattern': '*-*-*-*-', 'config': LOCAL_STACK}
+HYBRID_MOE = {'layers': 8, 'pattern': '*-*E*E*-', 'config': {**MOE, **LOCAL_STACK}}
+
 # model -> what distinguishes it
 MODELS = {
     'mhc': {'residual': MHC},
@@ -55,6 +60,9 @@ MODELS = {
     'engram-standard': {'engram': ENGRAM},
     'engram': {'engram': ENGRAM, 'residual': MHC},
     'engram-moe': {'engram': ENGRAM, 'residual': MHC, 'config': MOE},
+    'hybrid': {'residual': MHC, **HYBRID},
+    'hybrid-hc': {'residual': HC, **HYBRID},
+    'hybrid-moe': {'residual': MHC, **HYBRID_MOE},
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
 }
@@ -101,6 +109,13 @@ CASES = [
     ('tp2-sp', 'engram', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('ep2', 'engram-moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('ep2', 'moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
+    ('pp2', 'hybrid', 2, {'layout': {'pp': 2}, 'pattern': '*-*-*|-*-'}, True),
+    ('pp2-vpp2', 'hybrid-hc', 2, {'layout': VPP2, 'pattern': '*-*|-|*-*|-'}, True),
+    ('pp2-vpp2', 'hybrid-moe', 2, {'layout': VPP2, 'pattern': '*-*|E|*E*|-'}, True),
+    ('dp2-overlap', 'hybrid', 2, {'microbatches': 2, 'overlap': True}, True),
+    ('tp2', 'hybrid-hc', 2, {'layout': {'tp': 2}}, False),
+    ('tp2-sp', 'hybrid', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('ep2', 'hybrid-moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp2', 'mtp-tied', 2, {'layout': {'pp': 2}}, False),
     ('pp2-vpp2-alone', 'mtp', 2, MTP_ALONE, False),
@@ -113,6 +128,14 @@ CASES = [
     ('pp2-ep2', 'moe', 4, {'layout': {'pp': 2, 'ep': 2}}, False),
     ('pp2-vpp2-dp2', 'mhc', 4, {'layout': {'pp': 2, 'vpp': 2}}, False),
 ]
+
+
+def of_first_h_res(key: str) -> bool:
+    """Whether the gradient is 0 but for rounding: equal streams enter the first sublayer.
+
+    Only a hybrid model has the layers apart in its checkpoint.
+    """
+    return '.layers.0.' in key and key.endswith('_res')
 
 
 def reference_name(model: str, changes: dict) -> str:
@@ -133,7 +156,7 @@ def runs(tmp_path_factory) -> tuple[pathlib.Path, dict]:
         case = {'weights': f'{model}-weights', **MODELS[model], **changes}
         case['config'] = {**MODELS[model].get('config', {}), **changes.get('config', {})}
         by_world[world].append({**case, 'name': f'{name}-{model}'})
-    for model in ('mhc', 'hc', 'engram'):
+    for model in ('mhc', 'hc', 'engram', 'hybrid'):
         for kind in ('plain', 'dist'):
             by_world[2].append(
                 {
@@ -193,7 +216,8 @@ def test_layout_equals_one_process(runs, tensors, name, model, changes, bitwise)
             assert torch.equal(gradients[key], reference_gradient), key
         error = (gradients[key] - reference_gradient).norm()
         assert error <= SPLIT_SUM_TOLERANCE * whole, (key, error / whole)
-        assert error <= OWN_NORM_TOLERANCE * reference_gradient.norm(), key
+        if not of_first_h_res(key):
+            assert error <= OWN_NORM_TOLERANCE * reference_gradient.norm(), key
 
 
 def test_no_case_leaves_threads_to_the_next(runs):
@@ -209,7 +233,7 @@ def test_forward_only_equals_training_losses(runs, name):
     assert flat == losses[reference_name('mhc', {})]['losses'][0]
 
 
-@pytest.mark.parametrize('model', ['mhc', 'hc', 'engram'])
+@pytest.mark.parametrize('model', ['mhc', 'hc', 'engram', 'hybrid'])
 def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
     folder, _ = runs
     plain, sharded = tensors(folder / f'plain-step-{model}'), tensors(folder / f'dist-step-{model}')
@@ -232,7 +256,7 @@ def test_copies_of_the_embedding_on_one_rank_stay_equal(runs, tensors):
 def test_mapping_parameters_get_gradients(runs, tensors):
     """A layout test that compares zeros with zeros would prove nothing."""
     folder, _ = runs
-    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd', 'engram'):
+    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd', 'engram', 'hybrid'):
         for key, gradient in tensors(folder / reference_name(model, {})).items():
-            if any(name in key for name in OWN):
+            if any(name in key for name in OWN) and not of_first_h_res(key):
                 assert gradient.abs().max() > 1e-8, (model, key)

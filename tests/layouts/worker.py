@@ -39,6 +39,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec  # noqa: E402
+from megatron.core.models.mamba.mamba_model import MambaModel  # noqa: E402
 from megatron.core.num_microbatches_calculator import (  # noqa: E402
     get_num_microbatches,
     init_num_microbatches_calculator,
@@ -122,7 +124,24 @@ def settings(case: dict, sizes: dict) -> TransformerConfig:
     return config
 
 
-def model_chunk(case: dict, config: TransformerConfig, stage: int | None) -> GPTModel:
+def hybrid_chunk(case: dict, config: TransformerConfig, stage: int | None) -> MambaModel:
+    place = {'ignore_virtual': False, 'vp_stage': stage}
+    return MambaModel(
+        config,
+        mamba_stack_spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        hybrid_layer_pattern=case['pattern'],
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
+        position_embedding_type='learned_absolute',
+        vp_stage=stage,
+    )
+
+
+def model_chunk(case: dict, config: TransformerConfig, stage: int | None) -> torch.nn.Module:
+    if case.get('pattern'):
+        return hybrid_chunk(case, config, stage)
     spec, mtp = get_gpt_layer_local_spec(), None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)

@@ -84,7 +84,8 @@ def test_a_factor_other_than_the_optimizer_states_is_refused(parse, tmp_path, ca
         assert error.count('\n') == 1 and said in error
 
 
-VPP = '--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1'
+PP2 = '--pipeline-model-parallel-size 2'
+VPP = f'{PP2} --num-layers-per-virtual-pipeline-stage 1'
 REFUSED = {
     '--residual-type residual': "argument --residual-type: invalid choice: 'residual'",
     '--residual-type mhc --mhc-num-residual-streams 0': '--mhc-num-residual-streams 0: wanted',
@@ -132,7 +133,14 @@ REFUSED = {
     '--residual-type hc --transformer-impl inference_optimized': 'inference_optimized',
     '--residual-type mhc --use-torch-fsdp2': '--use-torch-fsdp2',
     '--residual-type mhc --yaml-cfg x.yaml': '--yaml-cfg cannot be combined',
-    '--residual-type mhc --hybrid-layer-pattern MM': '--hybrid-layer-pattern',
+    '--residual-type mhc --hybrid-layer-pattern *-/*-': '--mtp-num-layers with --hybrid-layer',
+    '--residual-type mudd --hybrid-layer-pattern *-': '--hybrid-layer-pattern cannot be combined',
+    '--mhc-post-stream high --hybrid-layer-pattern *-': '--hybrid-layer-pattern cannot be combined',
+    '--residual-type hc --hybrid-layer-pattern *x': "*x: 'x' is no layer of megatron-core",
+    '--residual-type hc --hybrid-layer-pattern |': 'no layer; give one symbol for each',
+    '--residual-type hc --hybrid-layer-pattern *-+': "one model has either '*' or latent",
+    '--residual-type hc --hybrid-layer-pattern *-|*-': '2 stages do not divide over',
+    f'--residual-type hc --hybrid-layer-pattern *-* {PP2}': '3 layers do not divide over',
     f'--residual-type mhc --no-overlap-p2p-communication {VPP}': '--no-overlap-p2p-communication',
 }
 

@@ -1,0 +1,86 @@
+"""n-stream residuals around a Mamba layer, whatever mixer its spec names."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from megatron.core.ssm.mamba_layer import MambaLayer
+from torch import Tensor, nn
+
+from megatron_mhc.residual.hyper_connection import Pending
+from megatron_mhc.residual.recompute import segment_of
+from megatron_mhc.residual.sublayer import (
+    ChainedLayer,
+    build_hyper_connection,
+    collected_tail,
+    output_projections_rescaled,
+    read,
+    without_residual,
+    write,
+)
+
+if TYPE_CHECKING:
+    from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_mhc.settings.residual import ResidualConfig
+
+    class _Host(nn.Module):
+        """What the mixin needs of the layer class behind it."""
+
+        config: TransformerConfig
+        layer_number: int
+
+        def __init__(
+            self,
+            config: TransformerConfig,
+            submodules: MambaLayerSubmodules,
+            *args: object,
+            **kwargs: object,
+        ) -> None: ...
+else:
+    _Host = object
+
+
+class HyperConnectionMambaLayerMixin(ChainedLayer, _Host):
+    """The layer is one sublayer: norm and mixer."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaLayerSubmodules,
+        *args: object,
+        residual: ResidualConfig,
+        sublayers: int = 1,
+        **kwargs: object,
+    ) -> None:
+        del sublayers
+        replaced = without_residual('mamba_bda', submodules.mamba_bda)
+        submodules = dataclasses.replace(submodules, mamba_bda=replaced)
+        with output_projections_rescaled(config, residual):
+            super().__init__(config, submodules, *args, **kwargs)
+        before = self.layer_number - 1
+        self.mixer_hyper_connection = build_hyper_connection(config, residual, before)
+        self.mixer_hyper_connection.row = 2 * before
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        connection = self.mixer_hyper_connection
+        segment = segment_of(hidden_states, self.recompute_segment_size)
+        u, carried = read(connection, hidden_states, segment)
+        with collected_tail() as tail:
+            y = super().forward(u, *args, **kwargs)
+        connection.observe(hidden_states, carried, y, tail.get('bias'))
+        return write(Pending(y, carried, **tail), segment, connection, *self.following)
+
+
+@functools.cache
+def hyper_connection_mamba_layer(layer_class: type[MambaLayer]) -> type:
+    """The n-stream form of ``layer_class``; an n-stream class is returned as it is."""
+    if issubclass(layer_class, HyperConnectionMambaLayerMixin):
+        return layer_class
+    name = f'HyperConnection{layer_class.__name__}'
+    return type(
+        name, (HyperConnectionMambaLayerMixin, layer_class), {'__doc__': layer_class.__doc__}
+    )

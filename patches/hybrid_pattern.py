@@ -1,0 +1,54 @@
+"""A hybrid layer pattern, checked before Megatron does so by assertions or while models are built.
+
+A ``standard`` run is left to Megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_mhc.compat import core_version
+from megatron_mhc.inputs.values import shown
+
+
+def pattern_of(args: argparse.Namespace) -> str | None:
+    """The layer pattern, by either name of its flag."""
+    older = getattr(args, 'hybrid_override_pattern', None)
+    return getattr(args, 'hybrid_layer_pattern', None) or older
+
+
+def check_hybrid_pattern(args: argparse.Namespace) -> None:
+    """Raise ValueError for a pattern that no model of this release can have on these stages."""
+    pattern = pattern_of(args)
+    if pattern is None:
+        return
+    from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols
+
+    main = pattern.partition('/')[0]
+    flag = f'--hybrid-layer-pattern {shown(pattern)}'
+    known = ''.join(sorted(Symbols.VALID_LAYERS))
+    for symbol in pattern:
+        if symbol not in Symbols.VALID_LAYERS | {'|', '/'}:
+            raise ValueError(
+                f'{flag}: {symbol!r} is no layer of megatron-core {core_version()}, which has '
+                f'{known}; replace it'
+            )
+    if '*' in pattern and set('+D') & set(pattern):
+        raise ValueError(
+            f"{flag}: one model has either '*' or latent attention ('+', 'D'), whose sizes "
+            'are other flags; use one of them'
+        )
+    ranks, segments = args.pipeline_model_parallel_size, main.split('|')
+    if not main.replace('|', ''):
+        raise ValueError(f'{flag}: no layer; give one symbol for each, of {known}')
+    if len(segments) > 1 and (ranks == 1 or len(segments) % ranks):
+        raise ValueError(
+            f'{flag}: {len(segments)} stages do not divide over --pipeline-model-parallel-size '
+            f"{ranks}; have '|' end as many stages for each rank, or leave them out on one"
+        )
+    uneven = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    if len(segments) == 1 and uneven == (None, None) and len(main) % ranks:
+        raise ValueError(
+            f'{flag}: {len(main)} layers do not divide over --pipeline-model-parallel-size '
+            f"{ranks}; say with '|' where stages end"
+        )

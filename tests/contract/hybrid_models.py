@@ -1,0 +1,87 @@
+"""Hybrid models with local layers, and the weights of a GPT model in one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+from megatron.core.models.mamba.mamba_model import MambaModel
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from megatron_mhc import ResidualConfig, compat
+
+SEQUENCE, VOCABULARY = 16, 64
+PLAIN = {
+    'hidden_size': 32,
+    'ffn_hidden_size': 64,
+    'num_attention_heads': 4,
+    'use_cpu_initialization': True,
+    'hidden_dropout': 0.0,
+    'attention_dropout': 0.0,
+    'persist_layer_norm': False,
+    'gradient_accumulation_fusion': False,
+    'masked_softmax_fusion': False,
+    'bias_dropout_fusion': False,
+    'is_hybrid_model': True,
+    'transformer_impl': 'local',
+}
+
+
+def hybrid_class():
+    """The class under the name that 0.17 has for it, or the later one."""
+    return MambaModel if compat.core_minor(compat.core_version()) == '0.17' else MambaModel.__base__
+
+
+def hybrid_model(pattern: str, residual: dict | None = None, spec=mamba_stack_spec, **settings):
+    """A model of ``pattern`` in this world of one; ``settings`` are the config's."""
+    torch.manual_seed(5)
+    kind = MLATransformerConfig if '+' in pattern else TransformerConfig
+    layers = len(pattern.replace('|', '').partition('/')[0])
+    config = kind(num_layers=layers, **{**PLAIN, **settings})
+    if residual is not None:
+        config.residual_config = ResidualConfig(**residual)
+    return hybrid_class()(
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        hybrid_layer_pattern=pattern,
+        position_embedding_type='learned_absolute',
+    )
+
+
+def name_in_hybrid(name: str) -> str:
+    """Where a pattern of ``*-`` or ``*E`` for each layer has the parameter ``name`` of a GPT model.
+
+    Layer i is the layers 2i, its attention, and 2i + 1, its MLP; the final norm has another name.
+    """
+
+    def layer(found: re.Match[str]) -> str:
+        own = found[2].startswith(('mlp', 'pre_mlp'))
+        return f'decoder.layers.{2 * int(found[1]) + own}.{found[2]}'
+
+    name = re.sub(r'decoder\.layers\.(\d+)\.(.*)', layer, name)
+    return name.replace('decoder.final_layernorm.', 'decoder.final_norm.')
+
+
+@torch.no_grad()
+def take_weights(hybrid, gpt) -> None:
+    """Give ``hybrid`` the weights of ``gpt``; each has exactly those of the other."""
+    own = dict(hybrid.named_parameters())
+    given = {name_in_hybrid(name): weight for name, weight in gpt.named_parameters()}
+    assert own.keys() == given.keys()
+    for name, weight in given.items():
+        own[name].copy_(weight)
+
+
+def with_mamba(mixer: type):
+    """The stock stack spec with another mixer in its Mamba layers, and a local norm before it."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    layer = mamba_stack_spec.submodules.mamba_layer
+    parts = dataclasses.replace(layer.submodules, norm=WrappedTorchNorm, mixer=mixer)
+    mamba = dataclasses.replace(layer, submodules=parts)
+    stack = dataclasses.replace(mamba_stack_spec.submodules, mamba_layer=mamba)
+    return dataclasses.replace(mamba_stack_spec, submodules=stack)

@@ -1,0 +1,178 @@
+"""Hybrid models: every layer of a pattern is a sublayer with its own hyper-connection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layout_cases import MOE
+
+HC, MHC = {'residual_type': 'hc'}, {'residual_type': 'mhc', 'init': 'identity'}
+RESIDUALS = {'standard': None, 'hc': HC, 'mhc': MHC}
+
+
+@pytest.fixture
+def hybrid(megatron):
+    from hybrid_models import hybrid_model
+
+    return hybrid_model
+
+
+def block_spec(config):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+
+
+@torch.no_grad()
+def randomise(model):
+    """Give every parameter of ours a value that makes it matter."""
+    generator = torch.Generator().manual_seed(11)
+    for name, parameter in sorted(model.named_parameters()):
+        if 'hyper_connection' in name or 'stream_merge' in name:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize('residual', RESIDUALS)
+@pytest.mark.parametrize('mlp', ['-', 'E'])
+def test_attention_and_mlp_in_turn_are_a_gpt_model(build, hybrid, step, residual, mlp):
+    from hybrid_models import name_in_hybrid, take_weights
+
+    settings = MOE if mlp == 'E' else {}
+    gpt = build(RESIDUALS[residual], spec=block_spec if mlp == 'E' else None, **settings)
+    randomise(gpt)
+    same = hybrid(f'*{mlp}' * 3, RESIDUALS[residual], **settings)
+    take_weights(same, gpt)
+    (loss, gradients), (wanted, references) = step(same), step(gpt)
+    assert torch.equal(loss, wanted)
+    assert gradients.keys() == {name_in_hybrid(name) for name in references}
+    for name, reference in references.items():
+        assert torch.equal(gradients[name_in_hybrid(name)], reference), name
+    own = [gradient for name, gradient in references.items() if 'hyper_connection' in name]
+    assert all(gradient.abs().max() > 0 for gradient in own) and bool(own) == (
+        residual != 'standard'
+    )
+
+
+# Like each other with no bit changed: what a run may turn on while it trains the same model.
+FULL = {
+    'recompute_granularity': 'full',
+    'recompute_method': 'uniform',
+    'recompute_num_layers': 2,
+}
+WAYS = {
+    'full': ({}, FULL),
+    'segments': ({'recompute_layer_num': 3}, {}),
+    'full-segments': ({'recompute_layer_num': 'auto'}, FULL),
+}
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_recomputation_changes_no_bit(hybrid, step, way):
+    residual, settings = WAYS[way]
+    plain, other = hybrid('*-*--', MHC), hybrid('*-*--', {**MHC, **residual}, **settings)
+    for model in (plain, other):
+        randomise(model)
+    (loss, gradients), (wanted, references) = step(other), step(plain)
+    assert torch.equal(loss, wanted) and gradients.keys() == references.keys()
+    for name, reference in references.items():
+        assert torch.equal(gradients[name], reference), name
+
+
+class RunningMean(torch.nn.Module):
+    """In a Mamba mixer's place: output projection of the mean of all tokens so far, and a bias."""
+
+    def __init__(self, config, d_model, **kwargs):
+        super().__init__()
+        self.out_proj = torch.nn.Linear(d_model, d_model)
+
+    def forward(self, hidden_states, **kwargs):
+        count = torch.arange(1, len(hidden_states) + 1).view(-1, 1, 1)
+        mean = hidden_states.cumsum(0) / count
+        return mean @ self.out_proj.weight.t(), self.out_proj.bias
+
+
+# n = 2 streams with constant maps are the standard residual, bit for bit.
+CONSTANT = {
+    'num_residual_streams': 2,
+    'fixed_mappings': ('pre', 'post', 'res'),
+    'stream_merge': 'mean',
+}
+
+
+def mamba_spec():
+    """Megatron's own mixer needs CUDA; the layer around it does not."""
+    from hybrid_models import with_mamba
+
+    return with_mamba(RunningMean)
+
+
+@pytest.mark.parametrize('residual_type', ['hc', 'mhc'])
+def test_mamba_layers_with_constant_maps_are_the_standard_model(hybrid, step, residual_type):
+    standard = hybrid('MMM', None, spec=mamba_spec())
+    widened = hybrid('MMM', {'residual_type': residual_type, **CONSTANT}, spec=mamba_spec())
+    (loss, gradients), (wanted, references) = step(widened), step(standard)
+    assert torch.equal(loss, wanted) and gradients.keys() == references.keys()
+    assert 'decoder.layers.1.mixer.out_proj.bias' in gradients
+    for name, reference in references.items():
+        torch.testing.assert_close(gradients[name], reference, rtol=2e-6, atol=1e-8, msg=name)
+
+
+def test_a_mamba_layer_computes_its_equations(hybrid):
+    """Eq 3 of mHC, written out: H_res x + H_post^T F(H_pre x)."""
+    model = hybrid('MM', MHC, spec=mamba_spec())
+    randomise(model)
+    layer = model.decoder.layers[1]
+    x = torch.randn(16, 2, 4 * 32, generator=torch.Generator().manual_seed(1))
+    h_pre, h_post, h_res = layer.mixer_hyper_connection.all_maps(x)
+    streams = x.unflatten(-1, (4, 32))
+    u = torch.einsum('...n,...nc->...c', h_pre, streams)
+    y, bias = layer.mixer(layer.norm(u))
+    wanted = h_res @ streams + h_post.unsqueeze(-1) * (y + bias).unsqueeze(-2)
+    torch.testing.assert_close(layer(x), wanted.flatten(-2), rtol=1e-5, atol=1e-6)
+
+
+# Small, and with another width of values than of keys.
+LATENT = {
+    'q_lora_rank': None,
+    'kv_lora_rank': 16,
+    'qk_head_dim': 8,
+    'qk_pos_emb_head_dim': 4,
+    'v_head_dim': 8,
+    'rope_type': 'rope',
+    'apply_rope_fusion': False,
+}
+
+
+def mamba_and_latent():
+    """A stand-in for Mamba beside local layers, as the CPU device gives them to a stock spec."""
+    import dataclasses
+
+    from hybrid_models import PLAIN
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_mhc.patches.cpu_hybrid import local_submodules
+
+    spec = mamba_spec()
+    config = TransformerConfig(num_layers=1, **PLAIN)
+    return dataclasses.replace(spec, submodules=local_submodules(spec.submodules, config))
+
+
+def test_every_layer_has_a_connection_of_its_own(hybrid, step):
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+
+    from megatron_mhc.residual.hyper_connection import HyperConnection
+
+    # Latent attention has a symbol from 0.19 on.
+    latent = hasattr(mamba_stack_spec.submodules, 'mla_layer')
+    pattern, settings = ('ME+-', {**MOE, **LATENT}) if latent else ('ME*-', MOE)
+    model = hybrid(pattern, MHC, spec=mamba_and_latent(), **settings)
+    found = [m for m in model.modules() if isinstance(m, HyperConnection)]
+    # Streams favoured at the start go round over all layers; a row names layer and half.
+    assert [connection.sublayer for connection in found] == [0, 1, 2, 3]
+    assert [connection.row for connection in found] == [0, 3, 4, 7]
+    randomise(model)
+    loss, gradients = step(model)
+    assert loss.isfinite().all()
+    for name, gradient in gradients.items():
+        if name.endswith('mapping_proj.weight'):
+            assert gradient.abs().max() > 0, name
