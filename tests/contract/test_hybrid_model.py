@@ -12,7 +12,15 @@ from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.pipeline import PipelineConfig
 
 HC, MHC = {'residual_type': 'hc'}, {'residual_type': 'mhc', 'init': 'identity'}
-RESIDUALS = {'standard': None, 'hc': HC, 'mhc': MHC}
+RESIDUALS = {
+    'standard': None,
+    'hc': HC,
+    'mhc': MHC,
+    'single pass': {**MHC, 'single_pass': True},
+    # Summed streams divide the initial output projections.
+    'sum': {**HC, 'stream_merge': 'sum', 'hc_variant': 'static'},
+    'learned, orthogonal': {**MHC, 'stream_merge': 'learned', 'manifold': 'orthogonal'},
+}
 
 
 @pytest.fixture
