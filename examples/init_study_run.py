@@ -158,7 +158,7 @@ def train(arguments: list[str], start: dict[str, Any] | None) -> dict[str, float
     """
     import pretrain_gpt as script
     import torch
-    from megatron.training import training
+    from megatron.training import get_tensorboard_writer, training
 
     from megatron_mhc.monitor.events import read_events, scalars
     from megatron_mhc.monitor.names import LOSS
@@ -172,6 +172,8 @@ def train(arguments: list[str], start: dict[str, Any] | None) -> dict[str, float
         outputs = ['--data-cache-path', f'{scratch}/cache', '--tensorboard-dir', scratch]
         sys.argv = ['pretrain_gpt.py', *arguments, *outputs]
         script.main()
+        # Megatron's own last flush comes before the validation at the end.
+        get_tensorboard_writer().flush()
         found = scalars(read_events(Path(scratch), scratch))
     losses = list(found[LOSS].values())
     last = losses[-max(1, len(losses) // 10) :]

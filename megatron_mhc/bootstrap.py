@@ -13,6 +13,12 @@ from megatron_mhc.settings.flags_residual import parsed_arguments
 from megatron_mhc.settings.names import V_SCHEDULES
 
 DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')
+# Class -> its module, below ``megatron.core.models``; 0.17 has the last one alone of hybrid models.
+MODELS = {
+    'GPTModel': 'gpt.gpt_model',
+    'HybridModel': 'hybrid.hybrid_model',
+    'MambaModel': 'mamba.mamba_model',
+}
 TOO_LATE = (
     'is too late: import megatron_mhc.adaptor at the top of the script, before arguments are '
     'parsed and models are built, or start the script with `python -m megatron_mhc.run`'
@@ -94,10 +100,9 @@ def _require_early() -> None:
         return
     if parsed_arguments() is not None:
         raise RuntimeError(f'Megatron has parsed its arguments: this {TOO_LATE}')
-    models = sys.modules.get('megatron.core.models.gpt.gpt_model')
-    if models is not None and any(
-        # Not isinstance: it would ask a proxy, which may be dead, for the class of its referent.
-        issubclass(type(o), models.GPTModel)
-        for o in gc.get_objects()
-    ):
-        raise RuntimeError(f'a GPTModel exists already: this {TOO_LATE}')
+    homes = {name: sys.modules.get(f'megatron.core.models.{home}') for name, home in MODELS.items()}
+    models = tuple(getattr(home, name) for name, home in homes.items() if home is not None)
+    # Not isinstance: it would ask a proxy, which may be dead, for the class of its referent.
+    built = next((o for o in gc.get_objects() if issubclass(type(o), models)), None)
+    if built is not None:
+        raise RuntimeError(f'a {type(built).__name__} exists already: this {TOO_LATE}')

@@ -118,8 +118,8 @@ def _require_decoder(source: Source) -> None:
         name.startswith('decoder.layers.') for name in source.entries
     ):
         raise ValueError(
-            f'{source.folder} has no decoder of attention and MLP layers: only GPT models get '
-            'streams'
+            f'{source.folder} has no decoder of attention and MLP layers: only GPT models are '
+            'converted'
         )
 
 

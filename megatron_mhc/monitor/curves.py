@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_mhc.monitor.names import LOSS
 from megatron_mhc.monitor.panels import GAP, Panel
-from megatron_mhc.monitor.runs import Run, is_hc
+from megatron_mhc.monitor.runs import Run, is_hc, present
 from megatron_mhc.monitor.verdict import alarm_settings
 from megatron_mhc.settings.flags_monitor import PAPER_GAIN
 
@@ -68,7 +68,9 @@ def _points(panel: Panel, tag: str, run: Run, base: list[Run]) -> Points:
     if panel.by_sublayer:
         history = run.by_sublayer.get(tag)
         values = history[max(history)].tolist() if history else []
-        return {} if all(map(math.isnan, values)) else dict(enumerate(values))
+        if all(map(math.isnan, values)):
+            return {}
+        return {sublayer: values[sublayer] for sublayer in present(run)}
     return run.scalars.get(tag, {})
 
 

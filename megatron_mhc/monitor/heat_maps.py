@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_mhc.monitor.draw import FEW_POINTS, extent, plain
 from megatron_mhc.monitor.finding import Finding
-from megatron_mhc.monitor.names import FEW_STREAMS
-from megatron_mhc.monitor.runs import Run
+from megatron_mhc.monitor.names import FEW_STREAMS, sublayer_name
+from megatron_mhc.monitor.runs import Run, present
 
 # Up to it the scale of maps is linear: hc's single maps, and columns that have not converged.
 LINEAR = 2
@@ -36,8 +36,14 @@ def chosen_sublayers(run: Run, wanted: list[int] | None, found: list[Finding]) -
                 f'--sublayers {sublayer}: {run.label} has sublayers 0 to {length - 1}, two a '
                 'layer: attention, then MLP; take one of those'
             )
+        if sublayer not in present(run):
+            raise ValueError(
+                f'--sublayers {sublayer}: {run.label} has no {sublayer_name(sublayer)}, as a layer '
+                'of a hybrid model has one sublayer; take the other one'
+            )
     trouble = {finding.sublayer for finding in found if finding.sublayer is not None}
-    return wanted or sorted({0, length // 2, length - 1} | trouble)
+    there = present(run) or range(length)
+    return wanted or sorted({there[0], there[len(there) // 2], there[-1]} | trouble)
 
 
 def draw_maps(figure: Any, run: Run, sublayers: list[int]) -> None:

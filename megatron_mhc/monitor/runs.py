@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_mhc.inputs.values import shown
 from megatron_mhc.monitor.events import read_events, scalars
-from megatron_mhc.monitor.names import BY_SUBLAYER, COMPOSITE, H_RES, LOSS, PREFIX, ROWS
+from megatron_mhc.monitor.names import BY_SUBLAYER, CHECKED, COMPOSITE, H_RES, LOSS, PREFIX, ROWS
 
 SEED = re.compile(r'seed-(\d+)')
 # What of the run's command line, which Megatron writes as texts, a verdict asks for.
@@ -153,6 +154,22 @@ def read_run(folder: Path, name: str, seed: str = '') -> Run:
         for number, row in enumerate(ROWS)
     }
     return bare._replace(iteration=last, h_res=maps, composite=product, by_sublayer=by_sublayer)
+
+
+def present(run: Run) -> list[int]:
+    """The sublayers that the model has, of two a layer: a hybrid model has one in each.
+
+    An absent one has no map, and nothing in it was found not to be finite.
+    """
+    assert run.iteration is not None
+    maps = run.h_res[run.iteration]
+    tables = (run.by_sublayer.get(f'nonfinite-{name}', {}) for name in CHECKED)
+    counts = [table[run.iteration] for table in tables if run.iteration in table]
+    return [
+        sublayer
+        for sublayer, h_res in enumerate(maps)
+        if any(map(math.isfinite, h_res.ravel())) or any(count[sublayer] for count in counts)
+    ]
 
 
 def own(run: Run, name: str) -> dict[int, float]:

@@ -34,14 +34,25 @@ def hybrid_class():
     return MambaModel if compat.core_minor(compat.core_version()) == '0.17' else MambaModel.__base__
 
 
-def hybrid_model(pattern: str, residual: dict | None = None, spec=mamba_stack_spec, **settings):
-    """A model of ``pattern`` in this world of one; ``settings`` are the config's."""
+def hybrid_model(
+    pattern: str,
+    residual: dict | None = None,
+    spec=mamba_stack_spec,
+    on_config: dict | None = None,
+    **settings,
+):
+    """A model of ``pattern`` in this world of one.
+
+    ``settings`` are the config's, ``on_config`` what a caller puts on it beside them.
+    """
     torch.manual_seed(5)
     kind = MLATransformerConfig if '+' in pattern else TransformerConfig
     layers = len(pattern.replace('|', '').partition('/')[0])
     config = kind(num_layers=layers, **{**PLAIN, **settings})
     if residual is not None:
         config.residual_config = ResidualConfig(**residual)
+    for name, value in (on_config or {}).items():
+        setattr(config, name, value)
     return hybrid_class()(
         config,
         spec,

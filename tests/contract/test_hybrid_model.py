@@ -5,9 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from layout_cases import MOE
+from test_model_patches import groups_of
+
+from megatron_mhc import ResidualConfig
+from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.settings.pipeline import PipelineConfig
 
 HC, MHC = {'residual_type': 'hc'}, {'residual_type': 'mhc', 'init': 'identity'}
-RESIDUALS = {'standard': None, 'hc': HC, 'mhc': MHC}
+RESIDUALS = {
+    'standard': None,
+    'hc': HC,
+    'mhc': MHC,
+    'single pass': {**MHC, 'single_pass': True},
+    # Summed streams divide the initial output projections.
+    'sum': {**HC, 'stream_merge': 'sum', 'hc_variant': 'static'},
+    'learned, orthogonal': {**MHC, 'stream_merge': 'learned', 'manifold': 'orthogonal'},
+}
 
 
 @pytest.fixture
@@ -176,3 +189,29 @@ def test_every_layer_has_a_connection_of_its_own(hybrid, step):
     for name, gradient in gradients.items():
         if name.endswith('mapping_proj.weight'):
             assert gradient.abs().max() > 0, name
+
+
+def test_only_phi_may_be_decayed(hybrid):
+    model = hybrid('ME*-', {**MHC, 'mapping_weight_decay': True}, spec=mamba_and_latent(), **MOE)
+    own = {name: wd for name, wd in groups_of(model).items() if 'hyper_connection' in name}
+    assert {name.split('.')[2] for name in own} == {'0', '1', '2', '3'}
+    for name, multiplier in own.items():
+        assert multiplier == (1.0 if name.endswith('mapping_proj.weight') else 0.0), name
+
+
+@pytest.mark.parametrize(
+    'setting',
+    [
+        {'engram_config': EngramConfig(layers=(1,), heads=2, table_size=50, dim=16)},
+        {'pipeline_config': PipelineConfig('zb-v')},
+        {'mhc_post_stream': 'high'},
+        {'residual_config': ResidualConfig('mudd')},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_what_gpt_models_alone_have_is_refused_before_the_model_is_built(hybrid, setting):
+    """The config of a caller without a command line, which may not say that it is of a hybrid."""
+    config = {'pipeline_model_parallel_size': 2} if 'pipeline_config' in setting else {}
+    config |= {'pipeline_dtype': torch.float32, 'is_hybrid_model': False}
+    with pytest.raises(ValueError, match='--hybrid-layer-pattern cannot be combined with'):
+        hybrid('*-', on_config=setting, **config)

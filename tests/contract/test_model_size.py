@@ -145,6 +145,15 @@ def test_the_throughput_line_counts_the_residual_topology(parser, name):
         assert ours(args, 5, *packed) == stock(args, 5, *packed) + 3 * 70 * own
 
 
+def test_each_layer_of_a_hybrid_model_is_one_sublayer_of_the_count(parser):
+    sizes = {name: value for name, value in SIZES.items() if name != 'num-layers'}
+    hybrid = {'hybrid-layer-pattern': '*-*E', **MOE, **RESIDUALS['mhc']}
+    args = model_arguments(sizes | hybrid, 64)
+    own = residual_flops(residual_config_from_args(args), args.hidden_size, 4)
+    ours, stock = counting()
+    assert ours(args, 5) == stock(args, 5) + 3 * 5 * args.seq_length * own
+
+
 def test_a_standard_run_keeps_megatrons_count(parser):
     from megatron_mhc.patches import engine
     from megatron_mhc.patches.registry import TRAINING_PATCHES

@@ -335,16 +335,19 @@ def test_launcher_names_what_is_missing(tmp_path):
         assert '--device cuda: torch sees no CUDA device' in launch(0, '-c', code).stderr
 
 
-def test_adaptor_after_a_model_was_built_is_refused():
+@pytest.mark.parametrize(
+    ('module', 'name'), [('gpt.gpt_model', 'GPTModel'), ('hybrid.hybrid_model', 'HybridModel')]
+)
+def test_adaptor_after_a_model_was_built_is_refused(module, name):
     done = launch(
         0,
         '-c',
-        'from megatron.core.models.gpt import GPTModel\n'
-        'model = GPTModel.__new__(GPTModel)\n'
+        f'from megatron.core.models.{module} import {name} as Model\n'
+        'model = Model.__new__(Model)\n'
         'import megatron_mhc.adaptor',
     )
     assert done.returncode != 0
-    assert 'RuntimeError: a GPTModel exists already' in done.stderr
+    assert f'RuntimeError: a {name} exists already' in done.stderr
 
 
 def test_adaptor_after_arguments_were_parsed_is_refused():
