@@ -7,10 +7,15 @@ CUDA_ONLY = {'M': 'Mamba', 'G': 'gated delta net', 'D': 'sparse attention (DSA)'
 
 
 def check_pattern(pattern: str | None) -> None:
-    """Raise ValueError for a layer of ``--hybrid-layer-pattern`` that the CPU cannot run."""
+    """Raise ValueError for what of ``--hybrid-layer-pattern`` the CPU cannot run."""
     for symbol, name in CUDA_ONLY.items():
         if symbol in (pattern or ''):
             raise ValueError(
                 f"--hybrid-layer-pattern {pattern}: not on the CPU device, '{symbol}' ({name}) "
                 "needs CUDA kernels; use attention ('*' or '+'), MLP ('-') and experts ('E')."
             )
+    if '/' in (pattern or ''):
+        raise ValueError(
+            f'--hybrid-layer-pattern {pattern}: not on the CPU device, prediction layers (behind '
+            "'/') have Transformer Engine's layers alone; leave them out."
+        )

@@ -75,7 +75,7 @@ HYBRID_MODEL_PATCHES = (
         target='megatron.core.models.hybrid.hybrid_model:HybridModel.__init__',
         wrap=_wrap,
         reason='every stack spec of every script passes through it',
-        fingerprints={'0.18': '305a7b32', '0.19': '305a7b32'},
+        fingerprints={'0.18': '305a7b32', '0.19': '305a7b32', '0.20': '24052d68'},
         reads=('config', 'hybrid_stack_spec', 'vp_stage'),
     ),
     Patch(

@@ -82,7 +82,9 @@ WAYS = {
 @pytest.mark.parametrize('way', WAYS)
 def test_recomputation_changes_no_bit(hybrid, step, way):
     residual, settings = WAYS[way]
-    plain, other = hybrid('*-*--', MHC), hybrid('*-*--', {**MHC, **residual}, **settings)
+    spec = mamba_and_latent()
+    plain = hybrid('M*-M-', MHC, spec=spec)
+    other = hybrid('M*-M-', {**MHC, **residual}, spec=spec, **settings)
     for model in (plain, other):
         randomise(model)
     (loss, gradients), (wanted, references) = step(other), step(plain)

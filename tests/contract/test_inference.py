@@ -14,6 +14,7 @@ RESIDUALS = {
     'mhc-single-pass': {'residual_type': 'mhc', 'single_pass': True},
     'mudd': {'residual_type': 'mudd'},
     'mhc-learned': {'residual_type': 'mhc', 'stream_merge': 'learned'},
+    'hybrid-mhc': {'residual_type': 'mhc', 'init': 'identity', 'kernel_backend': 'torch'},
 }
 
 
@@ -29,7 +30,12 @@ def no_engine_left():
 
 @pytest.fixture(params=RESIDUALS)
 def model(request, build, random_seed):
-    model = build(RESIDUALS[request.param])
+    if request.param.startswith('hybrid'):
+        from hybrid_models import hybrid_model
+
+        model = hybrid_model('*-*-', RESIDUALS[request.param])
+    else:
+        model = build(RESIDUALS[request.param])
     generator = torch.Generator().manual_seed(random_seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -12,6 +12,7 @@ from launch import launch
 from megatron_mhc.monitor.heat_maps import chosen_sublayers
 from megatron_mhc.monitor.runs import present, read_run
 from megatron_mhc.monitor.verdict import verdict
+from megatron_mhc.patches.cpu_pattern import check_pattern
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'examples' / 'pretrain_hybrid.py'
@@ -66,6 +67,13 @@ def test_monitors_have_a_row_for_each_layer(unbroken):
     assert chosen_sublayers(run, None, []) == [0, 7, 11]
     with pytest.raises(ValueError, match='--sublayers 1: run has no layer 1 mlp'):
         chosen_sublayers(run, [1], [])
+
+
+def test_prediction_layers_are_refused_on_the_cpu():
+    with pytest.raises(
+        ValueError, match=r'pattern \*-/\*-: not on the CPU device, prediction layers'
+    ):
+        check_pattern('*-/*-')
 
 
 def test_what_the_cpu_cannot_run_is_one_line():
