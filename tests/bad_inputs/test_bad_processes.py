@@ -28,7 +28,7 @@ def start(line: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ('line', 'names'),
     [
-        ('-m megatron_mhc bogus', ('command', 'bogus')),
+        ('-m megatron_mhc bogus', ('COMMAND', 'bogus')),
         ('-m megatron_mhc schedule list extra', ('extra',)),
         ('-m megatron_mhc run --device tpu x.py', ('--device', 'tpu')),
         ('-m megatron_mhc.run no_such_script.py', ('SCRIPT', 'no_such_script.py')),
