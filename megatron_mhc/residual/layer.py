@@ -7,7 +7,6 @@ recomputation and quantisation inside the two methods that it overrides run unch
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +21,11 @@ from torch import Tensor, nn
 
 from megatron_mhc.kernels.profiler_names import POST_RANGE
 from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
-from megatron_mhc.residual.recompute import segment_of
 from megatron_mhc.residual.sublayer import (
     ChainedLayer,
     build_hyper_connection,
-    collected_tail,
+    n_stream_class,
     output_projections_rescaled,
-    read,
     without_residual,
     write,
 )
@@ -114,28 +111,24 @@ class HyperConnectionLayerMixin(ChainedLayer, _Host):
         connection = self.self_attention_hyper_connection
         if connection is None:
             return super()._forward_attention(hidden_states, *args, **kwargs)
-        segment = segment_of(hidden_states, self.recompute_segment_size)
-        u, carried = read(connection, hidden_states, segment)
-        with collected_tail() as tail:
-            y, context = super()._forward_attention(u, *args, **kwargs)
-        connection.observe(hidden_states, carried, y, tail.get('bias'))
+        stock = super()._forward_attention
+        pending, segment, rest = self.run_sublayer(
+            connection, stock, hidden_states, *args, **kwargs
+        )
         inside = self.mlp_hyper_connection
         following = self.following if inside is None else (inside,)
-        return write(Pending(y, carried, **tail), segment, connection, *following), context
+        return write(pending, segment, connection, *following), *rest
 
     def _forward_mlp(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         connection = self.mlp_hyper_connection
         if connection is None:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
-        segment = segment_of(hidden_states, self.recompute_segment_size)
-        u, carried = read(connection, hidden_states, segment)
-        with collected_tail() as tail:
-            y = super()._forward_mlp(u, *args, **kwargs)
-        connection.observe(hidden_states, carried, y, tail.get('bias'))
+        stock = super()._forward_mlp
+        pending, segment, _ = self.run_sublayer(connection, stock, hidden_states, *args, **kwargs)
         if self.post_stream is None or not self.training:
             with torch.profiler.record_function(POST_RANGE):
-                return write(Pending(y, carried, **tail), segment, connection, *self.following)
-        bias, dropout = tail['bias'], tail['dropout']
+                return write(pending, segment, connection, *self.following)
+        y, carried, bias, dropout, _ = pending
         return self.post_stream.run(
             lambda y, bias, carried: write(Pending(y, carried, bias, dropout), segment, connection),
             *(y, bias, carried),
@@ -157,7 +150,6 @@ _STATIC = {
 }
 
 
-@functools.cache
 def hyper_connection_layer(layer_class: type) -> type:
     """The n-stream form of ``layer_class``; an n-stream class is returned as it is."""
     if issubclass(layer_class, HyperConnectionLayerMixin):
@@ -173,5 +165,5 @@ def hyper_connection_layer(layer_class: type) -> type:
             f'{" or ".join(missing) or "BaseTransformerLayer base"}: hyper-connections wrap those '
             'two methods of a TransformerLayer; derive the layer from TransformerLayer'
         )
-    name = f'HyperConnection{layer_class.__name__}'
-    return type(name, (HyperConnectionLayerMixin, layer_class), {'__doc__': layer_class.__doc__})
+    # mypy does not know that every class can be hashed.
+    return n_stream_class(HyperConnectionLayerMixin, layer_class)  # type: ignore[arg-type]

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
-from megatron.core.ssm.mamba_layer import MambaLayer
 from torch import Tensor, nn
 
-from megatron_mhc.residual.hyper_connection import Pending
-from megatron_mhc.residual.recompute import segment_of
 from megatron_mhc.residual.sublayer import (
     ChainedLayer,
     build_hyper_connection,
-    collected_tail,
     output_projections_rescaled,
-    read,
     without_residual,
     write,
 )
@@ -67,20 +61,6 @@ class HyperConnectionMambaLayerMixin(ChainedLayer, _Host):
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         connection = self.mixer_hyper_connection
-        segment = segment_of(hidden_states, self.recompute_segment_size)
-        u, carried = read(connection, hidden_states, segment)
-        with collected_tail() as tail:
-            y = super().forward(u, *args, **kwargs)
-        connection.observe(hidden_states, carried, y, tail.get('bias'))
-        return write(Pending(y, carried, **tail), segment, connection, *self.following)
-
-
-@functools.cache
-def hyper_connection_mamba_layer(layer_class: type[MambaLayer]) -> type:
-    """The n-stream form of ``layer_class``; an n-stream class is returned as it is."""
-    if issubclass(layer_class, HyperConnectionMambaLayerMixin):
-        return layer_class
-    name = f'HyperConnection{layer_class.__name__}'
-    return type(
-        name, (HyperConnectionMambaLayerMixin, layer_class), {'__doc__': layer_class.__doc__}
-    )
+        stock = super().forward
+        pending, segment, _ = self.run_sublayer(connection, stock, hidden_states, *args, **kwargs)
+        return write(pending, segment, connection, *self.following)

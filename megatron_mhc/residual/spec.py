@@ -9,8 +9,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megatron_mhc.residual.layer import hyper_connection_layer
-from megatron_mhc.residual.mamba_layer import hyper_connection_mamba_layer
-from megatron_mhc.residual.stack import hyper_connection_stack, is_stack
+from megatron_mhc.residual.mamba_layer import HyperConnectionMambaLayerMixin
+from megatron_mhc.residual.stack import HyperConnectionStackMixin, is_stack
+from megatron_mhc.residual.sublayer import n_stream_class
 from megatron_mhc.settings.names import STREAM_TYPES
 from megatron_mhc.settings.residual import ResidualConfig
 
@@ -43,12 +44,15 @@ def with_residual(spec: Spec, residual: ResidualConfig, sublayers: int = 2) -> S
         return dataclasses.replace(spec, submodules=with_residual(spec.submodules, residual))
     if is_stack(spec):
         params = {**spec.params, 'residual': residual}
-        return dataclasses.replace(spec, module=hyper_connection_stack(spec.module), params=params)
-    mamba = issubclass(spec.module, MambaLayer)
-    widened = hyper_connection_mamba_layer if mamba else hyper_connection_layer
+        widened = n_stream_class(HyperConnectionStackMixin, spec.module)
+        return dataclasses.replace(spec, module=widened, params=params)
+    if issubclass(spec.module, MambaLayer):
+        widened = n_stream_class(HyperConnectionMambaLayerMixin, spec.module)
+    else:
+        widened = hyper_connection_layer(spec.module)
     return dataclasses.replace(
         spec,
-        module=widened(spec.module),
+        module=widened,
         params={**spec.params, 'residual': residual, 'sublayers': sublayers},
         # The stock layer rewrites its submodules in place; specs are often shared between layers.
         submodules=dataclasses.replace(spec.submodules),

@@ -8,7 +8,6 @@ their own from the same specs, and keep one stream.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -54,12 +53,3 @@ class HyperConnectionStackMixin(_Host):
             and isinstance(spec := getattr(submodules, field.name), ModuleSpec)
         }
         super().__init__(config, dataclasses.replace(submodules, **layers), *args, **kwargs)
-
-
-@functools.cache
-def hyper_connection_stack(stack_class: type) -> type:
-    """The n-stream form of ``stack_class``; an n-stream class is returned as it is."""
-    if issubclass(stack_class, HyperConnectionStackMixin):
-        return stack_class
-    name = f'HyperConnection{stack_class.__name__}'
-    return type(name, (HyperConnectionStackMixin, stack_class), {'__doc__': stack_class.__doc__})

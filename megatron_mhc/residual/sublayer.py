@@ -8,6 +8,7 @@ output; ``write`` then applies F_post,res with both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -25,7 +26,7 @@ from megatron_mhc.residual.attached import READ_AHEAD, ReadAhead
 from megatron_mhc.residual.hc import UnconstrainedHyperConnection
 from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
-from megatron_mhc.residual.recompute import RecomputedSegment, Written
+from megatron_mhc.residual.recompute import RecomputedSegment, Written, segment_of
 from megatron_mhc.residual.single_pass import SinglePassHyperConnection
 from megatron_mhc.settings.residual import ResidualConfig
 
@@ -40,6 +41,14 @@ else:
 
 # Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
 _TAIL: ContextVar[dict[str, Any] | None] = ContextVar('megatron_mhc_tail', default=None)
+
+
+@functools.cache
+def n_stream_class(mixin: type, stock: type) -> type:
+    """``stock`` with ``mixin`` in front of it; a class that has it is returned as it is."""
+    if issubclass(stock, mixin):
+        return stock
+    return type(f'HyperConnection{stock.__name__}', (mixin, stock), {'__doc__': stock.__doc__})
 
 
 @contextlib.contextmanager
@@ -150,6 +159,28 @@ class ChainedLayer(_Host):
         if connection is not None and self.config.recompute_granularity != 'full':
             # In a tuple, or it would be registered as a child of this layer too.
             self.following = (connection,)
+
+    def run_sublayer(
+        self,
+        connection: HyperConnection,
+        stock: Callable[..., Any],
+        hidden_states: Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Pending, RecomputedSegment | None, Any]:
+        """``stock(u, *args, **kwargs)`` for what ``connection`` reads, observed.
+
+        Returns:
+            What F_post,res is to write, the segment that it is in, and what ``stock`` returned
+            behind the sublayer's output.
+        """
+        segment = segment_of(hidden_states, self.recompute_segment_size)
+        u, carried = read(connection, hidden_states, segment)
+        with collected_tail() as tail:
+            output = stock(u, *args, **kwargs)
+        y, *rest = output if isinstance(output, tuple) else (output,)
+        connection.observe(hidden_states, carried, y, tail.get('bias'))
+        return Pending(y, carried, **tail), segment, rest
 
 
 def read(

@@ -1,4 +1,4 @@
-"""Models and steps of the tests of recompute segments."""
+"""What the tests of small models share: their settings, specs and steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import dataclasses
 import torch
 
 SEQUENCE, BATCH = 4, 2
+# Of any model here.
+SMALL = {
+    'hidden_size': 32,
+    'ffn_hidden_size': 64,
+    'num_attention_heads': 4,
+    'use_cpu_initialization': True,
+    'hidden_dropout': 0.0,
+    'attention_dropout': 0.0,
+    'persist_layer_norm': False,
+    'gradient_accumulation_fusion': False,
+    'masked_softmax_fusion': False,
+    'bias_dropout_fusion': False,
+}
 
 
 def moe_spec(config):

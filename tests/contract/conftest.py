@@ -52,6 +52,7 @@ def megatron(tmp_path_factory):
 @pytest.fixture
 def build(megatron):
     """``build(residual=..., spec=..., **config)`` -> GPTModel; equal seeds, equal base weights."""
+    from block_models import SMALL
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -68,22 +69,7 @@ def build(megatron):
         if mtp_spec and minor in compat.PREVIEWED and not HAVE_TE:
             pytest.skip('core 0.20 before its release builds no prediction layer without TE')
         torch.manual_seed(5)
-        config = TransformerConfig(
-            **{
-                'num_layers': 3,
-                'hidden_size': 32,
-                'ffn_hidden_size': 64,
-                'num_attention_heads': 4,
-                'use_cpu_initialization': True,
-                'hidden_dropout': 0.0,
-                'attention_dropout': 0.0,
-                'persist_layer_norm': False,
-                'gradient_accumulation_fusion': False,
-                'masked_softmax_fusion': False,
-                'bias_dropout_fusion': False,
-                **settings,
-            }
-        )
+        config = TransformerConfig(**{'num_layers': 3, **SMALL, **settings})
         if residual is not None:
             # Where kernels are compared with torch: the interpreter takes its time for each pass.
             compared = 'kernel_backend' in residual and residual.get('residual_type') != 'hc'

@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import torch
+from block_models import SMALL
 from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.core.models.mamba.mamba_model import MambaModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -13,20 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_mhc import ResidualConfig, compat
 
 SEQUENCE, VOCABULARY = 16, 64
-PLAIN = {
-    'hidden_size': 32,
-    'ffn_hidden_size': 64,
-    'num_attention_heads': 4,
-    'use_cpu_initialization': True,
-    'hidden_dropout': 0.0,
-    'attention_dropout': 0.0,
-    'persist_layer_norm': False,
-    'gradient_accumulation_fusion': False,
-    'masked_softmax_fusion': False,
-    'bias_dropout_fusion': False,
-    'is_hybrid_model': True,
-    'transformer_impl': 'local',
-}
+PLAIN = {**SMALL, 'is_hybrid_model': True, 'transformer_impl': 'local'}
 
 
 def hybrid_class():
