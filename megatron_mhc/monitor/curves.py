@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from megatron_mhc.monitor.names import LOSS
-from megatron_mhc.monitor.panels import GAP, Panel
+from megatron_mhc.monitor.panels import GAP, PANELS, Panel
 from megatron_mhc.monitor.runs import Run, is_hc, present
 from megatron_mhc.monitor.verdict import alarm_settings
 from megatron_mhc.settings.flags_monitor import PAPER_GAIN
@@ -31,6 +31,11 @@ class Curve(NamedTuple):
     mean: list[float]
     low: list[float]
     high: list[float]
+
+
+def drawn_panels(groups: Groups) -> list[tuple[Panel, list[Curve]]]:
+    """Each panel of which there is something to draw, with that."""
+    return [(panel, found) for panel in PANELS if (found := curves(panel, groups))]
 
 
 def curves(panel: Panel, groups: Groups) -> list[Curve]:

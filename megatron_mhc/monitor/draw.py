@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_mhc.monitor.curves import Curve, Groups, curves, limits
+from megatron_mhc.monitor.curves import Curve, Groups, limits
 from megatron_mhc.monitor.panels import Panel
 
 STYLES = ('-', '--')
@@ -30,9 +30,9 @@ def colours(groups: Groups) -> dict[str, str]:
     return {name: to_hex(f'C{index % 10}') for index, name in enumerate(groups)}
 
 
-def draw_panel(axes: Any, panel: Panel, groups: Groups) -> None:
-    """Draw one panel of which there is something to draw."""
-    base, found = plain(next(iter(groups))), curves(panel, groups)
+def draw_panel(axes: Any, panel: Panel, found: list[Curve], groups: Groups) -> None:
+    """Draw one panel, of which the curves ``found`` are there."""
+    base = plain(next(iter(groups)))
     axes.set_title(panel.title.format(base=base), fontsize=9)
     axes.set(xlabel='sublayer l' if panel.by_sublayer else 'iteration', ylabel=panel.unit)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mhc.monitor.curves import Groups, curves
+from megatron_mhc.monitor.curves import Curve, Groups, drawn_panels
 from megatron_mhc.monitor.draw import colours, draw_panel
 from megatron_mhc.monitor.finding import Finding
 from megatron_mhc.monitor.heat_maps import (
@@ -24,7 +24,7 @@ from megatron_mhc.monitor.heat_maps import (
     draw_maps,
 )
 from megatron_mhc.monitor.names import PREFIX, sublayer_name
-from megatron_mhc.monitor.panels import PANELS, Panel
+from megatron_mhc.monitor.panels import Panel
 from megatron_mhc.monitor.picture import new_figure
 from megatron_mhc.monitor.runs import Run
 from megatron_mhc.monitor.verdict import UNKNOWN, level
@@ -57,11 +57,11 @@ def write_page(
         ) from error
     base = next(iter(groups))
     sections: dict[str, list[dict[str, str]]] = {}
-    for panel in (panel for panel in PANELS if curves(panel, groups)):
+    for panel, found in drawn_panels(groups):
         shown = {
             'title': panel.title.format(base=base),
             'healthy': panel.healthy.format(base=base),
-            'picture': _picture(5.4, 3.4, functools.partial(_draw_panel, panel, groups)),
+            'picture': _picture(5.4, 3.4, functools.partial(_draw_panel, panel, found, groups)),
         }
         sections.setdefault(panel.section, []).append(shown)
     maps = [
@@ -103,8 +103,8 @@ def write_page(
     output.write_text(text, encoding='utf-8')
 
 
-def _draw_panel(panel: Panel, groups: Groups, figure: Any) -> None:
-    draw_panel(figure.gca(), panel, groups)
+def _draw_panel(panel: Panel, found: list[Curve], groups: Groups, figure: Any) -> None:
+    draw_panel(figure.gca(), panel, found, groups)
 
 
 def _picture(width: float, height: float, draw: Callable[[Any], object]) -> str:

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from megatron_mhc.monitor.curves import Groups, curves
+from megatron_mhc.monitor.curves import Groups, drawn_panels
 from megatron_mhc.monitor.draw import draw_panel, plain
 from megatron_mhc.monitor.heat_maps import (
     ENTRIES_HEIGHT,
@@ -15,7 +15,6 @@ from megatron_mhc.monitor.heat_maps import (
     draw_entries,
     draw_maps,
 )
-from megatron_mhc.monitor.panels import PANELS
 from megatron_mhc.monitor.runs import Run
 
 COLUMNS = 3
@@ -52,7 +51,7 @@ def write_picture(
     """
     wrapper = textwrap.TextWrapper(CHARACTERS, subsequent_indent='  ')
     wrapped = [part for line in lines for part in wrapper.wrap(line)]
-    panels = [panel for panel in PANELS if curves(panel, groups)]
+    panels = drawn_panels(groups)
     rows = -(-len(panels) // COLUMNS)
     maps = max((len(numbers) for _, numbers in mapped), default=0)
     map_heights = [MAPS_HEIGHT, ENTRIES_HEIGHT] * len(mapped)
@@ -63,8 +62,8 @@ def write_picture(
     )[:, 0]
     head.text(0.01, 0.5, plain('\n'.join(wrapped)), fontsize=9, family='monospace', va='center')
     every = list(curve_part.subplots(rows, COLUMNS, squeeze=False).flat)
-    for panel, axes in zip(panels, every, strict=False):
-        draw_panel(axes, panel, groups)
+    for (panel, found), axes in zip(panels, every, strict=False):
+        draw_panel(axes, panel, found, groups)
     for axes in every[len(panels) :]:
         axes.remove()
     for (run, numbers), drawn, entries in zip(mapped, map_parts[::2], map_parts[1::2], strict=True):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_mhc.schedules.inverted_v import written
 from megatron_mhc.schedules.stage_layers import layer_counts
+from megatron_mhc.settings import queues
 from megatron_mhc.settings.residual import NORM_EPS, ResidualConfig
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import Experts, LatentAttention, ModelShape
@@ -180,7 +181,7 @@ def recipe_flags(
         one_queue: as for ``parallel_flags``; None for a GPU that nobody has named.
     """
     if one_queue is None:
-        one_queue = layout.tp > 1 or layout.cp > 1
+        one_queue = queues.one_queue(layout.tp, layout.cp)
     if isinstance(residual, str):
         segments = 'none' if residual == 'standard' else SEGMENTS
         residual = ResidualConfig(residual, recompute_layer_num=segments)

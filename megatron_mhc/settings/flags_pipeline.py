@@ -13,6 +13,7 @@ from megatron_mhc.settings import v_plan
 from megatron_mhc.settings.flag import flags_of, given, refuse_in_vain
 from megatron_mhc.settings.names import V_SCHEDULES
 from megatron_mhc.settings.pipeline import PipelineConfig, PipelineOptions
+from megatron_mhc.settings.queues import CONNECTIONS
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
 
 # Compute, high priority, expert and stage communication, with room for data parallelism.
@@ -109,7 +110,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
 
 
 def _advise_on_connections(args: argparse.Namespace) -> None:
-    connections = os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS', '8')
+    connections = os.environ.get(CONNECTIONS, '8')
     if connections.isdigit() and int(connections) < ENOUGH_CONNECTIONS:
         remedy = f'set it to {ENOUGH_CONNECTIONS} or more (32 is common)'
         shared = [
@@ -124,7 +125,7 @@ def _advise_on_connections(args: argparse.Namespace) -> None:
                 'expert ranks in its place, or do without the overlap'
             )
         announce(
-            f'CUDA_DEVICE_MAX_CONNECTIONS={connections}: streams share that many hardware queues, '
+            f'{CONNECTIONS}={connections}: streams share that many hardware queues, '
             f'so stage communication and F_post,res can be stuck behind other compute; {remedy}'
         )
 

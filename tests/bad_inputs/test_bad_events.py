@@ -11,6 +11,7 @@ import torch
 from one_line import check, in_time, said
 
 from megatron_mhc.cli import main
+from megatron_mhc.monitor.curves import curves
 from megatron_mhc.monitor.draw import draw_panel
 from megatron_mhc.monitor.heat_maps import draw_maps
 from megatron_mhc.monitor.names import BY_SUBLAYER, COMPOSITE, GRADIENT_NORM, H_RES, LOSS, ROWS
@@ -91,7 +92,7 @@ def test_names_are_drawn_as_they_are(events):
     """In legends, where a name may not be left out either, and in the titles of maps."""
     groups = {name: [read_run(events.parent, name)] for name in NAMES}
     gap, figure = PANELS[1], new_figure(5, 4)
-    draw_panel(figure.gca(), gap, groups)
+    draw_panel(figure.gca(), gap, curves(gap, groups), groups)
     figure.savefig(io.BytesIO(), format='svg')
     shown = [text.get_text() for text in figure.gca().get_legend().get_texts()]
     assert [text.replace(r'\$', '$').strip() for text in shown] == list(NAMES)

@@ -325,7 +325,7 @@ def test_rounding_noise_stays_flat_and_hc_is_drawn_to_its_top(made):
     composite = panel_of('gain of the composite')
     noise = made({PRODUCT: at(STEPS, *EVERY, value=1.0000001)})
     axes = new_figure(5, 4).gca()
-    draw_panel(axes, composite, {'run': [noise]})
+    draw_panel(axes, composite, curves(composite, {'run': [noise]}), {'run': [noise]})
     low, high = axes.get_ylim()
     assert axes.get_ylabel() == 'amax gain' and axes.get_yscale() == 'log'
     # The lines of the paper and of the alarm are within, and what is noise is less than a pixel.
@@ -334,7 +334,7 @@ def test_rounding_noise_stays_flat_and_hc_is_drawn_to_its_top(made):
     assert labels == ['run', '1.6, most in the mHC paper', 'alarm at 3']
     wild = made({PRODUCT: at((30,), 0, value=1e9)}, residual_type='hc')
     axes = new_figure(5, 4).gca()
-    draw_panel(axes, composite, {'run': [wild]})
+    draw_panel(axes, composite, curves(composite, {'run': [wild]}), {'run': [wild]})
     assert axes.get_ylim()[1] > 1e9
     assert limits(composite, {'run': [wild]}) == {100.0: 'alarm at 100'}
 
