@@ -35,7 +35,10 @@ setup(
     license_files=['LICENSE'],
     packages=PACKAGES,
     # The guides, which messages name and `megatron-mhc docs` prints, with their pictures.
-    package_data={'': ['py.typed', '*.html', '*.json', '*.md'], 'megatron_mhc.docs': ['*.png']},
+    package_data={
+        '': ['py.typed', '*.html', '*.json', '*.md', '*.txt'],
+        'megatron_mhc.docs': ['*.png'],
+    },
     python_requires='>=' + '.'.join(map(str, COMPAT['PYTHON_MIN'])),
     # torch carries no version: whatever a vendor container brings satisfies it, so pip never
     # replaces that build. Triton is an extra, because everything has a plain torch path.

@@ -10,9 +10,8 @@ import sys
 from megatron_mhc.compat import describe_core, require_supported_core
 from megatron_mhc.inputs.refusal import announce
 from megatron_mhc.settings.flags_residual import parsed_arguments
-from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.names import DEVICES, V_SCHEDULES
 
-DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')
 # Class -> its module, below ``megatron.core.models``; 0.17 has the last one alone of hybrid models.
 MODELS = {
     'GPTModel': 'gpt.gpt_model',

@@ -12,11 +12,13 @@ import pathlib
 import runpy
 import sys
 
-from megatron_mhc.bootstrap import DEVICES, prepare
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
-from megatron_mhc.inputs.values import environment_integer
 from megatron_mhc.runtime.script_path import enter_folder
-from megatron_mhc.settings.groups import EVERY_GROUP
+from megatron_mhc.settings.names import DEVICES
+
+# As argparse prints the flags of the settings, which take twice its own time to build; written by
+# settings/table.py.
+FLAGS = pathlib.Path(__file__).parent / 'settings' / 'flags.txt'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def build_parser(prog: str, closing: str = '') -> argparse.ArgumentParser:
     """The launcher's parser; help lists the flags that a script gains, and ends in ``closing``."""
-    flags = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-    for add_group in EVERY_GROUP:
-        add_group(flags)
     parser = OneLineParser(
         prog=prog,
         description='Run a Megatron pretrain script, unmodified, with hyper-connections available.',
         epilog='flags that SCRIPT gains (beside its own; guide: megatron-mhc docs flags):\n'
-        + flags.format_help()
+        + FLAGS.read_text()
         + closing,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -65,6 +64,8 @@ def main(
         )
     # Before anything looks for Megatron, so that the script gets the one that Python would give it.
     enter_folder(script.resolve().parent)
+    from megatron_mhc.bootstrap import prepare
+
     try:
         _single_process_defaults()
         prepare(options.device)
@@ -91,6 +92,8 @@ def _single_process_defaults() -> None:
     """
     if 'WORLD_SIZE' in os.environ:
         return
+    from megatron_mhc.inputs.values import environment_integer
+
     for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'):
         if environment_integer(name, 1) > 1:
             raise RuntimeError(

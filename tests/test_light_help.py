@@ -18,16 +18,10 @@ from megatron_mhc.study.names import HARDWARE
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {'torch', 'numpy', 'matplotlib', 'megatron', 'triton', 'safetensors'}
-# Each takes longer to import than the parser of a command to build. A dataclass needs ``inspect``;
-# the launcher's help, which lists the flags of a script, needs those that the flags are fields of.
+# Each takes longer to import than the parser of a command to build. A dataclass needs ``inspect``.
 SLOW = {
     *('dataclasses', 'email', 'hashlib', 'importlib.metadata', 'inspect', 'pydoc', 'socket'),
     *('sqlite3', 'subprocess', 'typing', 'zipfile'),
-}
-# What a page needs of them all the same.
-NEEDED = {
-    'run': {'dataclasses', 'inspect', 'typing'},
-    'recompute': {'typing'},
 }
 PROBE = """
 import json, runpy, sys
@@ -82,13 +76,12 @@ def test_all_pages_are_known():
 def test_help_needs_no_torch(page, tmp_path):
     text, modules = loaded(tmp_path, 'megatron_mhc', *page, '--help')
     assert text.startswith(f'usage: megatron-mhc {" ".join(page)}'.strip())
-    assert not modules & HEAVY
-    assert not modules & (SLOW - NEEDED.get(page[0] if page else '', set()))
+    assert not modules & (HEAVY | SLOW)
 
 
 def test_the_launchers_own_help_needs_none_either(tmp_path):
     text, modules = loaded(tmp_path, 'megatron_mhc.run', '--help')
-    assert '--residual-type' in text and not modules & (HEAVY | SLOW - NEEDED['run'])
+    assert '--residual-type' in text and not modules & (HEAVY | SLOW)
 
 
 def test_torch_is_noticed(tmp_path):

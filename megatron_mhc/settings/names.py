@@ -10,3 +10,5 @@ STOCK_SCHEDULES = ('1f1b', 'interleaved')
 # Those on the inverted V, run from a plan.
 V_SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 PIPELINE_SCHEDULES = (*STOCK_SCHEDULES, *V_SCHEDULES)
+# What --device takes; `unchanged` is the adaptor's alone.
+DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')

@@ -1,10 +1,11 @@
-"""The tables of flags in megatron_mhc/docs/flags.md.
+"""The flags as text: the tables in megatron_mhc/docs/flags.md and the launcher's help.
 
-``python -m megatron_mhc.settings.table`` writes them to the page.
+``python -m megatron_mhc.settings.table`` writes both.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_mhc.settings.flag import Flag, flags_of
 from megatron_mhc.settings.groups import EVERY_GROUP, Group
 
 PAGE = Path(__file__).parents[1] / 'docs' / 'flags.md'
+HELP = Path(__file__).with_name('flags.txt')
 HEAD = '| flag | default | meaning |\n| --- | --- | --- |\n'
 
 
@@ -45,5 +47,18 @@ def _with_table(page: str, group: Group) -> str:
     return before + heading + between + head + rows + re.sub(r'^(\|.*\n)*', '', after)
 
 
+def help_text() -> str:
+    """What argparse prints of every group, in 80 columns."""
+    flags = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=78),
+    )
+    for add_group in EVERY_GROUP:
+        add_group(flags)
+    return flags.format_help()
+
+
 if __name__ == '__main__':
     PAGE.write_text(with_tables(PAGE.read_text()))
+    HELP.write_text(help_text())

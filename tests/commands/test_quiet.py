@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from megatron_mhc.commands import recompute
+from megatron_mhc.commands import recompute_answer as recompute
 from megatron_mhc.inputs.quiet import quiet
 
 

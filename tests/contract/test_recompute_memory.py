@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_mhc import ResidualConfig
-from megatron_mhc.commands import recompute as recompute_memory
+from megatron_mhc.commands import recompute
+from megatron_mhc.commands import recompute_answer as recompute_memory
 from megatron_mhc.commands.storage_meter import StorageMeter
 from megatron_mhc.inputs import refusal
 from megatron_mhc.settings.recompute_cost import best_segment, kept_cost, segment_cost
@@ -107,7 +108,7 @@ def test_meter_counts_every_byte():
 
 def test_command_refuses_odd_numbers_of_sublayers(capsys):
     parser = argparse.ArgumentParser()
-    recompute_memory.add_arguments(parser)
+    recompute.add_arguments(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(['--sublayers', '3', '--kernel-backend', 'torch'])
     assert 'use even numbers' in capsys.readouterr().err

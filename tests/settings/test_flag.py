@@ -23,7 +23,7 @@ from megatron_mhc.settings.flag import (
     write_back,
 )
 from megatron_mhc.settings.groups import EVERY_GROUP, RESIDUAL_FLAGS
-from megatron_mhc.settings.table import HEAD, PAGE, row, with_tables
+from megatron_mhc.settings.table import HEAD, HELP, PAGE, help_text, row, with_tables
 
 HOT = {'kind': ('hot',)}
 
@@ -173,6 +173,10 @@ def test_the_page_has_the_tables_that_the_settings_yield():
     assert with_tables(page.replace(some, '| `--old` | 1 | gone |\n')) == page
     with pytest.raises(ValueError, match='no table of flags'):
         with_tables(page.replace(HEAD, ''))
+
+
+def test_the_launchers_help_is_what_the_settings_yield():
+    assert HELP.read_text() == help_text(), 'run `python -m megatron_mhc.settings.table`'
 
 
 @pytest.mark.parametrize('group', EVERY_GROUP, ids=lambda group: group.title)
