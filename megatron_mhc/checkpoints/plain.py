@@ -38,9 +38,10 @@ _METADATA_CLASSES = {
 } | {
     ('torch', 'Size'),
     ('torch.serialization', '_get_layout'),
-    ('pathlib', 'PosixPath'),
     ('collections', 'OrderedDict'),
 }
+# As Python up to 3.12, and as 3.13, call it; each reads what the other wrote.
+_PATH_NAMES = ('pathlib.PosixPath', 'pathlib._local.PosixPath')
 
 
 def plain_load(file: pathlib.Path | io.BytesIO, name: str = '', **options: Any) -> Any:
@@ -58,6 +59,7 @@ def plain_load(file: pathlib.Path | io.BytesIO, name: str = '', **options: Any) 
     # On leaving, torch forgets all that it is given here, also what others had registered.
     known = torch.serialization.get_safe_globals()
     missing = [entry for entry in SAFE_GLOBALS if entry not in known]
+    missing += [(pathlib.PosixPath, path) for path in _PATH_NAMES]
     with one_line(name or str(file)), torch.serialization.safe_globals(missing):
         return torch.load(file, map_location='cpu', weights_only=True, **options)
 
@@ -84,6 +86,8 @@ def check_archive(file: pathlib.Path | io.BytesIO, name: str = '') -> None:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if f'{module}.{name}' in _PATH_NAMES:
+            return pathlib.PosixPath
         dtype = module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or (module, name) in _METADATA_CLASSES:
             return super().find_class(module, name)
