@@ -41,9 +41,9 @@ def stack_spec_name(signature: inspect.Signature) -> str:
 def _require_placement(pipeline: PipelineConfig) -> None:
     if not PATTERN_PATCHES.intersection(applied()):
         raise RuntimeError(
-            f'--pipeline-schedule {pipeline.schedule} with --hybrid-layer-pattern: megatron-core '
-            f'{core_version()} asks no function that is known for the layers of a stage, so that '
-            'they would not be those of a V; use --pipeline-schedule 1f1b'
+            f'--pipeline-schedule {pipeline.schedule} with --hybrid-layer-pattern: no patch that '
+            f'gives a stage the layers of a V is in place for megatron-core {core_version()} '
+            '(`megatron-mhc doctor` lists them); use --pipeline-schedule 1f1b'
         )
 
 

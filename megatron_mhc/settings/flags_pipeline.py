@@ -164,7 +164,7 @@ def _lay_out(args: argparse.Namespace) -> str:
     if args.num_layers is None:
         raise ValueError(
             f'--pipeline-schedule {args.pipeline_schedule} divides the layers before a checkpoint '
-            'is read: give --num-layers, or --pipeline-model-parallel-layout'
+            'is read: give --num-layers, --pipeline-model-parallel-layout or --hybrid-layer-pattern'
         )
     first, last = 'E', 'm' * predicted + 'L'
     # Megatron counts embedding and loss as a layer each where these flags are set.

@@ -9,6 +9,7 @@ from test_model_patches import groups_of
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.settings.pipeline import PipelineConfig
 
 HC, MHC = {'residual_type': 'hc'}, {'residual_type': 'mhc', 'init': 'identity'}
 RESIDUALS = {
@@ -191,3 +192,8 @@ def test_what_gpt_models_alone_have_is_refused_before_the_model_is_built(hybrid,
     """The config of a caller without a command line, which may not say that it is of a hybrid."""
     with pytest.raises(ValueError, match='--hybrid-layer-pattern cannot be combined with'):
         hybrid('*-', on_config=setting, is_hybrid_model=False)
+
+
+def test_a_v_without_the_patch_that_places_its_stages_is_refused(hybrid):
+    with pytest.raises(RuntimeError, match='no patch that gives a stage the layers of a V'):
+        hybrid('*-', on_config={'pipeline_config': PipelineConfig('zb-v')})

@@ -67,6 +67,8 @@ def test_a_v_of_a_hybrid_pattern(parse, capsys, pattern, stages):
     args = parse(*f'{PATTERN} {pattern}'.split())
     assert args.hybrid_layer_pattern == stages and args.pipeline_model_parallel_layout is None
     assert f'layers {stages} in stage order' in capsys.readouterr().out
+    older = parse(*f'{PATTERN} {pattern}'.replace('layer-pattern', 'override-pattern').split())
+    assert older.hybrid_override_pattern == stages and older.hybrid_layer_pattern is None
 
 
 def test_ends_of_the_model_count_as_layers(parse):
