@@ -30,6 +30,7 @@ from megatron_mhc.settings.flags_pipeline import resolve_pipeline
 from megatron_mhc.settings.flags_residual import resolve_arguments
 from megatron_mhc.settings.groups import EVERY_GROUP
 from megatron_mhc.settings.megatron_sizes import check_sizes
+from megatron_mhc.settings.names import V_SCHEDULES
 from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.settings.shared_flags import add_groups, hand_over
@@ -88,7 +89,7 @@ def accept(
     hand_over(namespace, shared)
     residual = resolve_arguments(namespace, shared)
     check_residual(namespace, residual)
-    if residual.enabled:
+    if residual.enabled or namespace.pipeline_schedule in V_SCHEDULES:
         check_hybrid_pattern(namespace)
     checkpoints = found_checkpoints(namespace)
     check_checkpoints(namespace, residual, checkpoints)

@@ -51,17 +51,20 @@ def pipeline_of(config: Any) -> PipelineConfig | None:
     return pipeline
 
 
-def post_stream_of(config: Any) -> str:
-    """``config.mhc_post_stream`` where a caller set it, else ``--mhc-post-stream``."""
-    own = POST_STREAM.peek(config)
-    return own or getattr(parsed_arguments(), 'mhc_post_stream', None) or 'compute'
+def move_post_stream(model: Any) -> None:
+    """Put F_post,res of a built model where its config says, or else ``--mhc-post-stream``."""
+    own = POST_STREAM.peek(model.config)
+    post_stream = own or getattr(parsed_arguments(), 'mhc_post_stream', None) or 'compute'
+    POST_STREAM.attach(model.config, post_stream)
+    if post_stream == 'high':
+        use_post_stream(model)
 
 
 def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None) -> bool:
     """Make a model's config fit its schedule; returns whether this chunk is the first stage."""
     if vp_stage is None:
         raise ValueError(
-            f'--pipeline-schedule {pipeline.schedule}: GPTModel was built without vp_stage, so '
+            f'--pipeline-schedule {pipeline.schedule}: the model was built without vp_stage, so '
             'which of its two chunks this is cannot be told; the model provider must pass it on'
         )
     if vp_stage == 0:
@@ -136,10 +139,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         drop_unused_output_weight(self)
         if together:
             tie(self)
-        post_stream = post_stream_of(config)
-        POST_STREAM.attach(config, post_stream)
-        if post_stream == 'high':
-            use_post_stream(self)
+        move_post_stream(self)
 
     return __init__
 

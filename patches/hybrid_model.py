@@ -12,18 +12,25 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from megatron_mhc.compat import core_version
 from megatron_mhc.patches.edge_check import agree_on_edges
-from megatron_mhc.patches.engine import Patch
-from megatron_mhc.patches.gpt_model import pipeline_of, post_stream_of, residual_of
+from megatron_mhc.patches.engine import Patch, applied
+from megatron_mhc.patches.gpt_model import (
+    move_post_stream,
+    pipeline_of,
+    prepare_pipeline,
+    residual_of,
+)
+from megatron_mhc.patches.inverted_v import PATTERN_PATCHES
+from megatron_mhc.pipeline.tied_embedding import tie
 from megatron_mhc.residual.block import widen_block
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.settings.flags_engram import engram_of
 from megatron_mhc.settings.flags_pipeline import check_recompute_stream
 from megatron_mhc.settings.model_config import RESIDUAL
+from megatron_mhc.settings.pipeline import PipelineConfig
 from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.settings.refused_engram import ENGRAM
-from megatron_mhc.settings.refused_pipeline import INVERTED_V
-from megatron_mhc.settings.refused_post_stream import POST_STREAM
 
 
 def stack_spec_name(signature: inspect.Signature) -> str:
@@ -31,15 +38,13 @@ def stack_spec_name(signature: inspect.Signature) -> str:
     return next(name for name in signature.parameters if name.endswith('_stack_spec'))
 
 
-def _refuse_what_gpt_alone_has(config: Any) -> None:
-    """Raise ValueError for a feature that a caller put on the config; flags are checked before."""
-    if engram_of(config) is not None:
-        ENGRAM.check(config)
-    pipeline = pipeline_of(config)
-    if pipeline is not None:
-        INVERTED_V.check(config, pipeline.schedule)
-    if post_stream_of(config) == 'high':
-        POST_STREAM.check(config)
+def _require_placement(pipeline: PipelineConfig) -> None:
+    if not PATTERN_PATCHES.intersection(applied()):
+        raise RuntimeError(
+            f'--pipeline-schedule {pipeline.schedule} with --hybrid-layer-pattern: no patch that '
+            f'gives a stage the layers of a V is in place for megatron-core {core_version()} '
+            '(`megatron-mhc doctor` lists them); use --pipeline-schedule 1f1b'
+        )
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,23 +53,31 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def __init__(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
-        config = bound.arguments['config']
+        config, vp_stage = bound.arguments['config'], bound.arguments.get('vp_stage')
         # Configs that did not come from the command line may not say so.
         config.is_hybrid_model = True
-        _refuse_what_gpt_alone_has(config)
+        if engram_of(config) is not None:
+            ENGRAM.check(config)
         residual = residual_of(config)
-        if not residual.enabled:
-            original(*bound.args, **bound.kwargs)
-            return
-        check_residual(config, residual)
-        check_recompute_stream(residual.recompute_stream, None)
-        bound.arguments[spec_name] = with_residual(bound.arguments[spec_name], residual)
-        # The communicator and the optimizer read it from the config they share with the model.
-        RESIDUAL.attach(config, residual)
-        if not bound.arguments.get('vp_stage'):
-            agree_on_edges(config, residual)
+        if residual.enabled:
+            check_residual(config, residual)
+            bound.arguments[spec_name] = with_residual(bound.arguments[spec_name], residual)
+            # The communicator and the optimizer read it from the config they share with the model.
+            RESIDUAL.attach(config, residual)
+            if not vp_stage:
+                agree_on_edges(config, residual)
+        pipeline = pipeline_of(config)
+        check_recompute_stream(residual.recompute_stream, pipeline)
+        if pipeline is not None:
+            _require_placement(pipeline)
+            bound.arguments['pre_process'] = prepare_pipeline(config, pipeline, vp_stage)
         original(*bound.args, **bound.kwargs)
-        widen_block(self.decoder, residual)
+        if residual.enabled:
+            widen_block(self.decoder, residual)
+        if pipeline is not None:
+            # On a V one rank holds all copies of the word embedding.
+            tie(self)
+        move_post_stream(self)
 
     return __init__
 

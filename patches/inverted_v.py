@@ -17,6 +17,8 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.pipeline.layer_layout import InvertedVLayout
+from megatron_mhc.schedules.inverted_v import by_chunk_and_rank, stage_of
+from megatron_mhc.schedules.pattern_stages import stages_of
 
 _building_datasets = False
 
@@ -64,6 +66,22 @@ def _layout_in_stage_order(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_str
 
 
+def _segment_of_the_stage(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def select_pipeline_segment(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        ranks, rank = get_pg_size(given['pp_group']), get_pg_rank(given['pp_group'])
+        stages = stages_of(given['main_pattern'], ranks)
+        before = stages[: stage_of(rank, given['vp_stage'] or 0, ranks)]
+        given['main_pattern'] = '|'.join(by_chunk_and_rank(stages, ranks))
+        layers, _ = original(*bound.args, **bound.kwargs)
+        return layers, sum(map(len, before))
+
+    return select_pipeline_segment
+
+
 def _both_ends_on_the_last_rank(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_model_parallel(*args, **kwargs):
         for name in ('get_embedding_ranks', 'get_position_embedding_ranks'):
@@ -109,6 +127,25 @@ BATCH_PATCHES = tuple(
         ),
     )
 )
+_PATTERN_PATCHES = tuple(
+    Patch(
+        id=f'v-{kind}-pattern',
+        target=f'{module}:select_pipeline_segment',
+        wrap=_segment_of_the_stage,
+        reason='it tells every chunk of a hybrid model its layers and how many are before it',
+        fingerprints=fingerprints,
+        reads=('main_pattern', 'pp_group', 'vp_stage'),
+    )
+    for kind, module, fingerprints in (
+        (
+            'hybrid',
+            'megatron.core.models.hybrid.hybrid_layer_allocation',
+            {'0.18': '90c005cd', '0.19': 'c9ab46e3'},
+        ),
+        ('mamba', 'megatron.core.ssm.mamba_hybrid_layer_allocation', {'0.17': '90c005cd'}),
+    )
+)
+PATTERN_PATCHES = frozenset(patch.id for patch in _PATTERN_PATCHES)
 INVERTED_V_PATCHES = (
     *BATCH_PATCHES,
     Patch(
@@ -143,6 +180,7 @@ INVERTED_V_PATCHES = (
         fingerprints=on_every_release('0a59404f'),
         reads=('layout', 'pipeline_model_parallel_size'),
     ),
+    *_PATTERN_PATCHES,
     Patch(
         id='v-embedding-ranks',
         target='megatron.core.parallel_state:initialize_model_parallel',

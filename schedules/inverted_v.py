@@ -8,6 +8,7 @@ first stage has moved, from the first pipeline rank to the last.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 CHUNKS = 2
@@ -26,6 +27,12 @@ def stage_of(rank: int, chunk: int, ranks: int) -> int:
 def holder_of(stage: int, ranks: int) -> tuple[int, int]:
     """``(rank, chunk)`` that hold ``stage``; the inverse of ``stage_of``."""
     return (stage - ranks, 1) if stage >= ranks else (ranks - 1 - stage, 0)
+
+
+def by_chunk_and_rank[T](stages: list[T], ranks: int) -> list[T]:
+    """``stages``, first to last in forward order, in the order in which Megatron counts them."""
+    places = itertools.product(range(CHUNKS), range(ranks))
+    return [stages[stage_of(rank, chunk, ranks)] for chunk, rank in places]
 
 
 def even_layout(

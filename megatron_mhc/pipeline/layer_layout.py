@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from megatron_mhc.schedules.inverted_v import CHUNKS, holder_of, stage_of
+from megatron_mhc.schedules.inverted_v import CHUNKS, by_chunk_and_rank, holder_of, stage_of
 
 
 class InvertedVLayout(PipelineParallelLayerLayout):
@@ -29,9 +29,7 @@ class InvertedVLayout(PipelineParallelLayerLayout):
                 f'--pipeline-model-parallel-layout {layout}: {len(stages)} stages, but a V on '
                 f'{ranks} pipeline ranks has {CHUNKS * ranks}; separate them by |'
             )
-        # Megatron's own order is by chunk, then by rank.
-        held = [stages[stage_of(r, c, ranks)] for c in range(CHUNKS) for r in range(ranks)]
-        super().__init__(held, ranks)
+        super().__init__(by_chunk_and_rank(stages, ranks), ranks)
         self.input_data = layout
         # In stage order, as the checks of the base class expect it.
         self.flatten_layout = [

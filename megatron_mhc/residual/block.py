@@ -79,8 +79,7 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     for layer, following in itertools.pairwise(block.layers):
         if isinstance(layer, ChainedLayer):
             layer.precedes(following)
-    # The name in a hybrid stack, which has none on other stages.
-    norm = getattr(block, 'final_norm', None) or getattr(block, 'final_layernorm', None)
+    norm = final_norm_of(block)
     if norm is not None:
         block.stream_merge = StreamMerge(
             block.config.hidden_size, residual, block.config.sequence_parallel
@@ -91,6 +90,12 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
             'the last pipeline stage has no final norm, before which the residual streams are '
             'merged: build the block with post_layer_norm=True or use --residual-type standard'
         )
+
+
+def final_norm_of(block: nn.Module) -> nn.Module | None:
+    """The final norm of a block or of a hybrid stack, which has none on other stages."""
+    norm: nn.Module | None = getattr(block, 'final_norm', None)
+    return norm or getattr(block, 'final_layernorm', None)
 
 
 def _merge_first(

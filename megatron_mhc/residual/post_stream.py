@@ -20,19 +20,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.identity_op import IdentityFuncOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from megatron_mhc.kernels.profiler_names import POST_RANGE
 from megatron_mhc.residual.attached import IN_FLIGHT
+from megatron_mhc.residual.block import final_norm_of
 from megatron_mhc.residual.layer import HyperConnectionLayerMixin
 from megatron_mhc.schedules.executor_lanes import yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import Launched, launch, side_stream
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.core.models.common.language_module.language_module import LanguageModule
 
 HIGH_PRIORITY = -1
 _LEFT: ContextVar[bool] = ContextVar('megatron_mhc_left_in_flight', default=False)
@@ -114,11 +115,11 @@ def left_in_flight() -> Iterator[None]:
         _LEFT.reset(token)
 
 
-def use_post_stream(model: GPTModel) -> None:
+def use_post_stream(model: LanguageModule) -> None:
     """Move F_post,res of every MLP sublayer of ``model.decoder`` to a stream of high priority.
 
     Args:
-        model: a ``GPTModel``; its chunks of one rank may run at the same time.
+        model: a GPT or hybrid model; its chunks of one rank may run at the same time.
 
     Raises:
         ValueError: a setting that cannot be combined with it, or an unknown residual add.
@@ -129,14 +130,14 @@ def use_post_stream(model: GPTModel) -> None:
     for layer in block.layers:
         if isinstance(layer, HyperConnectionLayerMixin):
             layer.post_stream = stream
-        elif not isinstance(layer.mlp_bda, IdentityFuncOp):
+        # A Mamba layer has no MLP to move.
+        elif isinstance(layer, TransformerLayer) and not isinstance(layer.mlp_bda, IdentityFuncOp):
             _move_residual_add(layer, stream)
         layer.register_forward_pre_hook(_settle_inputs, with_kwargs=True)
-    if block.final_layernorm is not None:
+    norm = final_norm_of(block)
+    if norm is not None:
         # Before the hook that merges the streams.
-        block.final_layernorm.register_forward_pre_hook(
-            _settle_inputs, with_kwargs=True, prepend=True
-        )
+        norm.register_forward_pre_hook(_settle_inputs, with_kwargs=True, prepend=True)
     block.register_forward_hook(_settle_output)
 
 

@@ -9,6 +9,7 @@ from megatron_mhc.inputs.refusal import announce, is_first_rank
 from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.schedules.inverted_v import CHUNKS, check_layout, even_layout
 from megatron_mhc.schedules.live import live_at_peak
+from megatron_mhc.schedules.pattern_stages import cut_pattern
 from megatron_mhc.settings import v_plan
 from megatron_mhc.settings.flag import flags_of, given, refuse_in_vain
 from megatron_mhc.settings.names import V_SCHEDULES
@@ -90,7 +91,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
             f'--micro-batch-size is missing: --pipeline-schedule {schedule} is planned for a '
             'number of microbatches; give it'
         )
-    _lay_out(args)
+    layers = _lay_out(args)
     advise_on_optimizer_state(args, 'will be saved')
     ranks = args.pipeline_model_parallel_size
     recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
@@ -103,8 +104,8 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
         live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS)
         announce(
             f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
-            f'layers {args.pipeline_model_parallel_layout} in stage order, at most {max(live):g} '
-            'microbatches in flight on a rank'
+            f'layers {layers} in stage order, at most {max(live):g} microbatches in flight on a '
+            'rank'
         )
     return pipeline
 
@@ -147,25 +148,32 @@ def advise_on_optimizer_state(args: argparse.Namespace, when: str) -> None:
         )
 
 
-def _lay_out(args: argparse.Namespace) -> None:
+def _lay_out(args: argparse.Namespace) -> str:
+    """The layers of every stage, in the argument where Megatron looks for them."""
     args.num_virtual_stages_per_pipeline_rank = None
     ranks, predicted = args.pipeline_model_parallel_size, args.mtp_num_layers or 0
+    # The name of the pattern that is given; the second is older.
+    for name in ('hybrid_layer_pattern', 'hybrid_override_pattern'):
+        if pattern := getattr(args, name, None):
+            cut = cut_pattern(pattern, ranks)
+            setattr(args, name, cut)
+            return cut
     if args.pipeline_model_parallel_layout is not None:
         check_layout(args.pipeline_model_parallel_layout, ranks, args.num_layers, predicted)
-        return
+        return str(args.pipeline_model_parallel_layout)
     if args.num_layers is None:
         raise ValueError(
             f'--pipeline-schedule {args.pipeline_schedule} divides the layers before a checkpoint '
-            'is read: give --num-layers, or --pipeline-model-parallel-layout'
+            'is read: give --num-layers, --pipeline-model-parallel-layout or --hybrid-layer-pattern'
         )
     first, last = 'E', 'm' * predicted + 'L'
     # Megatron counts embedding and loss as a layer each where these flags are set.
     extra = (args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split)
     args.account_for_embedding_in_pipeline_split = False
     args.account_for_loss_in_pipeline_split = False
-    args.pipeline_model_parallel_layout = even_layout(
-        args.num_layers, ranks, first, last, *map(int, extra)
-    )
+    layout = even_layout(args.num_layers, ranks, first, last, *map(int, extra))
+    args.pipeline_model_parallel_layout = layout
+    return layout
 
 
 def _microbatch_counts(args: argparse.Namespace) -> list[int]:

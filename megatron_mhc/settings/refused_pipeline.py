@@ -9,6 +9,7 @@ from megatron_mhc.settings.constraint import (
     full_recompute,
     hybrid_model,
     offloads,
+    predicts,
     shards_parameters,
 )
 from megatron_mhc.settings.names import V_SCHEDULES
@@ -95,7 +96,8 @@ _ROWS = (
             or get('decoder_last_pipeline_num_layers') is not None
         ),
         'the end rank holds the first and the last stage',
-        'name the layers of every stage with --pipeline-model-parallel-layout',
+        'name the layers of every stage with --pipeline-model-parallel-layout, or by | in '
+        '--hybrid-layer-pattern',
     ),
     Constraint(
         '--num-layers-per-virtual-pipeline-stage',
@@ -128,10 +130,16 @@ _ROWS = (
         'drop the flag',
     ),
     Constraint(
-        '--hybrid-layer-pattern',
-        hybrid_model,
-        'a hybrid model divides its layers by another rule',
-        'use a GPT layer spec',
+        '--mtp-num-layers with --hybrid-layer-pattern',
+        lambda get: hybrid_model(get) and (bool(get('mtp_num_layers')) or predicts(get)),
+        'prediction layers behind a hybrid stack are not tested on a V',
+        'end the pattern before the first /',
+    ),
+    Constraint(
+        '--pipeline-model-parallel-layout with --hybrid-layer-pattern',
+        lambda get: hybrid_model(get) and get('pipeline_model_parallel_layout') is not None,
+        'the pattern says itself which layers a stage has',
+        "end every stage but the last by '|' in the pattern",
     ),
     Constraint(
         '--export-kd-teacher-load',

@@ -7,7 +7,6 @@ from megatron_mhc.settings.constraint import (
     Refusals,
     cuda_graphs,
     full_recompute,
-    hybrid_model,
     offloads,
 )
 
@@ -35,12 +34,6 @@ _ROWS = (
         lambda get: bool(get('overlap_moe_expert_parallel_comm')),
         'its schedule calls the residual add of a layer by hand',
         'drop the flag',
-    ),
-    Constraint(
-        '--hybrid-layer-pattern',
-        hybrid_model,
-        'only the MLP of a layer that has attention too is moved to the other stream',
-        'use a GPT layer spec',
     ),
 )
 POST_STREAM = Refusals('--mhc-post-stream high', 'use --mhc-post-stream compute', _ROWS)

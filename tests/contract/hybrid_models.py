@@ -84,3 +84,25 @@ def with_mamba(mixer: type):
     mamba = dataclasses.replace(layer, submodules=parts)
     stack = dataclasses.replace(mamba_stack_spec.submodules, mamba_layer=mamba)
     return dataclasses.replace(mamba_stack_spec, submodules=stack)
+
+
+class RunningMean(torch.nn.Module):
+    """In a Mamba mixer's place: output projection of the mean of all tokens so far, and a bias."""
+
+    def __init__(self, config, d_model, **kwargs):
+        super().__init__()
+        self.out_proj = torch.nn.Linear(d_model, d_model)
+
+    def forward(self, hidden_states, **kwargs):
+        count = torch.arange(1, len(hidden_states) + 1).view(-1, 1, 1)
+        mean = hidden_states.cumsum(0) / count
+        return mean @ self.out_proj.weight.t(), self.out_proj.bias
+
+
+def stand_in_spec():
+    """A stand-in for Mamba beside local layers, as the CPU device gives them to a stock spec."""
+    from megatron_mhc.patches.cpu_hybrid import local_submodules
+
+    spec = with_mamba(RunningMean)
+    config = TransformerConfig(num_layers=1, **PLAIN)
+    return dataclasses.replace(spec, submodules=local_submodules(spec.submodules, config))

@@ -93,19 +93,6 @@ def test_recomputation_changes_no_bit(hybrid, step, way):
         assert torch.equal(gradients[name], reference), name
 
 
-class RunningMean(torch.nn.Module):
-    """In a Mamba mixer's place: output projection of the mean of all tokens so far, and a bias."""
-
-    def __init__(self, config, d_model, **kwargs):
-        super().__init__()
-        self.out_proj = torch.nn.Linear(d_model, d_model)
-
-    def forward(self, hidden_states, **kwargs):
-        count = torch.arange(1, len(hidden_states) + 1).view(-1, 1, 1)
-        mean = hidden_states.cumsum(0) / count
-        return mean @ self.out_proj.weight.t(), self.out_proj.bias
-
-
 # n = 2 streams with constant maps are the standard residual, bit for bit.
 CONSTANT = {
     'num_residual_streams': 2,
@@ -116,7 +103,7 @@ CONSTANT = {
 
 def mamba_spec():
     """Megatron's own mixer needs CUDA; the layer around it does not."""
-    from hybrid_models import with_mamba
+    from hybrid_models import RunningMean, with_mamba
 
     return with_mamba(RunningMean)
 
@@ -159,17 +146,9 @@ LATENT = {
 
 
 def mamba_and_latent():
-    """A stand-in for Mamba beside local layers, as the CPU device gives them to a stock spec."""
-    import dataclasses
+    from hybrid_models import stand_in_spec
 
-    from hybrid_models import PLAIN
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_mhc.patches.cpu_hybrid import local_submodules
-
-    spec = mamba_spec()
-    config = TransformerConfig(num_layers=1, **PLAIN)
-    return dataclasses.replace(spec, submodules=local_submodules(spec.submodules, config))
+    return stand_in_spec()
 
 
 def test_every_layer_has_a_connection_of_its_own(hybrid, step):
@@ -205,15 +184,16 @@ def test_only_phi_may_be_decayed(hybrid):
     'setting',
     [
         {'engram_config': EngramConfig(layers=(1,), heads=2, table_size=50, dim=16)},
-        {'pipeline_config': PipelineConfig('zb-v')},
-        {'mhc_post_stream': 'high'},
         {'residual_config': ResidualConfig('mudd')},
     ],
     ids=lambda setting: next(iter(setting)),
 )
 def test_what_gpt_models_alone_have_is_refused_before_the_model_is_built(hybrid, setting):
     """The config of a caller without a command line, which may not say that it is of a hybrid."""
-    config = {'pipeline_model_parallel_size': 2} if 'pipeline_config' in setting else {}
-    config |= {'pipeline_dtype': torch.float32, 'is_hybrid_model': False}
     with pytest.raises(ValueError, match='--hybrid-layer-pattern cannot be combined with'):
-        hybrid('*-', on_config=setting, **config)
+        hybrid('*-', on_config=setting, is_hybrid_model=False)
+
+
+def test_a_v_without_the_patch_that_places_its_stages_is_refused(hybrid):
+    with pytest.raises(RuntimeError, match='no patch that gives a stage the layers of a V'):
+        hybrid('*-', on_config={'pipeline_config': PipelineConfig('zb-v')})

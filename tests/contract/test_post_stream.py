@@ -36,7 +36,12 @@ CASES = {
     'standard-dropout': (None, {'hidden_dropout': 0.3}),
     'mhc-moe': (TORCH, MOE),
     'standard-moe': (None, MOE),
+    'hybrid-mhc': (TORCH, MOE),
+    'hybrid-hc': ({'residual_type': 'hc', 'kernel_backend': 'torch'}, MOE),
+    'hybrid-standard': (None, MOE),
 }
+# Each layer has one sublayer, of which ``-`` and ``E`` are moved.
+PATTERN = '-M*E*-M'
 
 
 def moe_spec(config):
@@ -49,6 +54,11 @@ def moe_spec(config):
 def model(build):
     def make(case, **more):
         residual, settings = CASES[case]
+        if case.startswith('hybrid'):
+            from hybrid_models import hybrid_model, stand_in_spec
+
+            own = {'residual_type': 'mhc', **residual} if residual else None
+            return hybrid_model(PATTERN, own, spec=stand_in_spec(), **settings)
         spec = moe_spec if settings is MOE else None
         return build(residual, spec=spec, num_layers=2, **{**settings, **more})
 

@@ -59,10 +59,39 @@ def test_a_run_resumes_on_other_stages_as_if_unbroken(unbroken, tmp_path, tensor
         torch.testing.assert_close(states[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
+V = (
+    *('--pipeline-model-parallel-size', 2, '--pipeline-schedule', 'dualpipev-w'),
+    *('--mhc-post-stream', 'high', '--pipeline-verify-steps', 1),
+)
+
+
+def test_a_run_goes_on_under_a_v_and_back(unbroken, tmp_path, tensors):
+    """One more iteration under either, and the monitors' record of the first."""
+    folder, curve = unbroken
+    events = tmp_path / 'events'
+    saves = ('--save', tmp_path, '--save-interval', 1)
+    on_v = train(
+        *(2, '*|-*|-|*-', *V, *saves, '--load', folder / 'saved', '--ckpt-step', 2),
+        *('--exit-interval', 3, '--mhc-monitor', '--mhc-monitor-interval', 1),
+        *('--tensorboard-dir', events),
+    )
+    assert on_v == {3: curve[3]}
+    assert present(read_run(events, 'run')) == ROWS
+    back = train(1, '*-*-*-', '--load', tmp_path, *saves)
+    assert sorted(back) == [4]
+    wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
+    assert states.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(states[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+# Two rows a layer, of which each has one: attention in the first, its MLP in the second.
+ROWS = [0, 3, 4, 7, 8, 11]
+
+
 def test_monitors_have_a_row_for_each_layer(unbroken):
     run = read_run(unbroken[0] / 'events', 'run')
-    # Two rows a layer, of which each has one: attention in the first, its MLP in the second.
-    assert present(run) == [0, 3, 4, 7, 8, 11]
+    assert present(run) == ROWS
     assert not [finding for finding in verdict(run) if finding.level == 'sick']
     assert chosen_sublayers(run, None, []) == [0, 7, 11]
     with pytest.raises(ValueError, match='--sublayers 1: run has no layer 1 mlp'):

@@ -1,4 +1,4 @@
-"""GPT models under schedules run from plans: losses and gradients of no pipeline, bit for bit.
+"""Models under schedules run from plans: losses and gradients of no pipeline, bit for bit.
 
 The work is done by ``layouts/worker.py``, one launch per world size: importing Megatron costs
 seconds per process.
@@ -14,14 +14,22 @@ MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
+HC = {'residual_type': 'hc'}
+# Hybrid models of local layers, in which ``M`` is a stand-in for Mamba.
+LOCAL = {'is_hybrid_model': True, 'transformer_impl': 'local'}
+STACK = {**MOE, **LOCAL}
+MIXED_LAYERS = {'layers': 8, 'pattern': '*-M*E-EM', 'config': STACK}
+# Stages of attention, MLP and Mamba alone beside longer ones; and one of the loss alone.
+UNEVEN, LOSS_ALONE = '*|-|M*E-E|M', '*-M*|E-|EM|'
 
 TIED = ('tied', 'mtp', 'mtp-tied')
+HYBRIDS = ('standard', 'hc', 'mhc', 'tied', 'mamba', 'local')
 
 # model -> what distinguishes it
 MODELS = {
     'standard': {},
     'mhc': {'residual': MHC},
-    'hc': {'residual': {'residual_type': 'hc'}},
+    'hc': {'residual': HC},
     'deep': {'layers': 8},
     'deep-mhc': {'residual': MHC, 'layers': 8},
     'odd': {'residual': MHC, 'layers': 6},
@@ -29,6 +37,12 @@ MODELS = {
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
     'moe': {'residual': MHC, 'config': MOE},
+    'hybrid-standard': MIXED_LAYERS,
+    'hybrid-hc': {'residual': HC, **MIXED_LAYERS},
+    'hybrid-mhc': {'residual': MHC, **MIXED_LAYERS},
+    'hybrid-tied': {'residual': MHC, 'layers': 4, 'pattern': '*-M-', 'tied': True, 'config': LOCAL},
+    'hybrid-local': {'residual': MHC, 'layers': 6, 'pattern': '*-*E*E', 'config': STACK},
+    'hybrid-mamba': {'residual': HC, 'layers': 6, 'pattern': 'MMMMMM', 'config': LOCAL},
 }
 EVEN_4 = 'Et|t|t|tL'
 EVEN_8 = 'Et|t|t|t|t|t|t|tL'
@@ -48,6 +62,7 @@ def rebuilt(blocks, **residual):
     return {'residual': {**residual, 'recompute_layer_num': blocks, 'recompute_stream': 'high'}}
 
 
+REBUILT = rebuilt('stage', **MHC)
 DIST, PLAIN, EVAL = {'step': 'dist'}, {'step': 'plain'}, {'forward_only': True}
 
 # What a case is compared with: the same model without pipeline parallelism, as a rule in one
@@ -66,17 +81,34 @@ ALONE = [
     ('standard-tp2', 'standard', 2, 4, {'layout': TP}),
     ('moe-ep2', 'moe', 2, 8, {'layout': EP}),
     ('mhc-step', 'mhc', 2, 8, PLAIN),
+    *((f'hybrid-{model}-4', f'hybrid-{model}', 1, 4, {}) for model in HYBRIDS),
+    ('hybrid-mhc-3', 'hybrid-mhc', 1, 3, {}),
+    ('hybrid-mhc-8', 'hybrid-mhc', 1, 8, {}),
+    ('hybrid-tp2-sp', 'hybrid-local', 2, 4, {'layout': SP}),
+    ('hybrid-ep2', 'hybrid-local', 2, 8, {'layout': EP}),
+    ('hybrid-step', 'hybrid-mhc', 2, 8, PLAIN),
 ]
 
 
 def on_v(name: str, reference: str, world: int, schedule: str, layout: str = '', **changes):
     """A case: name, reference, world, changes; ``layout`` has the layers of each stage."""
     pp = 4 if world == 4 and 'deep' in reference else 2
-    parallel = {**(V4 if pp == 4 else V2), **changes.pop('parallel', {})}
-    settings = {'schedule': schedule, **changes.pop('settings', {})}
     layout = layout or (EVEN_8 if pp == 4 else EVEN_4)
-    config = {'pipeline_model_parallel_layout': layout}
-    case = {'layout': parallel, 'schedule': settings, 'config': config, **changes}
+    case = {'config': {'pipeline_model_parallel_layout': layout}}
+    return placed(name, reference, world, schedule, pp, case | changes)
+
+
+def in_pattern(name: str, reference: str, world: int, schedule: str, pattern: str, **changes):
+    """The same of a hybrid model, whose pattern says it."""
+    pp = pattern.count('|') // 2 + 1
+    case = {'pattern': pattern, 'config': {}}
+    return placed(name, f'hybrid-{reference}', world, schedule, pp, case | changes)
+
+
+def placed(name: str, reference: str, world: int, schedule: str, pp: int, case: dict):
+    parallel = {**(V4 if pp == 4 else V2), **case.pop('parallel', {})}
+    settings = {'schedule': schedule, **case.pop('settings', {})}
+    case = {'layout': parallel, 'schedule': settings, **case}
     return f'{schedule}-{name}', reference, world, case
 
 
@@ -84,8 +116,24 @@ MATRIX = [
     *(on_v(f'2-{m}-{r}', f'{r}-{m}', 2, s) for s in SCHEDULES for m in (4, 8) for r in MIXED),
     *(on_v(f'4-{m}-{r}', f'{r}-{m}', 4, s) for s in SCHEDULES for m in (8, 12) for r in DEEP),
 ]
+HYBRID = [
+    *(in_pattern('2', f'{r}-4', 2, s, UNEVEN) for s in SCHEDULES for r in HYBRIDS[:3]),
+    *(in_pattern('high', f'{r}-4', 2, 'dualpipev-w', UNEVEN, **HIGH) for r in ('standard', 'mhc')),
+    in_pattern('high', 'hc-4', 2, 'dualpipev', LOSS_ALONE, **HIGH),
+    in_pattern('mamba', 'mamba-4', 2, 'dualpipev', 'M|MM|MM|M', **HIGH),
+    in_pattern('few', 'mhc-3', 2, 'zb-v', LOSS_ALONE),
+    in_pattern('verified', 'mhc-4', 2, 'dualpipev', LOSS_ALONE, settings={'verify_steps': 1}),
+    in_pattern('rebuilt-high', 'mhc-4', 2, 'dualpipev-w', UNEVEN, **REBUILT, **HIGH),
+    in_pattern('blocks-3', 'hc-4', 2, 'zb-v', LOSS_ALONE, **rebuilt(3, **HC)),
+    in_pattern('4', 'mhc-8', 4, 'dualpipev-w', '*|-|M|*|E|-|E|M', **HIGH),
+    in_pattern('tp2-sp', 'tp2-sp', 4, 'dualpipev', '*|-*|E*|E', parallel=SP),
+    in_pattern('ep2', 'ep2', 4, 'dualpipev-w', '*-|*E|*|E', parallel=EP, **HIGH),
+    in_pattern('step', 'step', 4, 'dualpipev', UNEVEN, **DIST),
+    in_pattern('step-overlap', 'step', 4, 'zb-v', LOSS_ALONE, **DIST, **OVERLAP),
+]
 BITWISE = [
     *MATRIX,
+    *HYBRID,
     # Fewer microbatches than twice the ranks, and than ranks.
     on_v('few', 'mhc-3', 2, 'zb-v'),
     on_v('few', 'deep-2', 4, 'zb-v'),
@@ -123,10 +171,12 @@ CLOSE = [
     on_v('mtp', 'mtp-tied-4', 2, 'dualpipev-w', 'Et|t|t|tmL'),
     # The final norm lies before the last stage, so the last edge is one stream wide.
     on_v('mtp-last', 'mtp-4', 2, 'zb-v', MTP_LAST),
+    in_pattern('tied', 'tied-4', 2, 'dualpipev', '*|-|M|-'),
 ]
 EVALUATIONS = [
     on_v('eval', 'mhc-4', 2, 'dualpipev', **EVAL),
     on_v('eval', 'deep-12', 4, 'zb-v', **EVAL),
+    in_pattern('eval', 'mhc-4', 2, 'dualpipev', UNEVEN, **EVAL, **HIGH),
 ]
 
 

@@ -54,6 +54,23 @@ def test_a_v_gets_a_layout_in_stage_order(parse, capsys):
     assert own.pipeline_model_parallel_layout == 'Ettt|t|tt|tt|tt|tt|tt|ttL'
 
 
+# On four ranks; the pattern says where stages end, or has as many layers in each.
+PATTERN = f'{PP4.replace("--num-layers 16 ", "")} --pipeline-schedule zb-v --hybrid-layer-pattern'
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'stages'),
+    [('*-' * 8, '|'.join(['*-'] * 8)), ('*|-|M||*E|-|E*|', '*|-|M||*E|-|E*|')],
+)
+def test_a_v_of_a_hybrid_pattern(parse, capsys, pattern, stages):
+    refusal.announce.cache_clear()
+    args = parse(*f'{PATTERN} {pattern}'.split())
+    assert args.hybrid_layer_pattern == stages and args.pipeline_model_parallel_layout is None
+    assert f'layers {stages} in stage order' in capsys.readouterr().out
+    older = parse(*f'{PATTERN} {pattern}'.replace('layer-pattern', 'override-pattern').split())
+    assert older.hybrid_override_pattern == stages and older.hybrid_layer_pattern is None
+
+
 def test_ends_of_the_model_count_as_layers(parse):
     flags = V.replace('--num-layers 16', '--num-layers 14').split()
     ends = ('--account-for-embedding-in-pipeline-split', '--account-for-loss-in-pipeline-split')
@@ -112,6 +129,14 @@ REFUSED = {
     f'{V} --micro-batch-size -1': '--micro-batch-size -1',
     f'{V} --global-batch-size -8': '--global-batch-size -8',
     f'{V} --tensor-model-parallel-size 0': '--tensor-model-parallel-size 0',
+    f'{PATTERN} *-*-|*-*-|*-*-|*-*-': '4 stages, but a V has 8 on 4 pipeline ranks; separate them '
+    "by |, for example '*-|*-|*-|*-|*-|*-|*-|*-'",
+    f'{PATTERN} *-*-*-*-*-*-': '12 layers do not divide into the 8 stages of a V on 4 pipeline '
+    "ranks; separate them by |, for example '*|-|*-|*-|*-|*-|*|-'",
+    f'{PATTERN} *-*-': "for example '||*|-|*|-||'",
+    f'{PATTERN} *-x-*-*-': "'x' is no layer",
+    f'{PATTERN} *-*-*-*-/*-': 'prediction layers behind a hybrid stack are not tested on a V',
+    f'{PATTERN} *-*-*-*- --pipeline-model-parallel-layout {LAST}': 'says itself which layers',
     f'{PP4} --pipeline-schedule dualpipe': 'argument --pipeline-schedule: invalid choice',
 }
 
