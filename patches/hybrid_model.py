@@ -15,6 +15,7 @@ from typing import Any
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.gpt_model import pipeline_of, post_stream_of, residual_of
+from megatron_mhc.pipeline.tied_embedding import drop_unused_output_weight
 from megatron_mhc.residual.block import widen_block
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.settings.flags_engram import engram_of
@@ -53,18 +54,18 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         config.is_hybrid_model = True
         _refuse_what_gpt_alone_has(config)
         residual = residual_of(config)
-        if not residual.enabled:
-            original(*bound.args, **bound.kwargs)
-            return
-        check_residual(config, residual)
-        check_recompute_stream(residual.recompute_stream, None)
-        bound.arguments[spec_name] = with_residual(bound.arguments[spec_name], residual)
-        # The communicator and the optimizer read it from the config they share with the model.
-        RESIDUAL.attach(config, residual)
-        if not bound.arguments.get('vp_stage'):
-            agree_on_edges(config, residual)
+        if residual.enabled:
+            check_residual(config, residual)
+            check_recompute_stream(residual.recompute_stream, None)
+            bound.arguments[spec_name] = with_residual(bound.arguments[spec_name], residual)
+            # The communicator and the optimizer read it from the config they share with the model.
+            RESIDUAL.attach(config, residual)
+            if not bound.arguments.get('vp_stage'):
+                agree_on_edges(config, residual)
         original(*bound.args, **bound.kwargs)
-        widen_block(self.decoder, residual)
+        if residual.enabled:
+            widen_block(self.decoder, residual)
+        drop_unused_output_weight(self)
 
     return __init__
 

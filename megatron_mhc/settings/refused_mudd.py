@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Refusals, full_recompute, hybrid_model
+from megatron_mhc.settings.constraint import (
+    Constraint,
+    Refusals,
+    full_recompute,
+    hybrid_model,
+    predicts,
+)
 
 _ROWS = (
     Constraint(
@@ -48,7 +54,7 @@ _ROWS = (
     ),
     Constraint(
         '--mtp-num-layers',
-        lambda get: bool(get('mtp_num_layers')),
+        predicts,
         'dense connections end at the final norm',
         'drop the flag',
     ),

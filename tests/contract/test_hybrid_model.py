@@ -36,6 +36,12 @@ def block_spec(config):
     return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
 
 
+def mtp_spec(config):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    return get_gpt_mtp_block_spec(config, block_spec(config), use_transformer_engine=False)
+
+
 @torch.no_grad()
 def randomise(model):
     """Give every parameter of ours a value that makes it matter."""
@@ -45,16 +51,58 @@ def randomise(model):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-@pytest.mark.parametrize('residual', RESIDUALS)
-@pytest.mark.parametrize('mlp', ['-', 'E'])
-def test_attention_and_mlp_in_turn_are_a_gpt_model(build, hybrid, step, residual, mlp):
-    from hybrid_models import name_in_hybrid, take_weights
+# Small, and with another width of values than of keys.
+LATENT = {
+    'multi_latent_attention': True,
+    'q_lora_rank': None,
+    'kv_lora_rank': 16,
+    'qk_head_dim': 8,
+    'qk_pos_emb_head_dim': 4,
+    'v_head_dim': 8,
+    'rope_type': 'rope',
+    'apply_rope_fusion': False,
+}
+ROTARY = {'apply_rope_fusion': False}
+# Pattern -> the GPT model that it is, and the settings of both.
+TWINS = {
+    '*-*-*-': ({}, {}),
+    '*E*E*E': ({'spec': block_spec}, MOE),
+    '*-*-*-/*-/*-': ({'mtp_spec': mtp_spec}, ROTARY),
+    '*E*E*E/*E': ({'spec': block_spec, 'mtp_spec': mtp_spec}, {**ROTARY, **MOE}),
+    '+-+-+-': ({'spec': block_spec}, LATENT),
+    '+E+E+E/+E': ({'spec': block_spec, 'mtp_spec': mtp_spec}, {**LATENT, **MOE}),
+}
 
-    settings = MOE if mlp == 'E' else {}
-    gpt = build(RESIDUALS[residual], spec=block_spec if mlp == 'E' else None, **settings)
+
+def twins(build, hybrid, residual, pattern):
+    """The GPT model and the hybrid one, with the same weights, ours drawn at random."""
+    from hybrid_models import has_symbols, take_weights
+
+    if not has_symbols(pattern):
+        pytest.skip('this release has no symbol for latent attention')
+    given, settings = TWINS[pattern]
+    predicted = pattern.count('/')
+    rotary = {'position_embedding_type': 'rope'} if predicted else {}
+    gpt = build(residual, **given, mtp_num_layers=predicted or None, **settings)
     randomise(gpt)
-    same = hybrid(f'*{mlp}' * 3, RESIDUALS[residual], **settings)
+    same = hybrid(pattern, residual, **rotary, **settings)
     take_weights(same, gpt)
+    return gpt, same
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'residual'),
+    [(p, r) for p in TWINS for r in RESIDUALS if len(p) == 6 or r in ('standard', 'hc', 'mhc')],
+)
+def test_attention_and_mlp_in_turn_are_a_gpt_model(
+    build, hybrid, step, monkeypatch, residual, pattern
+):
+    from hybrid_models import name_in_hybrid
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    # Of a process: it has room for as many predictions as the first model made.
+    monkeypatch.setattr(MTPLossLoggingHelper, 'tracker', {})
+    gpt, same = twins(build, hybrid, RESIDUALS[residual], pattern)
     (loss, gradients), (wanted, references) = step(same), step(gpt)
     assert torch.equal(loss, wanted)
     assert gradients.keys() == {name_in_hybrid(name) for name in references}
@@ -146,18 +194,6 @@ def test_a_mamba_layer_computes_its_equations(hybrid):
     torch.testing.assert_close(layer(x), wanted.flatten(-2), rtol=1e-5, atol=1e-6)
 
 
-# Small, and with another width of values than of keys.
-LATENT = {
-    'q_lora_rank': None,
-    'kv_lora_rank': 16,
-    'qk_head_dim': 8,
-    'qk_pos_emb_head_dim': 4,
-    'v_head_dim': 8,
-    'rope_type': 'rope',
-    'apply_rope_fusion': False,
-}
-
-
 def mamba_and_latent():
     """A stand-in for Mamba beside local layers, as the CPU device gives them to a stock spec."""
     import dataclasses
@@ -173,13 +209,11 @@ def mamba_and_latent():
 
 
 def test_every_layer_has_a_connection_of_its_own(hybrid, step):
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+    from hybrid_models import has_symbols
 
     from megatron_mhc.residual.hyper_connection import HyperConnection
 
-    # Latent attention has a symbol from 0.19 on.
-    latent = hasattr(mamba_stack_spec.submodules, 'mla_layer')
-    pattern, settings = ('ME+-', {**MOE, **LATENT}) if latent else ('ME*-', MOE)
+    pattern, settings = ('ME+-', {**MOE, **LATENT}) if has_symbols('+') else ('ME*-', MOE)
     model = hybrid(pattern, MHC, spec=mamba_and_latent(), **settings)
     found = [m for m in model.modules() if isinstance(m, HyperConnection)]
     # Streams favoured at the start go round over all layers; a row names layer and half.

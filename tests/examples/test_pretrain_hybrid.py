@@ -12,7 +12,6 @@ from launch import launch
 from megatron_mhc.monitor.heat_maps import chosen_sublayers
 from megatron_mhc.monitor.runs import present, read_run
 from megatron_mhc.monitor.verdict import verdict
-from megatron_mhc.patches.cpu_pattern import check_pattern
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'examples' / 'pretrain_hybrid.py'
@@ -21,7 +20,8 @@ MODEL = (
     '--micro-batch-size 1 --global-batch-size 4 --mock-data --tokenizer-type NullTokenizer '
     '--vocab-size 255 --lr 1e-2 --min-lr 1e-3 --train-iters 4 --eval-iters 0 --eval-interval 1000 '
     '--log-interval 1 --split 98,1,1 --num-workers 0 --untie-embeddings-and-output-weights '
-    '--hidden-dropout 0 --attention-dropout 0 --residual-type mhc --mhc-init identity'
+    '--hidden-dropout 0 --attention-dropout 0 --residual-type mhc --mhc-init identity '
+    '--position-embedding-type rope'
 ).split()
 LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
 
@@ -36,10 +36,13 @@ def train(world: int, pattern: str, *flags: object) -> dict[int, tuple[str, str]
 
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
-    """Four iterations on two stages of unequal length, saved after two, and monitored."""
+    """Four iterations on two stages of unequal length, saved after two, and monitored.
+
+    The second stage has a prediction layer of two layers.
+    """
     folder = tmp_path_factory.mktemp('unbroken')
     curve = train(
-        *(2, '*-*|-*-', '--pipeline-model-parallel-size', 2),
+        *(2, '*-*|-*-/*-', '--pipeline-model-parallel-size', 2),
         *('--save', folder / 'saved', '--save-interval', 2),
         *('--mhc-monitor', '--mhc-monitor-interval', 1, '--tensorboard-dir', folder / 'events'),
     )
@@ -50,11 +53,14 @@ def test_a_run_resumes_on_other_stages_as_if_unbroken(unbroken, tmp_path, tensor
     """Weights and optimizer states, but for a gradient norm that is summed in another order."""
     folder, curve = unbroken
     flags = ('--load', folder / 'saved', '--ckpt-step', 2, '--save', tmp_path, '--save-interval', 2)
-    resumed = train(1, '*-*-*-', *flags)
+    resumed = train(1, '*-*-*-/*-', *flags)
     assert sorted(resumed) == [3, 4] and resumed[3] == curve[3]
     wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
     assert states.keys() == wanted.keys()
     assert 'optimizer.state.exp_avg.decoder.layers.5.mlp_hyper_connection.alpha_res' in states
+    prediction = 'optimizer.state.exp_avg.mtp.layers.0.mtp_model_layer.layers.1.'
+    assert any(key.startswith(prediction) for key in states)
+    assert not any('mtp.' in key and 'hyper_connection' in key for key in states)
     for key, value in wanted.items():
         torch.testing.assert_close(states[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
@@ -67,13 +73,6 @@ def test_monitors_have_a_row_for_each_layer(unbroken):
     assert chosen_sublayers(run, None, []) == [0, 7, 11]
     with pytest.raises(ValueError, match='--sublayers 1: run has no layer 1 mlp'):
         chosen_sublayers(run, [1], [])
-
-
-def test_prediction_layers_are_refused_on_the_cpu():
-    with pytest.raises(
-        ValueError, match=r'pattern \*-/\*-: not on the CPU device, prediction layers'
-    ):
-        check_pattern('*-/*-')
 
 
 def test_what_the_cpu_cannot_run_is_one_line():

@@ -134,7 +134,8 @@ def hybrid_chunk(case: dict, config: TransformerConfig, stage: int | None) -> Ma
         hybrid_layer_pattern=case['pattern'],
         pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=parallel_state.is_pipeline_last_stage(**place),
-        position_embedding_type='learned_absolute',
+        share_embeddings_and_output_weights=case.get('tied', False),
+        position_embedding_type='rope' if config.mtp_num_layers else 'learned_absolute',
         vp_stage=stage,
     )
 
