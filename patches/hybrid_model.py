@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from megatron_mhc.engram.memory import attach, prepare_engram
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.gpt_model import pipeline_of, post_stream_of, residual_of
@@ -20,9 +21,9 @@ from megatron_mhc.residual.block import widen_block
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.settings.flags_engram import engram_of
 from megatron_mhc.settings.flags_pipeline import check_recompute_stream
+from megatron_mhc.settings.hybrid_stages import main_pattern
 from megatron_mhc.settings.model_config import RESIDUAL
 from megatron_mhc.settings.refusals import check_residual
-from megatron_mhc.settings.refused_engram import ENGRAM
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
 
@@ -34,8 +35,6 @@ def stack_spec_name(signature: inspect.Signature) -> str:
 
 def _refuse_what_gpt_alone_has(config: Any) -> None:
     """Raise ValueError for a feature that a caller put on the config; flags are checked before."""
-    if engram_of(config) is not None:
-        ENGRAM.check(config)
     pipeline = pipeline_of(config)
     if pipeline is not None:
         INVERTED_V.check(config, pipeline.schedule)
@@ -62,9 +61,14 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             RESIDUAL.attach(config, residual)
             if not bound.arguments.get('vp_stage'):
                 agree_on_edges(config, residual)
+        engram = engram_of(config)
+        if engram is not None:
+            prepare_engram(config, engram, main_pattern(bound.arguments.get))
         original(*bound.args, **bound.kwargs)
         if residual.enabled:
             widen_block(self.decoder, residual)
+        if engram is not None:
+            attach(self, engram, residual.streams)
         drop_unused_output_weight(self)
 
     return __init__

@@ -70,8 +70,8 @@ def _check_predictions(args: argparse.Namespace, flag: str, predicted: list[str]
     wanted = args.mtp_num_layers
     if wanted and wanted != len(predicted):
         raise ValueError(
-            f"{flag}: {len(predicted)} parts behind '/', but --mtp-num-layers {wanted}; give a part "
-            'for each, or leave the number to the pattern'
+            f"{flag}: {len(predicted)} parts behind '/', but --mtp-num-layers {wanted}; give one "
+            'each, or leave the number to the pattern'
         )
     if predicted and args.position_embedding_type not in ('rope', 'none'):
         raise ValueError(

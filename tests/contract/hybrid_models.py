@@ -58,11 +58,16 @@ def hybrid_model(
     )
 
 
+def in_hybrid(layer: int) -> int:
+    """The hybrid layer of the attention in GPT layer ``layer``, both from 1."""
+    return 2 * layer - 1
+
+
 def name_in_hybrid(name: str) -> str:
     """Where a pattern of ``*-`` or ``*E`` for each layer has the parameter ``name`` of a GPT model.
 
-    Layer i is the layers 2i, its attention, and 2i + 1, its MLP; the final norm has another name. A
-    prediction layer holds one such pair.
+    Layer i is the layers 2i, its attention, and 2i + 1, its MLP, and its memory that of the former;
+    the final norm has another name. A prediction layer holds one such pair.
     """
 
     def layer(found: re.Match[str]) -> str:
@@ -72,6 +77,7 @@ def name_in_hybrid(name: str) -> str:
 
     name = re.sub(r'(decoder)\.layers\.(\d+)\.(.*)', layer, name)
     name = re.sub(r'(.*mtp_model_layer)()\.(.*)', layer, name)
+    name = re.sub(r'(?<=engram\.layer_)(\d+)', lambda n: str(in_hybrid(int(n[0]))), name)
     return name.replace('decoder.final_layernorm.', 'decoder.final_norm.')
 
 

@@ -47,7 +47,7 @@ def randomise(model):
     """Give every parameter of ours a value that makes it matter."""
     generator = torch.Generator().manual_seed(11)
     for name, parameter in sorted(model.named_parameters()):
-        if 'hyper_connection' in name or 'stream_merge' in name:
+        if any(own in name for own in ('hyper_connection', 'stream_merge', '.engram.')):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
@@ -90,6 +90,18 @@ def twins(build, hybrid, residual, pattern):
     return gpt, same
 
 
+def assert_same_step(step, hybrid, gpt):
+    """Loss and gradients of both, bit for bit; returns the gradients of ``gpt``."""
+    from hybrid_models import name_in_hybrid
+
+    (loss, gradients), (wanted, references) = step(hybrid), step(gpt)
+    assert torch.equal(loss, wanted)
+    assert gradients.keys() == {name_in_hybrid(name) for name in references}
+    for name, reference in references.items():
+        assert torch.equal(gradients[name_in_hybrid(name)], reference), name
+    return references
+
+
 @pytest.mark.parametrize(
     ('pattern', 'residual'),
     [(p, r) for p in TWINS for r in RESIDUALS if len(p) == 6 or r in ('standard', 'hc', 'mhc')],
@@ -97,21 +109,55 @@ def twins(build, hybrid, residual, pattern):
 def test_attention_and_mlp_in_turn_are_a_gpt_model(
     build, hybrid, step, monkeypatch, residual, pattern
 ):
-    from hybrid_models import name_in_hybrid
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     # Of a process: it has room for as many predictions as the first model made.
     monkeypatch.setattr(MTPLossLoggingHelper, 'tracker', {})
     gpt, same = twins(build, hybrid, RESIDUALS[residual], pattern)
-    (loss, gradients), (wanted, references) = step(same), step(gpt)
-    assert torch.equal(loss, wanted)
-    assert gradients.keys() == {name_in_hybrid(name) for name in references}
-    for name, reference in references.items():
-        assert torch.equal(gradients[name_in_hybrid(name)], reference), name
+    references = assert_same_step(step, same, gpt)
     own = [gradient for name, gradient in references.items() if 'hyper_connection' in name]
     assert all(gradient.abs().max() > 0 for gradient in own) and bool(own) == (
         residual != 'standard'
     )
+
+
+MEMORY = {'heads': 2, 'table_size': 50, 'dim': 16}
+
+
+@pytest.mark.parametrize('residual', ['standard', 'hc', 'mhc', 'single pass'])
+def test_a_memory_is_that_of_a_gpt_model(build, hybrid, step, residual):
+    """Before attention. The hash is a layer's own, and here the one of the same layer of GPT."""
+    from hybrid_models import in_hybrid, take_weights
+
+    gpt = build(RESIDUALS[residual], engram={'layers': (1, 3), **MEMORY})
+    engram = EngramConfig(layers=(in_hybrid(1), in_hybrid(3)), **MEMORY)
+    same = hybrid('*-*-*-', RESIDUALS[residual], on_config={'engram_config': engram})
+    randomise(gpt)
+    take_weights(same, gpt)
+    for layer, where in gpt.decoder.engram.addresses.items():
+        same.decoder.engram.addresses[in_hybrid(layer)] = where
+    references = assert_same_step(step, same, gpt)
+    own = [gradient for name, gradient in references.items() if '.engram.' in name]
+    assert len(own) == 2 * 7 and all(gradient.abs().max() > 0 for gradient in own)
+
+
+@pytest.mark.parametrize('residual_type', ['standard', 'mhc'])
+def test_a_memory_before_any_layer(hybrid, step, residual_type):
+    """Of a Mamba layer, an MLP and an attention: 0 at the start, and it learns."""
+    residual = {'residual_type': residual_type}
+    engram = {'engram_config': EngramConfig(layers=(1, 2, 3), **MEMORY)}
+    plain, model = (
+        hybrid('M-*-', residual, spec=mamba_and_latent(), on_config=on_config)
+        for on_config in ({}, engram)
+    )
+    (loss, gradients), (wanted, references) = step(model), step(plain)
+    assert torch.equal(loss, wanted)
+    for name, reference in references.items():
+        assert torch.equal(gradients[name], reference), name
+    for layer in (1, 2, 3):
+        assert gradients[f'decoder.engram.layer_{layer}.value'].abs().max() > 0
+    randomise(model)
+    assert not torch.equal(step(model)[0], wanted)
 
 
 # Like each other with no bit changed: what a run may turn on while it trains the same model.
@@ -238,7 +284,6 @@ def test_only_phi_may_be_decayed(hybrid):
 @pytest.mark.parametrize(
     'setting',
     [
-        {'engram_config': EngramConfig(layers=(1,), heads=2, table_size=50, dim=16)},
         {'pipeline_config': PipelineConfig('zb-v')},
         {'mhc_post_stream': 'high'},
         {'residual_config': ResidualConfig('mudd')},

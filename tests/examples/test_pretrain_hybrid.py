@@ -23,6 +23,7 @@ MODEL = (
     '--hidden-dropout 0 --attention-dropout 0 --residual-type mhc --mhc-init identity '
     '--position-embedding-type rope'
 ).split()
+MEMORY = '--engram-layers 1 2 --engram-heads 2 --engram-table-size 300 --engram-dim 16'.split()
 LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
 
 
@@ -38,12 +39,12 @@ def train(world: int, pattern: str, *flags: object) -> dict[int, tuple[str, str]
 def unbroken(tmp_path_factory):
     """Four iterations on two stages of unequal length, saved after two, and monitored.
 
-    The second stage has a prediction layer of two layers.
+    The second stage has a prediction layer of two layers, the first a memory.
     """
     folder = tmp_path_factory.mktemp('unbroken')
     curve = train(
         *(2, '*-*|-*-/*-', '--pipeline-model-parallel-size', 2),
-        *('--save', folder / 'saved', '--save-interval', 2),
+        *(*MEMORY, '--save', folder / 'saved', '--save-interval', 2),
         *('--mhc-monitor', '--mhc-monitor-interval', 1, '--tensorboard-dir', folder / 'events'),
     )
     return folder, curve
@@ -53,13 +54,14 @@ def test_a_run_resumes_on_other_stages_as_if_unbroken(unbroken, tmp_path, tensor
     """Weights and optimizer states, but for a gradient norm that is summed in another order."""
     folder, curve = unbroken
     flags = ('--load', folder / 'saved', '--ckpt-step', 2, '--save', tmp_path, '--save-interval', 2)
-    resumed = train(1, '*-*-*-/*-', *flags)
+    resumed = train(1, '*-*-*-/*-', *MEMORY, *flags)
     assert sorted(resumed) == [3, 4] and resumed[3] == curve[3]
     wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
     assert states.keys() == wanted.keys()
     assert 'optimizer.state.exp_avg.decoder.layers.5.mlp_hyper_connection.alpha_res' in states
     prediction = 'optimizer.state.exp_avg.mtp.layers.0.mtp_model_layer.layers.1.'
     assert any(key.startswith(prediction) for key in states)
+    assert 'optimizer.state.exp_avg.decoder.engram.layer_2.table.weight' in states
     assert not any('mtp.' in key and 'hyper_connection' in key for key in states)
     for key, value in wanted.items():
         torch.testing.assert_close(states[key], value, rtol=1e-4, atol=1e-6, msg=key)
