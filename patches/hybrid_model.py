@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_mhc.engram.memory import attach, prepare_engram
+from megatron_mhc.mudd.layer import connect_densely
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.gpt_model import pipeline_of, post_stream_of, residual_of
@@ -65,7 +66,9 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if engram is not None:
             prepare_engram(config, engram, main_pattern(bound.arguments.get))
         original(*bound.args, **bound.kwargs)
-        if residual.enabled:
+        if residual.residual_type == 'mudd':
+            connect_densely(self.decoder, residual)
+        elif residual.enabled:
             widen_block(self.decoder, residual)
         if engram is not None:
             attach(self, engram, residual.streams)

@@ -6,9 +6,9 @@ from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
     full_recompute,
-    hybrid_model,
     predicts,
 )
+from megatron_mhc.settings.hybrid_stages import main_pattern
 
 _ROWS = (
     Constraint(
@@ -18,12 +18,6 @@ _ROWS = (
         'use tensor, sequence or data parallelism',
     ),
     Constraint(
-        '--hybrid-layer-pattern',
-        hybrid_model,
-        'only the layers of a GPTModel are connected densely, not those of a HybridModel',
-        'use a GPT layer spec',
-    ),
-    Constraint(
         '--transformer-impl transformer_engine',
         # Of the command line alone: a model config says so by default, whatever the layer spec has.
         lambda get: get('residual_type') and get('transformer_impl') == 'transformer_engine',
@@ -31,10 +25,12 @@ _ROWS = (
         'add --transformer-impl local',
     ),
     Constraint(
-        '--multi-latent-attention',
-        lambda get: bool(get('multi_latent_attention')),
+        "--multi-latent-attention / '+' and 'D' in --hybrid-layer-pattern",
+        lambda get: (
+            bool(get('multi_latent_attention')) or bool(set('+D') & set(main_pattern(get) or ''))
+        ),
         'its key and value come from one latent',
-        'drop the flag',
+        "drop the flag, or use '*'",
     ),
     Constraint(
         '--attention-output-gate',

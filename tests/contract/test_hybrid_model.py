@@ -7,7 +7,7 @@ import torch
 from layout_cases import MOE
 from test_model_patches import groups_of
 
-from megatron_mhc import ResidualConfig
+from megatron_mhc.mudd.sizes import mudd_parameters
 from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.pipeline import PipelineConfig
 
@@ -47,7 +47,10 @@ def randomise(model):
     """Give every parameter of ours a value that makes it matter."""
     generator = torch.Generator().manual_seed(11)
     for name, parameter in sorted(model.named_parameters()):
-        if any(own in name for own in ('hyper_connection', 'stream_merge', '.engram.')):
+        if any(
+            own in name
+            for own in ('hyper_connection', 'stream_merge', '.engram.', 'dense_aggregates')
+        ):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
@@ -158,6 +161,55 @@ def test_a_memory_before_any_layer(hybrid, step, residual_type):
         assert gradients[f'decoder.engram.layer_{layer}.value'].abs().max() > 0
     randomise(model)
     assert not torch.equal(step(model)[0], wanted)
+
+
+MUDD = {'residual_type': 'mudd'}
+DENSE = {'dynamic': MUDD, 'static': {**MUDD, 'mudd_variant': 'static'}}
+
+
+@pytest.mark.parametrize('variant', DENSE)
+@pytest.mark.parametrize('pattern', ['*-*-*-', '*E*E*E'])
+def test_dense_connections_are_those_of_a_gpt_model(build, hybrid, step, variant, pattern):
+    gpt, same = twins(build, hybrid, DENSE[variant], pattern)
+    references = assert_same_step(step, same, gpt)
+    own = [gradient for name, gradient in references.items() if 'dense_aggregates' in name]
+    assert len(own) == {'dynamic': 3 * 3, 'static': 3}[variant]
+    assert all(gradient.abs().max() > 0 for gradient in own)
+
+
+def test_dense_connections_of_any_layers_start_as_the_plain_model(hybrid, step):
+    plain, model = (hybrid('-M-E*-*M', r, spec=mamba_and_latent(), **MOE) for r in (None, MUDD))
+    (loss, gradients), (wanted, references) = step(model), step(plain)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
+    name = 'decoder.layers.1.mixer.out_proj.weight'
+    torch.testing.assert_close(gradients[name], references[name], rtol=1e-5, atol=1e-7)
+    # After the MLP, Mamba's block, and two of attention, the first of which has an MLP; what comes
+    # before Mamba has one way, and so has the final norm.
+    assert [aggregate.ways for aggregate in model.decoder.dense_aggregates] == [1, 4, 4, 1, 1]
+    added = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert added == mudd_parameters(32, '-M-E*-*M', True, norm_vectors=2)
+
+
+def test_a_dense_block_adds_up_what_the_blocks_before_it_put_out(hybrid, random_seed):
+    """With static weights drawn at random; layers of the plain model say what a block puts out."""
+    plain, model = (hybrid('M-*-M', r, spec=mamba_and_latent()) for r in (None, DENSE['static']))
+    randomise(model)
+    inputs = []
+
+    def note(module, args, given):
+        inputs.append((given['hidden_states'] if given else args[0]).detach())
+
+    for module in (*model.decoder.layers, model.decoder.final_norm):
+        module.register_forward_pre_hook(note, with_kwargs=True)
+    model(torch.randint(0, 64, (2, 16)), torch.arange(16).expand(2, -1), None)
+    history = [inputs[0]]
+    # Blocks end with these layers, and the next layer reads the sum.
+    for aggregate, last in zip(model.decoder.dense_aggregates, (1, 3, 4), strict=True):
+        output = plain.decoder.layers[last](hidden_states=inputs[last], attention_mask=None)
+        history.append(output[0] if isinstance(output, tuple) else output)
+        weights = aggregate.bias.view(aggregate.ways, -1)[-1]
+        wanted = sum(w * x for w, x in zip(weights, history, strict=True))
+        torch.testing.assert_close(inputs[last + 1], wanted, rtol=1e-6, atol=1e-6)
 
 
 # Like each other with no bit changed: what a run may turn on while it trains the same model.
@@ -286,7 +338,6 @@ def test_only_phi_may_be_decayed(hybrid):
     [
         {'pipeline_config': PipelineConfig('zb-v')},
         {'mhc_post_stream': 'high'},
-        {'residual_config': ResidualConfig('mudd')},
     ],
     ids=lambda setting: next(iter(setting)),
 )
