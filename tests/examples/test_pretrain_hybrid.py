@@ -20,9 +20,9 @@ MODEL = (
     '--micro-batch-size 1 --global-batch-size 4 --mock-data --tokenizer-type NullTokenizer '
     '--vocab-size 255 --lr 1e-2 --min-lr 1e-3 --train-iters 4 --eval-iters 0 --eval-interval 1000 '
     '--log-interval 1 --split 98,1,1 --num-workers 0 --untie-embeddings-and-output-weights '
-    '--hidden-dropout 0 --attention-dropout 0 --residual-type mhc --mhc-init identity '
-    '--position-embedding-type rope'
+    '--hidden-dropout 0 --attention-dropout 0 --position-embedding-type rope'
 ).split()
+MHC = '--residual-type mhc --mhc-init identity'.split()
 MEMORY = '--engram-layers 1 2 --engram-heads 2 --engram-table-size 300 --engram-dim 16'.split()
 LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
 
@@ -44,7 +44,7 @@ def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp('unbroken')
     curve = train(
         *(2, '*-*|-*-/*-', '--pipeline-model-parallel-size', 2),
-        *(*MEMORY, '--save', folder / 'saved', '--save-interval', 2),
+        *(*MHC, *MEMORY, '--save', folder / 'saved', '--save-interval', 2),
         *('--mhc-monitor', '--mhc-monitor-interval', 1, '--tensorboard-dir', folder / 'events'),
     )
     return folder, curve
@@ -54,7 +54,7 @@ def test_a_run_resumes_on_other_stages_as_if_unbroken(unbroken, tmp_path, tensor
     """Weights and optimizer states, but for a gradient norm that is summed in another order."""
     folder, curve = unbroken
     flags = ('--load', folder / 'saved', '--ckpt-step', 2, '--save', tmp_path, '--save-interval', 2)
-    resumed = train(1, '*-*-*-/*-', *MEMORY, *flags)
+    resumed = train(1, '*-*-*-/*-', *MHC, *MEMORY, *flags)
     assert sorted(resumed) == [3, 4] and resumed[3] == curve[3]
     wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
     assert states.keys() == wanted.keys()
@@ -77,9 +77,21 @@ def test_monitors_have_a_row_for_each_layer(unbroken):
         chosen_sublayers(run, [1], [])
 
 
+def test_dense_connections_train(tmp_path, tensors):
+    dense = ('--residual-type', 'mudd', '--save', tmp_path, '--save-interval', 4)
+    curve = train(1, '*-*--*', *dense)
+    losses = [float(loss) for loss, _ in curve.values()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    # Blocks *-, *-- and *: four ways over 2 and 3 outputs, and the residual way over all 4.
+    saved = tensors(tmp_path / 'iter_0000004')
+    biases = [saved[f'decoder.dense_aggregates.{block}.bias'] for block in range(3)]
+    assert [len(bias) for bias in biases] == [4 * 2, 4 * 3, 4]
+    assert not torch.equal(biases[1], biases[1].round())
+
+
 def test_what_the_cpu_cannot_run_is_one_line():
     words = ('--hybrid-layer-pattern', 'M-*-')
-    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, *words)
+    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, *MHC, *words)
     assert done.returncode == 2
     assert "error: --hybrid-layer-pattern M-*-: not on the CPU device, 'M' (Mamba)" in done.stderr
     assert 'Traceback' not in done.stderr
