@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import Attention, SelfAttention
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from megatron_mhc.mudd.aggregate import DenseAggregate
@@ -137,7 +138,7 @@ def _become(module: nn.Module, mixin: type) -> None:
     module.__class__ = _with(mixin, base)
 
 
-def connect_densely(block: nn.Module, residual: ResidualConfig) -> None:
+def connect_densely(block: TransformerBlock, residual: ResidualConfig) -> None:
     """Give a built block or hybrid stack its aggregates, and attention its three further inputs.
 
     Raises:
