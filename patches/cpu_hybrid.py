@@ -60,7 +60,24 @@ def local_submodules(stock: Any, config: TransformerConfig) -> Any:
     if hasattr(stock, 'mla_layer'):
         latent = layer(multi_latent_attention=True)
         layers['mla_layer'] = only(stock.mla_layer, latent, *attention)
-    return dataclasses.replace(stock, **layers)
+    return dataclasses.replace(
+        stock, **layers, mtp_block_spec=_local_prediction(stock.mtp_block_spec)
+    )
+
+
+def _local_prediction(stock: ModuleSpec) -> ModuleSpec:
+    """Prediction layers with a local projection; their stack is made of the layers above."""
+    from megatron.core.models.backends import LocalSpecProvider
+
+    def local(spec: ModuleSpec) -> ModuleSpec:
+        parts = dataclasses.replace(
+            spec.submodules, eh_proj=LocalSpecProvider().column_parallel_linear()
+        )
+        return dataclasses.replace(spec, submodules=parts)
+
+    layers = [local(spec) for spec in stock.submodules.layer_specs]
+    parts = dataclasses.replace(stock.submodules, layer_specs=layers)
+    return dataclasses.replace(stock, submodules=parts)
 
 
 def _with_local_layers(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,8 +14,3 @@ def check_pattern(pattern: str | None) -> None:
                 f"--hybrid-layer-pattern {pattern}: not on the CPU device, '{symbol}' ({name}) "
                 "needs CUDA kernels; use attention ('*' or '+'), MLP ('-') and experts ('E')."
             )
-    if '/' in (pattern or ''):
-        raise ValueError(
-            f'--hybrid-layer-pattern {pattern}: not on the CPU device, prediction layers (behind '
-            "'/') have Transformer Engine's layers alone; leave them out."
-        )

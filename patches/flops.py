@@ -12,9 +12,9 @@ from typing import Any
 
 from megatron_mhc.engram.sizes import engram_flops
 from megatron_mhc.patches.engine import Patch
-from megatron_mhc.settings.constraint import hybrid_model
 from megatron_mhc.settings.flags_engram import engram_config_from_args
 from megatron_mhc.settings.flags_residual import residual_config_from_args
+from megatron_mhc.settings.hybrid_stages import main_pattern
 from megatron_mhc.sizing.flops import STEP, residual_flops
 
 
@@ -30,8 +30,10 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             tokens = given['batch_size'] * settings.seq_length
         # Prediction layers (MTP) keep the stock residual.
         residual = residual_config_from_args(settings)
-        each = 1 if hybrid_model(lambda name: getattr(settings, name, None)) else 2
-        own = residual_flops(residual, settings.hidden_size, each * settings.num_layers)
+        main = main_pattern(lambda name: getattr(settings, name, None))
+        pattern = None if main is None else main.replace('|', '')
+        sublayers = 2 * settings.num_layers if pattern is None else len(pattern)
+        own = residual_flops(residual, settings.hidden_size, sublayers, pattern)
         engram = engram_config_from_args(settings)
         own += engram_flops(engram, settings.hidden_size, residual.streams)
         return original(*args, **kwargs) + STEP * tokens * own

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_mhc.compat import core_version
+from megatron_mhc.engram.memory import attach, prepare_engram
+from megatron_mhc.mudd.layer import connect_densely
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, applied
 from megatron_mhc.patches.gpt_model import (
@@ -22,15 +24,15 @@ from megatron_mhc.patches.gpt_model import (
     residual_of,
 )
 from megatron_mhc.patches.inverted_v import PATTERN_PATCHES
-from megatron_mhc.pipeline.tied_embedding import tie
+from megatron_mhc.pipeline.tied_embedding import drop_unused_output_weight, tie
 from megatron_mhc.residual.block import widen_block
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.settings.flags_engram import engram_of
 from megatron_mhc.settings.flags_pipeline import check_recompute_stream
+from megatron_mhc.settings.hybrid_stages import main_pattern
 from megatron_mhc.settings.model_config import RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig
 from megatron_mhc.settings.refusals import check_residual
-from megatron_mhc.settings.refused_engram import ENGRAM
 
 
 def stack_spec_name(signature: inspect.Signature) -> str:
@@ -56,8 +58,6 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         config, vp_stage = bound.arguments['config'], bound.arguments.get('vp_stage')
         # Configs that did not come from the command line may not say so.
         config.is_hybrid_model = True
-        if engram_of(config) is not None:
-            ENGRAM.check(config)
         residual = residual_of(config)
         if residual.enabled:
             check_residual(config, residual)
@@ -66,14 +66,22 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             RESIDUAL.attach(config, residual)
             if not vp_stage:
                 agree_on_edges(config, residual)
+        engram = engram_of(config)
+        if engram is not None:
+            prepare_engram(config, engram, main_pattern(bound.arguments.get))
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:
             _require_placement(pipeline)
             bound.arguments['pre_process'] = prepare_pipeline(config, pipeline, vp_stage)
         original(*bound.args, **bound.kwargs)
-        if residual.enabled:
+        if residual.residual_type == 'mudd':
+            connect_densely(self.decoder, residual)
+        elif residual.enabled:
             widen_block(self.decoder, residual)
+        if engram is not None:
+            attach(self, engram, residual.streams)
+        drop_unused_output_weight(self)
         if pipeline is not None:
             # On a V one rank holds all copies of the word embedding.
             tie(self)

@@ -12,9 +12,13 @@ from megatron_mhc.inputs.values import shown
 
 
 def pattern_of(args: argparse.Namespace) -> str | None:
-    """The layer pattern, by either name of its flag."""
+    """The layer pattern, by either name of its flag, with the parts of an older flag behind it."""
     older = getattr(args, 'hybrid_override_pattern', None)
-    return getattr(args, 'hybrid_layer_pattern', None) or older
+    pattern: str | None = getattr(args, 'hybrid_layer_pattern', None) or older
+    predicted = getattr(args, 'mtp_hybrid_override_pattern', None)
+    if pattern is None or predicted is None or '/' in pattern:
+        return pattern
+    return pattern + f'/{predicted}' * (args.mtp_num_layers or 0)
 
 
 def check_hybrid_pattern(args: argparse.Namespace) -> None:
@@ -24,7 +28,7 @@ def check_hybrid_pattern(args: argparse.Namespace) -> None:
         return
     from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols
 
-    main = pattern.partition('/')[0]
+    main, *predicted = pattern.split('/')
     flag = f'--hybrid-layer-pattern {shown(pattern)}'
     known = ''.join(sorted(Symbols.VALID_LAYERS))
     for symbol in pattern:
@@ -38,6 +42,8 @@ def check_hybrid_pattern(args: argparse.Namespace) -> None:
             f"{flag}: one model has either '*' or latent attention ('+', 'D'), whose sizes "
             'are other flags; use one of them'
         )
+    # Megatron lets a '/' with nothing behind it be.
+    _check_predictions(args, flag, predicted if any(predicted) else [])
     ranks, segments = args.pipeline_model_parallel_size, main.split('|')
     if not main.replace('|', ''):
         raise ValueError(f'{flag}: no layer; give one symbol for each, of {known}')
@@ -51,4 +57,24 @@ def check_hybrid_pattern(args: argparse.Namespace) -> None:
         raise ValueError(
             f'{flag}: {len(main)} layers do not divide over --pipeline-model-parallel-size '
             f"{ranks}; say with '|' where stages end"
+        )
+
+
+def _check_predictions(args: argparse.Namespace, flag: str, predicted: list[str]) -> None:
+    """The same of the parts behind '/', one for each token that is predicted beyond the next."""
+    if any(part != predicted[0] or '|' in part for part in predicted):
+        raise ValueError(
+            f"{flag}: every part behind '/' is one more prediction by the same layers, on the last "
+            "stage; repeat the first part, and leave out '|'"
+        )
+    wanted = args.mtp_num_layers
+    if wanted and wanted != len(predicted):
+        raise ValueError(
+            f"{flag}: {len(predicted)} parts behind '/', but --mtp-num-layers {wanted}; give one "
+            'each, or leave the number to the pattern'
+        )
+    if predicted and args.position_embedding_type not in ('rope', 'none'):
+        raise ValueError(
+            f'{flag}: Megatron has prediction layers with --position-embedding-type rope or none '
+            f'alone, and this is {args.position_embedding_type}; add one of them'
         )

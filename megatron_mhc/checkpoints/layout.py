@@ -28,7 +28,13 @@ PLACES = (
     'account_for_loss_in_pipeline_split',
 )
 # Arguments that say what the weights of a layer are called.
-NAMES = ('transformer_impl', 'num_layers', 'num_experts', 'multi_latent_attention')
+NAMES = (
+    'transformer_impl',
+    'num_layers',
+    'num_experts',
+    'multi_latent_attention',
+    'hybrid_layer_pattern',
+)
 # Arguments that add weights, which a checkpoint without them would leave as they are.
 ADDED = (
     'add_bias_linear',

@@ -35,10 +35,10 @@ def with_table_rules(
 
 
 def require_memory(chunks: Iterable[nn.Module], engram: EngramConfig) -> None:
-    """Raise RuntimeError where the script built something else than a GPTModel."""
+    """Raise RuntimeError where the script built something else than a model that has a memory."""
     for chunk in chunks:
         if ENGRAM.peek(chunk.config) is None:
             raise RuntimeError(
                 f'--engram-layers {" ".join(map(str, engram.layers))} had no effect: only GPTModel '
-                'is given a memory; use a GPT model or leave the flag out'
+                'and HybridModel are given a memory; use one of them or leave the flag out'
             )

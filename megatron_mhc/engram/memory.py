@@ -7,7 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -20,8 +20,11 @@ from megatron_mhc.engram.layer import EngramLayer
 from megatron_mhc.engram.token_map import current_tokenizer, token_map
 from megatron_mhc.residual.single_pass import hand_on
 from megatron_mhc.settings.engram import EngramConfig
+from megatron_mhc.settings.hybrid_stages import first_stage_layers
 from megatron_mhc.settings.model_config import ENGRAM
 from megatron_mhc.settings.refused_engram import check_engram, check_stage
+
+ENDS = ('first', 'last')
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -39,7 +42,7 @@ class EngramMemory(MegatronModule):
         num_streams: n of its residual stream.
     """
 
-    def __init__(self, engram: EngramConfig, model: GPTModel, num_streams: int) -> None:
+    def __init__(self, engram: EngramConfig, model: LanguageModule, num_streams: int) -> None:
         super().__init__(model.config)
         self.engram = engram
         self.tp_group = model.decoder.pg_collection.tp
@@ -70,32 +73,44 @@ class EngramMemory(MegatronModule):
         if number not in self._noted:
             raise RuntimeError(
                 f'--engram-layers: layer {number} ran without the ids of its tokens, or a second '
-                'time; call the GPTModel itself, not its decoder'
+                'time; call the model itself, not its decoder'
             )
         added = getattr(self, f'layer_{number}')(x, *self._noted.pop(number))
         hand_on(x, added)
         return added
 
 
-def prepare_engram(config: TransformerConfig, engram: EngramConfig) -> None:
+def prepare_engram(
+    config: TransformerConfig, engram: EngramConfig, main: str | None = None
+) -> None:
     """Check a model's config before it is built; all its stages come to the same result.
+
+    Args:
+        config: the model's.
+        engram: the settings.
+        main: the main layers of a hybrid model's pattern.
 
     Raises:
         ValueError: a setting that cannot be combined, or a layer behind the first pipeline stage.
     """
     check_engram(config, engram)
     layout = config.pipeline_model_parallel_layout
-    if layout is None:
-        first_stage_layers = get_num_layers_to_build(config, vp_stage=0, pp_rank=0)
+    if main is not None:
+        first, last = (getattr(config, f'num_layers_in_{end}_pipeline_stage') for end in ENDS)
+        layers = first_stage_layers(main, config.pipeline_model_parallel_size, first, last)
+    elif layout is None:
+        layers = get_num_layers_to_build(config, vp_stage=0, pp_rank=0)
     else:
-        first_stage_layers = layout.layout[0][0].count(LayerType.decoder)
-    check_stage(engram, first_stage_layers)
+        layers = layout.layout[0][0].count(LayerType.decoder)
+    check_stage(engram, layers)
     # The optimizer reads it from the config it shares with the model.
     ENGRAM.attach(config, engram)
 
 
-def attach(model: GPTModel, engram: EngramConfig, num_streams: int) -> None:
+def attach(model: LanguageModule, engram: EngramConfig, num_streams: int) -> None:
     """Give the listed layers of a built model their memory. Other stages than the first have none.
+
+    Layers count as Megatron numbers them: in a hybrid model each symbol of the pattern is one.
 
     Hooks only: the model stays what it is, and its parameters keep their names.
     """

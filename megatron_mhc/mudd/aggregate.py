@@ -49,14 +49,14 @@ class WeighedSum(torch.autograd.Function):
 
 
 class DenseAggregate(KeepFP32):
-    """The weights of one layer: A(x) = GELU(RMSNorm(x) W1) W2 + a, or a alone (``static``).
+    """The weights after one block: A(x) = GELU(RMSNorm(x) W1) W2 + a, or a alone (``static``).
 
     The norm has no gain. At the start W2 = 0 and a picks the newest output, so the model is the
     plain transformer.
 
     Args:
         hidden_size: C.
-        layer: number of the layer that it follows, from 1.
+        layer: number of the block that it follows, from 1; a layer of a GPT model is one.
         ways: how many sums it makes, ``WAYS`` or the residual alone.
         dynamic: whether the weights depend on the token.
         norm_eps: of the norm.

@@ -5,6 +5,9 @@ tensor (``DENSE_WAYS``), so that nothing is kept on a module between two calls. 
 are the layer's own. Only two modules of a built layer get another class: the norm before
 attention, which then norms three ways, and the projection to queries, keys and values, which then
 multiplies each part of its weight with another way.
+
+In a hybrid stack a layer of the paper is a block of layers, ``*-``: what is read, and added up, is
+the output of blocks. A block whose mixer is not attention has one input, the residual way.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
 
         layer_number: int
 
-        def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 else:
     _Norm = _Linear = _Layer = object
 
@@ -92,9 +95,11 @@ class ThreeWayLinear(_Linear):
 class MuddLayerMixin(_Layer):
     """Overrides the layer's forward, before and after which dense connections stand."""
 
+    # What follows the layer if it ends a block. In a tuple, or it would be registered as a child of
+    # the layer too.
     aggregate: tuple[DenseAggregate, ...] = ()
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = kwargs['hidden_states'] if 'hidden_states' in kwargs else args[0]
         carried = DENSE_WAYS.peek(x)
         if carried is None and self.layer_number > 1:
@@ -104,13 +109,15 @@ class MuddLayerMixin(_Layer):
                 'mudd cannot follow'
             )
         history = carried.history if carried else (x,)
-        output, *rest = super().forward(*args, **kwargs)
-        history = (*history, output)
-        # In a tuple, or it would be registered as a child of this layer too.
-        *ways, residual = self.aggregate[0](history)
-        if ways:
-            DENSE_WAYS.attach(residual, DenseWays(tuple(ways), history))
-        return residual, *rest
+        result = super().forward(*args, **kwargs)
+        # A Mamba layer returns its output alone.
+        output, *rest = result if isinstance(result, tuple) else (result,)
+        ways: list[Tensor] = []
+        if self.aggregate:
+            history = (*history, output)
+            *ways, output = self.aggregate[0](history)
+        DENSE_WAYS.attach(output, DenseWays(tuple(ways), history))
+        return (output, *rest) if isinstance(result, tuple) else output
 
 
 def _copy_of(norm: nn.Module) -> nn.Module:
@@ -132,41 +139,52 @@ def _become(module: nn.Module, mixin: type) -> None:
 
 
 def connect_densely(block: TransformerBlock, residual: ResidualConfig) -> None:
-    """Give a built block its aggregates, and its layers their three further inputs.
+    """Give a built block or hybrid stack its aggregates, and attention its three further inputs.
 
     Raises:
         ValueError: a layer's attention is not one whose inputs can be told apart.
     """
-    config, layers = block.config, len(block.layers)
+    config = block.config
+    symbols = getattr(block, 'layer_type_list', '*' * len(block.layers))
+    ways = ways_after(symbols)
     # Children of the block: each has a shape of its own, which layers that are stacked in a
     # checkpoint may not have.
     block.dense_aggregates = nn.ModuleList(
         DenseAggregate(
             config.hidden_size,
-            layer,
-            ways_after(layer, layers),
+            number,
+            leaving,
             residual.mudd_variant == 'dynamic',
             config.layernorm_epsilon,
             residual.seed,
             config.sequence_parallel,
         )
-        for layer in range(1, layers + 1)
+        for number, leaving in enumerate(filter(None, ways), 1)
     )
-    for layer, aggregate in zip(block.layers, block.dense_aggregates, strict=True):
-        attention = layer.self_attention
-        linear: Any = getattr(attention, 'linear_qkv', None)
-        if type(attention) is not SelfAttention or type(linear) is not ColumnParallelLinear:
-            raise ValueError(
-                f'--residual-type mudd: layer {layer.layer_number} has {type(attention).__name__} '
-                f'with {type(linear).__name__}, whose query, key and value cannot get inputs of '
-                'their own; use SelfAttention with --transformer-impl local'
-            )
-        norm = layer.input_layernorm
-        layer.key_layernorm, layer.value_layernorm = _copy_of(norm), _copy_of(norm)
-        _become(norm, ThreeWayNorm)
-        norm.others = (layer.key_layernorm, layer.value_layernorm)
-        _become(linear, ThreeWayLinear)
-        linear.groups = attention.num_query_groups_per_partition
-        linear.head_dim = attention.hidden_size_per_attention_head
+    aggregates = iter(block.dense_aggregates)
+    for layer, symbol, leaving in zip(block.layers, symbols, ways, strict=True):
+        attention = getattr(layer, 'self_attention', None)
+        if symbol == '*' or isinstance(attention, Attention):
+            _separate_inputs(layer, attention)
         _become(layer, MuddLayerMixin)
-        layer.aggregate = (aggregate,)
+        if leaving:
+            layer.aggregate = (next(aggregates),)
+
+
+def _separate_inputs(layer: Any, attention: Any) -> None:
+    """Let the attention of ``layer`` read a way for query, key and value each."""
+    linear: Any = getattr(attention, 'linear_qkv', None)
+    if type(attention) is not SelfAttention or type(linear) is not ColumnParallelLinear:
+        raise ValueError(
+            f'--residual-type mudd: layer {layer.layer_number} has {type(attention).__name__} '
+            f'with {type(linear).__name__}, whose query, key and value cannot get inputs of '
+            'their own; use SelfAttention with --transformer-impl local, in a hybrid model a '
+            'stack spec of such layers'
+        )
+    norm = layer.input_layernorm
+    layer.key_layernorm, layer.value_layernorm = _copy_of(norm), _copy_of(norm)
+    _become(norm, ThreeWayNorm)
+    norm.others = (layer.key_layernorm, layer.value_layernorm)
+    _become(linear, ThreeWayLinear)
+    linear.groups = attention.num_query_groups_per_partition
+    linear.head_dim = attention.hidden_size_per_attention_head

@@ -81,5 +81,6 @@ def hybrid_model(get: Setting) -> bool:
 
 
 def predicts(get: Setting) -> bool:
-    """Whether a hybrid pattern has prediction layers."""
-    return '/' in (get('hybrid_layer_pattern') or get('hybrid_override_pattern') or '')
+    """Whether there are prediction layers: by number, or as parts of a hybrid pattern."""
+    pattern = get('hybrid_layer_pattern') or get('hybrid_override_pattern') or ''
+    return bool(get('mtp_num_layers') or pattern.partition('/')[2].strip('/'))

@@ -39,7 +39,7 @@ class EngramConfig:
         structural=True,
         metavar='N',
         help='decoder layers, counted from 1, that read the memory before their attention',
-        more='the paper uses 2 15 of 30',
+        more='the paper uses 2 15 of 30; in a hybrid pattern each symbol is a layer',
     )
     ngram_orders: tuple[int, ...] = setting(
         (2, 3),

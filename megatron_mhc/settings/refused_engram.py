@@ -9,11 +9,11 @@ from megatron_mhc.settings.constraint import (
     Refusals,
     cuda_graphs,
     full_recompute,
-    hybrid_model,
     offloads,
     shards_parameters,
 )
 from megatron_mhc.settings.engram import ROW_BLOCKS, EngramConfig
+from megatron_mhc.settings.hybrid_stages import first_stage_layers, main_pattern
 
 _ROWS = (
     Constraint(
@@ -102,12 +102,6 @@ _ROWS = (
         'drop it; --engram-lr-mult sets the rate of the tables',
     ),
     Constraint(
-        '--hybrid-layer-pattern',
-        hybrid_model,
-        'the memory is attached to a GPTModel, not to a HybridModel',
-        'use a GPT layer spec',
-    ),
-    Constraint(
         '--export-kd-teacher-load',
         lambda get: bool(get('export_kd_teacher_load')),
         'the teacher would be built with a memory too',
@@ -135,7 +129,11 @@ def check_engram(settings: object, engram: EngramConfig) -> None:
     def get(name: str) -> Any:
         return getattr(settings, name, None)
 
+    main = main_pattern(get)
     last, layers = engram.layers[-1], get('num_layers')
+    if main is not None:
+        # What --num-layers says then counts for nothing.
+        layers = len(main.replace('|', ''))
     if layers is not None and last > layers:
         raise ValueError(
             f'--engram-layers {last}: the model has {layers} layers, counted from 1; name one of '
@@ -176,9 +174,13 @@ def evenly_divided(settings: object) -> int | None:
     def get(name: str) -> Any:
         return getattr(settings, name, None)
 
+    main, ranks = main_pattern(get), get('pipeline_model_parallel_size') or 1
+    if main is not None:
+        given = (get(f'decoder_{end}_pipeline_num_layers') for end in ('first', 'last'))
+        return first_stage_layers(main, ranks, *given)
     if get('num_layers') is None or any(map(get, _MOVING)):
         return None
-    layers: int = get('num_layers') // (get('pipeline_model_parallel_size') or 1)
+    layers: int = get('num_layers') // ranks
     of_virtual_stage: int | None = get('num_layers_per_virtual_pipeline_stage')
     if of_virtual_stage is not None:
         return of_virtual_stage

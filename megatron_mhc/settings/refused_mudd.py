@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Refusals, full_recompute, hybrid_model
+from megatron_mhc.settings.constraint import (
+    Constraint,
+    Refusals,
+    full_recompute,
+    predicts,
+)
+from megatron_mhc.settings.hybrid_stages import main_pattern
 
 _ROWS = (
     Constraint(
@@ -12,12 +18,6 @@ _ROWS = (
         'use tensor, sequence or data parallelism',
     ),
     Constraint(
-        '--hybrid-layer-pattern',
-        hybrid_model,
-        'only the layers of a GPTModel are connected densely, not those of a HybridModel',
-        'use a GPT layer spec',
-    ),
-    Constraint(
         '--transformer-impl transformer_engine',
         # Of the command line alone: a model config says so by default, whatever the layer spec has.
         lambda get: get('residual_type') and get('transformer_impl') == 'transformer_engine',
@@ -25,10 +25,12 @@ _ROWS = (
         'add --transformer-impl local',
     ),
     Constraint(
-        '--multi-latent-attention',
-        lambda get: bool(get('multi_latent_attention')),
+        "--multi-latent-attention / '+' and 'D' in --hybrid-layer-pattern",
+        lambda get: (
+            bool(get('multi_latent_attention')) or bool(set('+D') & set(main_pattern(get) or ''))
+        ),
         'its key and value come from one latent',
-        'drop the flag',
+        "drop the flag, or use '*'",
     ),
     Constraint(
         '--attention-output-gate',
@@ -48,7 +50,7 @@ _ROWS = (
     ),
     Constraint(
         '--mtp-num-layers',
-        lambda get: bool(get('mtp_num_layers')),
+        predicts,
         'dense connections end at the final norm',
         'drop the flag',
     ),

@@ -7,8 +7,6 @@ from megatron_mhc.settings.constraint import (
     Refusals,
     Setting,
     cuda_graphs,
-    hybrid_model,
-    predicts,
     shards_parameters,
 )
 
@@ -96,12 +94,6 @@ _ROWS = (
         ),
         'it says which of two optimizers trains phi, but there is only one for all parameters',
         'drop --mhc-mapping-optimizer or use --optimizer muon',
-    ),
-    Constraint(
-        '--mtp-num-layers with --hybrid-layer-pattern',
-        lambda get: hybrid_model(get) and (bool(get('mtp_num_layers')) or predicts(get)),
-        'prediction layers behind a hybrid stack are not tested with n streams',
-        "leave them out of the pattern (its parts after '/')",
     ),
     Constraint(
         '--export-kd-teacher-load',

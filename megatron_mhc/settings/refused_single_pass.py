@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Refusals, full_recompute
+from megatron_mhc.settings.constraint import Constraint, Refusals, full_recompute, predicts
 
 _ROWS = (
     Constraint(
@@ -19,7 +19,7 @@ _ROWS = (
     ),
     Constraint(
         '--mtp-num-layers',
-        lambda get: bool(get('mtp_num_layers')),
+        predicts,
         'the published model merges the streams in another way for them',
         'drop the flag',
     ),

@@ -55,7 +55,9 @@ def layer_flops(shape: ModelShape, sparse: bool) -> dict[str, int]:
     }
 
 
-def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int:
+def residual_flops(
+    residual: ResidualConfig, hidden: int, sublayers: int, pattern: str | None = None
+) -> int:
     """Forward FLOPs of one token in all that n streams add to a model (mHC, Eqs 3 and 7 to 9).
 
     Dense connections (mudd): ``mudd.sizes``.
@@ -73,9 +75,11 @@ def residual_flops(residual: ResidualConfig, hidden: int, sublayers: int) -> int
         residual: the settings; 0 FLOPs under ``standard``.
         hidden: C.
         sublayers: L.
+        pattern: of a hybrid model, one symbol a layer; dense connections read it.
     """
     if residual.residual_type == 'mudd':
-        return mudd_flops(hidden, sublayers // 2, residual.mudd_variant == 'dynamic')
+        layers = pattern or '*' * (sublayers // 2)
+        return mudd_flops(hidden, layers, residual.mudd_variant == 'dynamic')
     if not residual.enabled:
         return 0
     n, wide = residual.num_residual_streams, residual.num_residual_streams * hidden

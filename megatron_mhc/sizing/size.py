@@ -41,7 +41,8 @@ def parameters(shape: ModelShape) -> Counter[str]:
         parts += layer_parameters(shape, layer)
     if shape.residual.residual_type == 'mudd':
         dynamic = shape.residual.mudd_variant == 'dynamic'
-        parts['mhc'] += mudd_parameters(shape.hidden, shape.layers, dynamic, shape.norm_vectors)
+        layers = '*' * shape.layers
+        parts['mhc'] += mudd_parameters(shape.hidden, layers, dynamic, shape.norm_vectors)
     return parts
 
 

@@ -288,6 +288,11 @@ PLACED = {
         '--transformer-impl local',
         '--transformer-impl transformer_engine, but',
     ),
+    'prediction layers': (
+        {'hybrid_layer_pattern': '*-'},
+        '--hybrid-layer-pattern *-/*- --position-embedding-type rope',
+        '--hybrid-layer-pattern *-, but this run has *-/*-',
+    ),
     'a bias': ({'add_bias_linear': False}, '', '--add-bias-linear False, but this run has True'),
     'positions': (
         {'position_embedding_type': 'rope'},

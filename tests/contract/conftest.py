@@ -56,7 +56,7 @@ def build(megatron):
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     def make(
         residual: dict | None = None,
@@ -69,7 +69,9 @@ def build(megatron):
         if mtp_spec and minor in compat.PREVIEWED and not HAVE_TE:
             pytest.skip('core 0.20 before its release builds no prediction layer without TE')
         torch.manual_seed(5)
-        config = TransformerConfig(**{'num_layers': 3, **SMALL, **settings})
+        latent = settings.get('multi_latent_attention')
+        kind = MLATransformerConfig if latent else TransformerConfig
+        config = kind(**{'num_layers': 3, **SMALL, **settings})
         if residual is not None:
             # Where kernels are compared with torch: the interpreter takes its time for each pass.
             compared = 'kernel_backend' in residual and residual.get('residual_type') != 'hc'

@@ -22,11 +22,17 @@ def hybrid_class():
     return MambaModel if compat.core_minor(compat.core_version()) == '0.17' else MambaModel.__base__
 
 
+def has_symbols(pattern: str) -> bool:
+    """Whether this release has all layers of ``pattern``; latent attention comes with 0.19."""
+    return '+' not in pattern or hasattr(mamba_stack_spec.submodules, 'mla_layer')
+
+
 def hybrid_model(
     pattern: str,
     residual: dict | None = None,
     spec=mamba_stack_spec,
     on_config: dict | None = None,
+    position_embedding_type='learned_absolute',
     **settings,
 ):
     """A model of ``pattern`` in this world of one.
@@ -35,8 +41,9 @@ def hybrid_model(
     """
     torch.manual_seed(5)
     kind = MLATransformerConfig if '+' in pattern else TransformerConfig
-    layers = len(pattern.replace('|', '').partition('/')[0])
-    config = kind(num_layers=layers, **{**PLAIN, **settings})
+    main, *predicted = pattern.replace('|', '').split('/')
+    counts = {'num_layers': len(main), 'mtp_num_layers': len(predicted) or None}
+    config = kind(**{**counts, **PLAIN, **settings})
     if residual is not None:
         config.residual_config = ResidualConfig(**residual)
     for name, value in (on_config or {}).items():
@@ -47,21 +54,30 @@ def hybrid_model(
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         hybrid_layer_pattern=pattern,
-        position_embedding_type='learned_absolute',
+        position_embedding_type=position_embedding_type,
     )
+
+
+def in_hybrid(layer: int) -> int:
+    """The hybrid layer of the attention in GPT layer ``layer``, both from 1."""
+    return 2 * layer - 1
 
 
 def name_in_hybrid(name: str) -> str:
     """Where a pattern of ``*-`` or ``*E`` for each layer has the parameter ``name`` of a GPT model.
 
-    Layer i is the layers 2i, its attention, and 2i + 1, its MLP; the final norm has another name.
+    Layer i is the layers 2i, its attention, and 2i + 1, its MLP, and its memory that of the former;
+    the final norm has another name. A prediction layer holds one such pair.
     """
 
     def layer(found: re.Match[str]) -> str:
-        own = found[2].startswith(('mlp', 'pre_mlp'))
-        return f'decoder.layers.{2 * int(found[1]) + own}.{found[2]}'
+        own = found[3].startswith(('mlp', 'pre_mlp'))
+        place = int(found[2] or 0)
+        return f'{found[1]}.layers.{2 * place + own}.{found[3]}'
 
-    name = re.sub(r'decoder\.layers\.(\d+)\.(.*)', layer, name)
+    name = re.sub(r'(decoder)\.layers\.(\d+)\.(.*)', layer, name)
+    name = re.sub(r'(.*mtp_model_layer)()\.(.*)', layer, name)
+    name = re.sub(r'(?<=engram\.layer_)(\d+)', lambda n: str(in_hybrid(int(n[0]))), name)
     return name.replace('decoder.final_layernorm.', 'decoder.final_norm.')
 
 

@@ -145,11 +145,19 @@ def test_the_throughput_line_counts_the_residual_topology(parser, name):
         assert ours(args, 5, *packed) == stock(args, 5, *packed) + 3 * 70 * own
 
 
-def test_each_layer_of_a_hybrid_model_is_one_sublayer_of_the_count(parser):
+@pytest.mark.parametrize('name', ['mhc', 'mudd'])
+def test_each_layer_of_a_hybrid_model_is_one_sublayer_of_the_count(parser, name):
+    """Of the main layers: prediction layers, and MLPs under dense connections, add nothing."""
     sizes = {name: value for name, value in SIZES.items() if name != 'num-layers'}
-    hybrid = {'hybrid-layer-pattern': '*-*E', **MOE, **RESIDUALS['mhc']}
-    args = model_arguments(sizes | hybrid, 64)
+    if name == 'mhc':
+        model = {'hybrid-layer-pattern': '*-*E/*-', **ROPE, **MOE, **RESIDUALS['mhc']}
+    else:
+        mudd = {'residual-type': 'mudd', 'transformer-impl': 'local'}
+        model = {'hybrid-layer-pattern': '*-*E', **MOE, **mudd}
+    args = model_arguments(sizes | model, 64)
+    # Dense connections between two blocks of two layers cost what they do between two GPT layers.
     own = residual_flops(residual_config_from_args(args), args.hidden_size, 4)
+    assert own > 0
     ours, stock = counting()
     assert ours(args, 5) == stock(args, 5) + 3 * 5 * args.seq_length * own
 

@@ -157,7 +157,7 @@ def test_parameters_are_counted_exactly(build, kind, variant):
     plain = build(**KINDS[kind])
     model = build({**MUDD, 'mudd_variant': variant}, **KINDS[kind])
     added = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
-    assert added == mudd_parameters(32, 3, variant == 'dynamic', 1 if kind == 'swiglu' else 2)
+    assert added == mudd_parameters(32, '***', variant == 'dynamic', 1 if kind == 'swiglu' else 2)
 
 
 def test_overhead_is_the_papers():
@@ -167,21 +167,21 @@ def test_overhead_is_the_papers():
     assert f'{eta / 6:.2%}' == '0.23%'
     assert f'{eta / (3 + rho / 4):.1%}' == '0.4%'
     # The paper counts W1 alone: W2 and the norms of keys and values come to 6 % of it here.
-    total = mudd_parameters(hidden, layers, dynamic=True)
+    total = mudd_parameters(hidden, '*' * layers, dynamic=True)
     inner = [4 * (layer + 1) for layer in range(1, layers + 1)]
     assert hidden * sum(inner) / (12 * layers * hidden**2) == pytest.approx(eta / 6, rel=1e-12)
     small = sum(k * k for k in inner) + sum(inner) + 2 * layers * hidden
     # After the last layer there is one way instead of four.
     last = (layers + 1) * 3
     assert total == hidden * sum(inner) + small - last * (inner[-1] + 1)
-    flops = mudd_flops(hidden, layers, dynamic=True)
+    flops = mudd_flops(hidden, '*' * layers, dynamic=True)
     assert residual_flops(ResidualConfig('mudd'), hidden, 2 * layers) == flops
     # Attention over a causal mask: half of 4 T C a layer.
     plain = 24 * layers * hidden**2 + 2 * layers * tokens * hidden
     assert f'{flops / plain:.1%}' == '0.4%'
     assert flops / plain == pytest.approx(eta / (3 + rho / 4), rel=0.03)
     static = total - hidden * sum(inner) - sum(k * k for k in inner) + last * inner[-1]
-    assert mudd_parameters(hidden, layers, dynamic=False) == static
+    assert mudd_parameters(hidden, '*' * layers, dynamic=False) == static
 
 
 def test_an_input_that_lost_its_history_is_refused(build):

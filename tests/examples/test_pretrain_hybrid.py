@@ -12,7 +12,6 @@ from launch import launch
 from megatron_mhc.monitor.heat_maps import chosen_sublayers
 from megatron_mhc.monitor.runs import present, read_run
 from megatron_mhc.monitor.verdict import verdict
-from megatron_mhc.patches.cpu_pattern import check_pattern
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'examples' / 'pretrain_hybrid.py'
@@ -21,8 +20,10 @@ MODEL = (
     '--micro-batch-size 1 --global-batch-size 4 --mock-data --tokenizer-type NullTokenizer '
     '--vocab-size 255 --lr 1e-2 --min-lr 1e-3 --train-iters 4 --eval-iters 0 --eval-interval 1000 '
     '--log-interval 1 --split 98,1,1 --num-workers 0 --untie-embeddings-and-output-weights '
-    '--hidden-dropout 0 --attention-dropout 0 --residual-type mhc --mhc-init identity'
+    '--hidden-dropout 0 --attention-dropout 0 --position-embedding-type rope'
 ).split()
+MHC = '--residual-type mhc --mhc-init identity'.split()
+MEMORY = '--engram-layers 1 2 --engram-heads 2 --engram-table-size 300 --engram-dim 16'.split()
 LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
 
 
@@ -36,11 +37,14 @@ def train(world: int, pattern: str, *flags: object) -> dict[int, tuple[str, str]
 
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
-    """Four iterations on two stages of unequal length, saved after two, and monitored."""
+    """Four iterations on two stages of unequal length, saved after two, and monitored.
+
+    The second stage has a prediction layer of two layers, the first a memory.
+    """
     folder = tmp_path_factory.mktemp('unbroken')
     curve = train(
-        *(2, '*-*|-*-', '--pipeline-model-parallel-size', 2),
-        *('--save', folder / 'saved', '--save-interval', 2),
+        *(2, '*-*|-*-/*-', '--pipeline-model-parallel-size', 2),
+        *(*MHC, *MEMORY, '--save', folder / 'saved', '--save-interval', 2),
         *('--mhc-monitor', '--mhc-monitor-interval', 1, '--tensorboard-dir', folder / 'events'),
     )
     return folder, curve
@@ -50,11 +54,15 @@ def test_a_run_resumes_on_other_stages_as_if_unbroken(unbroken, tmp_path, tensor
     """Weights and optimizer states, but for a gradient norm that is summed in another order."""
     folder, curve = unbroken
     flags = ('--load', folder / 'saved', '--ckpt-step', 2, '--save', tmp_path, '--save-interval', 2)
-    resumed = train(1, '*-*-*-', *flags)
+    resumed = train(1, '*-*-*-/*-', *MHC, *MEMORY, *flags)
     assert sorted(resumed) == [3, 4] and resumed[3] == curve[3]
     wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
     assert states.keys() == wanted.keys()
     assert 'optimizer.state.exp_avg.decoder.layers.5.mlp_hyper_connection.alpha_res' in states
+    prediction = 'optimizer.state.exp_avg.mtp.layers.0.mtp_model_layer.layers.1.'
+    assert any(key.startswith(prediction) for key in states)
+    assert 'optimizer.state.exp_avg.decoder.engram.layer_2.table.weight' in states
+    assert not any('mtp.' in key and 'hyper_connection' in key for key in states)
     for key, value in wanted.items():
         torch.testing.assert_close(states[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
@@ -98,16 +106,21 @@ def test_monitors_have_a_row_for_each_layer(unbroken):
         chosen_sublayers(run, [1], [])
 
 
-def test_prediction_layers_are_refused_on_the_cpu():
-    with pytest.raises(
-        ValueError, match=r'pattern \*-/\*-: not on the CPU device, prediction layers'
-    ):
-        check_pattern('*-/*-')
+def test_dense_connections_train(tmp_path, tensors):
+    dense = ('--residual-type', 'mudd', '--save', tmp_path, '--save-interval', 4)
+    curve = train(1, '*-*--*', *dense)
+    losses = [float(loss) for loss, _ in curve.values()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    # Blocks *-, *-- and *: four ways over 2 and 3 outputs, and the residual way over all 4.
+    saved = tensors(tmp_path / 'iter_0000004')
+    biases = [saved[f'decoder.dense_aggregates.{block}.bias'] for block in range(3)]
+    assert [len(bias) for bias in biases] == [4 * 2, 4 * 3, 4]
+    assert not torch.equal(biases[1], biases[1].round())
 
 
 def test_what_the_cpu_cannot_run_is_one_line():
     words = ('--hybrid-layer-pattern', 'M-*-')
-    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, *words)
+    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, *MHC, *words)
     assert done.returncode == 2
     assert "error: --hybrid-layer-pattern M-*-: not on the CPU device, 'M' (Mamba)" in done.stderr
     assert 'Traceback' not in done.stderr

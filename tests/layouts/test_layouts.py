@@ -45,6 +45,8 @@ LOCAL_STACK = {'is_hybrid_model': True, 'transformer_impl': 'local'}
 HYBRID = {'layers': 8, 'pattern': '*-*-*-*-', 'config': LOCAL_STACK}
 HYBRID_MOE = {'layers': 8, 'pattern': '*-*E*E*-', 'config': {**MOE, **LOCAL_STACK}}
 
+HYBRID_MTP = {'layers': 8, 'pattern': '*-*-*-*-/*-', 'config': {**MTP, **LOCAL_STACK}}
+
 # model -> what distinguishes it
 MODELS = {
     'mhc': {'residual': MHC},
@@ -63,6 +65,13 @@ MODELS = {
     'hybrid': {'residual': MHC, **HYBRID},
     'hybrid-hc': {'residual': HC, **HYBRID},
     'hybrid-moe': {'residual': MHC, **HYBRID_MOE},
+    'hybrid-engram': {'engram': ENGRAM, 'residual': MHC, **HYBRID},
+    'hybrid-mudd': {
+        'residual': {'residual_type': 'mudd'},
+        **HYBRID,
+        'config': {'normalization': 'RMSNorm', **LOCAL_STACK},
+    },
+    'hybrid-mtp': {'residual': MHC, **HYBRID_MTP, 'tied': True},
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
 }
@@ -116,6 +125,12 @@ CASES = [
     ('tp2', 'hybrid-hc', 2, {'layout': {'tp': 2}}, False),
     ('tp2-sp', 'hybrid', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('ep2', 'hybrid-moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
+    ('pp2', 'hybrid-engram', 2, {'layout': {'pp': 2}, 'pattern': '*-*|-*-*-'}, True),
+    ('tp2-sp', 'hybrid-engram', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('tp2-sp', 'hybrid-mudd', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    ('pp2', 'hybrid-mtp', 2, {'layout': {'pp': 2}, 'pattern': '*-*-*|-*-/*-'}, False),
+    ('pp2-vpp2', 'hybrid-mtp', 2, {'layout': VPP2, 'pattern': '*-*|-|*-*|-/*-'}, False),
+    ('tp2-sp', 'hybrid-mtp', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp2', 'mtp-tied', 2, {'layout': {'pp': 2}}, False),
     ('pp2-vpp2-alone', 'mtp', 2, MTP_ALONE, False),

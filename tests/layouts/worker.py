@@ -140,7 +140,7 @@ def hybrid_chunk(case: dict, config: TransformerConfig, stage: int | None) -> Ma
         pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=parallel_state.is_pipeline_last_stage(**place),
         share_embeddings_and_output_weights=case.get('tied', False),
-        position_embedding_type='learned_absolute',
+        position_embedding_type='rope' if config.mtp_num_layers else 'learned_absolute',
         vp_stage=stage,
     )
 

@@ -24,6 +24,8 @@ LOCAL = '--residual-type mudd --transformer-impl local '
         ('--recompute-granularity selective --recompute-modules layernorm', 'three inputs'),
         ('--multi-latent-attention', 'one latent'),
         ('--mtp-num-layers 1', 'final norm'),
+        ('--hybrid-layer-pattern *-/*-', 'final norm'),
+        ('--hybrid-layer-pattern D-', 'one latent'),
         ('--mhc-post-stream high', '--mhc-post-stream high'),
         ('--mhc-monitor', 'no H_res to monitor'),
         ('--mhc-num-residual-streams 4', 'has no effect with --residual-type mudd'),

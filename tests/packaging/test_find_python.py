@@ -39,7 +39,8 @@ def find(system, tmp_path):
             'HOME': str(tmp_path / 'home'),
             'PYENV_ROOT': '/none',
         }
-        return subprocess.run([FIND, *version], env=clean | env, capture_output=True, text=True, timeout=60)
+        command = [FIND, *version]
+        return subprocess.run(command, env=clean | env, capture_output=True, text=True, timeout=60)
 
     return run
 

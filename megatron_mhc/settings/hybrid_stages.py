@@ -1,0 +1,32 @@
+"""What a hybrid layer pattern says about layers and stages, by the arguments or the model's config.
+
+``M-M*|-M*-/*-``: the main layers, among which ``|`` ends a pipeline stage, and behind each ``/``
+those of one prediction layer.
+"""
+
+from __future__ import annotations
+
+from megatron_mhc.settings.constraint import Setting
+
+
+def main_pattern(get: Setting) -> str | None:
+    """The main layers of the arguments' pattern; None of another model, and on a config."""
+    pattern = get('hybrid_layer_pattern') or get('hybrid_override_pattern')
+    return pattern.partition('/')[0] if pattern else None
+
+
+def first_stage_layers(main: str, ranks: int, first: int | None, last: int | None) -> int:
+    """How many layers Megatron gives to the first stage.
+
+    Args:
+        main: the main layers, with or without ``|``.
+        ranks: of the pipeline.
+        first: layers of the first rank, where they are given beside the pattern.
+        last: of the last rank.
+    """
+    stage, *others = main.split('|')
+    if others or ranks == 1:
+        return len(stage)
+    if first is not None:
+        return first
+    return len(stage) // ranks if last is None else (len(stage) - last) // (ranks - 1)
