@@ -65,12 +65,12 @@ def _mixer_checks(shape: ModelShape, tp: int, cp: int) -> Checks:
     ):
         yield (
             any(count % tp for count in counts or ()),
-            f'the heads of the {name}, or their groups, do not divide by tp',
+            f'the heads of {name} layers, or their groups, do not divide by tp',
             f'choose a --tp that divides {counts and counts[0]}',
         )
         yield (
             cp > 1 and counts is not None,
-            f'context parallelism of the {name} is not modelled',
+            f'context parallelism of {name} layers is not modelled',
             'choose --cp 1',
         )
 

@@ -194,7 +194,7 @@ def test_the_flags_cut_the_pattern_as_the_memory_was_estimated(command, schedule
 @pytest.mark.parametrize(
     ('line', 'said'),
     [
-        ('--cp 2', 'context parallelism of the Mamba is not modelled; choose --cp 1'),
+        ('--cp 2', 'context parallelism of Mamba layers is not modelled; choose --cp 1'),
         ('--pp 64', 'fewer layers than stages; choose --pp, and --vpp, with at most 52 stages'),
         ('--tp 16', 'do not divide by tp; choose a --tp that divides 8'),
     ],
@@ -207,10 +207,13 @@ def test_layouts_that_do_not_exist(command, line, said):
 @pytest.mark.parametrize(
     ('shape', 'said'),
     [
-        (dataclasses.replace(SHAPE, mamba=Mamba(128, 64, 2, 128)), 'heads of the Mamba, or their'),
+        (
+            dataclasses.replace(SHAPE, mamba=Mamba(128, 64, 2, 128)),
+            'heads of Mamba layers',
+        ),
         (
             dataclasses.replace(SHAPE, delta_net=DeltaNet(2, 64, 4, 64, 4)),
-            'the heads of the gated delta net, or their groups, do not divide by tp',
+            'the heads of gated delta net layers, or their groups, do not divide by tp',
         ),
         (cut('M-M-|M-'), 'fewer parts than stages'),
     ],
