@@ -133,7 +133,7 @@ HYBRIDS = (
 _ON_EIGHT = Layout(8, pp=2, tp=2, schedule='1f1b')
 HYBRID_LAYOUTS = {
     recipe.name: {
-        '1gpu': Layout(1),
+        '1gpu': Layout(1, schedule='1f1b'),
         '8gpu': _ON_EIGHT,
         '64gpu': dataclasses.replace(_ON_EIGHT, gpus=64),
     }

@@ -210,6 +210,15 @@ def test_layouts_beyond_those_with_a_name(show, launcher, capsys, name, gpus, tp
     assert f'--nnodes {gpus // 8}\n' in script and f':-{32 if tp == 1 else 1}}}' in script
 
 
+def test_a_hybrid_recipe_prints_flags_of_its_layout(show):
+    """On a pipeline that no layout has by name."""
+    status, out, _ = show('show nemotron-h-8b --layout 1gpu --gpus 4 --pp 4')
+    assert status == 0 and '--pipeline-schedule 1f1b' in out
+    words = shlex.split(out[out.index('--hybrid-layer-pattern') :].replace('\\\n', ' '))
+    assert words[1].count('|') == 3 and '--mhc-recompute-layer-num' in words
+    assert '--mhc-' not in show('show nemotron-h-8b --residual-type standard')[1]
+
+
 def test_list_names_every_recipe(show):
     assert [row['name'] for row in json.loads(show('list --json')[1])] == list(RECIPES)
     assert all(name in show('list')[1] for name in RECIPES)
