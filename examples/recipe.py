@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a model of the mHC paper: 3b, 9b, 27b or 3b-1t, on 1, 8, 64 or more GPUs.
+"""Train a model of the mHC paper (3b, 9b, 27b, 3b-1t) or a Nemotron-H, on 1, 8, 64 or more GPUs.
 
 python examples/recipe.py 3b --layout 8gpu                       # mock data, nothing to download
 python examples/recipe.py 3b --scale-down                        # 20 iterations on a laptop's CPU
@@ -26,7 +26,9 @@ from megatron_mhc.recipes.script import LAUNCHER, bash_script, mock_data, torchr
 from megatron_mhc.settings.names import STREAM_TYPES
 from megatron_mhc.settings.queues import CONNECTIONS, connections, one_queue
 
-PRETRAIN = pathlib.Path(__file__).with_name('pretrain_gpt.py')
+PRETRAIN = {
+    kind: pathlib.Path(__file__).with_name(f'pretrain_{kind}.py') for kind in ('gpt', 'hybrid')
+}
 
 
 def parse(argv):
@@ -124,7 +126,8 @@ def main(argv=None):
     title = f'{options.name}, ranks: {layout.gpus}; {size}'
     # Nobody has said which GPU it will be: from Blackwell on 32 is right for every layout.
     export = f'{CONNECTIONS}="${{{CONNECTIONS}:-{connections(one)}}}"'
-    script = bash_script(title, [export], topics, sys.executable, str(PRETRAIN), extra)
+    pretrain = PRETRAIN['hybrid' if recipe.shape().pattern else 'gpt']
+    script = bash_script(title, [export], topics, sys.executable, str(pretrain), extra)
     if options.print:
         print(script, end='')
         return 0

@@ -1,1 +1,1 @@
-"""The mHC paper's models."""
+"""The mHC paper's models, and published hybrid ones."""

@@ -13,7 +13,8 @@ from megatron_mhc.inputs.table import table
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.recipes.beyond import layout_beyond
 from megatron_mhc.recipes.names import SIZES
-from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, Recipe
+from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, SEGMENTS, AnyRecipe, recipe_flags
+from megatron_mhc.recipes.script import flags_text
 from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.sizing.divides import check_model
 from megatron_mhc.sizing.flops import STEP, step_flops, token_flops
@@ -34,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def describe(
-    recipe: Recipe, layout: Layout, residual: str | ResidualConfig = 'mhc'
+    recipe: AnyRecipe, layout: Layout, residual: str | ResidualConfig = 'mhc'
 ) -> dict[str, Any]:
     """All figures of a recipe on a layout, as plain values: parameters, bytes and FLOPs.
 
@@ -162,7 +163,12 @@ def _show(options: argparse.Namespace) -> int:
                 'one of the two'
             )
         residual = dataclasses.replace(residual, manifold=options.mhc_manifold)
-    figures = describe(recipe, layout_of(options), residual)
+    layout = layout_of(options)
+    figures = describe(recipe, layout, residual)
+    run = residual
+    if residual.has_streams:
+        run = dataclasses.replace(residual, recompute_layer_num=SEGMENTS)
+    figures['flags'] = flags_text(recipe_flags(recipe, layout, run))
     if options.build:
         from megatron_mhc.recipes.build import built_summary
 
@@ -214,5 +220,8 @@ def _text(figures: dict[str, Any]) -> str:
         f'between stages: {figures["edge_bytes"] / 2**20:.0f} MiB each way per microbatch',
         f'FLOPs: {flops["token"]:.4g} a token, {flops["step"]:.4g} a step, of which mHC '
         f'{100 * flops["mhc_share"]:.2f} %',
+        '',
+        'flags, beside those of data and logging:',
+        '    ' + figures['flags'],
     ]
     return '\n'.join(lines)

@@ -1,10 +1,11 @@
-"""The models of the mHC paper (arXiv 2512.24880, Table 5) on Megatron's flags, and their layouts.
+"""The models of the mHC paper (arXiv 2512.24880, Table 5) on Megatron's flags, and all layouts.
 
-A recipe is data; ``recipe_flags`` writes it as command-line flags by topic. ``examples/recipe.py``
-launches it or prints it as a script, ``megatron-mhc recipe`` sizes it up.
+Those of ``hybrid.py`` are beside them. A recipe is data; ``recipe_flags`` writes it as command-line
+flags by topic. ``examples/recipe.py`` launches it or prints it as a script, ``megatron-mhc recipe``
+sizes it up.
 
-The paper leaves open what is chosen here: bias updates of 1e-3 (DeepSeek-V3, arXiv 2412.19437) and
-no auxiliary loss; initial std 0.02 and gradient clipping at 1.0 (Megatron's defaults); no norm
+The mHC paper leaves open what is chosen here: bias updates of 1e-3 (DeepSeek-V3, arXiv 2412.19437)
+and no auxiliary loss; initial std 0.02 and gradient clipping at 1.0 (Megatron's defaults); no norm
 after the latent of MLA, since ``--qk-layernorm`` without a query latent also norms the queries'
 input a second time in core 0.19, and is refused by its local layers.
 """
@@ -14,12 +15,20 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megatron_mhc.recipes.hybrid import (
+    HYBRID_LAYOUTS,
+    HYBRIDS,
+    PATTERN,
+    HybridRecipe,
+    scaled_down_hybrid,
+)
 from megatron_mhc.schedules.inverted_v import written
-from megatron_mhc.schedules.stage_layers import layer_counts
 from megatron_mhc.settings import queues
 from megatron_mhc.settings.residual import NORM_EPS, ResidualConfig
+from megatron_mhc.sizing.divides import own_stream
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import Experts, LatentAttention, ModelShape
+from megatron_mhc.sizing.stages import stage_counts, staged_pattern
 
 # A flag's value: True for a flag without one, a tuple for several.
 Flags = dict[str, object]
@@ -115,15 +124,21 @@ class Recipe:
             residual=ResidualConfig(residual) if isinstance(residual, str) else residual,
         )
 
+    def schedule_flags(self) -> Flags:
+        """How the learning rate falls."""
+        return STEP_SCHEDULE
 
+
+AnyRecipe = Recipe | HybridRecipe
 _3B = Recipe('3b', 12, 1280, 896, 16, 64, batch=320, steps=30_000, learning_rate=8.6e-4)
-RECIPES = {
+RECIPES: dict[str, AnyRecipe] = {
     recipe.name: recipe
     for recipe in (
         _3B,
         Recipe('9b', 18, 1920, 1280, 24, 64, batch=512, steps=50_000, learning_rate=5.9e-4),
         Recipe('27b', 30, 2560, 1536, 32, 72, batch=1280, steps=50_000, learning_rate=4.0e-4),
         dataclasses.replace(_3B, name='3b-1t', batch=2560, steps=100_000, learning_rate=9.0e-4),
+        *HYBRIDS,
     )
 }
 
@@ -134,15 +149,20 @@ LAYOUTS = {
     '9b': {'1gpu': _ONE, '8gpu': _EIGHT, '64gpu': _LARGE},
     '27b': {'1gpu': _ONE, '8gpu': _EIGHT, '64gpu': _LARGE},
     '3b-1t': {'1gpu': _ONE, '8gpu': _EIGHT, '64gpu': _SMALL},
+    **HYBRID_LAYOUTS,
 }
 
 
-def scaled_down(recipe: Recipe, layout: Layout) -> tuple[Recipe, Layout]:
+def scaled_down(recipe: AnyRecipe, layout: Layout) -> tuple[AnyRecipe, Layout]:
     """The same kinds of modules and the same flags at sizes that a laptop's CPU trains in a minute.
 
-    Of the layout two pipeline ranks and two expert-parallel ones are left. Experts run one by one:
-    without Transformer Engine Megatron has no grouped product.
+    Of the layout two ranks of each kind are left. Experts run one by one: without Transformer
+    Engine Megatron has no grouped product.
     """
+    tp, pp, ep = (min(size, 2) for size in (layout.tp, layout.pp, layout.ep))
+    fewer = dataclasses.replace(layout, gpus=tp * pp * ep, tp=tp, pp=pp, ep=ep)
+    if isinstance(recipe, HybridRecipe):
+        return scaled_down_hybrid(recipe), fewer
     small = dataclasses.replace(
         recipe,
         layers=6,
@@ -162,12 +182,11 @@ def scaled_down(recipe: Recipe, layout: Layout) -> tuple[Recipe, Layout]:
         v_dim=16,
         grouped_gemm=False,
     )
-    pp, ep = min(layout.pp, 2), min(layout.ep, 2)
-    return small, dataclasses.replace(layout, gpus=pp * ep, pp=pp, ep=ep)
+    return small, fewer
 
 
 def recipe_flags(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     layout: Layout,
     residual: str | ResidualConfig = 'mhc',
     one_queue: bool | None = None,
@@ -185,12 +204,16 @@ def recipe_flags(
     if isinstance(residual, str):
         segments = 'none' if residual == 'standard' else SEGMENTS
         residual = ResidualConfig(residual, recompute_layer_num=segments)
+    parallel = parallel_flags(recipe.shape(residual), layout, one_queue)
+    if isinstance(recipe, HybridRecipe):
+        model = {'MODEL_ARGS': {PATTERN: parallel.pop(PATTERN), **recipe.model_flags(layout)}}
+    else:
+        model = {'MODEL_ARGS': _model(recipe, layout), 'MOE_ARGS': _experts(recipe)}
     return {
-        'MODEL_ARGS': _model(recipe, layout),
-        'MOE_ARGS': _experts(recipe),
+        **model,
         'RESIDUAL_ARGS': residual_flags(residual),
         'TRAINING_ARGS': _training(recipe, layout),
-        'PARALLEL_ARGS': parallel_flags(recipe.layers, layout, one_queue),
+        'PARALLEL_ARGS': parallel,
     }
 
 
@@ -271,7 +294,8 @@ def residual_flags(residual: ResidualConfig) -> Flags:
     return flags
 
 
-def _training(recipe: Recipe, layout: Layout) -> Flags:
+def _training(recipe: AnyRecipe, layout: Layout) -> Flags:
+    paper: Flags = {'adam-eps': 1e-20} if isinstance(recipe, Recipe) else {}
     return {
         'bf16': True,
         'micro-batch-size': layout.micro_batch,
@@ -280,7 +304,7 @@ def _training(recipe: Recipe, layout: Layout) -> Flags:
         'optimizer': 'adam',
         'adam-beta1': 0.9,
         'adam-beta2': 0.95,
-        'adam-eps': 1e-20,
+        **paper,
         'weight-decay': 0.1,
         'clip-grad': 1.0,
         'init-method-std': 0.02,
@@ -288,15 +312,15 @@ def _training(recipe: Recipe, layout: Layout) -> Flags:
         'attention-dropout': 0,
         'lr': recipe.learning_rate,
         'lr-warmup-iters': recipe.warmup,
-        **STEP_SCHEDULE,
+        **recipe.schedule_flags(),
     }
 
 
-def parallel_flags(layers: int, layout: Layout, one_queue: bool) -> Flags:
+def parallel_flags(shape: ModelShape, layout: Layout, one_queue: bool) -> Flags:
     """The ranks, the schedule, and the layers of each stage where they do not divide.
 
     Args:
-        layers: of the model.
+        shape: the model; the pattern of a hybrid one is among the flags, cut into stages.
         layout: the ranks.
         one_queue: all streams share a hardware queue, as Megatron demands of tensor parallelism
             before Blackwell: then a stream of its own hides nothing.
@@ -316,11 +340,15 @@ def parallel_flags(layers: int, layout: Layout, one_queue: bool) -> Flags:
         flags['context-parallel-size'] = layout.cp
     if layout.pp > 1:
         flags['pipeline-schedule'] = layout.schedule
-        if not one_queue:
+        if not one_queue and own_stream(shape):
             flags['mhc-post-stream'] = 'high'
-        if layers % layout.stages:
-            counts = layer_counts(layers, layout.pp, layout.placement, layout.stages // layout.pp)
-            flags['pipeline-model-parallel-layout'] = written(counts)
-        elif layout.placement == 'interleaved':
-            flags['num-virtual-stages-per-pipeline-rank'] = layout.chunks
+    counts = [shape.layers]
+    if layout.pp > 1:
+        counts = stage_counts(shape, layout.pp, layout.placement, layout.chunks)
+    if shape.pattern:
+        flags[PATTERN] = staged_pattern(shape, counts)
+    elif shape.layers % layout.stages:
+        flags['pipeline-model-parallel-layout'] = written(counts)
+    elif layout.placement == 'interleaved':
+        flags['num-virtual-stages-per-pipeline-rank'] = layout.chunks
     return flags

@@ -12,6 +12,12 @@ Topics = Mapping[str, Flags | Sequence[str]]
 LAUNCHER = 'TORCHRUN_ARGS'
 
 
+def flags_text(topics: Mapping[str, Flags]) -> str:
+    """Flags for a shell, a topic a line."""
+    lines = [' '.join(shlex.join(line) for line in words(flags)) for flags in topics.values()]
+    return ' \\\n    '.join(line for line in lines if line)
+
+
 class Bash(str):
     """A word that is bash already, in double quotes; all others are quoted."""
 

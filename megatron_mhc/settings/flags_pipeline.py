@@ -72,17 +72,25 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
         or getattr(args, 'num_virtual_stages_per_pipeline_rank', None) is not None
         or getattr(args, 'pipeline_model_parallel_layout', None) is not None
     )
+    pattern = getattr(args, 'hybrid_layer_pattern', None)
+    if pattern:
+        # Megatron takes the chunks from it, and none of those flags.
+        chunked = pattern.partition('/')[0].count('|') >= args.pipeline_model_parallel_size
     schedule = getattr(args, 'pipeline_schedule', None)
     if pipeline is None:
         if schedule == 'interleaved' and not chunked:
             raise ValueError(
-                '--pipeline-schedule interleaved needs several chunks a rank; add '
-                '--num-virtual-stages-per-pipeline-rank 2'
+                '--pipeline-schedule interleaved needs several chunks a rank; '
+                + (
+                    'end as many stages with | in --hybrid-layer-pattern'
+                    if pattern
+                    else 'add --num-virtual-stages-per-pipeline-rank 2'
+                )
             )
         if schedule == '1f1b' and chunked and not args.pipeline_model_parallel_layout:
             raise ValueError(
-                '--pipeline-schedule 1f1b has one chunk a rank; drop the virtual-stage flags or '
-                'use --pipeline-schedule interleaved'
+                '--pipeline-schedule 1f1b has one chunk a rank; drop the virtual-stage flags, or | '
+                'of --hybrid-layer-pattern, or use --pipeline-schedule interleaved'
             )
         return None
     INVERTED_V.check(args, pipeline.schedule)

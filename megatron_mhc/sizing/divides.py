@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
+from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.refused_pipeline import INVERTED_V
+from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
+from megatron_mhc.sizing.stages import pieces
 
 # Whether it is wrong, the words, the remedy; a later check may rely on those before it.
 Checks = Iterator[tuple[bool, str, str]]
@@ -26,6 +31,7 @@ def model_checks(shape: ModelShape, tp: int, cp: int, ep: int, stages: int) -> C
         'the attention heads, or their groups, do not divide by tp',
         f'choose a --tp that divides {heads}',
     )
+    yield from _mixer_checks(shape, tp, cp)
     divided = [shape.vocab, shape.sequence, shape.ffn, shape.hidden]
     if experts:
         divided += [experts.ffn, experts.shared_ffn]
@@ -43,11 +49,43 @@ def model_checks(shape: ModelShape, tp: int, cp: int, ep: int, stages: int) -> C
     count = experts.count if experts else 1
     words = 'the experts do not divide by ep' if experts else 'the model has no experts'
     yield bool(count % ep), words, f'choose an --ep that divides {count}'
+    parts = len(pieces(shape.pattern)) if shape.pattern else shape.layers
     yield (
-        shape.layers < stages,
-        'fewer layers than stages',
-        f'choose --pp, and --vpp, with at most {shape.layers} stages; a V has 2 a rank',
+        parts < stages,
+        'fewer layers than stages' if parts == shape.layers else 'fewer parts than stages',
+        f'choose --pp, and --vpp, with at most {parts} stages; a V has 2 a rank',
     )
+
+
+def _mixer_checks(shape: ModelShape, tp: int, cp: int) -> Checks:
+    """Of ``M`` and ``G`` in a hybrid pattern."""
+    for name, counts in (
+        ('Mamba', shape.mamba and (shape.mamba.groups, shape.mamba.heads)),
+        ('gated delta net', shape.delta_net and (shape.delta_net.key_heads,)),
+    ):
+        yield (
+            any(count % tp for count in counts or ()),
+            f'the heads of {name} layers, or their groups, do not divide by tp',
+            f'choose a --tp that divides {counts and counts[0]}',
+        )
+        yield (
+            cp > 1 and counts is not None,
+            f'context parallelism of {name} layers is not modelled',
+            'choose --cp 1',
+        )
+
+
+def stack_checks(shape: ModelShape, pp: int, schedule: str) -> Checks:
+    """What a pipeline of a hybrid model does not take: the table that refuses it in a run."""
+    settings = {'hybrid_layer_pattern': shape.pattern, 'pipeline_model_parallel_size': pp}
+    row = INVERTED_V.first(settings.get) if schedule in V_SCHEDULES and pp > 1 else None
+    words = f'{schedule}: {row.reason}' if row else ''
+    yield row is not None, words, 'choose --schedule 1f1b or interleaved'
+
+
+def own_stream(shape: ModelShape) -> bool:
+    """Whether F_post,res of the MLPs may run on a stream of its own (``--mhc-post-stream``)."""
+    return POST_STREAM.first({'hybrid_layer_pattern': shape.pattern}.get) is None
 
 
 def check_model(shape: ModelShape, layout: Layout) -> None:
@@ -57,7 +95,8 @@ def check_model(shape: ModelShape, layout: Layout) -> None:
         ValueError: the ranks, why not, and what to change.
     """
     ranks = layout.tp, layout.cp, layout.ep
-    for wrong, words, remedy in model_checks(shape, *ranks, layout.stages):
+    of_model = model_checks(shape, *ranks, layout.stages)
+    for wrong, words, remedy in chain(of_model, stack_checks(shape, layout.pp, layout.schedule)):
         if wrong:
             tp, cp, ep = ranks
             raise ValueError(f'--tp {tp} --cp {cp} --ep {ep}: {words}; {remedy}')

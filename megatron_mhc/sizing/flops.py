@@ -15,10 +15,12 @@ from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.manifolds.sizes import matrix_flops
 from megatron_mhc.mudd.sizes import mudd_flops
 from megatron_mhc.settings.residual import MAPPINGS, ResidualConfig
-from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
+from megatron_mhc.sizing.shape import DELTA_NET, EXPERTS, MAMBA, MLP, GroupedAttention, ModelShape
 
 # A forward and a backward in units of forwards.
 STEP = 3
+# What mixes the sequence, between linear layers.
+ATTENTION_CORE, SCANS = 'attention_core', ('mamba_scan', 'delta_rule')
 
 
 def step_flops(shape: ModelShape, sequences: int) -> int:
@@ -28,31 +30,47 @@ def step_flops(shape: ModelShape, sequences: int) -> int:
 
 def token_flops(shape: ModelShape) -> Counter[str]:
     """Forward FLOPs of one token by part, on average over a causally masked sequence."""
-    sparse = sum(map(shape.has_experts, range(shape.layers)))
     parts = Counter(
         mhc=residual_flops(shape.residual, shape.hidden, shape.sublayers),
         engram=engram_flops(shape.engram, shape.hidden, shape.residual.streams),
-        head=2 * shape.hidden * shape.vocab,
+        head=head_flops(shape),
     )
-    for kind, layers in ((False, shape.layers - sparse), (True, sparse)):
-        if layers:
-            for part, flops in layer_flops(shape, kind).items():
-                parts[part] += layers * flops
+    for symbols, layers in shape.kinds(range(shape.layers)).items():
+        for part, flops in layer_flops(shape, symbols).items():
+            parts[part] += layers * flops
     return parts
 
 
-def layer_flops(shape: ModelShape, sparse: bool) -> dict[str, int]:
-    """The same of one decoder layer, with experts or dense; streams aside."""
-    experts = shape.experts if sparse else None
-    projections, core = _attention(shape)
-    parts = {'attention_projections': projections, 'attention_core': core}
-    if experts is None:
-        return parts | {'dense_mlp': _mlp(shape, shape.ffn)}
-    return parts | {
-        'router': 2 * shape.hidden * experts.count,
-        'routed_experts': experts.top_k * _mlp(shape, experts.ffn),
-        'shared_experts': _mlp(shape, experts.shared_ffn),
-    }
+def head_flops(shape: ModelShape) -> int:
+    """The same of the output layer."""
+    return 2 * shape.hidden * shape.vocab
+
+
+def layer_flops(shape: ModelShape, symbols: str) -> Counter[str]:
+    """The same of one decoder layer with these sublayers; streams aside."""
+    parts: Counter[str] = Counter()
+    for symbol in symbols:
+        parts.update(_sublayer(shape, symbol))
+    return parts
+
+
+def _sublayer(shape: ModelShape, symbol: str) -> dict[str, int]:
+    hidden, experts = shape.hidden, shape.experts
+    if symbol == MLP:
+        return {'dense_mlp': _mlp(shape, shape.ffn)}
+    if symbol == EXPERTS and experts:
+        return {
+            'router': 2 * hidden * experts.count,
+            'routed_experts': experts.top_k * _mlp(shape, experts.ffn),
+            'shared_experts': _mlp(shape, experts.shared_ffn),
+        }
+    if symbol == MAMBA and shape.mamba:
+        names, found = ('mamba_projections', 'mamba_scan'), shape.mamba.flops(hidden)
+    elif symbol == DELTA_NET and shape.delta_net:
+        names, found = ('delta_projections', 'delta_rule'), shape.delta_net.flops(hidden)
+    else:
+        names, found = ('attention_projections', ATTENTION_CORE), _attention(shape)
+    return dict(zip(names, found, strict=True))
 
 
 def residual_flops(

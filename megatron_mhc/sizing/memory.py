@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 
 from megatron_mhc.schedules.catalog import SCHEDULES
 from megatron_mhc.schedules.live import live_at_peak
-from megatron_mhc.schedules.stage_layers import layer_counts, stage_at
+from megatron_mhc.schedules.stage_layers import stage_at
 from megatron_mhc.settings.recompute_cost import kept_cost, segment_size
-from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
+from megatron_mhc.sizing.shape import DELTA_NET, EXPERTS, MAMBA, MLP, GroupedAttention, ModelShape
 from megatron_mhc.sizing.size import LINEAR, REPLICATED, ends, layer_parameters
+from megatron_mhc.sizing.stages import stage_counts
 
 FP32 = 4
 # Bytes that Transformer Engine keeps of a weight in fp8, beside its own: the weight and, for the
@@ -222,11 +223,11 @@ def stages_of(
     """For each pipeline rank the decoder layers of its stages.
 
     Raises:
-        ValueError: fewer layers than stages.
+        ValueError: fewer layers, or parts of a pattern, than stages.
     """
     if pp == 1:
         return [[range(shape.layers)]]
-    counts = layer_counts(shape.layers, pp, placement, chunks)
+    counts = stage_counts(shape, pp, placement, chunks)
     starts = [sum(counts[:stage]) for stage in range(pp * chunks)]
     return [
         [
@@ -268,7 +269,7 @@ def _activations(shape: ModelShape, layout: Layout, stages: list[range]) -> tupl
     """Bytes of a microbatch: kept, kept with recomputed segments, and rebuilt at a time."""
     hidden, residual = shape.hidden, shape.residual
     inside = sum(_inside(shape, layer) for stage in stages for layer in stage)
-    sublayers = [2 * len(stage) for stage in stages]
+    sublayers = [sum(len(shape.symbols(layer)) for layer in stage) for stage in stages]
     token = shape.value_bytes * _tokens(shape, layout)
     if shape.full_recompute:
         return _full(shape, token, stages)
@@ -295,28 +296,34 @@ def _full(shape: ModelShape, token: int, stages: list[range]) -> tuple[int, int,
     residual, hidden = shape.residual, shape.hidden
     around = (residual.streams + 3) * hidden if residual.has_streams else 2 * hidden
     kept = token * len(layers) * residual.streams * hidden
-    again = max(_inside(shape, layer) for layer in layers) + 2 * around
+    again = max(_inside(shape, layer) + len(shape.symbols(layer)) * around for layer in layers)
     return kept, kept, token * again
 
 
 def _inside(shape: ModelShape, layer: int) -> int:
-    """Values a token that attention and MLP of a layer keep, behind their norms."""
-    attention, experts = shape.attention, shape.experts_of(layer)
+    """Values a token that the sublayers of a layer keep, behind their norms."""
+    return sum(_kept(shape, symbol) for symbol in shape.symbols(layer))
+
+
+def _kept(shape: ModelShape, symbol: str) -> int:
+    experts = shape.experts
     # What is fp32 in any model counts as so many values.
     wide = FP32 // shape.value_bytes
-    heads = attention.heads
-    # Inputs and output of flash attention, and the fp32 logarithm of its sums.
-    if isinstance(attention, GroupedAttention):
-        values = 2 * (heads + attention.groups) * attention.head_dim + wide * heads
-    else:
-        values = heads * 2 * (attention.qk_dim + attention.rope_dim + attention.v_dim)
-        values += wide * heads
-        latents = attention.kv_rank + (attention.q_rank or 0)
-        values += (1 + attention.latent_norm) * latents + attention.rope_dim
     # Before and behind the activation function.
     inner = 2 + shape.gated
-    if experts is None:
-        return values + inner * shape.ffn
-    # Dispatched tokens; router logits and scores in fp32.
-    values += experts.top_k * (shape.hidden + inner * experts.ffn) + inner * experts.shared_ffn
-    return values + 2 * wide * experts.count
+    if symbol == MLP:
+        return inner * shape.ffn
+    if symbol == EXPERTS and experts:
+        # Dispatched tokens; router logits and scores in fp32.
+        values = experts.top_k * (shape.hidden + inner * experts.ffn) + inner * experts.shared_ffn
+        return values + 2 * wide * experts.count
+    for mixer, name in ((shape.mamba, MAMBA), (shape.delta_net, DELTA_NET)):
+        if mixer and symbol == name:
+            return mixer.kept(wide)
+    attention, heads = shape.attention, shape.attention.heads
+    # Inputs and output of flash attention, and the fp32 logarithm of its sums.
+    if isinstance(attention, GroupedAttention):
+        return 2 * (heads + attention.groups) * attention.head_dim + wide * heads
+    values = heads * 2 * (attention.qk_dim + attention.rope_dim + attention.v_dim) + wide * heads
+    latents = attention.kv_rank + (attention.q_rank or 0)
+    return values + (1 + attention.latent_norm) * latents + attention.rope_dim

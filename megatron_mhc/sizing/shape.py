@@ -1,19 +1,25 @@
-"""A GPT decoder described by its sizes: what parameters, FLOPs and bytes are computed from.
+"""A decoder described by its sizes: what parameters, FLOPs and bytes are computed from.
 
-Symbols, here and in ``model_size``, ``model_flops`` and ``model_memory``: C hidden size, N decoder
-layers, L = 2 N sublayers, V (padded) vocabulary, s sequence length, h heads, n residual streams,
-E experts. Standard library only, so that a model can be sized up anywhere.
+Symbols, here and in ``size``, ``flops`` and ``memory``: C hidden size, N decoder layers, L
+sublayers, V (padded) vocabulary, s sequence length, h heads, n residual streams, E experts. A
+sublayer is written as in Megatron's hybrid patterns, so that a layer of a GPT is two of them.
+Standard library only, so that a model can be sized up anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.flags_engram import engram_config_from_args
 from megatron_mhc.settings.flags_residual import residual_config_from_args
 from megatron_mhc.settings.residual import ResidualConfig
+from megatron_mhc.sizing.mixers import DeltaNet, Mamba
+
+ATTENTION, LATENT, MLP, EXPERTS, MAMBA, DELTA_NET = '*+-EMG'
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A GPT decoder.
+    """A decoder: a GPT, or a hybrid model with one sublayer a layer.
 
     Args:
         layers: N.
@@ -100,6 +106,9 @@ class ModelShape:
             for fp32, as Megatron trains without ``--bf16`` and ``--fp16``.
         fp8: linear layers inside of decoder layers multiply in fp8 (``--fp8-format``).
         full_recompute: every layer is run again in the backward, one at a time.
+        pattern: of a hybrid model, a symbol for each layer; ``|`` between some of them are where
+            stages may be cut, without any that is between all.
+        mamba, delta_net: what ``M`` and ``G`` of the pattern are.
     """
 
     layers: int
@@ -119,11 +128,25 @@ class ModelShape:
     value_bytes: int = 2
     fp8: bool = False
     full_recompute: bool = False
+    pattern: str | None = None
+    mamba: Mamba | None = None
+    delta_net: DeltaNet | None = None
 
     @property
     def sublayers(self) -> int:
-        """L: attention and MLP of every layer."""
-        return 2 * self.layers
+        """L: attention and MLP of every layer of a GPT; of a hybrid model, N."""
+        return self.layers if self.pattern else 2 * self.layers
+
+    def symbols(self, layer: int) -> str:
+        """The sublayers of decoder layer ``layer`` (from 0): one symbol each."""
+        if self.pattern:
+            return self.pattern.replace('|', '')[layer]
+        attention = LATENT if isinstance(self.attention, LatentAttention) else ATTENTION
+        return attention + (EXPERTS if self.has_experts(layer) else MLP)
+
+    def kinds(self, layers: Iterable[int]) -> Counter[str]:
+        """How many of ``layers`` have which symbols."""
+        return Counter(map(self.symbols, layers))
 
     def experts_of(self, layer: int) -> Experts | None:
         """The mixture of experts in decoder layer ``layer`` (from 0); None: a dense MLP."""
@@ -139,8 +162,6 @@ _UNKNOWN = {
     'mtp_num_layers': '--mtp-num-layers',
     'attention_output_gate': '--attention-output-gate',
     'experimental_attention_variant': '--experimental-attention-variant',
-    'hybrid_layer_pattern': '--hybrid-layer-pattern',
-    'hybrid_override_pattern': '--hybrid-override-pattern',
     'heterogeneous_layers_config_path': '--heterogeneous-layers-config-path',
     'moe_latent_size': '--moe-latent-size',
     'moe_shared_expert_gate': '--moe-shared-expert-gate',
@@ -152,10 +173,12 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
 
     Raises:
         NotImplementedError: a flag that adds parameters which are not described here.
+        ValueError: experts in a hybrid pattern, and none in the flags.
     """
     for name, flag in _UNKNOWN.items():
         if getattr(args, name, None):
             raise NotImplementedError(f'{flag}: models with it are not sized up; drop the flag')
+    pattern = _pattern(args)
     learned = args.position_embedding_type == 'learned_absolute'
     return ModelShape(
         layers=args.num_layers,
@@ -163,8 +186,8 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
         ffn=args.ffn_hidden_size,
         vocab=args.padded_vocab_size,
         sequence=args.seq_length,
-        attention=_attention(args),
-        experts=_experts(args),
+        attention=_attention(args, pattern),
+        experts=_experts(args, pattern),
         gated=bool(args.swiglu or getattr(args, 'quick_geglu', False)),
         norm_vectors=1 if args.normalization == 'RMSNorm' else 2,
         linear_bias=args.add_bias_linear,
@@ -173,12 +196,48 @@ def shape_from_args(args: argparse.Namespace) -> ModelShape:
         residual=residual_config_from_args(args),
         engram=engram_config_from_args(args),
         value_bytes=2 if args.bf16 or args.fp16 else 4,
+        pattern=pattern,
+        mamba=_mamba(args) if MAMBA in (pattern or '') else None,
+        delta_net=_delta_net(args) if DELTA_NET in (pattern or '') else None,
     )
 
 
-def _attention(args: argparse.Namespace) -> GroupedAttention | LatentAttention:
+def _pattern(args: argparse.Namespace) -> str | None:
+    """The hybrid pattern, by either name of its flag.
+
+    Raises:
+        NotImplementedError: layers that are not described here.
+    """
+    older = getattr(args, 'hybrid_override_pattern', None)
+    pattern: str | None = getattr(args, 'hybrid_layer_pattern', None) or older
+    words = {'/': "prediction layers (behind '/')", 'D': "sparse attention ('D')"}
+    for symbol, what in words.items():
+        if symbol in (pattern or ''):
+            raise NotImplementedError(
+                f'--hybrid-layer-pattern {pattern}: {what} are not sized up; leave them out'
+            )
+    return pattern
+
+
+def _mamba(args: argparse.Namespace) -> Mamba:
+    # Where nobody says how many heads there are, they are twice as wide as the model.
+    heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim
+    return Mamba(heads, args.mamba_head_dim, args.mamba_num_groups, args.mamba_state_dim)
+
+
+def _delta_net(args: argparse.Namespace) -> DeltaNet:
+    return DeltaNet(
+        args.linear_num_key_heads,
+        args.linear_key_head_dim,
+        args.linear_num_value_heads,
+        args.linear_value_head_dim,
+        args.linear_conv_kernel_dim,
+    )
+
+
+def _attention(args: argparse.Namespace, pattern: str | None) -> GroupedAttention | LatentAttention:
     heads = args.num_attention_heads
-    if args.multi_latent_attention:
+    if (LATENT in pattern) if pattern else args.multi_latent_attention:
         return LatentAttention(
             heads,
             args.kv_lora_rank,
@@ -193,11 +252,15 @@ def _attention(args: argparse.Namespace) -> GroupedAttention | LatentAttention:
     return GroupedAttention(heads, groups, args.kv_channels, bias, args.qk_layernorm)
 
 
-def _experts(args: argparse.Namespace) -> Experts | None:
-    if args.num_experts is None:
+def _experts(args: argparse.Namespace, pattern: str | None) -> Experts | None:
+    if args.num_experts is None and EXPERTS in (pattern or ''):
+        raise ValueError(f"--hybrid-layer-pattern {pattern}: 'E' needs --num-experts; give it")
+    if args.num_experts is None or (pattern and EXPERTS not in pattern):
         return None
     frequency = args.moe_layer_freq
-    if isinstance(frequency, int):
+    if pattern:
+        frequency = [symbol == EXPERTS for symbol in pattern.replace('|', '')]
+    elif isinstance(frequency, int):
         frequency = [layer % frequency == 0 for layer in range(args.num_layers)]
     return Experts(
         args.num_experts,

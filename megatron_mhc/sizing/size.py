@@ -8,15 +8,25 @@ from megatron_mhc.engram.sizes import reader_parameters, table_parameters
 from megatron_mhc.manifolds.registry import num_logits
 from megatron_mhc.mudd.sizes import mudd_parameters
 from megatron_mhc.settings.residual import MAPPINGS, ResidualConfig
-from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
+from megatron_mhc.sizing.shape import (
+    ATTENTION,
+    EXPERTS,
+    LATENT,
+    MAMBA,
+    MLP,
+    GroupedAttention,
+    ModelShape,
+)
 
 # Held by every tensor-parallel rank as a whole.
 REPLICATED = ('norms', 'router', 'mhc', 'engram')
 # Parts of a layer that are linear layers, but for biases and norms of latents.
-LINEAR = ('attention', 'dense_mlp', 'routed_experts', 'shared_experts')
+LINEAR = ('attention', 'mamba', 'delta_net', 'dense_mlp', 'routed_experts', 'shared_experts')
 PARTS = (
     'embedding',
     'attention',
+    'mamba',
+    'delta_net',
     'norms',
     'dense_mlp',
     'router',
@@ -78,22 +88,35 @@ def ends(shape: ModelShape, *, first: bool, last: bool) -> Counter[str]:
 
 def layer_parameters(shape: ModelShape, layer: int) -> Counter[str]:
     """Parameters of decoder layer ``layer`` (from 0) by part."""
-    hidden, experts = shape.hidden, shape.experts_of(layer)
-    parts = Counter(
-        attention=_attention(shape),
-        norms=2 * shape.norm_vectors * hidden,
-        mhc=2 * mapping_parameters(shape.residual, hidden),
-    )
+    parts: Counter[str] = Counter()
+    for symbol in shape.symbols(layer):
+        parts += _sublayer(shape, symbol)
     if shape.engram and layer + 1 in shape.engram.layers:
-        parts['engram'] = reader_parameters(shape.engram, hidden, shape.residual.streams)
+        parts['engram'] = reader_parameters(shape.engram, shape.hidden, shape.residual.streams)
         parts['engram_tables'] = table_parameters(shape.engram)
-    if experts is not None:
+    return parts
+
+
+def _sublayer(shape: ModelShape, symbol: str) -> Counter[str]:
+    """A sublayer with the norm before it and its maps."""
+    hidden, experts = shape.hidden, shape.experts
+    parts = Counter(
+        norms=shape.norm_vectors * hidden, mhc=mapping_parameters(shape.residual, hidden)
+    )
+    if symbol in (ATTENTION, LATENT):
+        parts['attention'] = _attention(shape)
+    elif symbol == MLP:
+        parts['dense_mlp'] = _mlp(shape, shape.ffn)
+    elif symbol == EXPERTS and experts:
         parts['router'] = experts.count * (hidden + shape.linear_bias)
         parts['routed_experts'] = experts.count * _mlp(shape, experts.ffn)
         if experts.shared_ffn:
             parts['shared_experts'] = _mlp(shape, experts.shared_ffn)
-    else:
-        parts['dense_mlp'] = _mlp(shape, shape.ffn)
+    elif shape.mamba and symbol == MAMBA:
+        parts['mamba'] = shape.mamba.parameters(hidden)
+    elif shape.delta_net:
+        parts['delta_net'] = shape.delta_net.parameters(hidden)
+        parts['norms'] += shape.norm_vectors * shape.delta_net.value_dim
     return parts
 
 

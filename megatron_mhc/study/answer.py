@@ -11,6 +11,7 @@ from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.recipes.recipe import RECIPES
+from megatron_mhc.recipes.script import flags_text
 from megatron_mhc.study.budget import Budget
 from megatron_mhc.study.calibrate import as_text, calibration
 from megatron_mhc.study.choices import sweep_of
@@ -18,9 +19,8 @@ from megatron_mhc.study.estimate import run_study
 from megatron_mhc.study.files import make_folder, require_matplotlib, write, write_study
 from megatron_mhc.study.kernels import BytesModel, Measured
 from megatron_mhc.study.launch import launch_scripts
-from megatron_mhc.study.model import Model, own_model, recipe_model
+from megatron_mhc.study.model import RESIDUAL, Model, own_model, recipe_model
 from megatron_mhc.study.names import SCALING
-from megatron_mhc.study.output import flags_text
 from megatron_mhc.study.points import best_of
 from megatron_mhc.study.presets import hardware_of
 from megatron_mhc.study.report import Answer, as_words, plain
@@ -71,8 +71,11 @@ def _study(options: argparse.Namespace) -> int:
             raise ValueError('--kernel-times: set post_overlap=0; times are measured as they are')
         kernels = Measured(options.kernel_times, hardware)
     _make_folders(options)
-    given = options.global_batch_size, options.residual_type or 'mhc', options.train_tokens
-    model = recipe_model(options.name, *given) if options.name else own_model(options.model, *given)
+    batch, kind, tokens = options.global_batch_size, options.residual_type, options.train_tokens
+    if options.name:
+        model = recipe_model(options.name, batch, kind or RESIDUAL, tokens)
+    else:
+        model = own_model(options.model, batch, kind, tokens)
     budget = _budget(options, model)
     sweep = sweep_of(options, model.shape, hardware)
     study = run_study(model.shape, model.batch, sweep, hardware, kernels, _PROGRESS)

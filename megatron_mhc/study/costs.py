@@ -11,13 +11,14 @@ from typing import Any
 
 from megatron_mhc.schedules.stage_layers import stage_at
 from megatron_mhc.settings.recompute_cost import segment_size
-from megatron_mhc.sizing.flops import layer_flops, token_flops
+from megatron_mhc.sizing.divides import own_stream
+from megatron_mhc.sizing.flops import ATTENTION_CORE, SCANS, head_flops, layer_flops
 from megatron_mhc.sizing.memory import FP32, Layout, edge_bytes, rank_parameters, sharing, stages_of
-from megatron_mhc.sizing.shape import ModelShape
+from megatron_mhc.sizing.shape import ATTENTION, EXPERTS, LATENT, ModelShape
 from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.kernels import BytesModel, Measured, Sublayer
 from megatron_mhc.study.links import Groups, groups_of
-from megatron_mhc.study.ring import ring_of
+from megatron_mhc.study.ring import Ring, ring_of
 from megatron_mhc.study.seconds import Costs, RankCosts
 
 # A backward of flash attention has 5 products of matrices, a forward 2 (arXiv 2307.08691).
@@ -41,13 +42,12 @@ class CostModel:
     ) -> None:
         self.shape, self.hardware, self.kernels = shape, hardware, kernels
         self.flops = {
-            sparse: layer_flops(shape, sparse)
-            for sparse in {shape.has_experts(layer) for layer in range(shape.layers)}
+            symbols: layer_flops(shape, symbols) for symbols in shape.kinds(range(shape.layers))
         }
-        self.head_flops = token_flops(shape)['head']
         peak = hardware.peak(shape.value_bytes)
         self.linear_flops = peak * hardware.gemm_efficiency
         self.attention_flops = peak * hardware.attention_efficiency
+        self.own_stream = own_stream(shape)
         self.layer_costs: dict[tuple[Any, ...], Costs] = {}
 
     def stages(self, layout: Layout) -> list[Costs]:
@@ -57,11 +57,11 @@ class CostModel:
         for rank, chunks in enumerate(held):
             for chunk, layers in enumerate(chunks):
                 stage = found[stage_at(rank, chunk, layout.pp, layout.placement)]
-                sparse = sum(map(self.shape.has_experts, layers))
-                for kind, count in ((False, len(layers) - sparse), (True, sparse)):
-                    if count:
-                        stage.add(self._layer(layout, kind), count)
-                self._rebuild(stage, layout, 2 * len(layers))
+                kinds = self.shape.kinds(layers)
+                for symbols, count in kinds.items():
+                    stage.add(self._layer(layout, symbols), count)
+                sublayers = sum(len(symbols) * count for symbols, count in kinds.items())
+                self._rebuild(stage, layout, sublayers)
         found[-1].add(self._head(layout))
         return found
 
@@ -99,27 +99,30 @@ class CostModel:
             data.append(sum(group.sent((FP32 + width) * count) for group, count in shares.items()))
         return RankCosts(max(reduce), max(gather), max(optimizer), max(data))
 
-    def _layer(self, layout: Layout, sparse: bool) -> Costs:
-        key = layout.gpus // layout.pp, layout.tp, layout.cp, layout.ep, layout.micro_batch, sparse
+    def _layer(self, layout: Layout, symbols: str) -> Costs:
+        ranks = layout.gpus // layout.pp, layout.tp, layout.cp, layout.ep
+        key = *ranks, layout.micro_batch, symbols
         if key not in self.layer_costs:
-            self.layer_costs[key] = self._new_layer(layout, sparse)
+            self.layer_costs[key] = self._new_layer(layout, symbols)
         return self.layer_costs[key]
 
-    def _new_layer(self, layout: Layout, sparse: bool) -> Costs:
+    def _new_layer(self, layout: Layout, symbols: str) -> Costs:
         shape, hardware = self.shape, self.hardware
         groups, tokens = groups_of(layout, hardware), self._tokens(layout)
         own = tokens // layout.tp
-        core = self.flops[sparse]['attention_core'] * tokens / layout.tp / self.attention_flops
-        linear = self._linear(sparse) * tokens / layout.tp
-        residual = self._sublayer(layout)
+        core = self._core(symbols) * tokens / layout.tp
+        linear = self._linear(symbols) * tokens / layout.tp
+        residual, sublayers = self._sublayer(layout), len(symbols)
         exchanged = 0
-        if sparse and shape.experts is not None:
+        if EXPERTS in symbols and shape.experts is not None:
             exchanged = shape.value_bytes * own * shape.experts.top_k * shape.hidden
         # Dispatch and combine.
-        exchange = 2 * groups.ep.exchange_seconds(exchanged)
-        collectives, sent = self._collectives(groups, tokens, sparse)
-        ring = ring_of(shape, layout, groups.cp, tokens, (core, CORE_BACKWARD * core))
-        forward = linear + core + 2 * residual.forward + collectives + ring.forward
+        exchange = 2 * groups.ep.exchange_seconds(exchanged) if exchanged else 0.0
+        collectives, sent = self._collectives(groups, tokens, symbols)
+        ring = Ring(0.0, 0.0, 0.0)
+        if {ATTENTION, LATENT} & {*symbols}:
+            ring = ring_of(shape, layout, groups.cp, tokens, (core, CORE_BACKWARD * core))
+        forward = linear + core + sublayers * residual.forward + collectives + ring.forward
         # Full recomputation runs the forward once more, with its messages.
         again = int(shape.full_recompute)
         return Costs(
@@ -127,7 +130,7 @@ class CostModel:
             input_grad=again * forward
             + linear
             + CORE_BACKWARD * core
-            + 2 * residual.backward
+            + sublayers * residual.backward
             + collectives
             + ring.backward,
             weight_grad=linear,
@@ -140,31 +143,47 @@ class CostModel:
             expert_bytes=(4 + 2 * again) * groups.ep.sent(exchanged),
         )
 
-    def _linear(self, sparse: bool) -> float:
+    def _core(self, symbols: str) -> float:
+        """Seconds a token of what mixes the sequence between the linear layers.
+
+        Of Mamba and the gated delta net, a model: their FLOPs at attention's efficiency or their
+        bytes, convolution and norm included, whichever takes longer.
+        """
+        flops, shape = self.flops[symbols], self.shape
+        seconds = flops[ATTENTION_CORE] / self.attention_flops
+        for name, mixer in zip(SCANS, (shape.mamba, shape.delta_net), strict=True):
+            if flops[name] and mixer:
+                moved = shape.value_bytes * mixer.moved(FP32 // shape.value_bytes)
+                by_flops = flops[name] / self.attention_flops
+                seconds += max(by_flops, moved / self.hardware.bandwidth)
+        return seconds
+
+    def _linear(self, symbols: str) -> float:
         """Seconds a token of a layer's linear layers, with all that stands between them.
 
         In fp8 the products alone are faster, a model: what is between them takes as long as in
         bf16, and so does the router.
         """
-        flops = self.flops[sparse]
-        whole = sum(flops.values()) - flops['attention_core']
+        flops = self.flops[symbols]
+        whole = flops.total() - sum(flops[name] for name in (ATTENTION_CORE, *SCANS))
         if not self.shape.fp8:
             return whole / self.linear_flops
-        narrow = whole - flops.get('router', 0)
+        narrow = whole - flops['router']
         saved = narrow / self.hardware.peak() - narrow / self.hardware.fp8_peak()
         return whole / self.linear_flops - saved
 
-    def _collectives(self, groups: Groups, tokens: int, sparse: bool) -> tuple[float, float]:
+    def _collectives(self, groups: Groups, tokens: int, symbols: str) -> tuple[float, float]:
         """Seconds and bytes of a layer's all-gathers and reduce-scatters, of its forward."""
         shape = self.shape
         wide = shape.value_bytes * tokens * shape.hidden
-        # One of each for attention, and for the MLP or the shared experts; dispatched tokens too.
-        sizes = [wide, wide]
-        experts = shape.experts if sparse else None
-        if experts is None or experts.shared_ffn:
-            sizes += [wide, wide]
-        if experts is not None:
-            sizes += [wide * experts.top_k] * 2
+        sizes = []
+        for symbol in symbols:
+            experts = shape.experts if symbol == EXPERTS else None
+            # One of each, of experts for those that are shared; dispatched tokens too.
+            if experts is None or experts.shared_ffn:
+                sizes += [wide, wide]
+            if experts is not None:
+                sizes += [wide * experts.top_k] * 2
         return sum(map(groups.tp.gather_seconds, sizes)), sum(map(groups.tp.sent, sizes))
 
     def _rebuild(self, stage: Costs, layout: Layout, sublayers: int) -> None:
@@ -184,7 +203,7 @@ class CostModel:
     def _head(self, layout: Layout) -> Costs:
         """Output layer and loss."""
         shape, tokens = self.shape, self._tokens(layout)
-        linear = self.head_flops * tokens / layout.tp / self.linear_flops
+        linear = head_flops(shape) * tokens / layout.tp / self.linear_flops
         # Logits are read and the fp32 softmax is written, and the other way round.
         loss = (
             (shape.value_bytes + FP32) * tokens * shape.vocab / layout.tp / self.hardware.bandwidth
@@ -203,7 +222,8 @@ class CostModel:
     def _sublayer(self, layout: Layout) -> Sublayer:
         """Residual connections of a sublayer, of a microbatch on one rank."""
         tokens = self._tokens(layout) // layout.tp
-        shape, overlaps = self.shape, not self.hardware.one_queue(layout.tp, layout.cp)
+        shape = self.shape
+        overlaps = self.own_stream and not self.hardware.one_queue(layout.tp, layout.cp)
         return self.kernels.sublayer(
             shape.residual, shape.hidden, tokens, shape.value_bytes, overlaps
         )

@@ -24,7 +24,7 @@ LOGGING: Flags = {
     'eval-interval': 1000,
     'eval-iters': 10,
 }
-PYTHON, SCRIPT = Bash('"${PYTHON:-python}"'), Bash('"${PRETRAIN:-pretrain_gpt.py}"')
+PYTHON = Bash('"${PYTHON:-python}"')
 
 
 def launch_scripts(model: Model, curves: Iterable[Curve], hardware: Hardware) -> dict[str, str]:
@@ -61,4 +61,6 @@ def _script(model: Model, point: Point, hardware: Hardware) -> str:
     # Megatron ends a run where it demands 1; elsewhere a site's own value may be as good.
     value = connections(point.one_queue)
     export = f'{CONNECTIONS}=' + (value if value == '1' else f'"${{{CONNECTIONS}:-{value}}}"')
-    return bash_script(title, [export], topics, PYTHON, SCRIPT, [])
+    kind = 'hybrid' if model.shape.pattern else 'gpt'
+    script = Bash(f'"${{PRETRAIN:-pretrain_{kind}.py}}"')
+    return bash_script(title, [export], topics, PYTHON, script, [])

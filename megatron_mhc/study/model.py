@@ -36,10 +36,14 @@ _CHOSEN = (
     '--recompute-granularity',
     '--recompute-method',
     '--recompute-num-layers',
+    '--recompute-activations',
+    '--recompute-modules',
     '--fp8-format',
     '--fp8-recipe',
 )
 _ABSENT = ('--moe-grouped-gemm',)
+# Of a model for which nobody says.
+RESIDUAL = 'mhc'
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,14 @@ def recipe_model(
 
 
 def own_model(
-    line: list[str], batch: int | None, residual_type: str, tokens: float | None = None
+    line: list[str], batch: int | None, residual_type: str | None, tokens: float | None = None
 ) -> Model:
     """The model of a Megatron command line; its flags are those to add to that line.
 
     Args:
         line: the model, ``--vocab-size`` and ``--global-batch-size``.
         batch: instead of the latter.
-        residual_type: where the line names none.
+        residual_type: where the line names none; None for the default.
         tokens: of the whole training.
 
     Raises:
@@ -109,9 +113,15 @@ def own_model(
     from megatron_mhc.bootstrap import prepare
     from megatron_mhc.sizing.shape import shape_from_args
 
+    given = {word.partition('=')[0] for word in line}
     for flag in _CHOSEN:
-        if any(word.partition('=')[0] == flag for word in line):
+        if flag in given:
             raise ValueError(f'--model {flag}: that is what a study chooses; drop it')
+    if '--hybrid-override-pattern' in given:
+        raise ValueError(
+            '--model --hybrid-override-pattern: the flags of a layout cut the pattern by its new '
+            'name, and Megatron takes one of both; write --hybrid-layer-pattern'
+        )
     # Megatron prints its arguments; what is wrong with them it raises.
     with quiet():
         prepare('auto')
@@ -126,14 +136,21 @@ def own_model(
             why = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
             raise ValueError(f'--model: Megatron does not take these flags: {why}') from error
     # Megatron would make one up.
-    if batch is None and not any(word.startswith('--global-batch-size') for word in line):
+    if batch is None and '--global-batch-size' not in given:
         raise ValueError('--model: no batch; add --global-batch-size')
     batch = batch or args.global_batch_size
-    if not shape.residual.enabled:
-        shape = dataclasses.replace(shape, residual=ResidualConfig(residual_type))
+    named = '--residual-type' in given
+    if not named:
+        residual = ResidualConfig(residual_type or RESIDUAL)
+        shape = dataclasses.replace(shape, residual=residual)
     kind = shape.residual.residual_type
     if kind not in STUDIED:
         raise ValueError(f'--model --residual-type {kind}: {only_studied(kind)}')
+    if named and residual_type not in (None, kind):
+        raise ValueError(
+            f'--residual-type {residual_type} beside --model --residual-type {kind}: a study is of '
+            'one model; drop one of them'
+        )
 
     def flags(point: Point) -> dict[str, Flags]:
         sizes: Flags = {
@@ -143,7 +160,7 @@ def own_model(
         return {
             'RESIDUAL_ARGS': residual_flags(point.residual),
             'TRAINING_ARGS': sizes,
-            'PARALLEL_ARGS': parallel_flags(shape.layers, point.layout, _one_stream(point)),
+            'PARALLEL_ARGS': parallel_flags(shape, point.layout, _one_stream(point)),
         } | _more(point)
 
     return Model('own model', shape, batch, flags, tokens, tuple(line))

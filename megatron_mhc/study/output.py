@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-
 from megatron_mhc.inputs.table import table
-from megatron_mhc.recipes.recipe import Flags, words
 from megatron_mhc.settings.queues import CONNECTIONS, connections
 from megatron_mhc.sizing.memory import USABLE
 from megatron_mhc.study.hardware import Hardware
@@ -85,9 +82,3 @@ def queues(point: Point, hardware: Hardware) -> str:
         f'{setting}, which Megatron 0.17 to 0.19 demands of tensor parallelism on {hardware.name}: '
         f'streams do not overlap, and nothing here counts on it; {out}'
     )
-
-
-def flags_text(topics: dict[str, Flags]) -> str:
-    """Flags for a shell, a topic a line."""
-    lines = [' '.join(shlex.join(line) for line in words(flags)) for flags in topics.values()]
-    return ' \\\n    '.join(line for line in lines if line)

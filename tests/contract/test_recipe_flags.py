@@ -10,11 +10,11 @@ import shlex
 import pytest
 
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, words
+from megatron_mhc.recipes.script import flags_text
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES
 from megatron_mhc.study.estimate import run_study
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.model import own_model, recipe_model
-from megatron_mhc.study.output import flags_text
 from megatron_mhc.study.presets import PRESETS
 from megatron_mhc.study.sweep import Sweep
 
@@ -39,6 +39,10 @@ def parser(megatron):
 def test_flags_are_accepted(parser, name, layout, residual_type, monkeypatch):
     recipe, layout = RECIPES[name], LAYOUTS[name][layout]
     topics = recipe_flags(recipe, layout, residual_type)
+    if recipe.shape().pattern:
+        # In place of layers that the CPU device does not have.
+        pattern = topics['MODEL_ARGS']['hybrid-layer-pattern']
+        topics['MODEL_ARGS']['hybrid-layer-pattern'] = pattern.replace('M', '*')
     flags = [word for topic in topics.values() for line in words(topic) for word in line]
     args = validated(flags, layout.gpus, monkeypatch)
     assert args.data_parallel_size == layout.dp and args.residual_type == residual_type
@@ -149,9 +153,57 @@ def test_a_model_of_ones_own(parser, monkeypatch, capfd):
         assert args.data_parallel_size == point.layout.dp
 
 
+HYBRID = [
+    *OWN[2:],
+    *'--mamba-num-heads 8 --mamba-head-dim 64 --mamba-num-groups 4 --mamba-state-dim 16'.split(),
+]
+
+
+@pytest.mark.parametrize('pattern', ['M-M*-GM-', 'M-|M-|*-|M-'])
+def test_a_hybrid_model_of_ones_own(parser, monkeypatch, pattern):
+    """Whatever runs on this machine; the layers with CUDA kernels are not asked for here."""
+    model = own_model([*HYBRID, '--hybrid-layer-pattern', pattern], None, None)
+    assert model.shape.pattern == pattern and model.shape.layers == 8
+    assert (model.shape.mamba.heads, model.shape.mamba.state) == (8, 16)
+    assert (model.shape.delta_net is not None) == ('G' in pattern)
+    hardware = PRESETS['h100']
+    sweep = Sweep((8,), (1, 2), (1, 2, 4, 8), (1,))
+    study = run_study(model.shape, model.batch, sweep, hardware, BytesModel(hardware))
+    assert ('fewer parts than stages' in {one.words for one in study.refused}) == ('|' in pattern)
+    for point in study.points:
+        layout, topics = point.layout, model.flags(point)
+        added = [word for topic in topics.values() for line in words(topic) for word in line]
+        # Megatron's and our checks, with layers that the CPU device has.
+        cut = added.index('--hybrid-layer-pattern') + 1
+        assert added[cut].count('|') == (layout.stages - 1 if layout.pp > 1 else 0)
+        added[cut] = added[cut].replace('M', '*').replace('G', '*')
+        args = validated([*HYBRID, *added], 8, monkeypatch)
+        assert (args.virtual_pipeline_model_parallel_size or 1) == layout.chunks
+        assert (args.num_layers, args.data_parallel_size) == (8, layout.dp)
+
+
+def test_who_says_the_residual_type(parser):
+    hc = ['--residual-type', 'hc']
+    for line, asked, found in (
+        (OWN, None, 'mhc'),
+        (OWN, 'hc', 'hc'),
+        ([*OWN, *hc], None, 'hc'),
+        ([*OWN, *hc], 'hc', 'hc'),
+        ([*OWN, '--residual-type=standard'], None, 'standard'),
+    ):
+        assert own_model(line, None, asked).shape.residual.residual_type == found
+    message = '--residual-type mhc beside --model --residual-type hc: .*; drop one of them'
+    with pytest.raises(ValueError, match=message):
+        own_model([*OWN, *hc], None, 'mhc')
+
+
 @pytest.mark.parametrize(
     'line, message',
     [
+        ([*OWN, '--recompute-activations'], '--recompute-activations: that is what a study'),
+        ([*OWN, '--recompute-modules', 'core_attn'], '--recompute-modules: that is what a study'),
+        ([*HYBRID, '--hybrid-override-pattern', '*-'], 'write --hybrid-layer-pattern'),
+        ([*HYBRID, '--hybrid-layer-pattern', '*-/*-'], 'prediction layers .* are not sized up'),
         ([*OWN, '--pipeline-model-parallel-size', '2'], 'that is what a study chooses; drop it'),
         ([*OWN, '--bogus'], 'unrecognized arguments: --bogus'),
         ([*OWN, '--hidden-size', '250'], 'these flags: assert args.hidden_size % args.num_att'),

@@ -17,6 +17,7 @@ from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_d
 from megatron_mhc.recipes.script import LAUNCHER, bash_script, torchrun_flags
 from megatron_mhc.schedules.inverted_v import holder_of
 from megatron_mhc.settings.queues import CONNECTIONS
+from megatron_mhc.sizing.divides import check_model
 from megatron_mhc.sizing.flops import residual_flops, step_flops, token_flops
 from megatron_mhc.sizing.memory import Layout, edge_bytes, rank_memory, stages_of
 from megatron_mhc.sizing.size import parameters, summary
@@ -81,10 +82,19 @@ def test_flops_of_a_step_are_six_a_parameter_and_token_and_attention():
 @pytest.mark.parametrize(('name', 'layout'), CASES)
 def test_layouts_are_legal(name, layout):
     recipe, layout = RECIPES[name], LAYOUTS[name][layout]
-    assert recipe.experts % layout.ep == 0 and layout.microbatches(recipe.batch) >= 2 * layout.pp
-    held = [layer for rank in stages_of(recipe.shape(), layout.pp) for s in rank for layer in s]
-    assert sorted(held) == list(range(recipe.layers))
-    flags = recipe_flags(recipe, layout)['PARALLEL_ARGS']
+    shape = recipe.shape()
+    check_model(shape, layout)
+    assert layout.microbatches(recipe.batch) >= 2 * layout.pp
+    stages = stages_of(shape, layout.pp, layout.placement, layout.chunks)
+    held = [layer for rank in stages for stage in rank for layer in stage]
+    assert sorted(held) == list(range(shape.layers))
+    topics = recipe_flags(recipe, layout)
+    flags = topics['PARALLEL_ARGS']
+    if shape.pattern:
+        parts = topics['MODEL_ARGS']['hybrid-layer-pattern'].split('|')
+        assert ''.join(parts) == shape.pattern
+        assert [len(part) for part in parts] == [len(stage) for rank in stages for stage in rank]
+        return
     text = flags.get('pipeline-model-parallel-layout')
     if text is None:
         assert recipe.layers % (2 * layout.pp) == 0 or layout.pp == 1
@@ -184,6 +194,7 @@ def test_show_sizes_up_a_manifold(manifold, rows, show):
         ('27b', 8192, 8, 'zb-v'),
         ('9b', 256, 1, 'dualpipev-w'),
         ('3b-1t', 4096, 4, 'dualpipev-w'),
+        ('nemotron-h-8b', 1024, 2, '1f1b'),
     ],
 )
 def test_layouts_beyond_those_with_a_name(show, launcher, capsys, name, gpus, tp, schedule):
@@ -197,6 +208,15 @@ def test_layouts_beyond_those_with_a_name(show, launcher, capsys, name, gpus, tp
     script = capsys.readouterr().out
     assert f'--pipeline-schedule {schedule}\n' in script
     assert f'--nnodes {gpus // 8}\n' in script and f':-{32 if tp == 1 else 1}}}' in script
+
+
+def test_a_hybrid_recipe_prints_flags_of_its_layout(show):
+    """On a pipeline that no layout has by name."""
+    status, out, _ = show('show nemotron-h-8b --layout 1gpu --gpus 4 --pp 4')
+    assert status == 0 and '--pipeline-schedule 1f1b' in out
+    words = shlex.split(out[out.index('--hybrid-layer-pattern') :].replace('\\\n', ' '))
+    assert words[1].count('|') == 3 and '--mhc-recompute-layer-num' in words
+    assert '--mhc-' not in show('show nemotron-h-8b --residual-type standard')[1]
 
 
 def test_list_names_every_recipe(show):
@@ -273,12 +293,14 @@ def test_the_printed_script_starts_exactly_the_recipe(
     )
     connections, *seen = done.stdout.splitlines()
     recipe, layout = RECIPES[name], LAYOUTS[name][layout]
+    kind = 'hybrid' if recipe.shape().pattern else 'gpt'
     topics = recipe_flags(recipe, layout)
     flags = [word for topic in topics.values() for line in words(topic) for word in line]
     start = seen.index('-m', seen.index('-m') + 1)
-    assert seen[start : start + 3] == ['-m', 'megatron_mhc.run', str(launcher.PRETRAIN)]
+    assert seen[start : start + 3] == ['-m', 'megatron_mhc.run', str(launcher.PRETRAIN[kind])]
     assert seen[start + 3 :][: len(flags)] == flags
-    assert seen[-4:] == ['--seed', '5 6', '--exit-interval', '7'] and connections == '32'
+    assert seen[-4:] == ['--seed', '5 6', '--exit-interval', '7']
+    assert connections == ('32' if layout.tp == 1 else '1')
     ranks = int(seen[seen.index('--nproc-per-node') + 1])
     nodes = int(seen[seen.index('--nnodes') + 1]) if layout.gpus > 8 else 1
     assert ranks * nodes == layout.gpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import types
 
 import pytest
@@ -286,6 +287,31 @@ def test_hardware_queues_are_advised_on(parse, monkeypatch, capsys):
         out = capsys.readouterr().out
         assert ('CUDA_DEVICE_MAX_CONNECTIONS=1' in out) == advised
         assert ('behind other compute; set it to 8 or more' in out) == advised
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'pattern', 'said'),
+    [
+        ('interleaved', '*-|*-', 'end as many stages with | in --hybrid-layer-pattern'),
+        ('interleaved', '*-*-', 'end as many stages with | in --hybrid-layer-pattern'),
+        ('1f1b', '*|-|*|-', 'or | of --hybrid-layer-pattern, or use --pipeline-schedule inter'),
+        ('interleaved', '*|-|*|-', None),
+        ('1f1b', '*-|*-', None),
+    ],
+)
+def test_chunks_of_a_hybrid_pattern_are_its_parts(schedule, pattern, said):
+    """Megatron has no flag of their number beside it."""
+    args = argparse.Namespace(
+        pipeline_schedule=schedule,
+        pipeline_model_parallel_size=2,
+        hybrid_layer_pattern=pattern,
+        pipeline_model_parallel_layout=None,
+    )
+    if said is None:
+        assert resolve_pipeline(args) is None
+        return
+    with pytest.raises(ValueError, match=re.escape(said)):
+        resolve_pipeline(args)
 
 
 @pytest.mark.parametrize('flag', ['--tensor-model-parallel-size', '--context-parallel-size'])

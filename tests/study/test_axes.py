@@ -91,11 +91,11 @@ def test_fp8_speeds_up_the_products_alone():
         CostModel(dataclasses.replace(SHAPE, fp8=fp8), H100, BytesModel(H100))
         for fp8 in (False, True)
     )
-    flops = layer_flops(SHAPE, False)
+    flops = layer_flops(SHAPE, '+-')
     products = flops['attention_projections'] + flops['dense_mlp']
     layout = Layout(64, pp=4, ep=8)
     saved = 4096 * products * (1 / 989e12 - 1 / 1979e12)
-    one, other = (model._layer(layout, False) for model in (wide, narrow))
+    one, other = (model._layer(layout, '+-') for model in (wide, narrow))
     for name in ('forward', 'input_grad', 'weight_grad'):
         assert getattr(one, name) - getattr(other, name) == pytest.approx(saved)
     assert one.weight_grad == pytest.approx(4096 * products / 989e12 / 0.55)
