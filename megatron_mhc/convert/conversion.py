@@ -123,7 +123,7 @@ def convert(
     if dry_run:
         return report
     with atomic_folder(destination) as folder:
-        with (progress or _silent)(content.nbytes) as content.advance:
+        with (progress or silent)(content.nbytes) as content.advance:
             _write(folder, content, report.streams, layout)
         if verify:
             report.verified = largest_difference(opened.folder, folder, origin)
@@ -182,7 +182,7 @@ def _check_equal(verified: dict[str, float], destination: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _silent(nbytes: int) -> Iterator[Callable[[int], Any]]:
+def silent(nbytes: int) -> Iterator[Callable[[int], Any]]:
     yield lambda count: None
 
 

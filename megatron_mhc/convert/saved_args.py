@@ -139,6 +139,13 @@ def _plain_mhc(source: Source) -> ResidualConfig:
     return residual
 
 
+def own_residual(args: argparse.Namespace) -> ResidualConfig:
+    """The connections of a checkpoint of ours, of any type; one stream where it is stock."""
+    if not hasattr(args, 'residual_type'):
+        return ResidualConfig('standard')
+    return saved_residual_config(args)
+
+
 def norm_eps_of(args: argparse.Namespace) -> float:
     """eps of the model's norms, whose flag has had two names; Megatron's default where absent."""
     given = (getattr(args, name, None) for name in ('layernorm_epsilon', 'norm_epsilon'))

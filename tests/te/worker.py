@@ -212,7 +212,7 @@ def case_the_conversion_finds_every_weight():
         )
         for stored, names in zip(saved, wanted, strict=True):
             source = types.SimpleNamespace(entries=stored)
-            found = {stored_name(source, name) for name in names}
+            found = {stored_name(source.entries, name) for name in names}
             assert found == stored, (settings, found ^ stored)
 
 
