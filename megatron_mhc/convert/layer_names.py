@@ -50,10 +50,11 @@ class Names:
         layers: symbols of the hybrid model, two for each layer of the GPT model.
         distributed: of a distributed checkpoint; else of modules.
         stacked: equal GPT layers are one tensor there.
-        fused: every norm of the GPT model has its projection's name there, as in local layers.
+        fused: whether each norm of the GPT model has its projection's name there, as local layers
+            have it; None where those have that do in the hybrid model, as in Transformer Engine.
     """
 
-    def __init__(self, layers: str, distributed: bool, stacked: bool, fused: bool) -> None:
+    def __init__(self, layers: str, distributed: bool, stacked: bool, fused: bool | None) -> None:
         self.layers, self.distributed = layers, distributed
         self.stacked, self.fused = stacked, fused
 
@@ -125,7 +126,7 @@ class Names:
         """The name, and of what is stacked there the GPT layer; -1 of what is not."""
         if found := DEPTH.fullmatch(name):
             second = self._half(name, found['rest'])
-            rest = self._norm(found['rest'], self.fused or self._is_fused(second - 2))
+            rest = self._norm(found['rest'], self._is_fused(second - 2))
             block = 'transformer_layer' if self.distributed else 'mtp_model_layer'
             return f'{found["head"]}.{block}.{rest}', -1
         if not (found := LAYER.fullmatch(name)):
@@ -133,7 +134,7 @@ class Names:
         layer, second = int(found['layer']), self._half(name, found['rest'])
         if layer >= len(self.layers) or layer % 2 != second:
             raise ValueError(f'{name}: layer {layer} has no such part in pattern {self.layers}')
-        rest = self._norm(found['rest'], self.fused or self._is_fused(layer))
+        rest = self._norm(found['rest'], self._is_fused(layer))
         start = f'{found["head"]}decoder.layers.'
         if not self.stacked:
             return f'{start}{layer // 2}.{rest}', -1
@@ -148,7 +149,8 @@ class Names:
         return f'{start}{shard["name"]}/shard_{offset}_{shape}', -1
 
     def _is_fused(self, layer: int) -> bool:
-        return self.layers[layer] in FUSED_IN_HYBRID
+        """In the GPT model, the norm of what is ``layer`` of the hybrid model."""
+        return self.layers[layer] in FUSED_IN_HYBRID if self.fused is None else self.fused
 
     def _half(self, name: str, rest: str) -> int:
         """0 of what belongs to attention, 1 of what belongs to the MLP."""

@@ -133,12 +133,16 @@ def _renamed(
         parsed(str(pattern_of(hybrid))).layers,
         distributed,
         stacked=distributed and _stacks(gpt, opened.common.get('content_metadata') or {}),
-        fused=getattr(gpt, 'transformer_impl', None) == 'local',
+        fused=not getattr(gpt, 'multi_latent_attention', False) if _is_local(gpt) else None,
     )
     own = [*opened.entries, *run]
     parts = names.to_hybrid(own) if to == 'hybrid' else names.to_gpt(own)
     empty = (f'{EMPTY}/shard_0_1',) if to == 'hybrid' and distributed else ()
     return Moved(opened, parts, state, empty)
+
+
+def _is_local(args: argparse.Namespace) -> bool:
+    return getattr(args, 'transformer_impl', None) == 'local'
 
 
 def _stacks(gpt: argparse.Namespace, metadata: dict[str, Any]) -> bool:
@@ -163,7 +167,9 @@ def _check_target(content: Moved, to: str, tables: tuple[Expected, Expected]) ->
         and not any(p.name in content.source.run for p in content.parts[name])
     }
     for name, (shape, _) in weights.items():
-        own = stored_name(there, name) if to == 'gpt' else name
+        # Tables are of local layers; a hybrid model has the names of Transformer Engine with them.
+        exact = to == 'hybrid' or _is_local(content.common['args'])
+        own = name if exact else stored_name(there, name)
         entry = there.pop(own, None)
         if entry is None:
             raise ValueError(
