@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from megatron_mhc.convert.model_class import MovedRun
-from megatron_mhc.convert.pattern import FLAG
+from megatron_mhc.convert.pattern import FLAG, STAGE
 from megatron_mhc.inputs.table import table
 
 
@@ -40,10 +40,11 @@ def tell(report: MovedRun) -> None:
 
 def how_to_go_on(report: MovedRun, destination: pathlib.Path) -> str:
     """The flags of the run that goes on."""
-    words = ['train on with', f'--load {shlex.quote(str(destination))}', '--use-checkpoint-args']
-    words.append(
-        'and a script that builds a ' + ('HybridModel' if report.target == 'hybrid' else 'GPTModel')
-    )
+    flags = ['--load', shlex.quote(str(destination)), '--use-checkpoint-args']
     if not report.states and report.iteration is not None:
-        words.append('; --no-load-optim')
-    return ' '.join(words)
+        flags.append('--no-load-optim')
+    model = 'HybridModel' if report.target == 'hybrid' else 'GPTModel'
+    said = f'train on with {" ".join(flags)}, from a script that builds a {model}'
+    if report.target == 'hybrid' and STAGE in report.pattern:
+        said += f'; on other pipeline stages give {FLAG} too, which ends them with {STAGE!r}'
+    return said

@@ -18,6 +18,7 @@ from megatron_mhc.convert.complete import FUSED
 from megatron_mhc.convert.conversion import convert
 from megatron_mhc.convert.layouts import hybrid_layout, to_tensors
 from megatron_mhc.convert.model_class import move
+from megatron_mhc.convert.report import how_to_go_on
 from megatron_mhc.convert.source import open_source
 from megatron_mhc.convert.upcycle import upcycled
 
@@ -232,6 +233,8 @@ def test_what_is_refused_before_anything_is_written(gpt, hybrid, tmp_path, capsy
     assert '--no-optim: --to mhc leaves' in command(source, new, '--to', 'mhc', '--no-optim')
     said = command(source, new, '--to', 'hybrid', '--dry-run')
     assert "--hybrid-layer-pattern '*-*E'" in said and 'nothing was written' in said
+    said = how_to_go_on(hybrid[1]['dense'], new)
+    assert '--use-checkpoint-args, from a script that builds a HybridModel; on other' in said
     assert 'decoder.layers.{2i+1}.pre_mlp_layernorm.weight' in said
     found = json.loads(command(other, new, '--to', 'gpt', '--dry-run', '--json'))
     assert (found['to'], found['iteration'], found['load']) == ('gpt', 2, None)
