@@ -14,6 +14,7 @@ EXAMPLES = {
     'convert': (
         'checkpoints/standard checkpoints/mhc --to mhc --verify',
         'checkpoints/mhc exported --to deepseek-v4 --dry-run',
+        'checkpoints/gpt checkpoints/hybrid --to hybrid',
     ),
     'schedule list': ('',),
     'schedule show': (

@@ -5,6 +5,9 @@ from __future__ import annotations
 STANDARD = 'standard'
 # Names of ``LAYOUTS``.
 TARGETS = ('mhc', 'megatron-main', 'megatron-dev', 'deepseek-v4')
+# The class of the model, whatever its connections are.
+MODEL_CLASSES = ('hybrid', 'gpt')
+OWN = 'own'
 # Argument -> flag of the command.
 FLAGS = {
     'num_streams': '--mhc-num-residual-streams',

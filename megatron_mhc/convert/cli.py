@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
+from megatron_mhc.convert.choices import FLAGS, MODEL_CLASSES, STANDARD, TARGETS
 from megatron_mhc.inputs.as_json import as_json
 from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from megatron_mhc.convert.conversion import Converted
 
+COMMAND = 'megatron-mhc convert'
 _ORIGINS = ('auto', STANDARD, *TARGETS)
 
 
@@ -38,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('destination', metavar='DST', type=pathlib.Path, help='a new folder')
     parser.add_argument(
-        '--to', required=True, choices=TARGETS, help='layout of the output: mhc is ours'
+        '--to',
+        required=True,
+        choices=(*TARGETS, *MODEL_CLASSES),
+        help='layout of the output: mhc is ours; or the class of the model, for the same run',
     )
     parser.add_argument(
         '--from',
@@ -53,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         STEP,
         type=integer(0, MOST_TOKENS),
         help='iteration of SRC (default: the latest, by its tracker file)',
+    )
+    parser.add_argument(
+        '--no-optim',
+        action='store_true',
+        help='hybrid, gpt: leave out optimizer state; then train on with --no-load-optim',
     )
     group = parser.add_argument_group('streams for a standard model, exact at step 0')
     # Here as the launcher has it: help and messages name what a run takes.
@@ -110,8 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Convert and tell; 0."""
-    from megatron_mhc.convert.conversion import convert
-
     # As on Ctrl-C, what was begun is taken away again.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = {
@@ -119,6 +126,12 @@ def main(options: argparse.Namespace) -> int:
         for name, flag in FLAGS.items()
         if (value := getattr(options, flag.lstrip('-').replace('-', '_'))) is not None
     }
+    if options.to in MODEL_CLASSES:
+        return _move(options, list(given))
+    if options.no_optim:
+        refuse(COMMAND, f'--no-optim: --to {options.to} leaves it out always; drop the flag')
+    from megatron_mhc.convert.conversion import convert
+
     started = time.monotonic()
     try:
         report = convert(
@@ -135,13 +148,53 @@ def main(options: argparse.Namespace) -> int:
             progress=lambda nbytes: progress(nbytes, 'written', 'B'),
         )
     except (ValueError, OSError) as error:
-        refuse('megatron-mhc convert', str(error))
+        refuse(COMMAND, str(error))
     seconds = time.monotonic() - started
     load = None if options.dry_run else _how_to_load(report, options.destination)
     if options.json:
         print(as_json(_plain(report) | {'seconds': round(seconds, 1), 'load': load}))
         return 0
     _print(report)
+    if load is None:
+        print('dry run: nothing was written')
+    else:
+        print(f'wrote {options.destination} in {seconds:.1f} s\n{load}')
+    return 0
+
+
+def _move(options: argparse.Namespace, given: list[str]) -> int:
+    flags = [FLAGS[name] for name in given] + ['--from'] * (options.origin != 'auto')
+    if flags:
+        refuse(
+            COMMAND,
+            f'{flags[0]}: --to {options.to} keeps the residual connections as they are; drop the '
+            'flag, or convert twice',
+        )
+    from megatron_mhc.convert.model_class import move
+    from megatron_mhc.convert.report import how_to_go_on, plain, tell
+
+    started = time.monotonic()
+    try:
+        report = move(
+            options.source,
+            options.destination,
+            options.to,
+            step=options.step,
+            optimizer=not options.no_optim,
+            dry_run=options.dry_run,
+            verify=options.verify,
+            overwrite=options.overwrite,
+            unchecked=options.unchecked,
+            progress=lambda nbytes: progress(nbytes, 'written', 'B'),
+        )
+    except (ValueError, OSError) as error:
+        refuse(COMMAND, str(error))
+    seconds = time.monotonic() - started
+    load = None if options.dry_run else how_to_go_on(report, options.destination)
+    if options.json:
+        print(as_json(plain(report) | {'seconds': round(seconds, 1), 'load': load}))
+        return 0
+    tell(report)
     if load is None:
         print('dry run: nothing was written')
     else:

@@ -4,6 +4,9 @@ The model is Megatron's own, built on the meta device, so without memory, and in
 own, since it needs process groups:
 
     python -m megatron_mhc.convert.complete SRC LAYOUT
+
+LAYOUT is also ``own``, whatever the saved arguments tell of our connections, and ``hybrid`` or
+``gpt``, the same model as one of the other class.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Container
 
 import torch
 
 from megatron_mhc.convert import worker
+from megatron_mhc.convert.choices import MODEL_CLASSES, OWN
 from megatron_mhc.convert.source import OPAQUE, Chunk, Entry, Source, open_source
 
 # Parameters of streams are checked against n and C as they are read.
@@ -73,9 +78,9 @@ def check_model(source: Source, origin: str) -> None:
     if not hasattr(source.args, 'padded_vocab_size'):
         # Of another library, whose model is none of Megatron's; its arguments are those of mHC.
         return
-    named, sharded = _expected(str(source.folder), origin, _key(source))
+    named, sharded = expected(source, origin)
     missing, strange = min(
-        (_compare(source, expected) for expected in (named, sharded)),
+        (_compare(source, weights) for weights in (named, sharded)),
         key=lambda found: len(found[0]),
     )
     if missing:
@@ -91,11 +96,23 @@ def check_model(source: Source, origin: str) -> None:
         )
 
 
-def _compare(source: Source, expected: Expected) -> tuple[list[str], list[str]]:
+def expected(source: Source, origin: str) -> tuple[Expected, Expected]:
+    """Weights of the model: as modules name them, and as distributed checkpoints do.
+
+    Args:
+        origin: layout, ``own``, ``hybrid`` or ``gpt``, as the head of this file has it.
+
+    Raises:
+        ValueError: the model cannot be built.
+    """
+    return _expected(str(source.folder), origin, _key(source))
+
+
+def _compare(source: Source, weights: Expected) -> tuple[list[str], list[str]]:
     missing, strange = [], []
     dtypes = (torch.float32, getattr(source.args, 'params_dtype', torch.float32))
-    for name, (shape, dtype) in expected.items():
-        entry = source.entries.get(stored_name(source, name))
+    for name, (shape, dtype) in weights.items():
+        entry = source.entries.get(stored_name(source.entries, name))
         if entry is None or entry.shape is None:
             missing.append(name)
         elif list(entry.shape) != shape:
@@ -105,12 +122,12 @@ def _compare(source: Source, expected: Expected) -> tuple[list[str], list[str]]:
     return missing, strange
 
 
-def stored_name(source: Source, name: str) -> str:
-    """What ``source`` calls a weight of local layers; ``name`` where it has no other either."""
+def stored_name(entries: Container[str], name: str) -> str:
+    """What ``entries`` call a weight of local layers; ``name`` where it has no other either."""
     others = [EXPERT.sub(r'.\2\1', name)]
     for apart, joined in FUSED:
         others += [name.replace(apart, joined), name.replace(joined, apart)]
-    return next((one for one in (name, *others) if one in source.entries), name)
+    return next((one for one in (name, *others) if one in entries), name)
 
 
 def _key(source: Source) -> str:
@@ -139,8 +156,9 @@ def main(argv: list[str]) -> None:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_mhc.convert.saved_args import describe
-    from megatron_mhc.convert.verify import build
+    from megatron_mhc.convert.build import build, residual_of
+    from megatron_mhc.convert.class_args import moved_args
+    from megatron_mhc.convert.saved_args import describe, own_residual
 
     folder, origin = argv
     with tempfile.TemporaryDirectory() as store:
@@ -150,8 +168,12 @@ def main(argv: list[str]) -> None:
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         source = open_source(pathlib.Path(folder))
+        args, of_layout = source.args, origin not in (OWN, *MODEL_CLASSES)
+        residual = residual_of(describe(source, origin)) if of_layout else own_residual(args)
+        if origin in MODEL_CLASSES:
+            args = moved_args(args, origin)
         with torch.device('meta'):
-            model = build(source, describe(source, origin), prediction=True)
+            model = build(args, residual, prediction=True)
         parts = model.sharded_state_dict(metadata=dict(source.common.get('content_metadata') or {}))
         apply_factories(parts)
         found = [part for part in nested_values(parts) if isinstance(part, ShardedTensor)]
@@ -166,7 +188,8 @@ def main(argv: list[str]) -> None:
                 {
                     name: (list(shape), str(dtype))
                     for name, (shape, dtype) in table.items()
-                    if OPAQUE not in name and not any(part in name for part in STREAMS)
+                    if OPAQUE not in name
+                    and not (of_layout and any(part in name for part in STREAMS))
                 }
                 for table in tables
             ]

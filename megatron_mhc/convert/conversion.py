@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
+from megatron_mhc.convert.choices import FLAGS, OWN, STANDARD, TARGETS
 from megatron_mhc.convert.complete import check_model, check_parts
-from megatron_mhc.convert.layouts import LAYOUTS, SUBLAYERS, StoredLayout, Streams, to_tensors
+from megatron_mhc.convert.layouts import LAYOUTS, StoredLayout, Streams, hybrid_layout, to_tensors
 from megatron_mhc.convert.maps import EPS, differences
 from megatron_mhc.convert.output import (
     Content,
@@ -30,6 +30,7 @@ from megatron_mhc.convert.saved_args import (
     converted_args,
     describe,
     norm_eps_of,
+    of_gpt_alone,
     read_streams,
 )
 from megatron_mhc.convert.source import Source, open_source
@@ -116,6 +117,10 @@ def convert(
     opened, layout, upcycling = open_source(source, step), LAYOUTS[to], upcycling or {}
     check_parts(opened)
     described = describe(opened, origin)
+    if described.symbols:
+        if to != 'mhc':
+            raise of_gpt_alone(opened, described.symbols)
+        layout = hybrid_layout(described.symbols)
     _check_change(source, described, layout, upcycling)
     content, report = _made(opened, described, layout, upcycling)
     if not unchecked:
@@ -123,10 +128,12 @@ def convert(
     if dry_run:
         return report
     with atomic_folder(destination) as folder:
-        with (progress or _silent)(content.nbytes) as content.advance:
+        with (progress or silent)(content.nbytes) as content.advance:
             _write(folder, content, report.streams, layout)
         if verify:
-            report.verified = largest_difference(opened.folder, folder, origin)
+            # A hybrid model has our connections, or none.
+            whose = OWN if described.symbols else origin
+            report.verified = largest_difference(opened.folder, folder, whose)
             exact = described.name == STANDARD and to == 'mhc' and not upcycling.get('noise')
             if exact:
                 _check_equal(report.verified, destination)
@@ -139,7 +146,10 @@ def _made(
     """What the new checkpoint is to hold, and what there is to tell of it."""
     carried = _carried(opened, described)
     if described.layout is None:
-        streams = upcycled(described.num_layers, described.hidden_size, **upcycling)
+        sublayers = 1 if described.symbols else 2
+        streams = upcycled(
+            described.num_layers, described.hidden_size, sublayers=sublayers, **upcycling
+        )
     else:
         streams = read_streams(opened, described)
     stacked = layout.name != 'deepseek-v4' and are_stacked(carried)
@@ -154,7 +164,11 @@ def _made(
         len(carried),
         content.nbytes,
         opened.left_out,
-        differences(streams, described.layout or LAYOUTS['mhc'], layout, norm_eps_of(opened.args)),
+        {}
+        if described.symbols
+        else differences(
+            streams, described.layout or LAYOUTS['mhc'], layout, norm_eps_of(opened.args)
+        ),
     )
     return content, report
 
@@ -182,7 +196,7 @@ def _check_equal(verified: dict[str, float], destination: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _silent(nbytes: int) -> Iterator[Callable[[int], Any]]:
+def silent(nbytes: int) -> Iterator[Callable[[int], Any]]:
     yield lambda count: None
 
 
@@ -231,7 +245,8 @@ def _rows(
 ) -> list[Row]:
     rows = []
     own = described.layout
-    for sublayer in SUBLAYERS:
+    symbols = described.symbols
+    for sublayer in dict.fromkeys(s for _, s in _sublayers(layout, symbols)):
         old = _templates(own, sublayer, described.stacked) if own else [[]] * 3
         for part, before, after in zip(
             PARTS, old, _templates(layout, sublayer, stacked), strict=True
@@ -241,7 +256,8 @@ def _rows(
                 how = 'rows of res transposed'
             if own and len(before) != len(after):
                 how = 'joined' if len(before) > len(after) else 'split'
-            shape = tuple(new[after[0].replace('{layer}', '0')].shape)
+            first = next(layer for layer, s in _sublayers(layout, symbols) if s == sublayer)
+            shape = tuple(new[after[0].replace('{layer}', str(first))].shape)
             rows.append(Row(_joined(before), _joined(after), shape, how))
     merge = own.head if own and described.learned else None
     if layout.head is not None and layout.head[0] in new:
@@ -251,6 +267,12 @@ def _rows(
     else:
         rows += [Row(name, '-', (), 'left out: the mean') for name in merge or ()]
     return rows
+
+
+def _sublayers(layout: StoredLayout, symbols: str) -> list[tuple[int, str]]:
+    """Layers and what they have; of a GPT model one layer, for all are alike."""
+    layers = range(len(symbols) or 1)
+    return [(i, sublayer) for i in layers for sublayer, _ in layout.sublayer_names(i)]
 
 
 def _joined(names: list[str]) -> str:

@@ -25,6 +25,8 @@ from torch import Tensor
 from megatron_mhc.settings.residual import NORM_EPS
 
 SUBLAYERS = ('self_attention', 'mlp')
+# Of a hybrid model's layers, where it is not attention of some kind.
+HYBRID_SUBLAYERS = {'-': 'mlp', 'E': 'mlp', 'M': 'mixer'}
 
 
 class Parameters(NamedTuple):
@@ -41,7 +43,8 @@ class Streams:
 
     Args:
         num_streams: n; hidden_size: C; iterations: passes of Sinkhorn-Knopp.
-        layers: per layer the parameters of attention and of the MLP.
+        layers: per layer the parameters of attention and of the MLP; of a hybrid model, of the
+            one sublayer that it is.
         head: of the learned merge; None where the mean is taken.
         norm_eps: of the norm of all n*C values, where a layout lets it be chosen.
     """
@@ -49,7 +52,7 @@ class Streams:
     num_streams: int
     hidden_size: int
     iterations: int
-    layers: tuple[tuple[Parameters, Parameters], ...]
+    layers: tuple[tuple[Parameters, ...], ...]
     head: Parameters | None = None
     norm_eps: float = NORM_EPS
 
@@ -133,6 +136,32 @@ LAYOUTS = {
         StoredLayout('deepseek-v4', transposed=True, names=_V4, head=_HEAD, head_always=True),
     )
 }
+
+
+@dataclass(frozen=True)
+class HybridLayout(StoredLayout):
+    """Ours in a hybrid model, where a layer is one sublayer and no two are in one tensor.
+
+    Args:
+        symbols: of the layers, as ``--hybrid-layer-pattern`` has them.
+    """
+
+    symbols: str = ''
+
+    def sublayer_names(self, layer: int | None) -> Iterator[tuple[str, tuple[str, ...]]]:
+        assert layer is not None
+        sublayer = HYBRID_SUBLAYERS.get(self.symbols[layer], 'self_attention')
+        yield sublayer, tuple(n.replace('{layer}', str(layer)) for n in self.names[sublayer])
+
+
+def hybrid_layout(symbols: str) -> HybridLayout:
+    """Where a hybrid model of these layers keeps its mapping parameters."""
+    ours = LAYOUTS['mhc']
+    sublayers = ('self_attention', *dict.fromkeys(HYBRID_SUBLAYERS.values()))
+    names = {sublayer: _megatron(sublayer) for sublayer in sublayers}
+    return HybridLayout(
+        ours.name, ours.transposed, names, ours.head, streams=ours.streams, symbols=symbols
+    )
 
 
 def transpose_res(rows: Tensor, num_streams: int) -> Tensor:

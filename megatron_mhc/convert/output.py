@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,18 @@ from megatron_mhc.convert.source import (
 )
 
 SHARD_BYTES = 4 << 30
+
+
+class Written(Protocol):
+    """What the functions here ask of the content of a checkpoint."""
+
+    common: dict[str, Any]
+
+    def entries(self) -> dict[str, Entry]: ...
+
+    def chunk(self, name: str, chunk: Chunk) -> Tensor: ...
+
+    def value(self, name: str) -> Tensor | io.BytesIO | None: ...
 
 
 @dataclasses.dataclass
@@ -83,7 +95,7 @@ class Content:
 class _ByChunk(DefaultSavePlanner):
     """Saves in the pieces that the source has, each read when it is its turn."""
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: Written) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.content = content
 
@@ -118,10 +130,21 @@ class _ByChunk(DefaultSavePlanner):
         return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
-def write_distributed(root: pathlib.Path, content: Content) -> None:
-    """A ``torch_dist`` checkpoint; with ``common.pt``, as every supported release reads it."""
-    folder = root / RELEASE
+def _place(root: pathlib.Path, iteration: int | None) -> pathlib.Path:
+    """A new folder for an iteration, a release where there is none, with the tracker file."""
+    folder = root / (RELEASE if iteration is None else f'iter_{iteration:07d}')
     folder.mkdir()
+    (root / TRACKER).write_text(RELEASE if iteration is None else str(iteration))
+    return folder
+
+
+def write_distributed(root: pathlib.Path, content: Written, iteration: int | None = None) -> None:
+    """A ``torch_dist`` checkpoint; with ``common.pt``, as every supported release reads it.
+
+    Args:
+        iteration: None makes it a release.
+    """
+    folder = _place(root, iteration)
     try:
         with without_group_warning():
             writer = FileSystemWriter(folder)
@@ -133,16 +156,14 @@ def write_distributed(root: pathlib.Path, content: Content) -> None:
     (folder / CONFIG_FILE).write_text(
         json.dumps({'sharded_backend': 'torch_dist', 'sharded_backend_version': 1})
     )
-    (root / TRACKER).write_text(RELEASE)
 
 
-def write_file(root: pathlib.Path, content: Content) -> None:
+def write_file(root: pathlib.Path, content: Written, iteration: int | None = None) -> None:
     """A ``torch`` checkpoint of one rank, held in memory as a whole."""
-    file = root / RELEASE / TORCH_FILE
-    file.parent.mkdir(parents=True)
+    file = _place(root, iteration) / TORCH_FILE
+    file.parent.mkdir()
     model = {name: content.value(name) for name in content.entries()}
     torch.save({**content.common, 'model': model}, file)
-    (root / TRACKER).write_text(RELEASE)
 
 
 def write_safetensors(root: pathlib.Path, content: Content, config: dict[str, Any]) -> None:

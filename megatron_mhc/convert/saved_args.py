@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_mhc.convert.choices import STANDARD
 from megatron_mhc.convert.layouts import LAYOUTS, StoredLayout, Streams, from_tensors
+from megatron_mhc.convert.pattern import parsed, pattern_of
 from megatron_mhc.convert.source import Source
 from megatron_mhc.settings.flag import flags_of
 from megatron_mhc.settings.flags_residual import resolve_arguments, saved_residual_config
@@ -29,6 +30,7 @@ class Described(NamedTuple):
         stacked: all layers in one tensor, as distributed checkpoints have equal ones.
         learned: a learned merge.
         norm_eps: of the norm of all streams; that of ``mhc`` where a layout has it built in.
+        symbols: of the layers of a hybrid model; empty of a GPT model.
     """
 
     layout: StoredLayout | None
@@ -39,6 +41,7 @@ class Described(NamedTuple):
     stacked: bool
     learned: bool
     norm_eps: float = NORM_EPS
+    symbols: str = ''
 
     @property
     def name(self) -> str:
@@ -75,12 +78,16 @@ def describe(source: Source, origin: str = 'auto') -> Described:
             f'{source.folder} has a memory (--engram-layers), whose keys belong to its streams and '
             'which no other layout has: it stays as it is'
         )
+    pattern = pattern_of(args)
+    if pattern and name != STANDARD:
+        raise of_gpt_alone(source, pattern)
     layout = LAYOUTS.get(name)
     stacked = are_stacked(source.entries)
     shape = (args.num_layers, args.hidden_size)
     if layout is None:
         _require_decoder(source)
-        return Described(None, *shape, 0, 0, stacked, False)
+        symbols = parsed(pattern).layers if pattern else ''
+        return Described(None, *shape, 0, 0, stacked, False, symbols=symbols)
     learned, norm_eps = layout.head_always, NORM_EPS
     if name == 'mhc':
         residual = _plain_mhc(source)
@@ -98,6 +105,15 @@ def describe(source: Source, origin: str = 'auto') -> Described:
     return Described(layout, *shape, n, iterations, stacked, learned, norm_eps)
 
 
+def of_gpt_alone(source: Source, pattern: str) -> ValueError:
+    """For a hybrid model where one of the layouts is asked for."""
+    return ValueError(
+        f'{source.folder} is a hybrid model, --hybrid-layer-pattern {pattern}, and layouts are '
+        'those of layers with attention and an MLP, so only GPT models are converted to another; '
+        'first --to gpt, and afterwards --to hybrid'
+    )
+
+
 def are_stacked(names: Iterable[str]) -> bool:
     """Whether all layers are in one tensor each, as distributed checkpoints have equal ones."""
     return not any(re.match(r'decoder\.layers\.\d', name) for name in names)
@@ -113,10 +129,7 @@ def _layout_name(source: Source) -> str:
 
 
 def _require_decoder(source: Source) -> None:
-    hybrid = ('hybrid_layer_pattern', 'hybrid_override_pattern')
-    if any(getattr(source.args, name, None) for name in hybrid) or not any(
-        name.startswith('decoder.layers.') for name in source.entries
-    ):
+    if not any(name.startswith('decoder.layers.') for name in source.entries):
         raise ValueError(
             f'{source.folder} has no decoder of attention and MLP layers: only GPT models are '
             'converted'
@@ -137,6 +150,13 @@ def _plain_mhc(source: Source) -> ResidualConfig:
                 'it is'
             )
     return residual
+
+
+def own_residual(args: argparse.Namespace) -> ResidualConfig:
+    """The connections of a checkpoint of ours, of any type; one stream where it is stock."""
+    if not hasattr(args, 'residual_type'):
+        return ResidualConfig('standard')
+    return saved_residual_config(args)
 
 
 def norm_eps_of(args: argparse.Namespace) -> float:

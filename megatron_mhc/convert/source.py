@@ -79,9 +79,10 @@ class Source:
         format: ``torch_dist``, ``torch`` or ``safetensors``.
         config: of ``safetensors`` alone, its ``config.json``.
         args: the arguments of the run that saved it.
-        common: of its plain state, what describes the weights, ``args`` among it.
+        state: its plain state; common: of that what describes the weights, ``args`` among it.
         entries: name -> ``Entry`` of all that belongs to the model, in the file's order.
-        left_out: number of entries of the run: optimizer, random states.
+        run: the same of the run: optimizer, random states.
+        left_out: number of entries of the run, with those of ``state``.
     """
 
     format: str
@@ -100,9 +101,15 @@ class Source:
                 'with megatron.training'
             )
         self.args = args
+        self.state = common
         self.common = {name: common[name] for name in KEPT if name in common}
         self.entries: dict[str, Entry] = {}
+        self.run: dict[str, Entry] = {}
         self.left_out = 0
+
+    def entry(self, name: str) -> Entry:
+        """Of the model or of the run."""
+        return self.entries[name] if name in self.entries else self.run[name]
 
     def chunk(self, name: str, chunk: Chunk) -> Tensor:
         """One stored part of a tensor."""
@@ -118,7 +125,7 @@ class Source:
         Raises:
             ValueError: it is missing.
         """
-        entry = self.entries.get(name)
+        entry = self.entries.get(name) or self.run.get(name)
         if entry is None or entry.shape is None:
             raise ValueError(
                 f'{self.folder}: {name} is missing, which the saved arguments call for; the '
@@ -142,17 +149,17 @@ class DistributedSource(Source):
         self.stored = Stored(folder)
         super().__init__(folder, self.stored.common())
         for name, entry in self.stored.entries.items():
-            if name.startswith(RUN_STATE):
-                self.left_out += 1
-            elif isinstance(entry, TensorStorageMetadata):
+            own = self.run if name.startswith(RUN_STATE) else self.entries
+            if isinstance(entry, TensorStorageMetadata):
                 with one_line(f'{folder}: {name}'):
                     chunks = tuple(Chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)
-                    self.entries[name] = Entry(tuple(entry.size), entry.properties.dtype, chunks)
+                    own[name] = Entry(tuple(entry.size), entry.properties.dtype, chunks)
             else:
-                self.entries[name] = Entry(None, None)
+                own[name] = Entry(None, None)
+        self.left_out = len(self.run)
 
     def chunk(self, name: str, chunk: Chunk) -> Tensor:
-        dtype = self.entries[name].dtype
+        dtype = self.entry(name).dtype
         assert dtype is not None
         return self.stored.tensor(name, *chunk, dtype)
 
@@ -176,6 +183,7 @@ class FileSource(Source):
         check_archive(files[0])
         state = plain_load(files[0], mmap=zipfile.is_zipfile(files[0]))
         super().__init__(folder, state)
+        self.state = {name: value for name, value in state.items() if name != 'model'}
         if not isinstance(state.get('model'), dict):
             raise ValueError(
                 f'{files[0]} has no "model": virtual pipeline stages are saved apart; save it with '

@@ -33,6 +33,7 @@ def upcycled(
     num_layers: int,
     hidden_size: int,
     *,
+    sublayers: int = 2,
     num_streams: int = 4,
     iterations: int = 20,
     init_gating_factor: float = 0.01,
@@ -48,6 +49,7 @@ def upcycled(
     from the first step on (HC, arXiv 2409.19606, section 3.1, starts its dynamic part likewise).
 
     Args:
+        sublayers: of each layer; 1 in a hybrid model.
         num_streams: n >= 2; iterations: passes of Sinkhorn-Knopp.
         init_gating_factor: alpha > 0.
         stream_merge: ``mean``, or ``learned`` with the gates of the mean.
@@ -66,7 +68,10 @@ def upcycled(
         bias = _bias(n, sublayer, noise, seed)
         return Parameters(phi, bias, torch.full((3,), init_gating_factor))
 
-    layers = tuple((parameters(2 * i), parameters(2 * i + 1)) for i in range(num_layers))
+    layers = tuple(
+        tuple(parameters(sublayers * layer + i) for i in range(sublayers))
+        for layer in range(num_layers)
+    )
     head = None
     if stream_merge == 'learned':
         head = mean_as_head(n, hidden_size)._replace(alpha=torch.full((1,), init_gating_factor))

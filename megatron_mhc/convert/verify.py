@@ -8,7 +8,6 @@ checkpoint is in another layout, their maps are those of ``maps.py``, computed f
 
 from __future__ import annotations
 
-import copy
 import json
 import pathlib
 import sys
@@ -21,63 +20,25 @@ from torch import Tensor
 
 from megatron_mhc import ops
 from megatron_mhc.convert import worker
+from megatron_mhc.convert.build import build, residual_of
+from megatron_mhc.convert.choices import OWN
 from megatron_mhc.convert.complete import stored_name
 from megatron_mhc.convert.maps import maps, merge_gates, stored_head, stored_parameters
-from megatron_mhc.convert.saved_args import Described, describe
+from megatron_mhc.convert.saved_args import Described, describe, own_residual
 from megatron_mhc.convert.source import OPAQUE, Source, open_source
 from megatron_mhc.residual.hyper_connection import HyperConnection
-from megatron_mhc.settings.residual import ResidualConfig
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.common.language_module.language_module import LanguageModule
 
 SEQUENCES, LENGTH, SEED = 2, 64, 1
-# One process, plain layers, every sum in fp32.
-LOCAL = {
-    'tensor_model_parallel_size': 1,
-    'pipeline_model_parallel_size': 1,
-    'virtual_pipeline_model_parallel_size': None,
-    'pipeline_model_parallel_layout': None,
-    'decoder_first_pipeline_num_layers': None,
-    'decoder_last_pipeline_num_layers': None,
-    'context_parallel_size': 1,
-    'expert_model_parallel_size': 1,
-    'expert_tensor_parallel_size': 1,
-    'sequence_parallel': False,
-    'transformer_impl': 'local',
-    'use_cpu_initialization': True,
-    'bf16': False,
-    'fp16': False,
-    'fp8': None,
-    'fp4': None,
-    'params_dtype': torch.float32,
-    'no_persist_layer_norm': True,
-    'gradient_accumulation_fusion': False,
-    'masked_softmax_fusion': False,
-    'bias_gelu_fusion': False,
-    'bias_swiglu_fusion': False,
-    'bias_dropout_fusion': False,
-    'apply_rope_fusion': False,
-    'moe_grouped_gemm': False,
-    'moe_permute_fusion': False,
-    'moe_token_dispatcher_type': 'allgather',
-    'recompute_granularity': None,
-    'recompute_modules': None,
-    'overlap_moe_expert_parallel_comm': False,
-    'delay_wgrad_compute': False,
-    'tp_comm_overlap': False,
-    'mtp_num_layers': None,
-    'cuda_graph_impl': 'none',
-    'enable_cuda_graph': False,
-    'external_cuda_graph': False,
-}
 
 
 def largest_difference(first: pathlib.Path, second: pathlib.Path, origin: str) -> dict[str, Any]:
     """``difference`` of the logits, the ``largest`` of them, and how many were compared.
 
     Args:
-        origin: layout of the first, as ``--from`` has it.
+        origin: layout of the first, as ``--from`` has it; or ``own``, of both whatever they are.
 
     Raises:
         ValueError: a model cannot be built from its saved arguments.
@@ -105,7 +66,7 @@ def main(argv: list[str]) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         first, second, origin = argv
         a = logits(pathlib.Path(first), origin)
-        b = logits(pathlib.Path(second), 'auto')
+        b = logits(pathlib.Path(second), OWN if origin == OWN else 'auto')
         torch.distributed.destroy_process_group()
     print(
         json.dumps(
@@ -122,9 +83,13 @@ def main(argv: list[str]) -> None:
 def logits(path: pathlib.Path, origin: str) -> Tensor:
     """``[2, s, vocabulary]`` of random tokens, the same for every checkpoint of that shape."""
     source = open_source(path)
-    described = describe(source, origin)
-    model = build(source, described).eval()
-    load(model, source, described)
+    if origin == OWN:
+        model = build(source.args, own_residual(source.args)).eval()
+        load(model, source)
+    else:
+        described = describe(source, origin)
+        model = build(source.args, residual_of(described)).eval()
+        load(model, source, described)
     args = source.args
     length = min(LENGTH, args.max_position_embeddings or LENGTH)
     generator = torch.Generator().manual_seed(SEED)
@@ -134,74 +99,18 @@ def logits(path: pathlib.Path, origin: str) -> Tensor:
     return model(tokens, positions, mask).float()
 
 
-def build(source: Source, described: Described, prediction: bool = False) -> GPTModel:
-    """A model of the saved arguments with local layers, n streams if there are any.
-
-    Args:
-        prediction: with the layers of multi-token prediction, which logits do not need.
-    """
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_block_spec,
-        get_gpt_decoder_layer_specs,
-        get_gpt_mtp_block_spec,
-    )
-    from megatron.training.arguments import core_transformer_config_from_args
-
-    from megatron_mhc.residual.block import widen_block
-    from megatron_mhc.residual.spec import with_residual
-
-    args = copy.copy(source.args)
-    for name, value in LOCAL.items():
-        setattr(args, name, value)
-    if prediction:
-        args.mtp_num_layers = getattr(source.args, 'mtp_num_layers', None)
-    residual = ResidualConfig('standard')
-    if described.layout is not None:
-        residual = ResidualConfig(
-            num_residual_streams=described.num_streams,
-            sinkhorn_iterations=described.iterations,
-            stream_merge='learned' if described.learned else 'mean',
-            norm_eps=described.norm_eps,
-            kernel_backend='torch',
-        )
-    config = core_transformer_config_from_args(args)
-    spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=args.normalization
-    )
-    mtp_spec = None
-    if args.mtp_num_layers:
-        # Prediction layers keep the stock residual.
-        layers = get_gpt_decoder_layer_specs(config, False, args.normalization)
-        mtp_spec = get_gpt_mtp_block_spec(config, layers[-1], False)
-    model = GPTModel(
-        config,
-        with_residual(spec, residual),
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        mtp_block_spec=mtp_spec,
-    )
-    if residual.enabled:
-        widen_block(model.decoder, residual)
-    return model
-
-
-def load(model: GPTModel, source: Source, described: Described) -> None:
+def load(model: LanguageModule, source: Source, described: Described | None = None) -> None:
     """Fill ``model``, and give it the maps of the checkpoint's layout where that is not ours."""
-    foreign = described.layout is not None and described.name != 'mhc'
-    if foreign:
+    foreign = False
+    if described is not None and described.layout is not None and described.name != 'mhc':
+        foreign = True
         _use_maps(model, source, described)
     own = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
         if OPAQUE not in name and not (foreign and _maps_streams(name))
     }
-    stored = {name: stored_name(source, name) for name in own}
+    stored = {name: stored_name(source.entries, name) for name in own}
     if source.entries.keys() >= {*stored.values()}:
         for name, value in own.items():
             value.copy_(source.tensor(stored[name]))
@@ -213,7 +122,7 @@ def _maps_streams(name: str) -> bool:
     return '_hyper_connection.' in name or 'stream_merge.' in name
 
 
-def _load_sharded(model: GPTModel, source: Source, foreign: bool) -> None:
+def _load_sharded(model: LanguageModule, source: Source, foreign: bool) -> None:
     """By the names of a distributed checkpoint, where equal layers are one tensor."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -224,12 +133,12 @@ def _load_sharded(model: GPTModel, source: Source, foreign: bool) -> None:
         if isinstance(part, ShardedTensor) and not (foreign and _maps_streams(part.key)):
             sizes = [1] * part.prepend_axis_num + list(part.local_shape)
             where = zip(part.global_offset, sizes, strict=True)
-            value = source.tensor(stored_name(source, part.key))
+            value = source.tensor(stored_name(source.entries, part.key))
             value = value[tuple(slice(o, o + size) for o, size in where)]
             part.data.copy_(value.reshape(part.data.shape))
 
 
-def _use_maps(model: GPTModel, source: Source, described: Described) -> None:
+def _use_maps(model: LanguageModule, source: Source, described: Described) -> None:
     """Replace what our modules compute by ``maps.py``, from the tensors in the file."""
     layout, n = described.layout, described.num_streams
     assert layout is not None

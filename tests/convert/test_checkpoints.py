@@ -289,8 +289,8 @@ BAD = {
     'a contradiction': (lambda f: None, {**DEV, 'origin': 'standard'}, 'leave out --from'),
     'no GPT model': (
         lambda f: edit(f, residual_type='standard', hybrid_layer_pattern='M*-', **MUTE),
-        {},
-        'only GPT models',
+        DEV,
+        'only GPT models .* first --to gpt',
     ),
     'an unknown layout': (lambda f: None, {'to': 'v5'}, '--to v5: unknown layout'),
     'new streams for old': (

@@ -7,7 +7,6 @@ import pathlib
 import sys
 import tempfile
 import traceback
-import types
 
 import cpu_extension
 
@@ -211,8 +210,7 @@ def case_the_conversion_finds_every_weight():
             for te in (True, False)
         )
         for stored, names in zip(saved, wanted, strict=True):
-            source = types.SimpleNamespace(entries=stored)
-            found = {stored_name(source, name) for name in names}
+            found = {stored_name(stored, name) for name in names}
             assert found == stored, (settings, found ^ stored)
 
 
