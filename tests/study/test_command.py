@@ -10,7 +10,6 @@ import pty
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -33,11 +32,9 @@ def command(answer):
     return lambda words: answer(f'study {words}')
 
 
-def test_a_hundred_thousand_gpus(command):
-    """In a second of one core; twice that on a slower one."""
-    start = time.process_time()
+def test_a_hundred_thousand_gpus(command, planned):
     status, out, _ = command('27b --gpus 100000 --global-batch-size 100000 --json')
-    assert time.process_time() - start < 2
+    assert len(planned) < 120 and sum(planned) < 10_000
     found = json.loads(out)
     assert status == 0 and len(found['points']) > 100
     assert found['best'][0]['gpus'] == 100_000

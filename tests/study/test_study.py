@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -278,14 +277,13 @@ def test_published_figures():
     assert len(mhc) == 4 and 0.067 < min(mhc) and max(mhc) < 0.1
 
 
-def test_thousands_of_layouts():
+def test_thousands_of_layouts(planned):
+    """Work that does not grow with them: each plan is made once, and short ones stand for long."""
     sizes = {'tp': (1, 2, 4, 8), 'pp': (1, 2, 4, 8), 'ep': (1, 2, 4, 8), 'micro_batch': (1, 2, 4)}
     more = {'vpp': (2, 3), 'streams': (2, 4), 'recompute': ('none', 'auto', 'stage', 4)}
-    start = time.process_time()
     study = study_of(*('27b', 5120), gpus=(512,), **sizes, **more)
     assert len(study.points) >= 3_000
-    # 10,000 in 20 seconds of one core, first plans included.
-    assert time.process_time() - start < 2e-3 * len(study.points)
+    assert len(planned) < 200 and sum(planned) < 50_000
 
 
 def test_groups_leave_their_node_by_all_adapters_in_it():
