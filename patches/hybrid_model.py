@@ -12,13 +12,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from megatron_mhc.engram.memory import attach, prepare_engram
-from megatron_mhc.mudd.layer import connect_densely
+from megatron_mhc.engram.memory import prepare_engram
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch
-from megatron_mhc.patches.gpt_model import pipeline_of, post_stream_of, residual_of
-from megatron_mhc.pipeline.tied_embedding import drop_unused_output_weight
-from megatron_mhc.residual.block import widen_block
+from megatron_mhc.patches.gpt_model import (
+    add_topology,
+    pipeline_of,
+    post_stream_of,
+    residual_of,
+)
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.settings.flags_engram import engram_of
 from megatron_mhc.settings.flags_pipeline import check_recompute_stream
@@ -66,13 +68,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if engram is not None:
             prepare_engram(config, engram, main_pattern(bound.arguments.get))
         original(*bound.args, **bound.kwargs)
-        if residual.residual_type == 'mudd':
-            connect_densely(self.decoder, residual)
-        elif residual.enabled:
-            widen_block(self.decoder, residual)
-        if engram is not None:
-            attach(self, engram, residual.streams)
-        drop_unused_output_weight(self)
+        add_topology(self, residual, engram)
 
     return __init__
 
