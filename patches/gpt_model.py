@@ -24,6 +24,7 @@ from megatron_mhc.residual.block import widen_block
 from megatron_mhc.residual.post_stream import use_post_stream
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.schedules.inverted_v import stage_of
+from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.flags_engram import engram_of
 from megatron_mhc.settings.flags_pipeline import check_recompute_stream, pipeline_config_from_args
 from megatron_mhc.settings.flags_residual import parsed_arguments, residual_config_from_args
@@ -99,6 +100,17 @@ def prepare_embeddings(
     return together
 
 
+def add_topology(model: Any, residual: ResidualConfig, engram: EngramConfig | None) -> None:
+    """Give a built model, GPT or hybrid, its residual topology and its memory."""
+    if residual.residual_type == 'mudd':
+        connect_densely(model.decoder, residual)
+    elif residual.enabled:
+        widen_block(model.decoder, residual)
+    if engram is not None:
+        attach(model, engram, residual.streams)
+    drop_unused_output_weight(model)
+
+
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
@@ -130,13 +142,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             check_ring_of_two(config)
         together = prepare_embeddings(config, bound.arguments, pipeline)
         original(*bound.args, **bound.kwargs)
-        if residual.residual_type == 'mudd':
-            connect_densely(self.decoder, residual)
-        elif residual.enabled:
-            widen_block(self.decoder, residual)
-        if engram is not None:
-            attach(self, engram, residual.streams)
-        drop_unused_output_weight(self)
+        add_topology(self, residual, engram)
         if together:
             tie(self)
         move_post_stream(self)

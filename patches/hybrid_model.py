@@ -13,19 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_mhc.compat import core_version
-from megatron_mhc.engram.memory import attach, prepare_engram
-from megatron_mhc.mudd.layer import connect_densely
+from megatron_mhc.engram.memory import prepare_engram
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, applied
 from megatron_mhc.patches.gpt_model import (
+    add_topology,
     move_post_stream,
     pipeline_of,
     prepare_pipeline,
     residual_of,
 )
 from megatron_mhc.patches.inverted_v import PATTERN_PATCHES
-from megatron_mhc.pipeline.tied_embedding import drop_unused_output_weight, tie
-from megatron_mhc.residual.block import widen_block
+from megatron_mhc.pipeline.tied_embedding import tie
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.settings.flags_engram import engram_of
 from megatron_mhc.settings.flags_pipeline import check_recompute_stream
@@ -75,13 +74,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             _require_placement(pipeline)
             bound.arguments['pre_process'] = prepare_pipeline(config, pipeline, vp_stage)
         original(*bound.args, **bound.kwargs)
-        if residual.residual_type == 'mudd':
-            connect_densely(self.decoder, residual)
-        elif residual.enabled:
-            widen_block(self.decoder, residual)
-        if engram is not None:
-            attach(self, engram, residual.streams)
-        drop_unused_output_weight(self)
+        add_topology(self, residual, engram)
         if pipeline is not None:
             # On a V one rank holds all copies of the word embedding.
             tie(self)

@@ -226,12 +226,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize('way', WAYS)
-def test_recomputation_changes_no_bit(hybrid, step, way):
-    residual, settings = WAYS[way]
-    spec = mamba_and_latent()
-    plain = hybrid('M*-M-', MHC, spec=spec)
-    other = hybrid('M*-M-', {**MHC, **residual}, spec=spec, **settings)
+def assert_no_bit_changed(step, plain, other):
     for model in (plain, other):
         randomise(model)
     (loss, gradients), (wanted, references) = step(other), step(plain)
@@ -240,9 +235,19 @@ def test_recomputation_changes_no_bit(hybrid, step, way):
         assert torch.equal(gradients[name], reference), name
 
 
+@pytest.mark.parametrize('way', WAYS)
+def test_recomputation_changes_no_bit(hybrid, step, way):
+    residual, settings = WAYS[way]
+    spec = mamba_and_latent()
+    plain = hybrid('M*-M-', MHC, spec=spec)
+    other = hybrid('M*-M-', {**MHC, **residual}, spec=spec, **settings)
+    assert_no_bit_changed(step, plain, other)
+
+
 @pytest.mark.skipif(
-    compat.core_minor(compat.core_version()) == '0.18',
-    reason='0.18 gives recomputed prediction layers, of GPT too, an argument that they do not take',
+    compat.core_minor(compat.core_version()) in ('0.18', *compat.PREVIEWED),
+    reason='0.18 gives recomputed prediction layers, of GPT too, an argument they do not take; '
+    'the next release builds none without Transformer Engine',
 )
 def test_recomputation_of_prediction_layers_changes_no_bit(hybrid, step, monkeypatch):
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -251,12 +256,7 @@ def test_recomputation_of_prediction_layers_changes_no_bit(hybrid, step, monkeyp
     rotary = {'position_embedding_type': 'rope', **ROTARY}
     plain = hybrid('*-*-/*-', MHC, **rotary)
     other = hybrid('*-*-/*-', MHC, **rotary, **{**FULL, 'recompute_num_layers': 1})
-    for model in (plain, other):
-        randomise(model)
-    (loss, gradients), (wanted, references) = step(other), step(plain)
-    assert torch.equal(loss, wanted) and gradients.keys() == references.keys()
-    for name, reference in references.items():
-        assert torch.equal(gradients[name], reference), name
+    assert_no_bit_changed(step, plain, other)
 
 
 # n = 2 streams with constant maps are the standard residual, bit for bit.
@@ -325,8 +325,12 @@ def test_every_layer_has_a_connection_of_its_own(hybrid, step):
 
 
 def test_only_phi_may_be_decayed(hybrid):
-    model = hybrid('ME*-', {**MHC, 'mapping_weight_decay': True}, spec=mamba_and_latent(), **MOE)
-    own = {name: wd for name, wd in groups_of(model).items() if 'hyper_connection' in name}
+    residual = {**MHC, 'mapping_weight_decay': True}
+    engram = {'engram_config': EngramConfig(layers=(2,), **MEMORY)}
+    model = hybrid('ME*-', residual, spec=mamba_and_latent(), on_config=engram, **MOE)
+    groups = groups_of(model)
+    assert groups['decoder.engram.layer_2.table.weight'] == 0
+    own = {name: wd for name, wd in groups.items() if 'hyper_connection' in name}
     assert {name.split('.')[2] for name in own} == {'0', '1', '2', '3'}
     for name, multiplier in own.items():
         assert multiplier == (1.0 if name.endswith('mapping_proj.weight') else 0.0), name
