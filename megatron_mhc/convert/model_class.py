@@ -159,7 +159,11 @@ def _stacks(gpt: argparse.Namespace, metadata: dict[str, Any]) -> bool:
 
 def _check_target(content: Moved, to: str, tables: tuple[Expected, Expected]) -> None:
     """Raise ValueError unless ``content`` has every weight of its model, and no other."""
-    weights = tables[content.source.format == 'torch_dist']
+    distributed = content.source.format == 'torch_dist'
+    weights = tables[distributed]
+    # Tables are of local layers; of a hybrid model its checkpoints have the names of Transformer
+    # Engine with them.
+    exact = _is_local(content.common['args']) or (to == 'hybrid' and distributed)
     there = {
         name: entry
         for name, entry in content.entries().items()
@@ -167,8 +171,6 @@ def _check_target(content: Moved, to: str, tables: tuple[Expected, Expected]) ->
         and not any(p.name in content.source.run for p in content.parts[name])
     }
     for name, (shape, _) in weights.items():
-        # Tables are of local layers; a hybrid model has the names of Transformer Engine with them.
-        exact = to == 'hybrid' or _is_local(content.common['args'])
         own = name if exact else stored_name(there, name)
         entry = there.pop(own, None)
         if entry is None:

@@ -233,9 +233,9 @@ def test_what_is_refused_before_anything_is_written(gpt, hybrid, tmp_path, capsy
     assert '--no-optim: --to mhc leaves' in command(source, new, '--to', 'mhc', '--no-optim')
     said = command(source, new, '--to', 'hybrid', '--dry-run')
     assert "--hybrid-layer-pattern '*-*E'" in said and 'nothing was written' in said
+    assert 'decoder.layers.{2i+1}.pre_mlp_layernorm.weight' in said
     said = how_to_go_on(hybrid[1]['dense'], new)
     assert '--use-checkpoint-args, from a script that builds a HybridModel; on other' in said
-    assert 'decoder.layers.{2i+1}.pre_mlp_layernorm.weight' in said
     found = json.loads(command(other, new, '--to', 'gpt', '--dry-run', '--json'))
     assert (found['to'], found['iteration'], found['load']) == ('gpt', 2, None)
     assert not list(tmp_path.iterdir())
