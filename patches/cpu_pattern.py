@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from megatron_mhc.inputs.refusal import announce
+
+# Layers whose kernels need CUDA, and which have torch here (see cpu_mixers).
+IN_TORCH = {'M': 'Mamba', 'G': 'gated delta net'}
 # Layers that need other packages, which need CUDA.
-CUDA_ONLY = {'M': 'Mamba', 'G': 'gated delta net', 'D': 'sparse attention (DSA)'}
+CUDA_ONLY = {'D': 'sparse attention (DSA)'}
 
 
 def check_pattern(pattern: str | None) -> None:
-    """Raise ValueError for what of ``--hybrid-layer-pattern`` the CPU cannot run."""
+    """Raise ValueError for what of ``--hybrid-layer-pattern`` the CPU cannot run.
+
+    What it runs in torch alone is said.
+    """
     for symbol, name in CUDA_ONLY.items():
         if symbol in (pattern or ''):
             raise ValueError(
                 f"--hybrid-layer-pattern {pattern}: not on the CPU device, '{symbol}' ({name}) "
-                "needs CUDA kernels; use attention ('*' or '+'), MLP ('-') and experts ('E')."
+                "needs CUDA kernels; use others (attention is '*' or '+')."
             )
     if '/' in (pattern or ''):
         raise ValueError(
             f'--hybrid-layer-pattern {pattern}: not on the CPU device, prediction layers (behind '
             "'/') have Transformer Engine's layers alone; leave them out."
         )
+    slow = [name for symbol, name in IN_TORCH.items() if symbol in (pattern or '')]
+    if slow:
+        announce(f'{" and ".join(slow)} layers run in plain torch here, for their function alone')

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import torch
 from block_models import SMALL
 from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.core.models.mamba.mamba_model import MambaModel
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_mhc import ResidualConfig, compat
@@ -34,6 +34,8 @@ def hybrid_model(
     ``settings`` are the config's, ``on_config`` what a caller puts on it beside them.
     """
     torch.manual_seed(5)
+    # Parts of a mixer are drawn from it.
+    model_parallel_cuda_manual_seed(5)
     kind = MLATransformerConfig if '+' in pattern else TransformerConfig
     layers = len(pattern.replace('|', '').partition('/')[0])
     config = kind(num_layers=layers, **{**PLAIN, **settings})
@@ -73,14 +75,3 @@ def take_weights(hybrid, gpt) -> None:
     assert own.keys() == given.keys()
     for name, weight in given.items():
         own[name].copy_(weight)
-
-
-def with_mamba(mixer: type):
-    """The stock stack spec with another mixer in its Mamba layers, and a local norm before it."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    layer = mamba_stack_spec.submodules.mamba_layer
-    parts = dataclasses.replace(layer.submodules, norm=WrappedTorchNorm, mixer=mixer)
-    mamba = dataclasses.replace(layer, submodules=parts)
-    stack = dataclasses.replace(mamba_stack_spec.submodules, mamba_layer=mamba)
-    return dataclasses.replace(mamba_stack_spec, submodules=stack)

@@ -77,8 +77,8 @@ def test_prediction_layers_are_refused_on_the_cpu():
 
 
 def test_what_the_cpu_cannot_run_is_one_line():
-    words = ('--hybrid-layer-pattern', 'M-*-')
+    words = ('--hybrid-layer-pattern', 'M-D-')
     done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, *words)
     assert done.returncode == 2
-    assert "error: --hybrid-layer-pattern M-*-: not on the CPU device, 'M' (Mamba)" in done.stderr
+    assert "error: --hybrid-layer-pattern M-D-: not on the CPU device, 'D' (sparse" in done.stderr
     assert 'Traceback' not in done.stderr
