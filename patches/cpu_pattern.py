@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from megatron_mhc.inputs.refusal import announce
+from megatron_mhc.patches.hybrid_mixers import MIXERS
 
-# Layers whose kernels need CUDA, and which have torch here (see cpu_mixers).
-IN_TORCH = {'M': 'Mamba', 'G': 'gated delta net'}
 # Layers that need other packages, which need CUDA.
 CUDA_ONLY = {'D': 'sparse attention (DSA)'}
 
@@ -26,6 +25,7 @@ def check_pattern(pattern: str | None) -> None:
             f'--hybrid-layer-pattern {pattern}: not on the CPU device, prediction layers (behind '
             "'/') have Transformer Engine's layers alone; leave them out."
         )
-    slow = [name for symbol, name in IN_TORCH.items() if symbol in (pattern or '')]
+    # See cpu_mixers.
+    slow = [name for symbol, name in MIXERS.items() if symbol in (pattern or '')]
     if slow:
         announce(f'{" and ".join(slow)} layers run in plain torch here, for their function alone')

@@ -43,6 +43,21 @@ MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 # Hybrid models of local layers; ``|`` ends a stage, at any layer.
 LOCAL_STACK = {'is_hybrid_model': True, 'transformer_impl': 'local'}
 HYBRID = {'layers': 8, 'pattern': '*-*-*-*-', 'config': LOCAL_STACK}
+MIXERS = {
+    'layers': 6,
+    'pattern': 'MMG*-G',
+    'activation': 'silu',
+    'config': {
+        **LOCAL_STACK,
+        'mamba_state_dim': 8,
+        'mamba_head_dim': 8,
+        'mamba_num_groups': 2,
+        'linear_key_head_dim': 8,
+        'linear_value_head_dim': 8,
+        'linear_num_key_heads': 2,
+        'linear_num_value_heads': 4,
+    },
+}
 HYBRID_MOE = {'layers': 8, 'pattern': '*-*E*E*-', 'config': {**MOE, **LOCAL_STACK}}
 
 # model -> what distinguishes it
@@ -63,6 +78,7 @@ MODELS = {
     'hybrid': {'residual': MHC, **HYBRID},
     'hybrid-hc': {'residual': HC, **HYBRID},
     'hybrid-moe': {'residual': MHC, **HYBRID_MOE},
+    'mixers': {'residual': MHC, **MIXERS},
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
 }
@@ -116,6 +132,12 @@ CASES = [
     ('tp2', 'hybrid-hc', 2, {'layout': {'tp': 2}}, False),
     ('tp2-sp', 'hybrid', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('ep2', 'hybrid-moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
+    # A stage of Mamba layers alone.
+    ('pp2', 'mixers', 2, {'layout': {'pp': 2}, 'pattern': 'MM|G*-G'}, True),
+    ('pp2-vpp2', 'mixers', 2, {'layout': VPP2, 'pattern': 'M|MG|*-|G'}, True),
+    ('full', 'mixers', 1, {'config': FULL}, True),
+    ('tp2', 'mixers', 2, {'layout': {'tp': 2}}, False),
+    ('tp2-sp', 'mixers', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp2', 'mtp-tied', 2, {'layout': {'pp': 2}}, False),
     ('pp2-vpp2-alone', 'mtp', 2, MTP_ALONE, False),
@@ -128,6 +150,8 @@ CASES = [
     ('pp2-ep2', 'moe', 4, {'layout': {'pp': 2, 'ep': 2}}, False),
     ('pp2-vpp2-dp2', 'mhc', 4, {'layout': {'pp': 2, 'vpp': 2}}, False),
 ]
+# Trained a step with each optimizer.
+STEPPED = ('mhc', 'hc', 'engram', 'hybrid', 'mixers')
 
 
 def of_first_h_res(key: str) -> bool:
@@ -156,7 +180,7 @@ def runs(tmp_path_factory) -> tuple[pathlib.Path, dict]:
         case = {'weights': f'{model}-weights', **MODELS[model], **changes}
         case['config'] = {**MODELS[model].get('config', {}), **changes.get('config', {})}
         by_world[world].append({**case, 'name': f'{name}-{model}'})
-    for model in ('mhc', 'hc', 'engram', 'hybrid'):
+    for model in STEPPED:
         for kind in ('plain', 'dist'):
             by_world[2].append(
                 {
@@ -233,7 +257,7 @@ def test_forward_only_equals_training_losses(runs, name):
     assert flat == losses[reference_name('mhc', {})]['losses'][0]
 
 
-@pytest.mark.parametrize('model', ['mhc', 'hc', 'engram', 'hybrid'])
+@pytest.mark.parametrize('model', STEPPED)
 def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
     folder, _ = runs
     plain, sharded = tensors(folder / f'plain-step-{model}'), tensors(folder / f'dist-step-{model}')
@@ -256,7 +280,7 @@ def test_copies_of_the_embedding_on_one_rank_stay_equal(runs, tensors):
 def test_mapping_parameters_get_gradients(runs, tensors):
     """A layout test that compares zeros with zeros would prove nothing."""
     folder, _ = runs
-    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd', 'engram', 'hybrid'):
+    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd', 'engram', 'hybrid', 'mixers'):
         for key, gradient in tensors(folder / reference_name(model, {})).items():
             if any(name in key for name in OWN) and not of_first_h_res(key):
                 assert gradient.abs().max() > 1e-8, (model, key)

@@ -111,6 +111,7 @@ def settings(case: dict, sizes: dict) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
+        activation_func=getattr(torch.nn.functional, case.get('activation', 'gelu')),
         attention_backend=AttnBackend.unfused if TE_WHEEL else AttnBackend.auto,
         **sizes,
         **case.get('config', {}),
