@@ -21,7 +21,9 @@ MODEL = (
     '--micro-batch-size 1 --global-batch-size 4 --mock-data --tokenizer-type NullTokenizer '
     '--vocab-size 255 --lr 1e-2 --min-lr 1e-3 --train-iters 4 --eval-iters 0 --eval-interval 1000 '
     '--log-interval 1 --split 98,1,1 --num-workers 0 --untie-embeddings-and-output-weights '
-    '--hidden-dropout 0 --attention-dropout 0 --residual-type mhc --mhc-init identity'
+    '--hidden-dropout 0 --attention-dropout 0 --residual-type mhc --mhc-init identity --swiglu '
+    '--mamba-state-dim 8 --mamba-head-dim 8 --mamba-num-groups 2 --linear-key-head-dim 8 '
+    '--linear-value-head-dim 8 --linear-num-key-heads 2 --linear-num-value-heads 4'
 ).split()
 LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
 
@@ -39,7 +41,7 @@ def unbroken(tmp_path_factory):
     """Four iterations on two stages of unequal length, saved after two, and monitored."""
     folder = tmp_path_factory.mktemp('unbroken')
     curve = train(
-        *(2, '*-*|-*-', '--pipeline-model-parallel-size', 2),
+        *(2, '*-M|-G-', '--pipeline-model-parallel-size', 2),
         *('--save', folder / 'saved', '--save-interval', 2),
         *('--mhc-monitor', '--mhc-monitor-interval', 1, '--tensorboard-dir', folder / 'events'),
     )
@@ -50,7 +52,7 @@ def test_a_run_resumes_on_other_stages_as_if_unbroken(unbroken, tmp_path, tensor
     """Weights and optimizer states, but for a gradient norm that is summed in another order."""
     folder, curve = unbroken
     flags = ('--load', folder / 'saved', '--ckpt-step', 2, '--save', tmp_path, '--save-interval', 2)
-    resumed = train(1, '*-*-*-', *flags)
+    resumed = train(1, '*-M-G-', *flags)
     assert sorted(resumed) == [3, 4] and resumed[3] == curve[3]
     wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
     assert states.keys() == wanted.keys()
@@ -67,6 +69,7 @@ def test_monitors_have_a_row_for_each_layer(unbroken):
     assert chosen_sublayers(run, None, []) == [0, 7, 11]
     with pytest.raises(ValueError, match='--sublayers 1: run has no layer 1 mlp'):
         chosen_sublayers(run, [1], [])
+    assert run.pattern == '*-M|-G-'
 
 
 def test_prediction_layers_are_refused_on_the_cpu():
