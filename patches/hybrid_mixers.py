@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 
-from megatron_mhc.compat import core_minor, core_version
+from megatron_mhc.compat import core_version
 from megatron_mhc.patches.hybrid_pattern import pattern_of
 from megatron_mhc.runtime import cpu_device
 
@@ -37,7 +37,7 @@ def check_mixers(args: argparse.Namespace) -> None:
         if symbol in pattern:
             _require_packages(symbol, f"{flag}: '{symbol}' ({name})")
     silu = args.swiglu or getattr(args, 'deterministic_mode', False)
-    if 'G' in pattern and not silu and core_minor(core_version()) != '0.17':
+    if 'G' in pattern and not silu and not (core_version() or '').startswith('0.17'):
         raise ValueError(
             f"{flag}: the convolution of 'G' (gated delta net) takes the model's activation, and "
             'its kernel has silu alone; add --swiglu'

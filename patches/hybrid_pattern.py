@@ -38,6 +38,12 @@ def check_hybrid_pattern(args: argparse.Namespace) -> None:
             f"{flag}: one model has either '*' or latent attention ('+', 'D'), whose sizes "
             'are other flags; use one of them'
         )
+    split = args.tensor_model_parallel_size
+    if 'G' in pattern and split > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"{flag}: Megatron sums the gradient of the output norm of 'G' (gated delta net) over "
+            f'--tensor-model-parallel-size {split} with --sequence-parallel alone; add it'
+        )
     ranks, segments = args.pipeline_model_parallel_size, main.split('|')
     if not main.replace('|', ''):
         raise ValueError(f'{flag}: no layer; give one symbol for each, of {known}')

@@ -79,6 +79,7 @@ MODELS = {
     'hybrid-hc': {'residual': HC, **HYBRID},
     'hybrid-moe': {'residual': MHC, **HYBRID_MOE},
     'mixers': {'residual': MHC, **MIXERS},
+    'mamba': {'residual': HC, **MIXERS, 'layers': 3, 'pattern': 'M-M'},
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
 }
@@ -136,7 +137,7 @@ CASES = [
     ('pp2', 'mixers', 2, {'layout': {'pp': 2}, 'pattern': 'MM|G*-G'}, True),
     ('pp2-vpp2', 'mixers', 2, {'layout': VPP2, 'pattern': 'M|MG|*-|G'}, True),
     ('full', 'mixers', 1, {'config': FULL}, True),
-    ('tp2', 'mixers', 2, {'layout': {'tp': 2}}, False),
+    ('tp2', 'mamba', 2, {'layout': {'tp': 2}}, False),
     ('tp2-sp', 'mixers', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp2', 'mtp-tied', 2, {'layout': {'pp': 2}}, False),
