@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layout_cases import MIXERS as SIZES
 from layout_cases import MOE
 from test_model_patches import groups_of
 
@@ -23,17 +24,7 @@ RESIDUALS = {
 }
 
 
-# Small layers of 'M' and 'G'.
-MIXERS = {
-    'mamba_state_dim': 8,
-    'mamba_head_dim': 8,
-    'mamba_num_groups': 2,
-    'linear_key_head_dim': 8,
-    'linear_value_head_dim': 8,
-    'linear_num_key_heads': 2,
-    'linear_num_value_heads': 4,
-    'activation_func': torch.nn.functional.silu,
-}
+MIXERS = {**SIZES, 'activation_func': torch.nn.functional.silu}
 
 
 @pytest.fixture

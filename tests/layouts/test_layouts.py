@@ -11,7 +11,7 @@ import pathlib
 
 import pytest
 import torch
-from layout_cases import MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 HC = {'residual_type': 'hc'}
@@ -43,20 +43,11 @@ MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 # Hybrid models of local layers; ``|`` ends a stage, at any layer.
 LOCAL_STACK = {'is_hybrid_model': True, 'transformer_impl': 'local'}
 HYBRID = {'layers': 8, 'pattern': '*-*-*-*-', 'config': LOCAL_STACK}
-MIXERS = {
+MIXED = {
     'layers': 6,
     'pattern': 'MMG*-G',
     'activation': 'silu',
-    'config': {
-        **LOCAL_STACK,
-        'mamba_state_dim': 8,
-        'mamba_head_dim': 8,
-        'mamba_num_groups': 2,
-        'linear_key_head_dim': 8,
-        'linear_value_head_dim': 8,
-        'linear_num_key_heads': 2,
-        'linear_num_value_heads': 4,
-    },
+    'config': {**LOCAL_STACK, **MIXERS},
 }
 HYBRID_MOE = {'layers': 8, 'pattern': '*-*E*E*-', 'config': {**MOE, **LOCAL_STACK}}
 
@@ -78,8 +69,8 @@ MODELS = {
     'hybrid': {'residual': MHC, **HYBRID},
     'hybrid-hc': {'residual': HC, **HYBRID},
     'hybrid-moe': {'residual': MHC, **HYBRID_MOE},
-    'mixers': {'residual': MHC, **MIXERS},
-    'mamba': {'residual': HC, **MIXERS, 'layers': 3, 'pattern': 'M-M'},
+    'mixers': {'residual': MHC, **MIXED},
+    'mamba': {'residual': HC, **MIXED, 'layers': 3, 'pattern': 'M-M'},
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
 }
