@@ -47,6 +47,8 @@ setup(
         'training': [
             'megatron-core[training]' + COMPAT['CORE_SPECIFIER'],
             'tensorboard',
+            # Megatron's Mamba layers, on any device.
+            'einops',
             # The quick start in tools/: plot, progress, and an orderly end of its processes.
             'matplotlib',
             'psutil',

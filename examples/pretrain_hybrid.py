@@ -1,7 +1,7 @@
 """Pretrain a hybrid model with Megatron-Core's own training loop, as ``pretrain_gpt.py`` does.
 
 ``--hybrid-layer-pattern`` names its layers, one symbol each (``*`` attention, ``-`` MLP, ``E``
-experts, ``M`` Mamba), and ``|`` ends a pipeline stage:
+experts, ``M`` Mamba, ``G`` gated delta net), and ``|`` ends a pipeline stage:
 
     torchrun --nproc-per-node 8 examples/pretrain_hybrid.py --hybrid-layer-pattern 'M-M-M*-' ...
 """

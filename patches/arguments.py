@@ -19,6 +19,7 @@ from megatron_mhc.engram.resume import check_memory
 from megatron_mhc.inputs.refusal import refuse, with_remedy
 from megatron_mhc.optim.lr_steps import takes_steps
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
+from megatron_mhc.patches.hybrid_mixers import check_mixers
 from megatron_mhc.patches.hybrid_pattern import check_hybrid_pattern
 from megatron_mhc.patches.parse_hook import after_parsing
 from megatron_mhc.pipeline.embedding_copies import check_embedding_copies
@@ -91,6 +92,7 @@ def accept(
     check_residual(namespace, residual)
     if residual.enabled or namespace.pipeline_schedule in V_SCHEDULES:
         check_hybrid_pattern(namespace)
+    check_mixers(namespace)
     checkpoints = found_checkpoints(namespace)
     check_checkpoints(namespace, residual, checkpoints)
     announce_kernels(namespace, residual)

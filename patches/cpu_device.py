@@ -18,6 +18,7 @@ import torch
 from megatron_mhc.patches.cpu_arguments import CPU_ARGUMENTS_PATCH
 from megatron_mhc.patches.cpu_groups import CPU_GROUPS_PATCH
 from megatron_mhc.patches.cpu_hybrid import CPU_HYBRID_PATCHES
+from megatron_mhc.patches.cpu_mixers import CPU_MIXER_PATCHES
 from megatron_mhc.patches.cpu_optimizer import CPU_OPTIMIZER_PATCHES
 from megatron_mhc.patches.engine import Patch, on_every_release
 
@@ -191,6 +192,7 @@ _PATCHES: tuple[Patch, ...] = (
         fingerprints={'0.17': '64b28ff1'},
     ),
     *CPU_HYBRID_PATCHES,
+    *CPU_MIXER_PATCHES,
     *CPU_OPTIMIZER_PATCHES,
 )
 # They must be in place before Megatron is imported, so no tree has a seam for them.

@@ -30,6 +30,7 @@ def local_submodules(stock: Any, config: TransformerConfig) -> Any:
         config: the model's, for its normalization.
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     layer = functools.partial(get_gpt_layer_local_spec, normalization=config.normalization)
 
@@ -44,7 +45,26 @@ def local_submodules(stock: Any, config: TransformerConfig) -> Any:
     def fused(name: str, projection: str) -> dict[str, Any]:
         return {'sharded_state_dict_keys_map': {f'{name}.': f'{projection}.layer_norm_'}}
 
+    def other(spec: ModuleSpec, **parts: Any) -> ModuleSpec:
+        return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **parts))
+
+    norm = layer().submodules.input_layernorm
+    linear = {'in_proj': ColumnParallelLinear, 'out_proj': RowParallelLinear}
     layers = {
+        'mamba_layer': other(
+            stock.mamba_layer,
+            norm=norm,
+            mixer=other(stock.mamba_layer.submodules.mixer, **linear),
+            **fused('norm', 'mixer.in_proj'),
+        ),
+        'gdn_layer': other(
+            stock.gdn_layer,
+            input_layernorm=norm,
+            self_attention=other(
+                stock.gdn_layer.submodules.self_attention, out_norm=norm, **linear
+            ),
+            **fused('input_layernorm', 'self_attention.in_proj'),
+        ),
         'attention_layer': only(
             stock.attention_layer,
             layer(),

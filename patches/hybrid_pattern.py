@@ -44,6 +44,12 @@ def check_hybrid_pattern(args: argparse.Namespace) -> None:
         )
     # Megatron lets a '/' with nothing behind it be.
     _check_predictions(args, flag, predicted if any(predicted) else [])
+    split = args.tensor_model_parallel_size
+    if 'G' in pattern and split > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"{flag}: Megatron sums the gradient of the output norm of 'G' (gated delta net) over "
+            f'--tensor-model-parallel-size {split} with --sequence-parallel alone; add it'
+        )
     ranks, segments = args.pipeline_model_parallel_size, main.split('|')
     if not main.replace('|', ''):
         raise ValueError(f'{flag}: no layer; give one symbol for each, of {known}')

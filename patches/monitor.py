@@ -17,6 +17,7 @@ from megatron_mhc.monitor.collect import Monitor
 from megatron_mhc.monitor.output import write
 from megatron_mhc.monitor.reduce import gather
 from megatron_mhc.patches.engine import Patch, on_every_release
+from megatron_mhc.patches.hybrid_pattern import pattern_of
 from megatron_mhc.settings.flags_monitor import monitor_config_from_args
 from megatron_mhc.settings.flags_residual import parsed_arguments, residual_config_from_args
 
@@ -90,7 +91,8 @@ def report(monitor: Monitor, step: dict[str, Any]) -> None:
     streams = residual_config_from_args(args).streams
     # A loss per token is divided when all tokens are counted, after the backward.
     microbatches = 1 if args.calculate_per_token_loss else get_num_microbatches()
-    found = gather(monitor, args.num_layers, streams, sampled, step['loss_scale'], microbatches)
+    numbers = streams, sampled, step['loss_scale'], microbatches
+    found = gather(monitor, args.num_layers, *numbers, pattern_of(args) or '')
     writer = get_tensorboard_writer()
     if args.mhc_monitor and sampled:
         write(found, step['iteration'], settings.per_layer, writer, get_wandb_writer())

@@ -133,7 +133,8 @@ def _gain_line(
 
 
 def _where(report: Report, sublayer: int) -> str:
-    return f'{sublayer_name(sublayer)} (pipeline rank {report.pipeline_rank[sublayer]})'
+    name = sublayer_name(sublayer, report.pattern)
+    return f'{name} (pipeline rank {report.pipeline_rank[sublayer]})'
 
 
 def _larger(report: Report, names: tuple[str, str]) -> Tensor:

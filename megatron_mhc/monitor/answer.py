@@ -65,7 +65,7 @@ def _report(options: argparse.Namespace) -> str:
                 'last_report': run.iteration,
                 'level': level(found),
                 'verdict': said,
-                'findings': [finding.as_dict() for finding in found],
+                'findings': [finding.as_dict(run.pattern) for finding in found],
             }
             for (run, found), said in zip(findings, lines, strict=True)
         ],

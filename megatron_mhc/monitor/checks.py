@@ -42,7 +42,7 @@ def finite(run: Run) -> Iterable[Finding]:
         yield Finding(
             'finite',
             found.level,
-            f'not finite: {what} of {found.where()}, {found.when}',
+            f'not finite: {what} of {found.where(run.pattern)}, {found.when}',
             float(counts[found.last][sublayer]),
             None,
             *place(found, sublayer),
@@ -86,8 +86,8 @@ def gains(run: Run, settings: MonitorConfig) -> Iterable[Finding]:
         yield Finding(
             'gains',
             found.level,
-            f'exploding gains: {subject.format(found.where(sublayer))} an amax gain above '
-            f'{limit:g}, up to {value:.3g}, {found.when}',
+            f'exploding gains: {subject.format(found.where(run.pattern, sublayer))} an amax gain '
+            f'above {limit:g}, up to {value:.3g}, {found.when}',
             value,
             limit,
             *place(found, sublayer),
@@ -106,7 +106,7 @@ def gains(run: Run, settings: MonitorConfig) -> Iterable[Finding]:
         'gains',
         WATCH,
         f'composite gain {value:.3g}, above the {PAPER_GAIN} of the mHC paper, {above.when}, from '
-        f'{sublayer_name(above.sublayers[-1])} on; the alarm is at {limit:g}',
+        f'{sublayer_name(above.sublayers[-1], run.pattern)} on; the alarm is at {limit:g}',
         value,
         PAPER_GAIN,
         *place(above, above.sublayers[-1]),
@@ -129,11 +129,11 @@ def saturation(run: Run, settings: MonitorConfig) -> Iterable[Finding]:
         yield Finding('saturation', HEALTHY, 'no saturated rows', 0.0, limit)
         return
     sublayer = found.sublayers[0]
-    value = float(shares[found.last][sublayer])
+    value, there = float(shares[found.last][sublayer]), found.where(run.pattern)
     yield Finding(
         'saturation',
         found.level if found is many else WATCH,
-        f'saturated logits: {_percent(value)} of the rows of H_res of {found.where()} get no '
+        f'saturated logits: {_percent(value)} of the rows of H_res of {there} get no '
         f'gradient, {found.when} (the alarm is at {_percent(limit)})',
         value,
         limit,
@@ -160,8 +160,9 @@ def streams(run: Run, settings: MonitorConfig) -> Iterable[Finding]:
         sublayer = fallen.sublayers[0] + 1
         value, before = float(last[sublayer - 1]), most[sublayer - 1]
         moved = fallen._replace(sublayers=[sublayer + 1 for sublayer in fallen.sublayers])
+        there = moved.where(run.pattern)
         text = (
-            f'collapsed streams: those before {moved.where()} have effective rank {value:.4f}, '
+            f'collapsed streams: those before {there} have effective rank {value:.4f}, '
             f'below {least:g}, after {before:.3g}, {fallen.when}'
         )
         yield Finding('streams', SICK, text, value, least, *place(fallen, sublayer))
@@ -194,9 +195,9 @@ def writes(run: Run) -> Iterable[Finding]:
         found = spell(shares, is_bad)
         if found is not None and not found.over:
             sublayer = found.sublayers[0]
-            value = float(last[sublayer])
+            value, there = float(last[sublayer]), found.where(run.pattern)
             text = (
-                f'write share near {limit:.0f}: {found.where()} {name}, {_percent(value)} of what '
+                f'write share near {limit:.0f}: {there} {name}, {_percent(value)} of what '
                 f'it leaves, {found.when}'
             )
             yield Finding('writes', SICK, text, value, limit, *place(found, sublayer))

@@ -34,12 +34,13 @@ class Finding(NamedTuple):
     until: int | None = None
     sublayer: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, which knows no NaN and no infinity."""
+    def as_dict(self, pattern: str = '') -> dict[str, Any]:
+        """For JSON, which knows no NaN and no infinity; ``pattern`` of a hybrid model."""
         values = self._asdict()
         if self.value is not None and not math.isfinite(self.value):
             values['value'] = None
-        return values | {'layer': None if self.sublayer is None else sublayer_name(self.sublayer)}
+        number = self.sublayer
+        return values | {'layer': None if number is None else sublayer_name(number, pattern)}
 
 
 class Spell(NamedTuple):
@@ -68,13 +69,13 @@ class Spell(NamedTuple):
             return f'at iteration {self.last}, not any more'
         return f'at iterations {self.first} to {self.last}, not any more'
 
-    def where(self, first: int | None = None) -> str:
+    def where(self, pattern: str, first: int | None = None) -> str:
         """The sublayer to look at, the first where no other is given, and how many more there are.
 
-        ``layer 2 mlp (and 3 more)``.
+        ``layer 2 mlp (and 3 more)``, of a hybrid model with ``pattern``.
         """
         more = len(self.sublayers) - 1
-        name = sublayer_name(self.sublayers[0] if first is None else first)
+        name = sublayer_name(self.sublayers[0] if first is None else first, pattern)
         return f'{name} (and {more} more)' if more else name
 
 

@@ -37,9 +37,10 @@ def chosen_sublayers(run: Run, wanted: list[int] | None, found: list[Finding]) -
                 'layer: attention, then MLP; take one of those'
             )
         if sublayer not in present(run):
+            name = sublayer_name(sublayer, run.pattern)
             raise ValueError(
-                f'--sublayers {sublayer}: {run.label} has no {sublayer_name(sublayer)}, as a layer '
-                'of a hybrid model has one sublayer; take the other one'
+                f'--sublayers {sublayer}: {run.label} has no {name}, as a layer of a hybrid model '
+                'has one sublayer; take the other one'
             )
     trouble = {finding.sublayer for finding in found if finding.sublayer is not None}
     there = present(run) or range(length)

@@ -19,10 +19,18 @@ ROWS = (
     *(*SINGLE_GAINS, *COMPOSITE_GAINS, RANK, WRITE_SHARE, SATURATED),
     *(f'nonfinite-{name}' for name in CHECKED),
 )
+# Symbol of a hybrid pattern -> what mixes the tokens of its layer, where that is not attention.
+MIXERS = {'M': 'mamba', 'G': 'gdn'}
 # Of as many streams every entry of H_res is a curve.
 FEW_STREAMS = 4
 
 
-def sublayer_name(sublayer: int) -> str:
-    """``layer 3 attention``, with Megatron's numbers from 1, of sublayer 4."""
-    return f'layer {sublayer // 2 + 1} {"mlp" if sublayer % 2 else "attention"}'
+def sublayer_name(sublayer: int, pattern: str = '') -> str:
+    """``layer 3 attention``, with Megatron's numbers from 1, of sublayer 4.
+
+    Args:
+        pattern: the layers of a hybrid model, as in ``--hybrid-layer-pattern``.
+    """
+    layer, half = divmod(sublayer, 2)
+    symbol = pattern.partition('/')[0].replace('|', '')[layer : layer + 1]
+    return f'layer {layer + 1} {"mlp" if half else MIXERS.get(symbol, "attention")}'

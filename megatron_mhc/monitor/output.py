@@ -30,7 +30,7 @@ def scalars(report: Report, per_layer: bool) -> dict[str, float]:
         values[PREFIX + name] = OVER_SUBLAYERS.get(name, torch.mean)(column).item()
         if per_layer:
             for sublayer, value in zip(report.present.nonzero(), column, strict=True):
-                layer = sublayer_name(sublayer.item()).replace(' ', '-')
+                layer = sublayer_name(sublayer.item(), report.pattern).replace(' ', '-')
                 values[f'{PREFIX}{name}/{layer}'] = value.item()
     return values
 

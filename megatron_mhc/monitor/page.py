@@ -138,8 +138,9 @@ def _files(run: Run) -> dict[str, str]:
     if run.iteration is not None:
         steps, count, streams = list(run.h_res), len(run.composite), run.composite.shape[-1]
         names = list(run.by_sublayer)
+        called = [sublayer_name(number, run.pattern) for number in range(count)]
         table = [
-            [step, sublayer_name(number), *(run.by_sublayer[name][step][number] for name in names)]
+            [step, called[number], *(run.by_sublayer[name][step][number] for name in names)]
             for step in steps
             for number in range(count)
         ]
@@ -147,7 +148,7 @@ def _files(run: Run) -> dict[str, str]:
         entries = [f'{i},{j}' for i in range(streams) for j in range(streams)]
         last = run.h_res[run.iteration].reshape(count, -1)
         whole = [
-            [kind, sublayer_name(number), *maps[number]]
+            [kind, called[number], *maps[number]]
             for kind, maps in (('single', last), ('composite', run.composite.reshape(count, -1)))
             for number in range(count)
         ]

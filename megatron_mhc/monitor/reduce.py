@@ -40,12 +40,14 @@ class Report:
         h_res: ``[L, n, n]``, the mean over the tokens; None without samples.
         composite: the same of ``H[L-1] ... H[l]``.
         pipeline_rank: ``[L]``, who holds the sublayer; -1 where there is none (half layers).
+        pattern: the layers of a hybrid model.
     """
 
     metrics: dict[str, Tensor]
     h_res: Tensor | None
     composite: Tensor | None
     pipeline_rank: Tensor
+    pattern: str = ''
 
     @property
     def present(self) -> Tensor:
@@ -60,6 +62,7 @@ def gather(
     sampled: bool,
     loss_scale: float,
     microbatches: int = 1,
+    pattern: str = '',
 ) -> Report:
     """Reduce what all ranks noted; collective, and the one place that waits for the device.
 
@@ -70,6 +73,7 @@ def gather(
         sampled: whether the step that ended was one to report, the same on every rank.
         loss_scale: what the gradients were multiplied by.
         microbatches: what the loss of each was divided by.
+        pattern: the layers of a hybrid model.
     """
     device, length, n = monitor.device, 2 * layers, streams
     rows = torch.tensor(monitor.sublayers, dtype=torch.long, device=device)
@@ -106,7 +110,7 @@ def gather(
     metrics = {f'nonfinite-{name}': bad[:, i] for i, name in enumerate(CHECKED)}
     metrics['mapping-grad-norm'] = squares.flatten().sqrt() / loss_scale
     if not sampled or not (sampled_parts[0] > 0).any():
-        return Report(metrics, None, None, pipeline_rank)
+        return Report(metrics, None, None, pipeline_rank, pattern)
     tokens, means, h_res, composite = sampled_parts
     metrics |= dict(zip(names, (means / tokens).unbind(-1), strict=True))
     for name, column in zip(MAXIMA, largest.cpu().unbind(-1), strict=True):
@@ -119,6 +123,7 @@ def gather(
         (h_res / tokens).unflatten(-1, (n, n)),
         (composite / tokens).unflatten(-1, (n, n)),
         pipeline_rank,
+        pattern,
     )
 
 

@@ -14,7 +14,12 @@ from megatron_mhc.monitor.names import BY_SUBLAYER, CHECKED, COMPOSITE, H_RES, L
 
 SEED = re.compile(r'seed-(\d+)')
 # What of the run's command line, which Megatron writes as texts, a verdict asks for.
-OPTIONS = ('residual_type', 'mhc_alarm_gain', 'mhc_alarm_saturation', 'mhc_alarm_rank')
+# By its name, and by that before 0.18.
+PATTERNS = 'hybrid_layer_pattern', 'hybrid_override_pattern'
+OPTIONS = (
+    *('residual_type', 'mhc_alarm_gain', 'mhc_alarm_saturation', 'mhc_alarm_rank'),
+    *PATTERNS,
+)
 
 
 class Run(NamedTuple):
@@ -45,6 +50,12 @@ class Run(NamedTuple):
     def label(self) -> str:
         """The name and, where there is one, the seed."""
         return f'{self.name}, {self.seed}' if self.seed else self.name
+
+    @property
+    def pattern(self) -> str:
+        """The layers of a hybrid model; empty for another."""
+        given = (self.options.get(name, 'None') for name in PATTERNS)
+        return next((pattern for pattern in given if pattern != 'None'), '')
 
     @property
     def last(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import torch
 from block_models import SMALL
 from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.core.models.mamba.mamba_model import MambaModel
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_mhc import ResidualConfig, compat
@@ -40,6 +40,8 @@ def hybrid_model(
     ``settings`` are the config's, ``on_config`` what a caller puts on it beside them.
     """
     torch.manual_seed(5)
+    # Parts of a mixer are drawn from it.
+    model_parallel_cuda_manual_seed(5)
     kind = MLATransformerConfig if '+' in pattern else TransformerConfig
     main, *predicted = pattern.replace('|', '').split('/')
     counts = {'num_layers': len(main), 'mtp_num_layers': len(predicted) or None}
@@ -89,36 +91,3 @@ def take_weights(hybrid, gpt) -> None:
     assert own.keys() == given.keys()
     for name, weight in given.items():
         own[name].copy_(weight)
-
-
-def with_mamba(mixer: type):
-    """The stock stack spec with another mixer in its Mamba layers, and a local norm before it."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    layer = mamba_stack_spec.submodules.mamba_layer
-    parts = dataclasses.replace(layer.submodules, norm=WrappedTorchNorm, mixer=mixer)
-    mamba = dataclasses.replace(layer, submodules=parts)
-    stack = dataclasses.replace(mamba_stack_spec.submodules, mamba_layer=mamba)
-    return dataclasses.replace(mamba_stack_spec, submodules=stack)
-
-
-class RunningMean(torch.nn.Module):
-    """In a Mamba mixer's place: output projection of the mean of all tokens so far, and a bias."""
-
-    def __init__(self, config, d_model, **kwargs):
-        super().__init__()
-        self.out_proj = torch.nn.Linear(d_model, d_model)
-
-    def forward(self, hidden_states, **kwargs):
-        count = torch.arange(1, len(hidden_states) + 1).view(-1, 1, 1)
-        mean = hidden_states.cumsum(0) / count
-        return mean @ self.out_proj.weight.t(), self.out_proj.bias
-
-
-def stand_in_spec():
-    """A stand-in for Mamba beside local layers, as the CPU device gives them to a stock spec."""
-    from megatron_mhc.patches.cpu_hybrid import local_submodules
-
-    spec = with_mamba(RunningMean)
-    config = TransformerConfig(num_layers=1, **PLAIN)
-    return dataclasses.replace(spec, submodules=local_submodules(spec.submodules, config))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layout_cases import MOE
+from layout_cases import MIXERS, MOE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,10 +55,10 @@ def model(build):
     def make(case, **more):
         residual, settings = CASES[case]
         if case.startswith('hybrid'):
-            from hybrid_models import hybrid_model, stand_in_spec
+            from hybrid_models import hybrid_model
 
             own = {'residual_type': 'mhc', **residual} if residual else None
-            return hybrid_model(PATTERN, own, spec=stand_in_spec(), **settings)
+            return hybrid_model(PATTERN, own, **MIXERS, **settings)
         spec = moe_spec if settings is MOE else None
         return build(residual, spec=spec, num_layers=2, **{**settings, **more})
 

@@ -20,7 +20,9 @@ MODEL = (
     '--micro-batch-size 1 --global-batch-size 4 --mock-data --tokenizer-type NullTokenizer '
     '--vocab-size 255 --lr 1e-2 --min-lr 1e-3 --train-iters 4 --eval-iters 0 --eval-interval 1000 '
     '--log-interval 1 --split 98,1,1 --num-workers 0 --untie-embeddings-and-output-weights '
-    '--hidden-dropout 0 --attention-dropout 0 --position-embedding-type rope'
+    '--hidden-dropout 0 --attention-dropout 0 --position-embedding-type rope --swiglu '
+    '--mamba-state-dim 8 --mamba-head-dim 8 --mamba-num-groups 2 --linear-key-head-dim 8 '
+    '--linear-value-head-dim 8 --linear-num-key-heads 2 --linear-num-value-heads 4'
 ).split()
 MHC = '--residual-type mhc --mhc-init identity'.split()
 MEMORY = '--engram-layers 1 2 --engram-heads 2 --engram-table-size 300 --engram-dim 16'.split()
@@ -43,7 +45,7 @@ def unbroken(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp('unbroken')
     curve = train(
-        *(2, '*-*|-*-/*-', '--pipeline-model-parallel-size', 2),
+        *(2, '*-M|-G-/*-', '--pipeline-model-parallel-size', 2),
         *(*MHC, *MEMORY, '--save', folder / 'saved', '--save-interval', 2),
         *('--mhc-monitor', '--mhc-monitor-interval', 1, '--tensorboard-dir', folder / 'events'),
     )
@@ -54,7 +56,7 @@ def test_a_run_resumes_on_other_stages_as_if_unbroken(unbroken, tmp_path, tensor
     """Weights and optimizer states, but for a gradient norm that is summed in another order."""
     folder, curve = unbroken
     flags = ('--load', folder / 'saved', '--ckpt-step', 2, '--save', tmp_path, '--save-interval', 2)
-    resumed = train(1, '*-*-*-/*-', *MHC, *MEMORY, *flags)
+    resumed = train(1, '*-M-G-/*-', *MHC, *MEMORY, *flags)
     assert sorted(resumed) == [3, 4] and resumed[3] == curve[3]
     wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
     assert states.keys() == wanted.keys()
@@ -104,6 +106,7 @@ def test_monitors_have_a_row_for_each_layer(unbroken):
     assert chosen_sublayers(run, None, []) == [0, 7, 11]
     with pytest.raises(ValueError, match='--sublayers 1: run has no layer 1 mlp'):
         chosen_sublayers(run, [1], [])
+    assert run.pattern == '*-M|-G-/*-'
 
 
 def test_dense_connections_train(tmp_path, tensors):
@@ -119,8 +122,8 @@ def test_dense_connections_train(tmp_path, tensors):
 
 
 def test_what_the_cpu_cannot_run_is_one_line():
-    words = ('--hybrid-layer-pattern', 'M-*-')
+    words = ('--hybrid-layer-pattern', 'M-D-')
     done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, *MHC, *words)
     assert done.returncode == 2
-    assert "error: --hybrid-layer-pattern M-*-: not on the CPU device, 'M' (Mamba)" in done.stderr
+    assert "error: --hybrid-layer-pattern M-D-: not on the CPU device, 'D' (sparse" in done.stderr
     assert 'Traceback' not in done.stderr

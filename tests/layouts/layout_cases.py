@@ -22,6 +22,16 @@ MOE = {
     'moe_router_load_balancing_type': 'none',
     'add_bias_linear': False,
 }
+# Small layers of 'M' and 'G'; the latter want silu as well.
+MIXERS = {
+    'mamba_state_dim': 8,
+    'mamba_head_dim': 8,
+    'mamba_num_groups': 2,
+    'linear_key_head_dim': 8,
+    'linear_value_head_dim': 8,
+    'linear_num_key_heads': 2,
+    'linear_num_value_heads': 4,
+}
 
 
 def launch(world: int, cases: list[dict], folder: pathlib.Path, **environment: str) -> dict:

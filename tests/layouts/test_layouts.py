@@ -11,7 +11,7 @@ import pathlib
 
 import pytest
 import torch
-from layout_cases import MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 HC = {'residual_type': 'hc'}
@@ -43,6 +43,12 @@ MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
 # Hybrid models of local layers; ``|`` ends a stage, at any layer.
 LOCAL_STACK = {'is_hybrid_model': True, 'transformer_impl': 'local'}
 HYBRID = {'layers': 8, 'pattern': '*-*-*-*-', 'config': LOCAL_STACK}
+MIXED = {
+    'layers': 6,
+    'pattern': 'MMG*-G',
+    'activation': 'silu',
+    'config': {**LOCAL_STACK, **MIXERS},
+}
 HYBRID_MOE = {'layers': 8, 'pattern': '*-*E*E*-', 'config': {**MOE, **LOCAL_STACK}}
 
 HYBRID_MTP = {'layers': 8, 'pattern': '*-*-*-*-/*-', 'config': {**MTP, **LOCAL_STACK}}
@@ -72,6 +78,8 @@ MODELS = {
         'config': {'normalization': 'RMSNorm', **LOCAL_STACK},
     },
     'hybrid-mtp': {'residual': MHC, **HYBRID_MTP, 'tied': True},
+    'mixers': {'residual': MHC, **MIXED},
+    'mamba': {'residual': HC, **MIXED, 'layers': 3, 'pattern': 'M-M'},
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
 }
@@ -131,6 +139,12 @@ CASES = [
     ('pp2', 'hybrid-mtp', 2, {'layout': {'pp': 2}, 'pattern': '*-*-*|-*-/*-'}, False),
     ('pp2-vpp2', 'hybrid-mtp', 2, {'layout': VPP2, 'pattern': '*-*|-|*-*|-/*-'}, False),
     ('tp2-sp', 'hybrid-mtp', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    # A stage of Mamba layers alone.
+    ('pp2', 'mixers', 2, {'layout': {'pp': 2}, 'pattern': 'MM|G*-G'}, True),
+    ('pp2-vpp2', 'mixers', 2, {'layout': VPP2, 'pattern': 'M|MG|*-|G'}, True),
+    ('full', 'mixers', 1, {'config': FULL}, True),
+    ('tp2', 'mamba', 2, {'layout': {'tp': 2}}, False),
+    ('tp2-sp', 'mixers', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp2', 'mtp-tied', 2, {'layout': {'pp': 2}}, False),
     ('pp2-vpp2-alone', 'mtp', 2, MTP_ALONE, False),
@@ -143,6 +157,8 @@ CASES = [
     ('pp2-ep2', 'moe', 4, {'layout': {'pp': 2, 'ep': 2}}, False),
     ('pp2-vpp2-dp2', 'mhc', 4, {'layout': {'pp': 2, 'vpp': 2}}, False),
 ]
+# Trained a step with each optimizer.
+STEPPED = ('mhc', 'hc', 'engram', 'hybrid', 'mixers')
 
 
 def of_first_h_res(key: str) -> bool:
@@ -171,7 +187,7 @@ def runs(tmp_path_factory) -> tuple[pathlib.Path, dict]:
         case = {'weights': f'{model}-weights', **MODELS[model], **changes}
         case['config'] = {**MODELS[model].get('config', {}), **changes.get('config', {})}
         by_world[world].append({**case, 'name': f'{name}-{model}'})
-    for model in ('mhc', 'hc', 'engram', 'hybrid'):
+    for model in STEPPED:
         for kind in ('plain', 'dist'):
             by_world[2].append(
                 {
@@ -248,7 +264,7 @@ def test_forward_only_equals_training_losses(runs, name):
     assert flat == losses[reference_name('mhc', {})]['losses'][0]
 
 
-@pytest.mark.parametrize('model', ['mhc', 'hc', 'engram', 'hybrid'])
+@pytest.mark.parametrize('model', STEPPED)
 def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
     folder, _ = runs
     plain, sharded = tensors(folder / f'plain-step-{model}'), tensors(folder / f'dist-step-{model}')
@@ -271,7 +287,7 @@ def test_copies_of_the_embedding_on_one_rank_stay_equal(runs, tensors):
 def test_mapping_parameters_get_gradients(runs, tensors):
     """A layout test that compares zeros with zeros would prove nothing."""
     folder, _ = runs
-    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd', 'engram', 'hybrid'):
+    for model in ('mhc', 'hc', 'head', 'moe', 'single', 'mudd', 'engram', 'hybrid', 'mixers'):
         for key, gradient in tensors(folder / reference_name(model, {})).items():
             if any(name in key for name in OWN) and not of_first_h_res(key):
                 assert gradient.abs().max() > 1e-8, (model, key)

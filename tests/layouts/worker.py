@@ -29,7 +29,6 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / 'contract'))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from hybrid_models import stand_in_spec  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
@@ -114,6 +113,7 @@ def settings(case: dict, sizes: dict) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
+        activation_func=getattr(torch.nn.functional, case.get('activation', 'gelu')),
         attention_backend=AttnBackend.unfused if TE_WHEEL else AttnBackend.auto,
         **sizes,
         **case.get('config', {}),
@@ -128,12 +128,10 @@ def settings(case: dict, sizes: dict) -> TransformerConfig:
 
 
 def hybrid_chunk(case: dict, config: TransformerConfig, stage: int | None) -> MambaModel:
-    # Mamba's own mixer needs CUDA.
-    spec = stand_in_spec() if 'M' in case['pattern'] else mamba_stack_spec
     place = {'ignore_virtual': False, 'vp_stage': stage}
     return MambaModel(
         config,
-        spec,
+        mamba_stack_spec,
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         hybrid_layer_pattern=case['pattern'],

@@ -264,3 +264,5 @@ def test_sublayers_are_named_as_megatron_numbers_layers():
         'layer 1 mlp',
         'layer 3 attention',
     ]
+    hybrid = [sublayer_name(s, 'M*|G-/*-') for s in (0, 2, 4, 7)]
+    assert hybrid == ['layer 1 mamba', 'layer 2 attention', 'layer 3 gdn', 'layer 4 mlp']

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layout_cases import MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 HC = {'residual_type': 'hc'}
-# Hybrid models of local layers, in which ``M`` is a stand-in for Mamba.
-LOCAL = {'is_hybrid_model': True, 'transformer_impl': 'local'}
+# Hybrid models of local layers.
+LOCAL = {'is_hybrid_model': True, 'transformer_impl': 'local', **MIXERS}
 STACK = {**MOE, **LOCAL}
 MIXED_LAYERS = {'layers': 8, 'pattern': '*-M*E-EM', 'config': STACK}
 # Stages of attention, MLP and Mamba alone beside longer ones; and one of the loss alone.
