@@ -142,10 +142,10 @@ HYBRID_LAYOUTS = {
 
 
 def scaled_down_hybrid(recipe: HybridRecipe) -> HybridRecipe:
-    """The same flags at sizes of a laptop, with attention where the CPU device has no Mamba."""
+    """The same flags at sizes of a laptop."""
     return dataclasses.replace(
         recipe,
-        pattern='*-*-*-',
+        pattern='M-*-M-',
         hidden=64,
         ffn=128,
         heads=4,

@@ -133,7 +133,6 @@ REFUSED = {
     '--residual-type hc --transformer-impl inference_optimized': 'inference_optimized',
     '--residual-type mhc --use-torch-fsdp2': '--use-torch-fsdp2',
     '--residual-type mhc --yaml-cfg x.yaml': '--yaml-cfg cannot be combined',
-    '--mhc-post-stream high --hybrid-layer-pattern *-': '--hybrid-layer-pattern cannot be combined',
     '--residual-type hc --hybrid-layer-pattern *x': "*x: 'x' is no layer of megatron-core",
     '--residual-type hc --hybrid-layer-pattern |': 'no layer; give one symbol for each',
     '--residual-type hc --hybrid-layer-pattern *-/*-/-*': 'repeat the first part',
