@@ -5,6 +5,8 @@ from __future__ import annotations
 STANDARD = 'standard'
 # Names of ``LAYOUTS``.
 TARGETS = ('mhc', 'megatron-main', 'megatron-dev', 'deepseek-v4')
+# For the transformers of Hugging Face, and from them.
+HF = 'hf'
 # Argument -> flag of the command.
 FLAGS = {
     'num_streams': '--mhc-num-residual-streams',

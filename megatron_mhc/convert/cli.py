@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from megatron_mhc.convert.choices import FLAGS, STANDARD, TARGETS
+from megatron_mhc.convert.choices import FLAGS, HF, STANDARD, TARGETS
 from megatron_mhc.inputs.as_json import as_json
 from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('destination', metavar='DST', type=pathlib.Path, help='a new folder')
     parser.add_argument(
-        '--to', required=True, choices=TARGETS, help='layout of the output: mhc is ours'
+        '--to',
+        required=True,
+        choices=(*TARGETS, HF),
+        help='layout of the output: mhc is ours, hf is for transformers',
     )
     parser.add_argument(
         '--from',
@@ -110,8 +113,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Convert and tell; 0."""
-    from megatron_mhc.convert.conversion import convert
-
     # As on Ctrl-C, what was begun is taken away again.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = {
@@ -119,6 +120,12 @@ def main(options: argparse.Namespace) -> int:
         for name, flag in FLAGS.items()
         if (value := getattr(options, flag.lstrip('-').replace('-', '_'))) is not None
     }
+    if options.to == HF:
+        from megatron_mhc.convert.hf import answer
+
+        return answer.main(options, given)
+    from megatron_mhc.convert.conversion import convert
+
     started = time.monotonic()
     try:
         report = convert(

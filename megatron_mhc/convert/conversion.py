@@ -38,6 +38,8 @@ from megatron_mhc.convert.verify import largest_difference
 
 # Upcycling is exact; what is left of the logits' size is fp32 rounding.
 ROUNDING = 1e-4
+# Makes a context manager of a number of bytes, which gives a function to be told of those written.
+Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], Any]]]
 PARTS = ('phi', 'b', 'alpha')
 STREAMS = re.compile(r'hyper_connection\.|stream_merge\.|hc_head')
 
@@ -86,8 +88,7 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     unchecked: bool = False,
-    progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], Any]]]
-    | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
     """Convert a checkpoint; needs neither a GPU nor a process group.
 
@@ -123,7 +124,7 @@ def convert(
     if dry_run:
         return report
     with atomic_folder(destination) as folder:
-        with (progress or _silent)(content.nbytes) as content.advance:
+        with (progress or silent)(content.nbytes) as content.advance:
             _write(folder, content, report.streams, layout)
         if verify:
             report.verified = largest_difference(opened.folder, folder, origin)
@@ -182,7 +183,7 @@ def _check_equal(verified: dict[str, float], destination: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _silent(nbytes: int) -> Iterator[Callable[[int], Any]]:
+def silent(nbytes: int) -> Iterator[Callable[[int], Any]]:
     yield lambda count: None
 
 

@@ -132,6 +132,19 @@ class Source:
             )
         return value
 
+    def layer(self, name: str, number: int) -> Tensor:
+        """Layer ``number`` of a tensor ``[L, ...]`` of all layers; no other one is read."""
+        shape, dtype, chunks = self.entries[name]
+        assert shape is not None
+        value = torch.empty(shape[1:], dtype=dtype)
+        for chunk in chunks:
+            (first, *offsets), (count, *sizes) = chunk
+            if first <= number < first + count:
+                part = zip(offsets, sizes, strict=True)
+                where = tuple(slice(start, start + size) for start, size in part)
+                value[where] = self.chunk(name, chunk)[number - first]
+        return value
+
 
 class DistributedSource(Source):
     """A ``torch_dist`` checkpoint, whatever layout wrote it."""
@@ -237,7 +250,7 @@ class SafetensorsSource(Source):
 
 
 def require(package: str, module: str) -> Any:
-    """``module`` of ``package``, which nothing but DeepSeek-V4's layout needs.
+    """``module`` of ``package``, which nothing but the formats of Hugging Face needs.
 
     Raises:
         ValueError: it is not installed.
@@ -246,7 +259,7 @@ def require(package: str, module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f'{package} is not installed, which the layout of DeepSeek-V4 needs; '
+            f'{package} is not installed, which the formats of Hugging Face need; '
             f'pip install {package}'
         ) from error
 

@@ -8,12 +8,14 @@ checkpoint is in another layout, their maps are those of ``maps.py``, computed f
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +56,6 @@ LOCAL = {
     'no_persist_layer_norm': True,
     'gradient_accumulation_fusion': False,
     'masked_softmax_fusion': False,
-    'bias_gelu_fusion': False,
     'bias_swiglu_fusion': False,
     'bias_dropout_fusion': False,
     'apply_rope_fusion': False,
@@ -95,6 +96,16 @@ def main(argv: list[str]) -> None:
     from megatron_mhc.bootstrap import prepare
 
     prepare('cpu')
+    first, second, origin = argv
+    with process_group():
+        a = logits(pathlib.Path(first), origin)
+        b = logits(pathlib.Path(second), 'auto')
+    print_difference(a, b)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Megatron's groups for a world of one."""
     from megatron.core import parallel_state, tensor_parallel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -103,10 +114,13 @@ def main(argv: list[str]) -> None:
         )
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        first, second, origin = argv
-        a = logits(pathlib.Path(first), origin)
-        b = logits(pathlib.Path(second), 'auto')
+        yield
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def print_difference(a: Tensor, b: Tensor) -> None:
+    """As JSON, for ``worker.answer``."""
     print(
         json.dumps(
             {
@@ -118,27 +132,44 @@ def main(argv: list[str]) -> None:
     )
 
 
-@torch.no_grad()
 def logits(path: pathlib.Path, origin: str) -> Tensor:
-    """``[2, s, vocabulary]`` of random tokens, the same for every checkpoint of that shape."""
+    """``[2, s, vocabulary]`` of ``random_tokens``."""
     source = open_source(path)
     described = describe(source, origin)
-    model = build(source, described).eval()
+    return run(source, described, build(source, described))
+
+
+@torch.no_grad()
+def run(source: Source, described: Described, model: GPTModel) -> Tensor:
+    """Logits of a model that was built for ``source``, with its weights."""
+    model = model.eval()
     load(model, source, described)
-    args = source.args
-    length = min(LENGTH, args.max_position_embeddings or LENGTH)
-    generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(args.padded_vocab_size, (SEQUENCES, length), generator=generator)
+    tokens = random_tokens(source.args)
+    length = tokens.shape[-1]
     positions = torch.arange(length).expand_as(tokens)
     mask = torch.ones(1, 1, length, length).triu(1).bool()
-    return model(tokens, positions, mask).float()
+    found: Tensor = model(tokens, positions, mask).float()
+    return found
 
 
-def build(source: Source, described: Described, prediction: bool = False) -> GPTModel:
+def random_tokens(args: argparse.Namespace) -> Tensor:
+    """``[2, s]``, the same for every checkpoint of that shape."""
+    length = min(LENGTH, args.max_position_embeddings or LENGTH)
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(args.padded_vocab_size, (SEQUENCES, length), generator=generator)
+
+
+def build(
+    source: Source,
+    described: Described,
+    prediction: bool = False,
+    residual: ResidualConfig | None = None,
+) -> GPTModel:
     """A model of the saved arguments with local layers, n streams if there are any.
 
     Args:
         prediction: with the layers of multi-token prediction, which logits do not need.
+        residual: its residual connections, where ``described`` does not tell.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -156,7 +187,7 @@ def build(source: Source, described: Described, prediction: bool = False) -> GPT
         setattr(args, name, value)
     if prediction:
         args.mtp_num_layers = getattr(source.args, 'mtp_num_layers', None)
-    residual = ResidualConfig('standard')
+    residual = residual or ResidualConfig('standard')
     if described.layout is not None:
         residual = ResidualConfig(
             num_residual_streams=described.num_streams,

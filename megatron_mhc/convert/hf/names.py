@@ -1,0 +1,141 @@
+"""Which tensor of Megatron's is which of transformers', read in both directions.
+
+Names are those of ``torch_dist`` checkpoints, where a norm belongs to the linear layer behind it;
+``complete.stored_name`` finds those of others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.settings.residual import MAPPINGS, num_logits
+
+Config = dict[str, Any]
+LAYERS, OUR_LAYERS = 'decoder.layers.', 'model.layers.'
+
+
+class Kind(NamedTuple):
+    """How one of Megatron's tensors becomes several, and they one again."""
+
+    split: Callable[[Tensor, Config], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor], Config], Tensor]
+
+
+def _heads(config: Config) -> tuple[int, list[int]]:
+    groups, size = config['num_key_value_heads'], config['head_dim']
+    return groups, [config['num_attention_heads'] // groups * size, size, size]
+
+
+def _split_qkv(value: Tensor, config: Config) -> list[Tensor]:
+    groups, sizes = _heads(config)
+    return [part.flatten(0, 1) for part in value.unflatten(0, (groups, -1)).split(sizes, dim=1)]
+
+
+def _join_qkv(parts: Sequence[Tensor], config: Config) -> Tensor:
+    groups, _ = _heads(config)
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+WHOLE = Kind(lambda value, config: [value], lambda parts, config: parts[0])
+# Queries, keys and values, group after group of heads.
+QKV = Kind(_split_qkv, _join_qkv)
+# Gate and up projection.
+HALVES = Kind(lambda value, config: value.chunk(2), lambda parts, config: torch.cat([*parts]))
+
+
+class Row(NamedTuple):
+    """One tensor of Megatron's and what it is for transformers; in a layer without its prefix."""
+
+    megatron: str
+    ours: tuple[str, ...]
+    kind: Kind = WHOLE
+
+
+@dataclasses.dataclass
+class _Rows:
+    config: Config
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    def add(self, megatron: str, ours: str, kind: Kind = WHOLE, bias: object = None) -> None:
+        """A linear layer: ``ours`` names one module or several; a bias where it is true."""
+        for end in ('weight', 'bias') if bias else ('weight',):
+            names = tuple(f'{name}.{end}' for name in ours.split())
+            self.rows.append(Row(f'{megatron}.{end}', names, kind))
+
+    def norm(self, megatron: str, ours: str) -> None:
+        """``megatron`` ends before ``weight``: with a dot, or with ``layer_norm_``."""
+        has_bias = self.config['normalization'] == 'LayerNorm'
+        for end in ('weight', 'bias') if has_bias else ('weight',):
+            self.rows.append(Row(megatron + end, (f'{ours}.{end}',)))
+
+    def streams(self, module: str) -> None:
+        for name in _mapping_names(self.config):
+            self.rows.append(Row(f'{module}.{name}', (f'{module}.{name}',)))
+
+
+def _mapping_names(config: Config) -> list[str]:
+    """Parameters of a hyper-connection."""
+    if set(config['fixed_mappings']) == set(MAPPINGS):
+        return []
+    if config['residual_type'] == 'hc':
+        dynamic = ['mapping_proj.weight', 'alpha_width', 'alpha_depth']
+        return ['bias', *(dynamic if config['hc_variant'] == 'dynamic' else [])]
+    alphas = ['alpha_pre', 'alpha_post', 'alpha_res']
+    logits = num_logits(config['manifold'], config['num_residual_streams'])
+    return ['mapping_proj.weight', 'bias', *alphas[: 3 if logits else 2]]
+
+
+def rows_outside(config: Config) -> list[Row]:
+    """Both ends of the model, under whole names."""
+    rows = _Rows(config)
+    rows.add('embedding.word_embeddings', 'model.embed_tokens')
+    if config['position_embedding_type'] == 'learned_absolute':
+        rows.add('embedding.position_embeddings', 'model.position_embeddings')
+    if config['residual_type'] != 'standard' and config['stream_merge'] == 'learned':
+        rows.rows += [
+            Row(f'decoder.stream_merge.{name}', (f'model.stream_merge.{name}',))
+            for name in ('mapping_proj.weight', 'bias', 'alpha')
+        ]
+    rows.norm('decoder.final_layernorm.', 'model.norm')
+    if not config['tie_word_embeddings']:
+        rows.add('output_layer', 'lm_head')
+    return rows.rows
+
+
+def rows_of_layer(config: Config) -> list[Row]:
+    """One layer, under names without its prefix."""
+    rows = _Rows(config)
+    rows.norm('self_attention.linear_qkv.layer_norm_', 'input_layernorm')
+    qkv = 'self_attn.q_proj self_attn.k_proj self_attn.v_proj'
+    rows.add('self_attention.linear_qkv', qkv, QKV, config['qkv_bias'])
+    if config['qk_norm']:
+        rows.norm('self_attention.q_layernorm.', 'self_attn.q_norm')
+        rows.norm('self_attention.k_layernorm.', 'self_attn.k_norm')
+    rows.add('self_attention.linear_proj', 'self_attn.o_proj', bias=config['attention_bias'])
+    rows.norm('mlp.linear_fc1.layer_norm_', 'post_attention_layernorm')
+    if config['gated_mlp']:
+        rows.add('mlp.linear_fc1', 'mlp.gate_proj mlp.up_proj', HALVES, config['mlp_bias'])
+    else:
+        rows.add('mlp.linear_fc1', 'mlp.up_proj', bias=config['mlp_bias'])
+    rows.add('mlp.linear_fc2', 'mlp.down_proj', bias=config['mlp_bias'])
+    if config['residual_type'] != 'standard':
+        rows.streams('self_attention_hyper_connection')
+        rows.streams('mlp_hyper_connection')
+    return rows.rows
+
+
+def all_rows(config: Config) -> Iterator[tuple[int | None, Row]]:
+    """Every row of the model with the number of its layer; None outside of them."""
+    yield from ((None, row) for row in rows_outside(config))
+    for layer in range(config['num_hidden_layers']):
+        yield from ((layer, row) for row in rows_of_layer(config))
+
+
+def our_names(row: Row, layer: int | None) -> list[str]:
+    prefix = '' if layer is None else f'{OUR_LAYERS}{layer}.'
+    return [prefix + name for name in row.ours]
