@@ -5,8 +5,8 @@ from __future__ import annotations
 STANDARD = 'standard'
 # Names of ``LAYOUTS``.
 TARGETS = ('mhc', 'megatron-main', 'megatron-dev', 'deepseek-v4')
-# For the transformers of Hugging Face, and from them.
-HF = 'hf'
+# For the transformers of Hugging Face, and back from them as it is.
+HF, MEGATRON = 'hf', 'megatron'
 # Argument -> flag of the command.
 FLAGS = {
     'num_streams': '--mhc-num-residual-streams',

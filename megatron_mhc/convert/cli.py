@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from megatron_mhc.convert.choices import FLAGS, HF, STANDARD, TARGETS
+from megatron_mhc.convert.choices import FLAGS, HF, MEGATRON, STANDARD, TARGETS
 from megatron_mhc.inputs.as_json import as_json
 from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from megatron_mhc.convert.conversion import Converted
 
-_ORIGINS = ('auto', STANDARD, *TARGETS)
+_ORIGINS = ('auto', STANDARD, *TARGETS, HF)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--to',
         required=True,
-        choices=(*TARGETS, HF),
-        help='layout of the output: mhc is ours, hf is for transformers',
+        choices=(*TARGETS, HF, MEGATRON),
+        help='layout of the output: mhc is ours, hf is for transformers, megatron the way back',
     )
     parser.add_argument(
         '--from',
@@ -120,7 +120,7 @@ def main(options: argparse.Namespace) -> int:
         for name, flag in FLAGS.items()
         if (value := getattr(options, flag.lstrip('-').replace('-', '_'))) is not None
     }
-    if options.to == HF:
+    if options.to in (HF, MEGATRON):
         from megatron_mhc.convert.hf import answer
 
         return answer.main(options, given)
@@ -132,7 +132,7 @@ def main(options: argparse.Namespace) -> int:
             options.source,
             options.destination,
             options.to,
-            origin=options.origin,
+            origin='auto' if options.origin == HF else options.origin,
             step=options.step,
             upcycling=given,
             dry_run=options.dry_run,

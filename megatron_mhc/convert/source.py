@@ -215,7 +215,6 @@ class SafetensorsSource(Source):
     format = 'safetensors'
 
     def __init__(self, folder: pathlib.Path) -> None:
-        safetensors = require('safetensors', 'safetensors')
         with one_line(f'{folder / CONFIG}'):
             self.config = json.loads((folder / CONFIG).read_text())
             args = {ours: self.config[name] for ours, name in SHAPE.items()}
@@ -224,16 +223,7 @@ class SafetensorsSource(Source):
             check_archive(folder / COMMON_FILE)
             common = plain_load(folder / COMMON_FILE)
         super().__init__(folder, common)
-        names = {MODEL}
-        if (folder / INDEX).is_file():
-            with one_line(f'{folder / INDEX}'):
-                names = set(json.loads((folder / INDEX).read_text())['weight_map'].values())
-        self.files = {}
-        for name in sorted(names):
-            with one_line(f'{folder / name}', safetensors.SafetensorError):
-                file = safetensors.safe_open(folder / name, framework='pt')
-                for stored in file.keys():
-                    self.files[PREFIX.sub('', stored)] = file, stored
+        self.files = {PREFIX.sub('', name): tensor for name, tensor in open_tensors(folder).items()}
         for name in self.files:
             # Mapped into memory, not read.
             self.entries[name] = whole(None if OPAQUE in name else self._get(name))
@@ -247,6 +237,21 @@ class SafetensorsSource(Source):
     def _get(self, name: str) -> Tensor:
         file, stored = self.files[name]
         return file.get_tensor(stored)
+
+
+def open_tensors(folder: pathlib.Path) -> dict[str, tuple[Any, str]]:
+    """Name -> the file of safetensors that has it, mapped into memory, and the name once more."""
+    safetensors = require('safetensors', 'safetensors')
+    names = {MODEL}
+    if (folder / INDEX).is_file():
+        with one_line(f'{folder / INDEX}'):
+            names = set(json.loads((folder / INDEX).read_text())['weight_map'].values())
+    found = {}
+    for name in sorted(names):
+        with one_line(f'{folder / name}', safetensors.SafetensorError):
+            file = safetensors.safe_open(folder / name, framework='pt')
+            found.update({stored: (file, stored) for stored in file.keys()})
+    return found
 
 
 def require(package: str, module: str) -> Any:
@@ -264,6 +269,12 @@ def require(package: str, module: str) -> Any:
         ) from error
 
 
+def has_layout(folder: pathlib.Path) -> bool:
+    """Whether ``config.json`` is of DeepSeek-V4's layout."""
+    with one_line(f'{folder / CONFIG}'):
+        return SHAPE['num_residual_streams'] in json.loads((folder / CONFIG).read_text())
+
+
 def open_source(path: pathlib.Path, step: int | None = None) -> Source:
     """The checkpoint at ``path``: what ``--load`` names, or the folder of one iteration.
 
@@ -279,7 +290,9 @@ def open_source(path: pathlib.Path, step: int | None = None) -> Source:
     if kind == 'torch':
         return FileSource(own)
     if (own / CONFIG).is_file():
-        return SafetensorsSource(own)
+        from megatron_mhc.convert.hf.source import HuggingFaceSource
+
+        return SafetensorsSource(own) if has_layout(own) else HuggingFaceSource(own)
     raise ValueError(
         f'{own} is no checkpoint that is read: it has neither metadata.json (torch_dist) nor '
         f'{TORCH_FILE} (torch) nor {CONFIG} (safetensors); name a folder with {TRACKER}, or one '

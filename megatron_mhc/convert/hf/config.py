@@ -14,6 +14,8 @@ from megatron_mhc.settings.residual import ResidualConfig
 
 MODEL_TYPE = 'megatron_mhc'
 MODELING = 'modeling_megatron_mhc'
+# Under which names Megatron saved the weights; other models have none.
+METADATA = 'megatron_content_metadata'
 AUTO_MAP = {
     'AutoConfig': f'{MODELING}.MegatronMhcConfig',
     'AutoModelForCausalLM': f'{MODELING}.MegatronMhcForCausalLM',
@@ -176,7 +178,6 @@ def fill_args(args: argparse.Namespace, config: dict[str, Any]) -> None:
         'group_query_attention': config['num_key_value_heads'] != config['num_attention_heads'],
         'untie_embeddings_and_output_weights': not config['tie_word_embeddings'],
         'add_qkv_bias': config['qkv_bias'],
-        'add_position_embedding': config['position_embedding_type'] == 'learned_absolute',
         'squared_relu': act == 'relu2',
         'bias_gelu_fusion': act == 'gelu_pytorch_tanh',
         'use_rope_scaling': scaled == LLAMA3,

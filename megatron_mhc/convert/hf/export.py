@@ -14,7 +14,13 @@ from torch import Tensor
 
 from megatron_mhc.convert.complete import check_parts, stored_name
 from megatron_mhc.convert.conversion import Progress, silent
-from megatron_mhc.convert.hf.config import AUTO_MAP, MODEL_TYPE, MODELING, config_from_args
+from megatron_mhc.convert.hf.config import (
+    AUTO_MAP,
+    METADATA,
+    MODEL_TYPE,
+    MODELING,
+    config_from_args,
+)
 from megatron_mhc.convert.hf.names import LAYERS, Config, Row, all_rows, our_names
 from megatron_mhc.convert.hf.native import as_native
 from megatron_mhc.convert.hf.tokenizer import write_tokenizer
@@ -104,7 +110,7 @@ def _written_config(source: Source, config: Config) -> Config:
     written = as_native(config) or {**own, 'model_type': MODEL_TYPE, **config}
     # Under which names Megatron loads the weights again.
     metadata = source.common.get('content_metadata')
-    return written | ({'megatron_content_metadata': metadata} if metadata else {})
+    return written | ({METADATA: metadata} if metadata else {})
 
 
 def _planned(source: Source, config: Config) -> tuple[dict[str, Piece], dict[str, Entry], int]:

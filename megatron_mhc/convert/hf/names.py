@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mhc.settings.residual import MAPPINGS, num_logits
+from megatron_mhc.manifolds.registry import num_logits
+from megatron_mhc.settings.residual import MAPPINGS
 
 Config = dict[str, Any]
 LAYERS, OUR_LAYERS = 'decoder.layers.', 'model.layers.'
@@ -134,6 +135,14 @@ def all_rows(config: Config) -> Iterator[tuple[int | None, Row]]:
     yield from ((None, row) for row in rows_outside(config))
     for layer in range(config['num_hidden_layers']):
         yield from ((layer, row) for row in rows_of_layer(config))
+
+
+def stateful_modules(config: Config) -> list[str]:
+    """Modules of Megatron's or of Transformer Engine's that save a state, ``{layer}`` in them."""
+    inside = {row.megatron.rpartition('.')[0] for row in rows_of_layer(config)}
+    inside = {name for name in inside if 'hyper_connection' not in name}
+    names = sorted(inside | {'self_attention.core_attention'})
+    return ['decoder.final_layernorm', *(f'{LAYERS}{{layer}}{name}' for name in names)]
 
 
 def our_names(row: Row, layer: int | None) -> list[str]:

@@ -63,7 +63,7 @@ def exported_logits(folder: pathlib.Path, tokens: Tensor, **options: Any) -> Ten
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, local_files_only=True, **options
     )
-    model.eval()
+    # As it is loaded: without dropout.
     with torch.no_grad():
         found: Tensor = model(tokens).logits
     return found
