@@ -60,7 +60,8 @@ def checkpoint(args, folder: pathlib.Path) -> pathlib.Path:
     """A file of the ``torch`` format with random weights, as if trained."""
     model, _ = build(types.SimpleNamespace(args=args, entries=('decoder.layers.0',)))
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        buffers = [(name, b) for name, b in model.named_buffers() if name.endswith('expert_bias')]
+        for name, value in [*model.named_parameters(), *buffers]:
             value.copy_(torch.randn(value.shape) * (0.3 if value.dim() == 1 else 0.1))
             if 'norm' in name and name.endswith('weight'):
                 value.add_(1)

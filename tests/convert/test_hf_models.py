@@ -15,6 +15,7 @@ from megatron_mhc.convert.hf.verify import exported_logits
 from megatron_mhc.convert.source import open_source
 
 MHC, HC = '--residual-type mhc', '--residual-type hc'
+EXPERTS = '--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 16'
 GPT = '--position-embedding-type learned_absolute'
 # Flags -> ``model_type`` of the export.
 MODELS = {
@@ -37,6 +38,21 @@ MODELS = {
     ),
     'mhc interleaved': (
         f'{MHC} {LLAMA} --rotary-interleaved --add-qkv-bias --mhc-sinkhorn-iterations 3',
+        'megatron_mhc',
+    ),
+    'experts': (
+        f'{LLAMA} {UNTIED} {EXPERTS} --moe-router-topk-scaling-factor 1.5',
+        'megatron_mhc',
+    ),
+    'mhc experts': (
+        f'{MHC} {LLAMA} {EXPERTS} --moe-router-pre-softmax --moe-layer-freq [0]+[1]*2 '
+        '--moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate',
+        'megatron_mhc',
+    ),
+    'hc experts by sigmoid': (
+        f'{HC} {LLAMA} {EXPERTS} --moe-router-score-function sigmoid --moe-router-num-groups 4 '
+        '--moe-router-enable-expert-bias --moe-router-group-topk 2 --moe-router-dtype fp32 '
+        '--moe-shared-expert-intermediate-size 32',
         'megatron_mhc',
     ),
     'single pass': (f'{MHC} {LLAMA} --mhc-single-pass', 'megatron_mhc'),

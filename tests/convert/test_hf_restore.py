@@ -52,11 +52,19 @@ def train(world: int, *flags: object) -> str:
     return done.stdout
 
 
+EXPERTS = """
+    --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16 --moe-layer-freq [0]+[1]*1
+    --moe-shared-expert-intermediate-size 16 --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias
+""".split()
+LAYOUT = ('--bf16', '--ckpt-format', 'torch_dist')
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> pathlib.Path:
     """Of two pipeline stages, in bf16."""
     folder = tmp_path_factory.mktemp('trained') / 'run'
-    flags = ('--pipeline-model-parallel-size', 2, '--bf16', '--ckpt-format', 'torch_dist')
+    flags = ('--pipeline-model-parallel-size', 2, *LAYOUT)
     train(2, *flags, '--save', folder, '--save-interval', 1)
     return folder
 
@@ -67,16 +75,26 @@ def exported(trained) -> pathlib.Path:
     return trained.parent / 'hf'
 
 
-def test_there_and_back_keeps_every_bit_and_ranks_load_it(trained, exported, tmp_path):
-    report = restore(exported, tmp_path / 'back')
-    before, after = contents(trained), contents(tmp_path / 'back')
+def assert_loads(trained: pathlib.Path, exported: pathlib.Path, *flags: str) -> None:
+    back = exported.parent / 'back'
+    restore(exported, back)
+    before, after = contents(trained), contents(back)
     assert_same(before, after)
     assert {value.dtype for value in after.values()} == {torch.bfloat16, torch.float32}
-    args = [open_source(path).args for path in (trained, tmp_path / 'back')]
+    args = [open_source(path).args for path in (trained, back)]
     assert config_from_args(args[0]) == config_from_args(args[1])
-    assert report.config['stream_merge'] == 'learned'
-    said = train(1, '--bf16', '--load', tmp_path / 'back', '--ckpt-format', 'torch_dist')
+    said = train(1, *LAYOUT, *flags, '--load', back)
     assert 'successfully loaded checkpoint' in said
+
+
+def test_there_and_back_keeps_every_bit_and_ranks_load_it(trained, exported):
+    assert_loads(trained, exported)
+
+
+def test_so_it_does_with_experts(tmp_path):
+    train(1, *LAYOUT, *EXPERTS, '--save', tmp_path / 'run', '--save-interval', 1)
+    export(tmp_path / 'run', tmp_path / 'hf')
+    assert_loads(tmp_path / 'run', tmp_path / 'hf', *EXPERTS)
 
 
 def test_a_llama_of_transformers_gets_streams(tmp_path):
@@ -156,6 +174,7 @@ def test_arguments_come_back(parse):
         f'--residual-type mhc {LLAMA} --mhc-manifold kronecker --rotary-percent 0.5 --bf16',
         f'--residual-type mhc {LLAMA} --mhc-single-pass --mhc-fixed-mappings post',
         '--residual-type hc --hc-no-tanh --hc-variant dynamic --add-qkv-bias',
+        f'{LLAMA} --num-experts 4 --moe-layer-freq [0]+[1]*2 --moe-router-pre-softmax',
     ):
         config = config_from_args(hf_models.arguments(parse, flags))
         args = parse(*hf_models.BASE.split())

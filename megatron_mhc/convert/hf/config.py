@@ -41,6 +41,20 @@ SAME = {
     'attention_dropout': 'attention_dropout',
     'residual_in_fp32': 'fp32_residual_connection',
 }
+EXPERTS = {
+    'num_experts': 'num_experts',
+    'experts_per_token': 'moe_router_topk',
+    'expert_intermediate_size': 'moe_ffn_hidden_size',
+    'shared_expert_intermediate_size': 'moe_shared_expert_intermediate_size',
+    'shared_expert_gate': 'moe_shared_expert_gate',
+    'router_score': 'moe_router_score_function',
+    'router_pre_softmax': 'moe_router_pre_softmax',
+    'router_scaling_factor': 'moe_router_topk_scaling_factor',
+    'router_bias': 'moe_router_enable_expert_bias',
+    'router_groups': 'moe_router_num_groups',
+    'router_group_topk': 'moe_router_group_topk',
+    'router_dtype': 'moe_router_dtype',
+}
 # Ours -> field of ``ResidualConfig``.
 RESIDUAL = {
     'residual_type': 'residual_type',
@@ -96,7 +110,13 @@ ONLY: dict[str, tuple[str, tuple[Any, ...]]] = {
     'activation_func_clamp_value': ('--activation-func-clamp-value', (None,)),
     'use_mup': ('--use-mup', (False,)),
     'multi_latent_attention': ('--multi-latent-attention', (False,)),
-    'num_experts': ('--num-experts', (None,)),
+    'moe_latent_size': ('--moe-latent-size', (None,)),
+    'moe_apply_probs_on_input': ('--moe-apply-probs-on-input', (False,)),
+    'moe_expert_capacity_factor': ('--moe-expert-capacity-factor', (None,)),
+    'moe_mlp_glu_interleave_size': ('--moe-mlp-glu-interleave-size', (None,)),
+    'moe_shared_expert_glu_interleave_size': ('--moe-shared-expert-glu-interleave-size', (None,)),
+    'moe_router_score_function': ('--moe-router-score-function', ('softmax', 'sigmoid')),
+    'moe_router_dtype': ('--moe-router-dtype', (None, 'fp32', 'fp64')),
     'position_embedding_type': ('--position-embedding-type', POSITIONS),
     'normalization': ('--normalization', ('RMSNorm', 'LayerNorm')),
     'residual_type': ('--residual-type', ('standard', 'hc', 'mhc')),
@@ -114,11 +134,7 @@ def config_from_args(args: argparse.Namespace) -> dict[str, Any]:
         # One that a release does not have was never given.
         value = getattr(args, name, allowed[0])
         if value not in allowed:
-            shown = flag if value is True else f'{flag} {value}'
-            raise ValueError(
-                f'--to hf: the run had {shown}, for which the model written for transformers has '
-                'no form; keep the checkpoint for Megatron'
-            )
+            raise _refused(flag if value is True else f'{flag} {value}')
     config: dict[str, Any] = {ours: getattr(args, theirs, None) for ours, theirs in SAME.items()}
     config['norm_eps'] = norm_eps_of(args)
     if not getattr(args, 'group_query_attention', False):
@@ -130,10 +146,35 @@ def config_from_args(args: argparse.Namespace) -> dict[str, Any]:
         'rope_parameters': _rope(args),
         'dtype': str(getattr(args, 'params_dtype', torch.float32)).removeprefix('torch.'),
     }
+    config |= _experts(args)
     residual = saved_residual_config(args)
     config |= {ours: getattr(residual, field) for ours, field in RESIDUAL.items()}
     config['fixed_mappings'] = list(residual.fixed_mappings)
     return config
+
+
+def _experts(args: argparse.Namespace) -> dict[str, Any]:
+    if not getattr(args, 'num_experts', None):
+        return {'num_experts': 0, 'expert_layers': []}
+    balancing = args.moe_router_load_balancing_type
+    others = {'sinkhorn', 'quantile_balancing'}
+    if others & {*([balancing] if isinstance(balancing, str) else balancing)}:
+        raise _refused(f'--moe-router-load-balancing-type {balancing}')
+    if args.add_bias_linear:
+        raise _refused('--num-experts without --disable-bias-linear')
+    every = args.moe_layer_freq
+    if isinstance(every, int):
+        every = [int(layer % every == 0) for layer in range(args.num_layers)]
+    own = {ours: getattr(args, theirs, None) for ours, theirs in EXPERTS.items()}
+    own['expert_intermediate_size'] = own['expert_intermediate_size'] or args.ffn_hidden_size
+    return own | {'expert_layers': list(every)}
+
+
+def _refused(shown: str) -> ValueError:
+    return ValueError(
+        f'--to hf: the run had {shown}, for which the model written for transformers has no form; '
+        'keep the checkpoint for Megatron'
+    )
 
 
 def _activation(args: argparse.Namespace) -> str:
@@ -172,6 +213,12 @@ def fill_args(args: argparse.Namespace, config: dict[str, Any]) -> None:
         raise _untold(f'hidden_act {act}{" with a gate" if config["gated_mlp"] else ""}')
     for ours, theirs in SAME.items():
         setattr(args, theirs, config[ours])
+    if config['num_experts']:
+        for ours, theirs in EXPERTS.items():
+            setattr(args, theirs, config[ours])
+        args.moe_layer_freq = config['expert_layers']
+        if len({*config['expert_layers']}) < 2:
+            args.moe_layer_freq = 1
     dtype = getattr(torch, config['dtype'])
     values = {
         'norm_epsilon': config['norm_eps'],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,15 @@ from megatron_mhc.convert.hf.config import (
     MODELING,
     config_from_args,
 )
-from megatron_mhc.convert.hf.names import LAYERS, Config, Row, all_rows, our_names
+from megatron_mhc.convert.hf.names import (
+    EXPERTS,
+    LAYERS,
+    Config,
+    Row,
+    all_rows,
+    one_by_one,
+    our_names,
+)
 from megatron_mhc.convert.hf.native import as_native
 from megatron_mhc.convert.hf.tokenizer import write_tokenizer
 from megatron_mhc.convert.output import atomic_folder, check_destination, write_shards
@@ -50,6 +58,10 @@ class Exported:
     dropped: int
     tokenizer: str = ''
     verified: dict[str, float] = field(default_factory=dict)
+
+
+# A name of the source, and which layer of it where all are in one tensor.
+Stored = tuple[str, int | None]
 
 
 class Piece(NamedTuple):
@@ -84,6 +96,7 @@ def export(
     opened = open_source(source, step)
     check_parts(opened)
     config = config_from_args(opened.args)
+    config['fused_norms'] = not any('pre_mlp_layernorm.' in name for name in opened.entries)
     pieces, entries, dropped = _planned(opened, config)
     nbytes = sum(entry.nbytes for entry in entries.values())
     written = _written_config(opened, config)
@@ -122,8 +135,7 @@ def _planned(source: Source, config: Config) -> tuple[dict[str, Piece], dict[str
     pieces: dict[str, Piece] = {}
     entries: dict[str, Entry] = {}
     used = set()
-    for layer, row in all_rows(config):
-        stored, number = _stored(source, row, layer)
+    for layer, row, (stored, number) in _found(source, config):
         entry = source.entries.get(stored)
         if entry is None or entry.shape is None:
             raise ValueError(
@@ -154,6 +166,17 @@ def _planned(source: Source, config: Config) -> tuple[dict[str, Piece], dict[str
     return pieces, entries, len(rest)
 
 
+def _found(source: Source, config: Config) -> Iterator[tuple[int | None, Row, Stored]]:
+    """Every row with where the source has it; experts apart where it has them apart."""
+    for layer, row in all_rows(config):
+        where = _stored(source, row, layer)
+        if row.megatron.startswith(EXPERTS) and where[0] not in source.entries:
+            for own in one_by_one(row):
+                yield layer, own, _stored(source, own, layer)
+        else:
+            yield layer, row, where
+
+
 def _misfit(source: Source, name: str, shape: tuple[int, ...]) -> ValueError:
     return ValueError(
         f'{source.folder}: {name} has shape {list(shape)}, which the saved arguments do not '
@@ -161,7 +184,7 @@ def _misfit(source: Source, name: str, shape: tuple[int, ...]) -> ValueError:
     )
 
 
-def _stored(source: Source, row: Row, layer: int | None) -> tuple[str, int | None]:
+def _stored(source: Source, row: Row, layer: int | None) -> Stored:
     """The entry of a row, and which layer of it where all are in one tensor."""
     if layer is None:
         return stored_name(source, row.megatron), None

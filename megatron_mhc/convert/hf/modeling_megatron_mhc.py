@@ -51,6 +51,21 @@ DEFAULTS = {
     'mlp_bias': False,
     'attention_dropout': 0.0,
     'residual_in_fp32': False,
+    # Experts in the layers where ``expert_layers`` has 1.
+    'num_experts': 0,
+    'expert_layers': [],
+    'experts_per_token': 2,
+    'expert_intermediate_size': 0,
+    'shared_expert_intermediate_size': None,
+    'shared_expert_gate': False,
+    # softmax or sigmoid
+    'router_score': 'softmax',
+    'router_pre_softmax': False,
+    'router_scaling_factor': None,
+    'router_bias': False,
+    'router_groups': None,
+    'router_group_topk': None,
+    'router_dtype': None,
     # standard, hc (arXiv 2409.19606) or mhc (arXiv 2512.24880)
     'residual_type': 'mhc',
     'num_residual_streams': 4,
@@ -202,6 +217,72 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
         return self.down_proj(self.act(self.gate_proj(x)) * up if self.gated else self.act(up))
+
+
+class Experts(nn.Module):
+    """The experts that a router chooses for each token, and the shared ones beside them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width = config, config.hidden_size
+        self.gate = nn.Linear(width, config.num_experts, bias=False)
+        if config.router_bias:
+            bias = torch.zeros(config.num_experts, dtype=torch.float32)
+            self.expert_bias = nn.Parameter(bias, requires_grad=False)
+        size, shared = config.expert_intermediate_size, config.shared_expert_intermediate_size
+        self.experts = nn.ModuleList(MLP(config, size) for _ in range(config.num_experts))
+        self.shared_experts = MLP(config, shared) if shared else None
+        self.shared_gate = nn.Linear(width, 1, bias=False) if config.shared_expert_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.route(tokens)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            own = expert(tokens[token]) * weights[token, place, None].to(x.dtype)
+            out.index_add_(0, token, own)
+        out = out.view_as(x)
+        if self.shared_experts is None:
+            return out
+        shared = self.shared_experts(x)
+        return out + (
+            shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid()
+        )
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers of the experts of each token, ``[tokens, k]``."""
+        config, k = self.config, self.config.experts_per_token
+        dtype = {None: x.dtype, 'fp32': torch.float32, 'fp64': torch.float64}[config.router_dtype]
+        logits = F.linear(x.to(dtype), self.gate.weight.to(dtype))
+        if config.router_score == 'sigmoid':
+            scores = logits.float().sigmoid()
+            chosen = self.best(scores + self.expert_bias if config.router_bias else scores)
+            weights = scores.gather(-1, chosen)
+            if k > 1:
+                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        elif config.router_pre_softmax:
+            scores = logits.softmax(-1, dtype=torch.float32)
+            chosen = self.best(scores)
+            weights = scores.gather(-1, chosen)
+        else:
+            chosen = self.best(logits)
+            weights = logits.gather(-1, chosen).softmax(-1, dtype=torch.float32)
+        return (weights * (config.router_scaling_factor or 1.0)).to(dtype), chosen
+
+    def best(self, scores: Tensor) -> Tensor:
+        """The k largest, among the groups of experts whose largest have the largest sums."""
+        k, groups, chosen = (
+            self.config.experts_per_token,
+            self.config.router_groups,
+            self.config.router_group_topk,
+        )
+        if chosen:
+            grouped = scores.unflatten(-1, (groups, -1))
+            sums = grouped.topk(k // chosen, dim=-1).values.sum(-1)
+            kept = torch.zeros_like(sums).scatter(-1, sums.topk(chosen, dim=-1).indices, 1.0)
+            scores = grouped.masked_fill(kept.unsqueeze(-1) == 0, -math.inf).flatten(-2)
+        return scores.topk(k, dim=-1).indices
 
 
 def sinkhorn(logits: Tensor, passes: int) -> Tensor:
@@ -379,7 +460,8 @@ class MegatronMhcLayer(GradientCheckpointingLayer):
         self.input_layernorm = Norm(config, config.hidden_size)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = Norm(config, config.hidden_size)
-        self.mlp = MLP(config, config.intermediate_size)
+        experts = config.num_experts and config.expert_layers[index]
+        self.mlp = Experts(config) if experts else MLP(config, config.intermediate_size)
         self.self_attention_hyper_connection = self.mlp_hyper_connection = None
         if config.streams:
             self.self_attention_hyper_connection = HyperConnection(config)
@@ -416,6 +498,7 @@ class MegatronMhcPreTrainedModel(PreTrainedModel):
         'self_attention_hyper_connection',
         'mlp_hyper_connection',
         'stream_merge',
+        'expert_bias',
     ]
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ Names are those of ``torch_dist`` checkpoints, where a norm belongs to the linea
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,18 @@ WHOLE = Kind(lambda value, config: [value], lambda parts, config: parts[0])
 QKV = Kind(_split_qkv, _join_qkv)
 # Gate and up projection.
 HALVES = Kind(lambda value, config: value.chunk(2), lambda parts, config: torch.cat([*parts]))
+
+
+# The same of all experts of a layer, ``[experts, ...]`` in one tensor.
+EACH = Kind(
+    lambda value, config: value.unbind(),
+    lambda parts, config: torch.stack([*parts]),
+)
+EACH_HALVES = Kind(
+    lambda value, config: [half for expert in value for half in expert.chunk(2)],
+    lambda parts, config: torch.stack([torch.cat([*p]) for p in itertools.batched(parts, 2)]),
+)
+EXPERTS = 'mlp.experts.experts.'
 
 
 class Row(NamedTuple):
@@ -108,7 +121,7 @@ def rows_outside(config: Config) -> list[Row]:
     return rows.rows
 
 
-def rows_of_layer(config: Config) -> list[Row]:
+def rows_of_layer(config: Config, layer: int) -> list[Row]:
     """One layer, under names without its prefix."""
     rows = _Rows(config)
     rows.norm('self_attention.linear_qkv.layer_norm_', 'input_layernorm')
@@ -118,31 +131,76 @@ def rows_of_layer(config: Config) -> list[Row]:
         rows.norm('self_attention.q_layernorm.', 'self_attn.q_norm')
         rows.norm('self_attention.k_layernorm.', 'self_attn.k_norm')
     rows.add('self_attention.linear_proj', 'self_attn.o_proj', bias=config['attention_bias'])
-    rows.norm('mlp.linear_fc1.layer_norm_', 'post_attention_layernorm')
-    if config['gated_mlp']:
-        rows.add('mlp.linear_fc1', 'mlp.gate_proj mlp.up_proj', HALVES, config['mlp_bias'])
+    experts = has_experts(config, layer)
+    own = experts and not config['fused_norms']
+    rows.norm(
+        'pre_mlp_layernorm.' if own else 'mlp.linear_fc1.layer_norm_', 'post_attention_layernorm'
+    )
+    if experts:
+        _experts(rows)
     else:
-        rows.add('mlp.linear_fc1', 'mlp.up_proj', bias=config['mlp_bias'])
-    rows.add('mlp.linear_fc2', 'mlp.down_proj', bias=config['mlp_bias'])
+        _mlp(rows, 'mlp')
     if config['residual_type'] != 'standard':
         rows.streams('self_attention_hyper_connection')
         rows.streams('mlp_hyper_connection')
     return rows.rows
 
 
+def has_experts(config: Config, layer: int) -> bool:
+    return bool(config['num_experts'] and config['expert_layers'][layer])
+
+
+def _mlp(rows: _Rows, module: str) -> None:
+    bias = rows.config['mlp_bias']
+    if rows.config['gated_mlp']:
+        rows.add(f'{module}.linear_fc1', f'{module}.gate_proj {module}.up_proj', HALVES, bias)
+    else:
+        rows.add(f'{module}.linear_fc1', f'{module}.up_proj', bias=bias)
+    rows.add(f'{module}.linear_fc2', f'{module}.down_proj', bias=bias)
+
+
+def _experts(rows: _Rows) -> None:
+    config = rows.config
+    rows.add('mlp.router', 'mlp.gate')
+    if config['router_bias']:
+        rows.rows.append(Row('mlp.router.expert_bias', ('mlp.expert_bias',)))
+    numbers = range(config['num_experts'])
+    into = ('gate_proj', 'up_proj') if config['gated_mlp'] else ('up_proj',)
+    first = ' '.join(f'mlp.experts.{e}.{name}' for e in numbers for name in into)
+    rows.add(f'{EXPERTS}linear_fc1', first, EACH_HALVES if config['gated_mlp'] else EACH)
+    second = ' '.join(f'mlp.experts.{e}.down_proj' for e in numbers)
+    rows.add(f'{EXPERTS}linear_fc2', second, EACH)
+    if config['shared_expert_intermediate_size']:
+        _mlp(rows, 'mlp.shared_experts')
+    if config['shared_expert_gate']:
+        rows.rows.append(Row('mlp.shared_experts.gate_weight', ('mlp.shared_gate.weight',)))
+
+
+def one_by_one(row: Row) -> list[Row]:
+    """The rows of each expert, as files of the ``torch`` format have them."""
+    halves = row.kind is EACH_HALVES
+    names = itertools.batched(row.ours, 2 if halves else 1)
+    kind, end = HALVES if halves else WHOLE, row.megatron.removeprefix(EXPERTS)
+    return [
+        Row(f'mlp.experts.local_experts.{expert}.{end}', own, kind)
+        for expert, own in enumerate(names)
+    ]
+
+
 def all_rows(config: Config) -> Iterator[tuple[int | None, Row]]:
     """Every row of the model with the number of its layer; None outside of them."""
     yield from ((None, row) for row in rows_outside(config))
     for layer in range(config['num_hidden_layers']):
-        yield from ((layer, row) for row in rows_of_layer(config))
+        yield from ((layer, row) for row in rows_of_layer(config, layer))
 
 
-def stateful_modules(config: Config) -> list[str]:
-    """Modules of Megatron's or of Transformer Engine's that save a state, ``{layer}`` in them."""
-    inside = {row.megatron.rpartition('.')[0] for row in rows_of_layer(config)}
-    inside = {name for name in inside if 'hyper_connection' not in name}
-    names = sorted(inside | {'self_attention.core_attention'})
-    return ['decoder.final_layernorm', *(f'{LAYERS}{{layer}}{name}' for name in names)]
+def stateful_modules(config: Config, layer: int | None) -> list[str]:
+    """Modules of Megatron's or of Transformer Engine's that save a state, without the prefix."""
+    if layer is None:
+        return ['decoder.final_layernorm']
+    inside = {row.megatron.rpartition('.')[0] for row in rows_of_layer(config, layer)}
+    inside = {name for name in inside if 'hyper_connection' not in name and 'router' not in name}
+    return sorted(inside | {'self_attention.core_attention'})
 
 
 def our_names(row: Row, layer: int | None) -> list[str]:

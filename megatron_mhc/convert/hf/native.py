@@ -18,6 +18,7 @@ COMMON = {
     'gated_mlp': True,
     'residual_in_fp32': False,
     'residual_type': 'standard',
+    'num_experts': 0,
 }
 # ``model_type`` -> biases of queries, keys and values, of the output, of the MLP; norm of queries.
 BIASES = ('qkv_bias', 'attention_bias', 'mlp_bias', 'qk_norm')
@@ -27,7 +28,12 @@ KINDS = {
     'qwen3': ('Qwen3ForCausalLM', (False, False, False, True)),
 }
 # One that transformers gives no value to.
-ABSENT = {'attention_dropout': 0.0, 'dtype': 'float32', 'tie_word_embeddings': False}
+ABSENT = {
+    'attention_dropout': 0.0,
+    'dtype': 'float32',
+    'tie_word_embeddings': False,
+    'expert_layers': [],
+}
 
 
 def as_native(config: dict[str, Any]) -> dict[str, Any] | None:

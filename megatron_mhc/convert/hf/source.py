@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_mhc.checkpoints.plain import one_line
 from megatron_mhc.convert.hf.config import AUTO_MAP, METADATA, MODEL_TYPE, fill_args
 from megatron_mhc.convert.hf.names import (
+    EXPERTS,
     LAYERS,
     Config,
     Row,
@@ -63,19 +64,13 @@ class HuggingFaceSource(Source):
                 'safe_serialization=True'
             )
         self.files = open_tensors(folder)
-        stacked = not (
-            metadata.get('singleton_local_shards') or metadata.get('non_homogeneous_layers')
-        )
+        apart = any(metadata.get(n) for n in ('singleton_local_shards', 'non_homogeneous_layers'))
+        # Layers of two kinds are never in one tensor.
+        stacked = not apart and len({*self.config['expert_layers']}) < 2
         self.parts: dict[tuple[str, int | None], tuple[Row, list[str]]] = {}
         for layer, row in all_rows(self.config):
             self._add(row, layer, stacked)
-        # Empty, but no release of Megatron's loads a distributed checkpoint without them.
-        depth = self.config['num_hidden_layers']
-        for module in stateful_modules(self.config):
-            for layer in range(depth):
-                name = module.format(layer='' if stacked else f'{layer}.')
-                shard = f'shard_{layer}_{depth}' if stacked and name != module else 'shard_0_1'
-                self.entries[f'{name}.{OPAQUE}/{shard}'] = Entry(None, None)
+        self._add_states(stacked)
         used = {name for _, names in self.parts.values() for name in names}
         used |= {HEAD} if self.config['tie_word_embeddings'] else set()
         if strange := sorted(self.files.keys() - used):
@@ -83,6 +78,25 @@ class HuggingFaceSource(Source):
                 f'{folder}: {strange[0]} is no tensor of the model that {CONFIG} describes'
                 f'{f", nor are {len(strange) - 1} others" if strange[1:] else ""}; take another'
             )
+
+    def _add_states(self, stacked: bool) -> None:
+        """Empty ones, without which no release of Megatron's loads a distributed checkpoint."""
+        depth = self.config['num_hidden_layers']
+        for layer in (None, *range(depth)):
+            prefix = '' if layer is None else LAYERS if stacked else f'{LAYERS}{layer}.'
+            place = (0, 1) if layer is None or not stacked else (layer, depth)
+            for module in stateful_modules(self.config, layer):
+                for shard in self._shards(module, *place):
+                    self.entries[f'{prefix}{module}.{OPAQUE}/shard_{shard}'] = Entry(None, None)
+
+    def _shards(self, module: str, first: int, count: int) -> list[str]:
+        """As Megatron numbers them: by layer where all are in one tensor, and by expert."""
+        if not module.startswith(EXPERTS):
+            return [f'{first}_{count}']
+        experts = self.config['num_experts']
+        if count == 1:
+            return [f'{expert}_{experts}' for expert in range(experts)]
+        return [f'{first}.{expert}_{count}.{experts}' for expert in range(experts)]
 
     def _add(self, row: Row, layer: int | None, stacked: bool) -> None:
         names = our_names(row, layer)
