@@ -14,6 +14,8 @@ EXAMPLES = {
     'convert': (
         'checkpoints/standard checkpoints/mhc --to mhc --verify',
         'checkpoints/mhc exported --to deepseek-v4 --dry-run',
+        'checkpoints/mhc exported --to hf --verify',
+        'exported checkpoints/back --to megatron',
     ),
     'schedule list': ('',),
     'schedule show': (
