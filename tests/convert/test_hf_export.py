@@ -37,9 +37,10 @@ def run(megatron, parse, random_seed, tmp_path):
     return make
 
 
-def edit(path, **values):
+def edit(path, tensors=None, **values):
     file = path / 'mp_rank_00' / 'model_optim_rng.pt'
     state = torch.load(file, weights_only=False)
+    state['model'] |= tensors or {}
     for name, value in values.items():
         setattr(state['args'], name, value)
     torch.save(state, file)
@@ -113,9 +114,10 @@ def test_what_the_command_says_and_writes(run, tmp_path, capsys, monkeypatch):
     status, said = command('--dry-run')
     assert status == 0 and 'nothing was written' in said.out
     assert {path.name for path in tmp_path.iterdir()} == {'run'}
-    status, said = command('--json')
+    status, said = command('--json', '--verify')
     report = json.loads(said.out)
     assert status == 0 and report['config']['residual_type'] == 'mhc'
+    assert report['verified']['difference'] < 1e-5 < 0.1 < report['verified']['largest']
     assert 'NullTokenizer' in report['tokenizer'] or 'no tokenizer' in report['tokenizer']
     folder = tmp_path / 'hf'
     index = json.loads((folder / 'model.safetensors.index.json').read_text())
@@ -130,6 +132,31 @@ def test_what_the_command_says_and_writes(run, tmp_path, capsys, monkeypatch):
     assert status == 2 and said.err.count('\n') == 1 and 'add --overwrite' in said.err
 
 
+def test_prediction_layers_are_left_out_and_told_of(run, tmp_path):
+    path = run()
+    edit(path, {'mtp.layers.0.eh_proj.weight': torch.ones(32, 64)}, mtp_num_layers=1)
+    report = export(path, tmp_path / 'hf')
+    assert report.dropped == 1 and loaded(tmp_path / 'hf') is not None
+
+
+def test_the_tokenizer_of_the_run_goes_along(run, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({'a': 0, 'b': 1, '</s>': 2}, unk_token='a'))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token='</s>').save_pretrained(
+        tmp_path / 'words'
+    )
+    path, own = run(), str(tmp_path / 'words')
+    edit(path, tokenizer_type='HuggingFaceTokenizer', tokenizer_model=own)
+    assert export(path, tmp_path / 'hf').tokenizer == f'tokenizer: {own}'
+    assert AutoTokenizer.from_pretrained(tmp_path / 'hf')('b</s>')['input_ids'] == [1, 2]
+    assert loaded(tmp_path / 'hf').generation_config.eos_token_id == 2
+    edit(path, tokenizer_model=str(tmp_path / 'gone'))
+    assert 'is not on this machine' in export(path, tmp_path / 'again').tokenizer
+
+
 REFUSED = {
     'mudd_variant': ({'residual_type': 'mudd'}, '--residual-type mudd'),
     'window': ({'window_size': (8, 0)}, r'--window-size \(8, 0\)'),
@@ -138,6 +165,7 @@ REFUSED = {
     'sink': ({'softmax_type': 'learnable'}, '--softmax-type learnable'),
     'manifold': ({'mhc_manifold': 'mine'}, '--mhc-manifold mine'),
     'hybrid': ({'hybrid_layer_pattern': 'M*-'}, r'--hybrid-layer-pattern M\*-'),
+    'positions': ({'position_embedding_type': 'relative'}, '--position-embedding-type relative'),
     'depth': ({'num_layers': 4}, r'decoder\.layers\.3\..* is missing'),
     'shallow': ({'num_layers': 2}, r'decoder\.layers\.2\..* no tensor of the model .* others'),
     'qkv': ({'num_query_groups': 3}, r'linear_qkv\.weight has shape'),

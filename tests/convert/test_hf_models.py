@@ -16,6 +16,10 @@ from megatron_mhc.convert.source import open_source
 
 MHC, HC = '--residual-type mhc', '--residual-type hc'
 EXPERTS = '--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 16'
+LATENT = (
+    '--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 '
+    '--v-head-dim 12'
+)
 GPT = '--position-embedding-type learned_absolute'
 # Flags -> ``model_type`` of the export.
 MODELS = {
@@ -55,6 +59,15 @@ MODELS = {
         '--moe-shared-expert-intermediate-size 32',
         'megatron_mhc',
     ),
+    'latent': (
+        f'{LLAMA} {UNTIED} {LATENT} --rotary-scaling-factor 40 --mscale 0.7 --mscale-all-dim 0.5',
+        'megatron_mhc',
+    ),
+    'mhc latent experts': (
+        f'{MHC} {LLAMA} {LATENT} {EXPERTS} --q-lora-rank 16 --qk-layernorm --rope-type rope',
+        'megatron_mhc',
+    ),
+    'hc latent without norms': (f'{HC} {LLAMA} {LATENT} --q-lora-rank 16', 'megatron_mhc'),
     'single pass': (f'{MHC} {LLAMA} --mhc-single-pass', 'megatron_mhc'),
     'permutation': (f'{MHC} {LLAMA} --mhc-manifold permutation', 'megatron_mhc'),
     'kronecker': (

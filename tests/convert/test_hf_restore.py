@@ -23,7 +23,7 @@ from megatron_mhc.convert.source import open_source
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = f"""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16
-    --max-position-embeddings 16 --transformer-impl local {LLAMA} {GROUPED} {UNTIED}
+    --max-position-embeddings 16 --transformer-impl local {LLAMA} {UNTIED}
     --residual-type mhc --mhc-stream-merge learned
 """
 RUN = f"""
@@ -55,7 +55,8 @@ def train(world: int, *flags: object) -> str:
 EXPERTS = """
     --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16 --moe-layer-freq [0]+[1]*1
     --moe-shared-expert-intermediate-size 16 --moe-router-score-function sigmoid
-    --moe-router-enable-expert-bias
+    --moe-router-enable-expert-bias --multi-latent-attention --qk-layernorm
+    --q-lora-rank 8 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8
 """.split()
 LAYOUT = ('--bf16', '--ckpt-format', 'torch_dist')
 
@@ -64,7 +65,7 @@ LAYOUT = ('--bf16', '--ckpt-format', 'torch_dist')
 def trained(tmp_path_factory) -> pathlib.Path:
     """Of two pipeline stages, in bf16."""
     folder = tmp_path_factory.mktemp('trained') / 'run'
-    flags = ('--pipeline-model-parallel-size', 2, *LAYOUT)
+    flags = ('--pipeline-model-parallel-size', 2, *LAYOUT, *GROUPED.split())
     train(2, *flags, '--save', folder, '--save-interval', 1)
     return folder
 
@@ -88,10 +89,10 @@ def assert_loads(trained: pathlib.Path, exported: pathlib.Path, *flags: str) -> 
 
 
 def test_there_and_back_keeps_every_bit_and_ranks_load_it(trained, exported):
-    assert_loads(trained, exported)
+    assert_loads(trained, exported, *GROUPED.split())
 
 
-def test_so_it_does_with_experts(tmp_path):
+def test_so_it_does_with_experts_and_latent_attention(tmp_path):
     train(1, *LAYOUT, *EXPERTS, '--save', tmp_path / 'run', '--save-interval', 1)
     export(tmp_path / 'run', tmp_path / 'hf')
     assert_loads(tmp_path / 'run', tmp_path / 'hf', *EXPERTS)
@@ -174,6 +175,8 @@ def test_arguments_come_back(parse):
         f'--residual-type mhc {LLAMA} --mhc-manifold kronecker --rotary-percent 0.5 --bf16',
         f'--residual-type mhc {LLAMA} --mhc-single-pass --mhc-fixed-mappings post',
         '--residual-type hc --hc-no-tanh --hc-variant dynamic --add-qkv-bias',
+        f'{LLAMA} --multi-latent-attention --q-lora-rank 8 --rotary-scaling-factor 40',
+        f'{LLAMA} --multi-latent-attention --rope-type rope --qk-layernorm',
         f'{LLAMA} --num-experts 4 --moe-layer-freq [0]+[1]*2 --moe-router-pre-softmax',
     ):
         config = config_from_args(hf_models.arguments(parse, flags))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -54,6 +55,25 @@ EXPERTS = {
     'router_groups': 'moe_router_num_groups',
     'router_group_topk': 'moe_router_group_topk',
     'router_dtype': 'moe_router_dtype',
+}
+LATENT = {
+    'q_lora_rank': 'q_lora_rank',
+    'kv_lora_rank': 'kv_lora_rank',
+    'qk_head_dim': 'qk_head_dim',
+    'head_dim': 'qk_pos_emb_head_dim',
+    'v_head_dim': 'v_head_dim',
+}
+# Its scaling of RoPE: ours -> Megatron's argument, and what no argument of Megatron's says.
+YARN = {
+    'factor': 'rotary_scaling_factor',
+    'mscale': 'mscale',
+    'mscale_all_dim': 'mscale_all_dim',
+}
+YARN_CONSTANTS = {
+    'rope_type': 'yarn',
+    'original_max_position_embeddings': 4096,
+    'beta_fast': 32.0,
+    'beta_slow': 1.0,
 }
 # Ours -> field of ``ResidualConfig``.
 RESIDUAL = {
@@ -109,7 +129,6 @@ ONLY: dict[str, tuple[str, tuple[Any, ...]]] = {
     'glu_linear_offset': ('--glu-linear-offset', (0.0,)),
     'activation_func_clamp_value': ('--activation-func-clamp-value', (None,)),
     'use_mup': ('--use-mup', (False,)),
-    'multi_latent_attention': ('--multi-latent-attention', (False,)),
     'moe_latent_size': ('--moe-latent-size', (None,)),
     'moe_apply_probs_on_input': ('--moe-apply-probs-on-input', (False,)),
     'moe_expert_capacity_factor': ('--moe-expert-capacity-factor', (None,)),
@@ -146,7 +165,7 @@ def config_from_args(args: argparse.Namespace) -> dict[str, Any]:
         'rope_parameters': _rope(args),
         'dtype': str(getattr(args, 'params_dtype', torch.float32)).removeprefix('torch.'),
     }
-    config |= _experts(args)
+    config |= _experts(args) | _latent(args)
     residual = saved_residual_config(args)
     config |= {ours: getattr(residual, field) for ours, field in RESIDUAL.items()}
     config['fixed_mappings'] = list(residual.fixed_mappings)
@@ -168,6 +187,27 @@ def _experts(args: argparse.Namespace) -> dict[str, Any]:
     own = {ours: getattr(args, theirs, None) for ours, theirs in EXPERTS.items()}
     own['expert_intermediate_size'] = own['expert_intermediate_size'] or args.ffn_hidden_size
     return own | {'expert_layers': list(every)}
+
+
+def _latent(args: argparse.Namespace) -> dict[str, Any]:
+    """Of multi-latent attention: ``head_dim`` is what RoPE turns, and the rest has its own."""
+    if not args.multi_latent_attention:
+        return {'kv_lora_rank': None, 'q_lora_rank': None}
+    if args.position_embedding_type != 'rope':
+        positions = f'--position-embedding-type {args.position_embedding_type}'
+        raise _refused(f'--multi-latent-attention with {positions}')
+    own = {ours: getattr(args, theirs) for ours, theirs in LATENT.items()}
+    rope = _rope(args)
+    if args.rope_type == 'rope' and args.rotary_scaling_factor > 1 and args.mscale_all_dim:
+        raise _refused('--rope-type rope with --mscale-all-dim')
+    if args.rope_type != 'rope' and args.rotary_scaling_factor > 1:
+        rope |= {ours: getattr(args, theirs) for ours, theirs in YARN.items()} | YARN_CONSTANTS
+        rope['attention_factor'] = _mscale(rope, 'mscale') / _mscale(rope, 'mscale_all_dim')
+    return own | {'rope_parameters': rope, 'qkv_bias': False}
+
+
+def _mscale(rope: dict[str, Any], which: str) -> float:
+    return 0.1 * float(rope[which]) * math.log(rope['factor']) + 1.0
 
 
 def _refused(shown: str) -> ValueError:
@@ -201,6 +241,8 @@ def fill_args(args: argparse.Namespace, config: dict[str, Any]) -> None:
         ValueError: the configuration is one that Megatron's arguments cannot say.
     """
     rope, act = dict(config['rope_parameters']), config['hidden_act']
+    if config['kv_lora_rank']:
+        rope = _fill_latent(args, config, rope)
     scaled = {name: rope.pop(name) for name in LLAMA3 if name in rope}
     if config['attention_bias'] != config['mlp_bias']:
         raise _untold('a bias in only one of attention and MLP')
@@ -241,6 +283,21 @@ def fill_args(args: argparse.Namespace, config: dict[str, Any]) -> None:
     if kind != 'standard':
         own = ResidualConfig(**{field: _plain(config[ours]) for ours, field in RESIDUAL.items()})
         write_back(args, own, lambda flag: kind in flag.only.get('residual_type', (kind,)))
+
+
+def _fill_latent(
+    args: argparse.Namespace, config: dict[str, Any], rope: dict[str, Any]
+) -> dict[str, Any]:
+    """What is left of ``rope_parameters`` without its scaling."""
+    args.multi_latent_attention, args.rope_type = True, 'rope'
+    for ours, theirs in LATENT.items():
+        setattr(args, theirs, config[ours])
+    if rope['rope_type'] != 'yarn':
+        return rope
+    args.rope_type = 'yarn'
+    for ours, theirs in YARN.items():
+        setattr(args, theirs, rope[ours])
+    return {'rope_type': 'default', 'rope_theta': rope['rope_theta']}
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from megatron_mhc.convert.hf.config import (
 from megatron_mhc.convert.hf.names import (
     EXPERTS,
     LAYERS,
+    OTHERS,
     Config,
     Row,
     all_rows,
@@ -96,7 +97,6 @@ def export(
     opened = open_source(source, step)
     check_parts(opened)
     config = config_from_args(opened.args)
-    config['fused_norms'] = not any('pre_mlp_layernorm.' in name for name in opened.entries)
     pieces, entries, dropped = _planned(opened, config)
     nbytes = sum(entry.nbytes for entry in entries.values())
     written = _written_config(opened, config)
@@ -143,6 +143,9 @@ def _planned(source: Source, config: Config) -> tuple[dict[str, Piece], dict[str
                 'another copy or another iteration'
             )
         used.add(stored)
+        if source.format == 'torch_dist' and not stored.endswith(row.megatron):
+            prefix = LAYERS if number is not None else f'{LAYERS}{layer}.'
+            config.setdefault(OTHERS, {})[row.megatron] = stored.removeprefix(prefix)
         if entry.dtype not in FLOATS:
             raise ValueError(
                 f'{source.folder}: {stored} is stored as {entry.dtype}; save it in fp32, bf16 or '

@@ -50,6 +50,12 @@ DEFAULTS = {
     'qkv_bias': False,
     'mlp_bias': False,
     'attention_dropout': 0.0,
+    # Multi-latent attention where the rank of keys and values is given; ``head_dim`` is then what
+    # RoPE turns.
+    'kv_lora_rank': None,
+    'q_lora_rank': None,
+    'qk_head_dim': 128,
+    'v_head_dim': 128,
     'residual_in_fp32': False,
     # Experts in the layers where ``expert_layers`` has 1.
     'num_experts': 0,
@@ -201,6 +207,53 @@ class Attention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         out, _ = attend(self, q, k, v, mask, scaling=self.scaling, dropout=dropout, **kwargs)
         return self.o_proj(out.flatten(2))
+
+
+class LatentAttention(Attention):
+    """Multi-latent attention (DeepSeek-V2); the cache has whole keys and values."""
+
+    def __init__(self, config, index):
+        nn.Module.__init__(self)
+        self.config, self.layer_idx, self.num_key_value_groups = config, index, 1
+        heads, width, turned = config.num_attention_heads, config.hidden_size, config.head_dim
+        size, rank = config.qk_head_dim + turned, config.kv_lora_rank
+        self.scaling = size**-0.5
+        rope = config.rope_parameters
+        if rope['rope_type'] == 'yarn':
+            self.scaling *= (0.1 * rope['mscale_all_dim'] * math.log(rope['factor']) + 1.0) ** 2
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * size, bias=False)
+        else:
+            self.q_proj = nn.Linear(width, heads * size, bias=False)
+        self.kv_a_proj = nn.Linear(width, rank + turned, bias=False)
+        into = heads * (config.qk_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(rank, into, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=config.attention_bias)
+        self.q_a_layernorm = self.kv_a_layernorm = nn.Identity()
+        if config.qk_norm:
+            self.kv_a_layernorm = Norm(config, rank)
+            if config.q_lora_rank:
+                self.q_a_layernorm = Norm(config, config.q_lora_rank)
+
+    def queries_keys_values(self, x: Tensor, position: tuple[Tensor, Tensor] | None):
+        config = self.config
+        heads, own, turned = config.num_attention_heads, config.qk_head_dim, config.head_dim
+        if config.q_lora_rank:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        else:
+            q = self.q_proj(x)
+        q, q_turned = q.unflatten(-1, (heads, -1)).transpose(1, 2).split([own, turned], dim=-1)
+        latent, k_turned = self.kv_a_proj(x).split([config.kv_lora_rank, turned], dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (heads, -1)).transpose(1, 2)
+        k, v = kv.split([own, config.v_head_dim], dim=-1)
+        # Pairs lie side by side; ``rotate`` takes the first of all, and then the second of all.
+        q_turned, k_turned = (
+            rotate(torch.cat([t[..., ::2], t[..., 1::2]], dim=-1), *position, False)
+            for t in (q_turned, k_turned.unsqueeze(1))
+        )
+        k = torch.cat([k, k_turned.expand(-1, heads, -1, -1)], dim=-1)
+        return torch.cat([q, q_turned], dim=-1), k, v
 
 
 class MLP(nn.Module):
@@ -458,7 +511,8 @@ class MegatronMhcLayer(GradientCheckpointingLayer):
         super().__init__()
         self.single_pass = config.single_pass
         self.input_layernorm = Norm(config, config.hidden_size)
-        self.self_attn = Attention(config, index)
+        attention = LatentAttention if config.kv_lora_rank else Attention
+        self.self_attn = attention(config, index)
         self.post_attention_layernorm = Norm(config, config.hidden_size)
         experts = config.num_experts and config.expert_layers[index]
         self.mlp = Experts(config) if experts else MLP(config, config.intermediate_size)

@@ -1,7 +1,7 @@
 """Which tensor of Megatron's is which of transformers', read in both directions.
 
-Names are those of ``torch_dist`` checkpoints, where a norm belongs to the linear layer behind it;
-``complete.stored_name`` finds those of others.
+Names are those of Transformer Engine's layers in ``torch_dist`` checkpoints, where a norm belongs to
+the linear layer behind it; ``complete.stored_name`` finds those of others.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ EACH_HALVES = Kind(
     lambda parts, config: torch.stack([torch.cat([*p]) for p in itertools.batched(parts, 2)]),
 )
 EXPERTS = 'mlp.experts.experts.'
+# Norms that a checkpoint has under other names than Transformer Engine's, by these.
+OTHERS = 'megatron_norms'
 
 
 class Row(NamedTuple):
@@ -124,18 +126,20 @@ def rows_outside(config: Config) -> list[Row]:
 def rows_of_layer(config: Config, layer: int) -> list[Row]:
     """One layer, under names without its prefix."""
     rows = _Rows(config)
-    rows.norm('self_attention.linear_qkv.layer_norm_', 'input_layernorm')
-    qkv = 'self_attn.q_proj self_attn.k_proj self_attn.v_proj'
-    rows.add('self_attention.linear_qkv', qkv, QKV, config['qkv_bias'])
-    if config['qk_norm']:
-        rows.norm('self_attention.q_layernorm.', 'self_attn.q_norm')
-        rows.norm('self_attention.k_layernorm.', 'self_attn.k_norm')
+    fused = 'self_attention.linear_qkv.layer_norm_'
+    rows.norm('input_layernorm.' if config['kv_lora_rank'] else fused, 'input_layernorm')
+    if config['kv_lora_rank']:
+        _latent(rows)
+    else:
+        qkv = 'self_attn.q_proj self_attn.k_proj self_attn.v_proj'
+        rows.add('self_attention.linear_qkv', qkv, QKV, config['qkv_bias'])
+        if config['qk_norm']:
+            rows.norm('self_attention.q_layernorm.', 'self_attn.q_norm')
+            rows.norm('self_attention.k_layernorm.', 'self_attn.k_norm')
     rows.add('self_attention.linear_proj', 'self_attn.o_proj', bias=config['attention_bias'])
     experts = has_experts(config, layer)
-    own = experts and not config['fused_norms']
-    rows.norm(
-        'pre_mlp_layernorm.' if own else 'mlp.linear_fc1.layer_norm_', 'post_attention_layernorm'
-    )
+    fused = 'mlp.linear_fc1.layer_norm_'
+    rows.norm('pre_mlp_layernorm.' if experts else fused, 'post_attention_layernorm')
     if experts:
         _experts(rows)
     else:
@@ -143,7 +147,23 @@ def rows_of_layer(config: Config, layer: int) -> list[Row]:
     if config['residual_type'] != 'standard':
         rows.streams('self_attention_hyper_connection')
         rows.streams('mlp_hyper_connection')
-    return rows.rows
+    others = config.get(OTHERS, {})
+    return [row._replace(megatron=others.get(row.megatron, row.megatron)) for row in rows.rows]
+
+
+def _latent(rows: _Rows) -> None:
+    """Projections of multi-latent attention, with the norms of what is between two of them."""
+    theirs, ours, config = 'self_attention.', 'self_attn.', rows.config
+    pairs = [('kv', 'kv_a_proj', 'kv_a_layernorm', 'kv_b_proj')]
+    if config['q_lora_rank']:
+        pairs.insert(0, ('q', 'q_a_proj', 'q_a_layernorm', 'q_b_proj'))
+    else:
+        rows.add(f'{theirs}linear_q_proj', f'{ours}q_proj')
+    for name, down, norm, up in pairs:
+        rows.add(f'{theirs}linear_{name}_down_proj', ours + down)
+        if config['qk_norm']:
+            rows.norm(f'{theirs}linear_{name}_up_proj.layer_norm_', ours + norm)
+        rows.add(f'{theirs}linear_{name}_up_proj', ours + up)
 
 
 def has_experts(config: Config, layer: int) -> bool:

@@ -19,6 +19,7 @@ COMMON = {
     'residual_in_fp32': False,
     'residual_type': 'standard',
     'num_experts': 0,
+    'kv_lora_rank': None,
 }
 # ``model_type`` -> biases of queries, keys and values, of the output, of the MLP; norm of queries.
 BIASES = ('qkv_bias', 'attention_bias', 'mlp_bias', 'qk_norm')
