@@ -270,9 +270,10 @@ def require(package: str, module: str) -> Any:
 
 
 def has_layout(folder: pathlib.Path) -> bool:
-    """Whether ``config.json`` is of DeepSeek-V4's layout."""
+    """Whether ``config.json`` is of DeepSeek-V4's layout; ``convert`` writes it without a type."""
     with one_line(f'{folder / CONFIG}'):
-        return SHAPE['num_residual_streams'] in json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text())
+    return SHAPE['num_residual_streams'] in config or 'model_type' not in config
 
 
 def open_source(path: pathlib.Path, step: int | None = None) -> Source:

@@ -1,7 +1,7 @@
 """Which tensor of Megatron's is which of transformers', read in both directions.
 
-Names are those of Transformer Engine's layers in ``torch_dist`` checkpoints, where a norm belongs to
-the linear layer behind it; ``complete.stored_name`` finds those of others.
+Names are those of Transformer Engine's layers in ``torch_dist`` checkpoints, where a norm belongs
+to the linear layer behind it; ``complete.stored_name`` finds those of others.
 """
 
 from __future__ import annotations
