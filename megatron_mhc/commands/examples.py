@@ -15,6 +15,8 @@ EXAMPLES = {
         'checkpoints/standard checkpoints/mhc --to mhc --verify',
         'checkpoints/mhc exported --to deepseek-v4 --dry-run',
         'checkpoints/gpt checkpoints/hybrid --to hybrid',
+        'checkpoints/mhc exported --to hf --verify',
+        'exported checkpoints/back --to megatron',
     ),
     'schedule list': ('',),
     'schedule show': (

@@ -40,7 +40,6 @@ LOCAL = {
     'no_persist_layer_norm': True,
     'gradient_accumulation_fusion': False,
     'masked_softmax_fusion': False,
-    'bias_gelu_fusion': False,
     'bias_swiglu_fusion': False,
     'bias_dropout_fusion': False,
     'apply_rope_fusion': False,

@@ -8,6 +8,8 @@ TARGETS = ('mhc', 'megatron-main', 'megatron-dev', 'deepseek-v4')
 # The class of the model, whatever its connections are.
 MODEL_CLASSES = ('hybrid', 'gpt')
 OWN = 'own'
+# For the transformers of Hugging Face, and back from them as it is.
+HF, MEGATRON = 'hf', 'megatron'
 # Argument -> flag of the command.
 FLAGS = {
     'num_streams': '--mhc-num-residual-streams',

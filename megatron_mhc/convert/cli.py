@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from megatron_mhc.convert.choices import FLAGS, MODEL_CLASSES, STANDARD, TARGETS
+from megatron_mhc.convert.choices import FLAGS, HF, MEGATRON, MODEL_CLASSES, STANDARD, TARGETS
 from megatron_mhc.inputs.as_json import as_json
 from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_mhc.convert.conversion import Converted
 
 COMMAND = 'megatron-mhc convert'
-_ORIGINS = ('auto', STANDARD, *TARGETS)
+_ORIGINS = ('auto', STANDARD, *TARGETS, HF)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--to',
         required=True,
-        choices=(*TARGETS, *MODEL_CLASSES),
-        help='layout of the output: mhc is ours; or the class of the model, for the same run',
+        choices=(*TARGETS, *MODEL_CLASSES, HF, MEGATRON),
+        help='layout of the output: mhc is ours, hf is for transformers, megatron the way back; or '
+        'the class of the model, for the same run',
     )
     parser.add_argument(
         '--from',
@@ -130,6 +131,10 @@ def main(options: argparse.Namespace) -> int:
         return _move(options, list(given))
     if options.no_optim:
         refuse(COMMAND, f'--no-optim: --to {options.to} leaves it out always; drop the flag')
+    if options.to in (HF, MEGATRON):
+        from megatron_mhc.convert.hf import answer
+
+        return answer.main(options, given)
     from megatron_mhc.convert.conversion import convert
 
     started = time.monotonic()
@@ -138,7 +143,7 @@ def main(options: argparse.Namespace) -> int:
             options.source,
             options.destination,
             options.to,
-            origin=options.origin,
+            origin='auto' if options.origin == HF else options.origin,
             step=options.step,
             upcycling=given,
             dry_run=options.dry_run,

@@ -39,6 +39,8 @@ from megatron_mhc.convert.verify import largest_difference
 
 # Upcycling is exact; what is left of the logits' size is fp32 rounding.
 ROUNDING = 1e-4
+# Makes a context manager of a number of bytes, which gives a function to be told of those written.
+Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], Any]]]
 PARTS = ('phi', 'b', 'alpha')
 STREAMS = re.compile(r'hyper_connection\.|stream_merge\.|hc_head')
 
@@ -87,8 +89,7 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     unchecked: bool = False,
-    progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], Any]]]
-    | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
     """Convert a checkpoint; needs neither a GPU nor a process group.
 

@@ -171,22 +171,29 @@ def write_safetensors(root: pathlib.Path, content: Content, config: dict[str, An
 
     Megatron's arguments lie beside them, so that the way back finds them.
     """
+    write_shards(root, content.entries(), lambda name: _as_tensor(content.value(name)))
+    (root / CONFIG).write_text(json.dumps(config, indent=2))
+    torch.save(content.common, root / COMMON_FILE)
+
+
+def write_shards(
+    root: pathlib.Path, entries: dict[str, Entry], value: Callable[[str], Tensor]
+) -> None:
+    """Safetensors of ``SHARD_BYTES`` at most, where tensors allow it, with their index."""
     library = require('safetensors', 'safetensors.torch')
     hub = require('huggingface_hub', 'huggingface_hub')
     split = hub.split_state_dict_into_shards_factory(
-        content.entries(),
+        entries,
         get_storage_size=lambda entry: entry.nbytes,
         filename_pattern='model{suffix}.safetensors',
         max_shard_size=SHARD_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: _as_tensor(content.value(name)) for name in names}
+        tensors = {name: value(name) for name in names}
         library.save_file(tensors, root / file, metadata={'format': 'pt'})
     if split.is_sharded:
         index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
         (root / INDEX).write_text(json.dumps(index, indent=2))
-    (root / CONFIG).write_text(json.dumps(config, indent=2))
-    torch.save(content.common, root / COMMON_FILE)
 
 
 def _as_tensor(value: Tensor | io.BytesIO | None) -> Tensor:

@@ -139,6 +139,19 @@ class Source:
             )
         return value
 
+    def layer(self, name: str, number: int) -> Tensor:
+        """Layer ``number`` of a tensor ``[L, ...]`` of all layers; no other one is read."""
+        shape, dtype, chunks = self.entries[name]
+        assert shape is not None
+        value = torch.empty(shape[1:], dtype=dtype)
+        for chunk in chunks:
+            (first, *offsets), (count, *sizes) = chunk
+            if first <= number < first + count:
+                part = zip(offsets, sizes, strict=True)
+                where = tuple(slice(start, start + size) for start, size in part)
+                value[where] = self.chunk(name, chunk)[number - first]
+        return value
+
 
 class DistributedSource(Source):
     """A ``torch_dist`` checkpoint, whatever layout wrote it."""
@@ -210,7 +223,6 @@ class SafetensorsSource(Source):
     format = 'safetensors'
 
     def __init__(self, folder: pathlib.Path) -> None:
-        safetensors = require('safetensors', 'safetensors')
         with one_line(f'{folder / CONFIG}'):
             self.config = json.loads((folder / CONFIG).read_text())
             args = {ours: self.config[name] for ours, name in SHAPE.items()}
@@ -219,16 +231,7 @@ class SafetensorsSource(Source):
             check_archive(folder / COMMON_FILE)
             common = plain_load(folder / COMMON_FILE)
         super().__init__(folder, common)
-        names = {MODEL}
-        if (folder / INDEX).is_file():
-            with one_line(f'{folder / INDEX}'):
-                names = set(json.loads((folder / INDEX).read_text())['weight_map'].values())
-        self.files = {}
-        for name in sorted(names):
-            with one_line(f'{folder / name}', safetensors.SafetensorError):
-                file = safetensors.safe_open(folder / name, framework='pt')
-                for stored in file.keys():
-                    self.files[PREFIX.sub('', stored)] = file, stored
+        self.files = {PREFIX.sub('', name): tensor for name, tensor in open_tensors(folder).items()}
         for name in self.files:
             # Mapped into memory, not read.
             self.entries[name] = whole(None if OPAQUE in name else self._get(name))
@@ -244,8 +247,23 @@ class SafetensorsSource(Source):
         return file.get_tensor(stored)
 
 
+def open_tensors(folder: pathlib.Path) -> dict[str, tuple[Any, str]]:
+    """Name -> the file of safetensors that has it, mapped into memory, and the name once more."""
+    safetensors = require('safetensors', 'safetensors')
+    names = {MODEL}
+    if (folder / INDEX).is_file():
+        with one_line(f'{folder / INDEX}'):
+            names = set(json.loads((folder / INDEX).read_text())['weight_map'].values())
+    found = {}
+    for name in sorted(names):
+        with one_line(f'{folder / name}', safetensors.SafetensorError):
+            file = safetensors.safe_open(folder / name, framework='pt')
+            found.update({stored: (file, stored) for stored in file.keys()})
+    return found
+
+
 def require(package: str, module: str) -> Any:
-    """``module`` of ``package``, which nothing but DeepSeek-V4's layout needs.
+    """``module`` of ``package``, which nothing but the formats of Hugging Face needs.
 
     Raises:
         ValueError: it is not installed.
@@ -254,9 +272,16 @@ def require(package: str, module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f'{package} is not installed, which the layout of DeepSeek-V4 needs; '
+            f'{package} is not installed, which the formats of Hugging Face need; '
             f'pip install {package}'
         ) from error
+
+
+def has_layout(folder: pathlib.Path) -> bool:
+    """Whether ``config.json`` is of DeepSeek-V4's layout; ``convert`` writes it without a type."""
+    with one_line(f'{folder / CONFIG}'):
+        config = json.loads((folder / CONFIG).read_text())
+    return SHAPE['num_residual_streams'] in config or 'model_type' not in config
 
 
 def open_source(path: pathlib.Path, step: int | None = None) -> Source:
@@ -274,7 +299,9 @@ def open_source(path: pathlib.Path, step: int | None = None) -> Source:
     if kind == 'torch':
         return FileSource(own)
     if (own / CONFIG).is_file():
-        return SafetensorsSource(own)
+        from megatron_mhc.convert.hf.source import HuggingFaceSource
+
+        return SafetensorsSource(own) if has_layout(own) else HuggingFaceSource(own)
     raise ValueError(
         f'{own} is no checkpoint that is read: it has neither metadata.json (torch_dist) nor '
         f'{TORCH_FILE} (torch) nor {CONFIG} (safetensors); name a folder with {TRACKER}, or one '

@@ -8,11 +8,13 @@ checkpoint is in another layout, their maps are those of ``maps.py``, computed f
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +58,16 @@ def main(argv: list[str]) -> None:
     from megatron_mhc.bootstrap import prepare
 
     prepare('cpu')
+    first, second, origin = argv
+    with process_group():
+        a = logits(pathlib.Path(first), origin)
+        b = logits(pathlib.Path(second), OWN if origin == OWN else 'auto')
+    print_difference(a, b)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Megatron's groups for a world of one."""
     from megatron.core import parallel_state, tensor_parallel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -64,10 +76,13 @@ def main(argv: list[str]) -> None:
         )
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        first, second, origin = argv
-        a = logits(pathlib.Path(first), origin)
-        b = logits(pathlib.Path(second), OWN if origin == OWN else 'auto')
+        yield
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def print_difference(a: Tensor, b: Tensor) -> None:
+    """As JSON, for ``worker.answer``."""
     print(
         json.dumps(
             {
@@ -79,24 +94,33 @@ def main(argv: list[str]) -> None:
     )
 
 
-@torch.no_grad()
 def logits(path: pathlib.Path, origin: str) -> Tensor:
-    """``[2, s, vocabulary]`` of random tokens, the same for every checkpoint of that shape."""
+    """``[2, s, vocabulary]`` of ``random_tokens``."""
     source = open_source(path)
     if origin == OWN:
-        model = build(source.args, own_residual(source.args)).eval()
-        load(model, source)
-    else:
-        described = describe(source, origin)
-        model = build(source.args, residual_of(described)).eval()
-        load(model, source, described)
-    args = source.args
-    length = min(LENGTH, args.max_position_embeddings or LENGTH)
-    generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(args.padded_vocab_size, (SEQUENCES, length), generator=generator)
+        return run(source, build(source.args, own_residual(source.args)))
+    described = describe(source, origin)
+    return run(source, build(source.args, residual_of(described)), described)
+
+
+@torch.no_grad()
+def run(source: Source, model: LanguageModule, described: Described | None = None) -> Tensor:
+    """Logits of a model that was built for ``source``, with its weights."""
+    model = model.eval()
+    load(model, source, described)
+    tokens = random_tokens(source.args)
+    length = tokens.shape[-1]
     positions = torch.arange(length).expand_as(tokens)
     mask = torch.ones(1, 1, length, length).triu(1).bool()
-    return model(tokens, positions, mask).float()
+    found: Tensor = model(tokens, positions, mask).float()
+    return found
+
+
+def random_tokens(args: argparse.Namespace) -> Tensor:
+    """``[2, s]``, the same for every checkpoint of that shape."""
+    length = min(LENGTH, args.max_position_embeddings or LENGTH)
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(args.padded_vocab_size, (SEQUENCES, length), generator=generator)
 
 
 def load(model: LanguageModule, source: Source, described: Described | None = None) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
+
 import pytest
 from launch import launch
 
 from megatron_mhc.convert import worker
+
+# pytest imports tests by path.
+sys.path.append(str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture(scope='package', autouse=True)

@@ -81,13 +81,14 @@ def test_a_run_goes_on_under_a_v_and_back(unbroken, tmp_path, tensors):
     events = tmp_path / 'events'
     saves = ('--save', tmp_path, '--save-interval', 1)
     on_v = train(
-        *(2, '*|-*|-|*-', *V, *saves, '--load', folder / 'saved', '--ckpt-step', 2),
+        *(2, '*|-M|-|G-/*-', *V, *MHC, *MEMORY, *saves),
+        *('--load', folder / 'saved', '--ckpt-step', 2),
         *('--exit-interval', 3, '--mhc-monitor', '--mhc-monitor-interval', 1),
         *('--tensorboard-dir', events),
     )
     assert on_v == {3: curve[3]}
     assert present(read_run(events, 'run')) == ROWS
-    back = train(1, '*-*-*-', '--load', tmp_path, *saves)
+    back = train(1, '*-M-G-/*-', *MHC, *MEMORY, '--load', tmp_path, *saves)
     assert sorted(back) == [4]
     wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
     assert states.keys() == wanted.keys()

@@ -35,6 +35,9 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.common.embeddings.rotary_pos_embedding import (  # noqa: E402
+    RotaryEmbedding,
+)
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_decoder_block_spec,
@@ -333,7 +336,9 @@ def in_a_world_of_its_own(case: dict, folder: pathlib.Path, store: torch.distrib
     torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-    # Threads end with the last reference, and models hold some in cycles.
+    # Threads end with the last reference: models hold some in cycles, and Megatron remembers rotary
+    # embeddings with their group.
+    RotaryEmbedding.forward.cache_clear()
     gc.collect()
     return {**result, 'threads': psutil.Process().num_threads()}
 

@@ -1,0 +1,182 @@
+"""The command, what it writes and what it refuses; generation, training, other dtypes."""
+
+from __future__ import annotations
+
+import json
+
+import hf_models
+import pytest
+import torch
+from hf_models import GROUPED, LLAMA
+from safetensors.torch import load_file
+
+from megatron_mhc import cli
+from megatron_mhc.convert import output
+from megatron_mhc.convert.hf.export import export
+
+MHC = f'--residual-type mhc {LLAMA} {GROUPED}'
+
+
+@pytest.fixture(scope='module')
+def megatron(tmp_path_factory):
+    with hf_models.megatron(tmp_path_factory.mktemp('modules')):
+        yield
+
+
+@pytest.fixture
+def run(megatron, parse, random_seed, tmp_path):
+    """``run(flags)`` -> a checkpoint."""
+
+    def make(flags: str = MHC, **values):
+        args = hf_models.arguments(parse, flags)
+        path = hf_models.checkpoint(args, tmp_path / 'run')
+        if values:
+            edit(path, **values)
+        return path
+
+    return make
+
+
+def edit(path, tensors=None, **values):
+    file = path / 'mp_rank_00' / 'model_optim_rng.pt'
+    state = torch.load(file, weights_only=False)
+    state['model'] |= tensors or {}
+    for name, value in values.items():
+        setattr(state['args'], name, value)
+    torch.save(state, file)
+
+
+def loaded(folder, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+@pytest.mark.parametrize('single_pass', [False, True])
+def test_generation_with_a_cache_is_generation_without(run, tmp_path, single_pass):
+    export(run(f'{MHC} --mhc-single-pass' if single_pass else MHC), tmp_path / 'hf')
+    model = loaded(tmp_path / 'hf')
+    tokens = torch.randint(96, (2, 5))
+    # The first of a batch may be padded on the left.
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    settings = {'max_new_tokens': 12, 'do_sample': False, 'pad_token_id': 0}
+    both = [
+        model.generate(tokens, attention_mask=mask, use_cache=cache, **settings)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*both) and both[0].shape == (2, 17)
+    alone = model.generate(tokens[:1, 2:], attention_mask=mask[:1, 2:], **settings)
+    assert torch.equal(alone[0], both[0][0, 2:])
+    assert model.generate(tokens, num_beams=2, **settings).shape == (2, 17)
+
+
+def test_gradients_are_the_same_with_checkpointing(run, tmp_path):
+    export(run(), tmp_path / 'hf')
+    tokens = torch.randint(96, (2, 7))
+
+    def gradients(checkpointing):
+        model = loaded(tmp_path / 'hf').train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        outputs = model(tokens, labels=tokens, output_hidden_states=True)
+        outputs.loss.backward()
+        assert len(outputs.hidden_states) == 4
+        assert outputs.hidden_states[1].shape == (2, 7, 4 * 32)
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    stored, rebuilt = gradients(False), gradients(True)
+    assert stored and stored.keys() == rebuilt.keys()
+    for name, value in stored.items():
+        assert value is not None and value.abs().max() > 0, name
+        torch.testing.assert_close(rebuilt[name], value, msg=name)
+
+
+def test_bf16_keeps_the_maps_in_fp32(run, tmp_path):
+    export(run(), tmp_path / 'hf')
+    exact, model = loaded(tmp_path / 'hf'), loaded(tmp_path / 'hf', dtype=torch.bfloat16)
+    for name, value in model.named_parameters():
+        fp32 = 'hyper_connection' in name
+        assert value.dtype == (torch.float32 if fp32 else torch.bfloat16), name
+    tokens = torch.randint(96, (2, 7))
+    with torch.no_grad():
+        assert (model(tokens).logits - exact(tokens).logits).abs().max() < 0.1
+
+
+def test_what_the_command_says_and_writes(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(output, 'SHARD_BYTES', 40_000)
+    source = run()
+
+    def command(*flags):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(['convert', str(source), str(tmp_path / 'hf'), '--to', 'hf', *flags])
+        return ended.value.code, capsys.readouterr()
+
+    status, said = command('--dry-run')
+    assert status == 0 and 'nothing was written' in said.out
+    assert {path.name for path in tmp_path.iterdir()} == {'run'}
+    status, said = command('--json', '--verify')
+    report = json.loads(said.out)
+    assert status == 0 and report['config']['residual_type'] == 'mhc'
+    assert report['verified']['difference'] < 1e-5 < 0.1 < report['verified']['largest']
+    assert 'NullTokenizer' in report['tokenizer'] or 'no tokenizer' in report['tokenizer']
+    folder = tmp_path / 'hf'
+    index = json.loads((folder / 'model.safetensors.index.json').read_text())
+    files = {path.name for path in folder.glob('*.safetensors')}
+    assert len(files) > 2 and files == set(index['weight_map'].values())
+    tensors = {name: value for file in files for name, value in load_file(folder / file).items()}
+    assert len(tensors) == report['tensors'] == len(index['weight_map'])
+    assert not list(folder.glob('*.pt'))
+    status, said = command('--overwrite', '--mhc-stream-merge', 'mean', '--unchecked')
+    assert status == 2 and '--mhc-stream-merge, --unchecked: no effect with --to hf' in said.err
+    status, said = command()
+    assert status == 2 and said.err.count('\n') == 1 and 'add --overwrite' in said.err
+
+
+def test_prediction_layers_are_left_out_and_told_of(run, tmp_path):
+    path = run()
+    edit(path, {'mtp.layers.0.eh_proj.weight': torch.ones(32, 64)}, mtp_num_layers=1)
+    report = export(path, tmp_path / 'hf')
+    assert report.dropped == 1 and loaded(tmp_path / 'hf') is not None
+
+
+def test_the_tokenizer_of_the_run_goes_along(run, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({'a': 0, 'b': 1, '</s>': 2}, unk_token='a'))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token='</s>').save_pretrained(
+        tmp_path / 'words'
+    )
+    path, own = run(), str(tmp_path / 'words')
+    edit(path, tokenizer_type='HuggingFaceTokenizer', tokenizer_model=own)
+    assert export(path, tmp_path / 'hf').tokenizer == f'tokenizer: {own}'
+    assert AutoTokenizer.from_pretrained(tmp_path / 'hf')('b</s>')['input_ids'] == [1, 2]
+    assert loaded(tmp_path / 'hf').generation_config.eos_token_id == 2
+    edit(path, tokenizer_model=str(tmp_path / 'gone'))
+    assert 'is not on this machine' in export(path, tmp_path / 'again').tokenizer
+
+
+REFUSED = {
+    'mudd_variant': ({'residual_type': 'mudd'}, '--residual-type mudd'),
+    'window': ({'window_size': (8, 0)}, r'--window-size \(8, 0\)'),
+    'gate': ({'attention_output_gate': True}, '--attention-output-gate, for which'),
+    'memory': ({'engram_layers': [2]}, r'--engram-layers \[2\]'),
+    'sink': ({'softmax_type': 'learnable'}, '--softmax-type learnable'),
+    'manifold': ({'mhc_manifold': 'mine'}, '--mhc-manifold mine'),
+    'hybrid': ({'hybrid_layer_pattern': 'M*-'}, r'--hybrid-layer-pattern M\*-'),
+    'positions': ({'position_embedding_type': 'relative'}, '--position-embedding-type relative'),
+    'depth': ({'num_layers': 4}, r'decoder\.layers\.3\..* is missing'),
+    'shallow': ({'num_layers': 2}, r'decoder\.layers\.2\..* no tensor of the model .* others'),
+    'qkv': ({'num_query_groups': 3}, r'linear_qkv\.weight has shape'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_has_no_form_is_refused_before_anything_is_written(run, tmp_path, case):
+    values, message = REFUSED[case]
+    source = run(**values)
+    with pytest.raises(ValueError, match=message) as refused:
+        export(source, tmp_path / 'hf')
+    assert '\n' not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {'run'}
