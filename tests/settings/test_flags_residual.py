@@ -133,7 +133,6 @@ REFUSED = {
     '--residual-type hc --transformer-impl inference_optimized': 'inference_optimized',
     '--residual-type mhc --use-torch-fsdp2': '--use-torch-fsdp2',
     '--residual-type mhc --yaml-cfg x.yaml': '--yaml-cfg cannot be combined',
-    '--mhc-post-stream high --hybrid-layer-pattern *-': '--hybrid-layer-pattern cannot be combined',
     '--residual-type hc --hybrid-layer-pattern *x': "*x: 'x' is no layer of megatron-core",
     '--residual-type hc --hybrid-layer-pattern |': 'no layer; give one symbol for each',
     '--residual-type hc --hybrid-layer-pattern *-/*-/-*': 'repeat the first part',
@@ -147,7 +146,11 @@ REFUSED = {
     '--residual-type hc --hybrid-layer-pattern *-+': "one model has either '*' or latent",
     '--residual-type hc --hybrid-layer-pattern *-|*-': '2 stages do not divide over',
     f'--residual-type hc --hybrid-layer-pattern *-* {PP2}': '3 layers do not divide over',
+    '--residual-type hc --hybrid-layer-pattern *-/*- --pipeline-model-parallel-layout Ett|mL '
+    f'{PP2}': 'the pattern says itself which layers a stage has',
     f'--residual-type mhc --no-overlap-p2p-communication {VPP}': '--no-overlap-p2p-communication',
+    f'--residual-type mhc --no-overlap-p2p-communication --hybrid-layer-pattern *|-|*|- {PP2}': ''
+    '--no-overlap-p2p-communication',
 }
 
 
