@@ -238,6 +238,7 @@ def test_as_without_a_pipeline_but_for_the_order_of_sums(runs, tensors, name, re
     folder, results = runs
     case = f'{name}-{reference}'
     assert losses(results, case) == losses(results, reference)
+    assert results[case]['equal_copies']
     got, wanted = tensors(folder / case), tensors(folder / reference)
     assert got.keys() == wanted.keys()
     whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
