@@ -6,7 +6,16 @@ those of one prediction layer.
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Setting
+from megatron_mhc.settings.constraint import Constraint, Setting, hybrid_model
+
+# Not every release refuses it, and prediction layers would go by the layout, the others by the
+# pattern.
+LAYOUT_BESIDE_PATTERN = Constraint(
+    '--pipeline-model-parallel-layout with --hybrid-layer-pattern',
+    lambda get: hybrid_model(get) and get('pipeline_model_parallel_layout') is not None,
+    'the pattern says itself which layers a stage has',
+    "end every stage but the last by '|' in the pattern",
+)
 
 
 def main_pattern(get: Setting) -> str | None:

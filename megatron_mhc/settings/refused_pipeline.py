@@ -7,11 +7,10 @@ from megatron_mhc.settings.constraint import (
     Refusals,
     cuda_graphs,
     full_recompute,
-    hybrid_model,
     offloads,
-    predicts,
     shards_parameters,
 )
+from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN
 from megatron_mhc.settings.names import V_SCHEDULES
 
 _ROWS = (
@@ -129,18 +128,7 @@ _ROWS = (
         'its groups change from one microbatch to the next',
         'drop the flag',
     ),
-    Constraint(
-        '--mtp-num-layers with --hybrid-layer-pattern',
-        lambda get: hybrid_model(get) and (bool(get('mtp_num_layers')) or predicts(get)),
-        'prediction layers behind a hybrid stack are not tested on a V',
-        'end the pattern before the first /',
-    ),
-    Constraint(
-        '--pipeline-model-parallel-layout with --hybrid-layer-pattern',
-        lambda get: hybrid_model(get) and get('pipeline_model_parallel_layout') is not None,
-        'the pattern says itself which layers a stage has',
-        "end every stage but the last by '|' in the pattern",
-    ),
+    LAYOUT_BESIDE_PATTERN,
     Constraint(
         '--export-kd-teacher-load',
         lambda get: bool(get('export_kd_teacher_load')),

@@ -9,6 +9,7 @@ from megatron_mhc.settings.constraint import (
     cuda_graphs,
     shards_parameters,
 )
+from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN, main_pattern
 
 
 def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
@@ -16,6 +17,7 @@ def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
     interleaved = get('virtual_pipeline_model_parallel_size') is not None or (
         get('num_layers_per_virtual_pipeline_stage') is not None
         or get('num_virtual_stages_per_pipeline_rank') is not None
+        or (main_pattern(get) or '').count('|') > 1
     )
     batched = get('batch_p2p_comm')
     if batched is None:
@@ -36,6 +38,7 @@ _ROWS = (
         'batched p2p pairs the two messages of a two-rank ring the wrong way round, silently',
         'leave p2p overlap on (batch_p2p_comm=False)',
     ),
+    LAYOUT_BESIDE_PATTERN,
     Constraint(
         '--overlap-moe-expert-parallel-comm',
         lambda get: bool(get('overlap_moe_expert_parallel_comm')),

@@ -329,3 +329,10 @@ def test_only_phi_may_be_decayed(hybrid):
 def test_a_v_without_the_patch_that_places_its_stages_is_refused(hybrid):
     with pytest.raises(RuntimeError, match='no patch that gives a stage the layers of a V'):
         hybrid('*-', on_config={'pipeline_config': PipelineConfig('zb-v')})
+
+
+def test_a_layout_beside_the_pattern_is_refused(hybrid):
+    """It would place the prediction layer, and a copy of the embedding, on another rank."""
+    layout = {'pipeline_model_parallel_size': 2, 'pipeline_model_parallel_layout': 'Ett|t|m|L'}
+    with pytest.raises(ValueError, match='the pattern says itself which layers a stage has'):
+        hybrid('*-*/*-', MHC, pipeline_dtype=torch.float32, batch_p2p_comm=False, **layout)

@@ -75,22 +75,24 @@ V = (
 )
 
 
-def test_a_run_goes_on_under_a_v_and_back(unbroken, tmp_path, tensors):
-    """One more iteration under either, and the monitors' record of the first."""
-    folder, curve = unbroken
-    events = tmp_path / 'events'
-    saves = ('--save', tmp_path, '--save-interval', 1)
+def test_a_run_goes_on_under_a_v_and_back(tmp_path, tensors):
+    """One more iteration under either, and the monitors' record of the first.
+
+    The last rank has two copies of the word embedding: the prediction layer's and the first stage's.
+    """
+    before, after, events = tmp_path / 'before', tmp_path / 'after', tmp_path / 'events'
+    curve = train(1, '*-M-G-/*-', *MHC, '--save', before, '--save-interval', 2)
+    saves = (*MHC, '--save', after, '--save-interval', 1)
     on_v = train(
-        *(2, '*|-M|-|G-/*-', *V, *MHC, *MEMORY, *saves),
-        *('--load', folder / 'saved', '--ckpt-step', 2),
+        *(2, '*|-M|-|G-/*-', *V, *saves, '--load', before, '--ckpt-step', 2),
         *('--exit-interval', 3, '--mhc-monitor', '--mhc-monitor-interval', 1),
         *('--tensorboard-dir', events),
     )
     assert on_v == {3: curve[3]}
     assert present(read_run(events, 'run')) == ROWS
-    back = train(1, '*-M-G-/*-', *MHC, *MEMORY, '--load', tmp_path, *saves)
+    back = train(1, '*-M-G-/*-', '--load', after, *saves)
     assert sorted(back) == [4]
-    wanted, states = (tensors(f / 'iter_0000004') for f in (folder / 'saved', tmp_path))
+    wanted, states = (tensors(folder / 'iter_0000004') for folder in (before, after))
     assert states.keys() == wanted.keys()
     for key, value in wanted.items():
         torch.testing.assert_close(states[key], value, rtol=1e-4, atol=1e-6, msg=key)

@@ -80,6 +80,7 @@ MODELS = {
     'hybrid-mtp': {'residual': MHC, **HYBRID_MTP, 'tied': True},
     'mixers': {'residual': MHC, **MIXED},
     'mamba': {'residual': HC, **MIXED, 'layers': 3, 'pattern': 'M-M'},
+    'hybrid-mtp-untied': {'residual': HC, **HYBRID_MTP},
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
 }
@@ -145,6 +146,8 @@ CASES = [
     ('full', 'mixers', 1, {'config': FULL}, True),
     ('tp2', 'mamba', 2, {'layout': {'tp': 2}}, False),
     ('tp2-sp', 'mixers', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    # The last stage has no layer but that of the prediction, and gets n streams all the same.
+    ('pp2-vpp2', 'hybrid-mtp-untied', 2, {'layout': VPP2, 'pattern': '*-*|-|*-*-|/*-'}, False),
     ('pp2', 'mtp', 2, {'layout': {'pp': 2}}, False),
     ('pp2', 'mtp-tied', 2, {'layout': {'pp': 2}}, False),
     ('pp2-vpp2-alone', 'mtp', 2, MTP_ALONE, False),
@@ -276,7 +279,7 @@ def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
 
 
 def test_copies_of_the_embedding_on_one_rank_stay_equal(runs, tensors):
-    """Rank 0 has both, and reports; the checkpoint has one of them."""
+    """Rank 0 has both; the checkpoint has one of them."""
     folder, losses = runs
     assert losses['step-alone']['equal_copies']
     key = next(k for k in tensors(folder / 'step-alone') if k.endswith('word_embeddings.weight'))

@@ -231,6 +231,7 @@ def run(case: dict, folder: pathlib.Path) -> dict:
 
 def step(case: dict, folder: pathlib.Path) -> dict:
     config, chunks = build(case)
+    equal = copies_agree(chunks)
     if case.get('reference'):
         randomise(chunks)
         save(weights(chunks), folder / case['weights'])
@@ -258,13 +259,20 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         else:
             grad_norm = gradients_as_weights(optimizer, chunks)
         save(weights(chunks), folder / case['name'])
-    held = [c.module for c in chunks if c.module.pre_process or has_second_copy(c.module)]
-    copies = [chunk.shared_embedding_or_output_weight() for chunk in held]
-    equal = all(torch.equal(copy, copies[0]) for copy in copies)
+    equal = equal and copies_agree(chunks)
     for chunk in chunks:
         # Its hooks on the gradients of experts are in a cycle that the collector cannot see.
         chunk.__dict__.clear()
     return {'losses': gathered, 'grad_norm': grad_norm, 'report': report, 'equal_copies': equal}
+
+
+def copies_agree(chunks: list[torch.nn.Module]) -> bool:
+    """Whether no rank holds unequal copies of the word embedding."""
+    held = [c.module for c in chunks if c.module.pre_process or has_second_copy(c.module)]
+    copies = [chunk.shared_embedding_or_output_weight() for chunk in held]
+    agree = [True] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(agree, all(torch.equal(c, copies[0]) for c in copies))
+    return all(agree)
 
 
 def make_optimizer(case: dict, chunks: list[torch.nn.Module]):

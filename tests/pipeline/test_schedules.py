@@ -21,9 +21,13 @@ STACK = {**MOE, **LOCAL}
 MIXED_LAYERS = {'layers': 8, 'pattern': '*-M*E-EM', 'config': STACK}
 # Stages of attention, MLP and Mamba alone beside longer ones; and one of the loss alone.
 UNEVEN, LOSS_ALONE = '*|-|M*E-E|M', '*-M*|E-|EM|'
+# A prediction layer behind a layer of the last stage, and in a stage of its own.
+BEFORE, ALONE_BEHIND = '*|-M|*|E-/*E', '*-|M*|E-|/*E'
+
+PREDICTED = {'layers': 6, 'pattern': '*-M*E-/*E', 'config': {**STACK, **MTP}}
 
 TIED = ('tied', 'mtp', 'mtp-tied')
-HYBRIDS = ('standard', 'hc', 'mhc', 'tied', 'mamba', 'local')
+HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', *TIED)
 
 # model -> what distinguishes it
 MODELS = {
@@ -42,6 +46,9 @@ MODELS = {
     'hybrid-mhc': {'residual': MHC, **MIXED_LAYERS},
     'hybrid-tied': {'residual': MHC, 'layers': 4, 'pattern': '*-M-', 'tied': True, 'config': LOCAL},
     'hybrid-local': {'residual': MHC, 'layers': 6, 'pattern': '*-*E*E', 'config': STACK},
+    'hybrid-mtp': {'residual': MHC, **PREDICTED},
+    'hybrid-mtp-tied': {'residual': HC, **PREDICTED, 'tied': True},
+    'hybrid-mtp-standard': PREDICTED,
     'hybrid-mamba': {'residual': HC, 'layers': 6, 'pattern': 'MMMMMM', 'config': LOCAL},
 }
 EVEN_4 = 'Et|t|t|tL'
@@ -172,6 +179,10 @@ CLOSE = [
     # The final norm lies before the last stage, so the last edge is one stream wide.
     on_v('mtp-last', 'mtp-4', 2, 'zb-v', MTP_LAST),
     in_pattern('tied', 'tied-4', 2, 'dualpipev', '*|-|M|-'),
+    *(in_pattern('2', f'{r}-4', 2, s, BEFORE) for s in SCHEDULES for r in TIED[1:]),
+    in_pattern('high', 'mtp-4', 2, 'dualpipev-w', ALONE_BEHIND, **HIGH),
+    in_pattern('alone', 'mtp-tied-4', 2, 'zb-v', ALONE_BEHIND),
+    in_pattern('alone', 'mtp-standard-4', 2, 'dualpipev', ALONE_BEHIND),
 ]
 EVALUATIONS = [
     on_v('eval', 'mhc-4', 2, 'dualpipev', **EVAL),
@@ -227,6 +238,7 @@ def test_as_without_a_pipeline_but_for_the_order_of_sums(runs, tensors, name, re
     folder, results = runs
     case = f'{name}-{reference}'
     assert losses(results, case) == losses(results, reference)
+    assert results[case]['equal_copies']
     got, wanted = tensors(folder / case), tensors(folder / reference)
     assert got.keys() == wanted.keys()
     whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()

@@ -61,14 +61,19 @@ PATTERN = f'{PP4.replace("--num-layers 16 ", "")} --pipeline-schedule zb-v --hyb
 
 @pytest.mark.parametrize(
     ('pattern', 'stages'),
-    [('*-' * 8, '|'.join(['*-'] * 8)), ('*|-|M||*E|-|E*|', '*|-|M||*E|-|E*|')],
+    [
+        ('*-' * 8, '|'.join(['*-'] * 8)),
+        ('*|-|M||*E|-|E*|', '*|-|M||*E|-|E*|'),
+        ('*-*-*-*-/*-/*-', '*|-|*|-|*|-|*|-/*-/*-'),
+    ],
 )
 def test_a_v_of_a_hybrid_pattern(parse, capsys, pattern, stages):
     refusal.announce.cache_clear()
-    args = parse(*f'{PATTERN} {pattern}'.split())
+    flags = f'{PATTERN} {pattern} --position-embedding-type rope'
+    args = parse(*flags.split())
     assert args.hybrid_layer_pattern == stages and args.pipeline_model_parallel_layout is None
     assert f'layers {stages} in stage order' in capsys.readouterr().out
-    older = parse(*f'{PATTERN} {pattern}'.replace('layer-pattern', 'override-pattern').split())
+    older = parse(*flags.replace('layer-pattern', 'override-pattern').split())
     assert older.hybrid_override_pattern == stages and older.hybrid_layer_pattern is None
 
 
@@ -136,7 +141,8 @@ REFUSED = {
     "ranks; separate them by |, for example '*|-|*-|*-|*-|*-|*|-'",
     f'{PATTERN} *-*-': "for example '||*|-|*|-||'",
     f'{PATTERN} *-x-*-*-': "'x' is no layer",
-    f'{PATTERN} *-*-*-*-/*-': 'prediction layers behind a hybrid stack are not tested on a V',
+    f'{PATTERN} *-*-*-*-/*-': '--position-embedding-type rope or none',
+    f'{PATTERN} *-*-*-*- --mtp-num-layers 1': "0 parts behind '/', but --mtp-num-layers 1",
     f'{PATTERN} *-*-*-*- --pipeline-model-parallel-layout {LAST}': 'says itself which layers',
     f'{PP4} --pipeline-schedule dualpipe': 'argument --pipeline-schedule: invalid choice',
 }

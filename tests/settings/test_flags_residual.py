@@ -146,7 +146,11 @@ REFUSED = {
     '--residual-type hc --hybrid-layer-pattern *-+': "one model has either '*' or latent",
     '--residual-type hc --hybrid-layer-pattern *-|*-': '2 stages do not divide over',
     f'--residual-type hc --hybrid-layer-pattern *-* {PP2}': '3 layers do not divide over',
+    '--residual-type hc --hybrid-layer-pattern *-/*- --pipeline-model-parallel-layout Ett|mL '
+    f'{PP2}': 'the pattern says itself which layers a stage has',
     f'--residual-type mhc --no-overlap-p2p-communication {VPP}': '--no-overlap-p2p-communication',
+    f'--residual-type mhc --no-overlap-p2p-communication --hybrid-layer-pattern *|-|*|- {PP2}': ''
+    '--no-overlap-p2p-communication',
 }
 
 
