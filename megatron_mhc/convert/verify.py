@@ -81,10 +81,14 @@ def main(argv: list[str]) -> None:
 
 @torch.no_grad()
 def logits(path: pathlib.Path, origin: str) -> Tensor:
-    """``[2, s, vocabulary]`` of random tokens, the same for every checkpoint of that shape."""
+    """``[2, s, vocabulary]`` of random tokens, the same for every checkpoint of that shape.
+
+    With predictions beyond the next token, whose layers no other layout has, of depth d in
+    ``[2d : 2d + 2]``.
+    """
     source = open_source(path)
     if origin == OWN:
-        model = build(source.args, own_residual(source.args)).eval()
+        model = build(source.args, own_residual(source.args), prediction=True).eval()
         load(model, source)
     else:
         described = describe(source, origin)
@@ -96,7 +100,23 @@ def logits(path: pathlib.Path, origin: str) -> Tensor:
     tokens = torch.randint(args.padded_vocab_size, (SEQUENCES, length), generator=generator)
     positions = torch.arange(length).expand_as(tokens)
     mask = torch.ones(1, 1, length, length).triu(1).bool()
-    return model(tokens, positions, mask).float()
+    if not model.config.mtp_num_layers:
+        return model(tokens, positions, mask).float()
+    return _of_all_depths(model, tokens, positions, mask)
+
+
+def _of_all_depths(model: LanguageModule, tokens: Tensor, *inputs: Tensor) -> Tensor:
+    """The model itself makes losses of all but the next token, and only with labels."""
+    hidden: list[Tensor] = []
+    model.mtp.register_forward_hook(lambda module, args, output: hidden.append(output))
+    model(tokens, *inputs, labels=tokens)
+    weight = None
+    if model.share_embeddings_and_output_weights:
+        weight = model.shared_embedding_or_output_weight()
+    found, _ = model.output_layer(hidden[0], weight=weight)
+    # [(1 + depths) s, 2, vocabulary]
+    depths = found.unflatten(0, (-1, tokens.shape[1]))
+    return depths.transpose(1, 2).flatten(0, 1).float()
 
 
 def load(model: LanguageModule, source: Source, described: Described | None = None) -> None:
