@@ -44,7 +44,8 @@ ROOMS = {
     'tree': 'inputs .compat .seam',
     '.bootstrap': 'inputs .compat settings runtime patches',
     '.adaptor': '.bootstrap',
-    'convert': 'inputs kernels .ops manifolds settings checkpoints residual runtime .bootstrap',
+    'convert': 'inputs kernels .ops manifolds settings checkpoints residual mudd runtime '
+    '.bootstrap',
     'recipes': 'inputs schedules manifolds settings sizing .bootstrap',
     'study': 'inputs kernels schedules settings sizing recipes .bootstrap',
     'commands': 'inputs .compat kernels schedules settings residual .__init__ runtime trace '

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_mhc.convert.pattern import parsed, pattern_of
+from megatron_mhc.convert.pattern import Pattern, parsed, pattern_of
 from megatron_mhc.convert.saved_args import Described
 from megatron_mhc.settings.residual import ResidualConfig
 
@@ -77,22 +77,25 @@ def build(
     """A model of saved arguments, n streams if there are any.
 
     Args:
-        prediction: with the layers of multi-token prediction, which logits do not need; a hybrid
-            model has none of them here, for Megatron has them of Transformer Engine alone.
+        prediction: with the layers of multi-token prediction, which logits of the next token do
+            not need.
     """
     from megatron.training.arguments import core_transformer_config_from_args
 
+    from megatron_mhc.mudd.layer import connect_densely
     from megatron_mhc.residual.block import widen_block
 
-    pattern, depths = pattern_of(args), getattr(args, 'mtp_num_layers', None)
+    depths = getattr(args, 'mtp_num_layers', None)
     args = copy.copy(args)
     for name, value in LOCAL.items():
         setattr(args, name, value)
-    if prediction and not pattern:
+    if prediction:
         args.mtp_num_layers = depths
     config = core_transformer_config_from_args(args)
-    model = (_hybrid if pattern else _gpt)(args, config, residual)
-    if residual.enabled:
+    model = (_hybrid if pattern_of(args) else _gpt)(args, config, residual)
+    if residual.residual_type == 'mudd':
+        connect_densely(model.decoder, residual)
+    elif residual.enabled:
         widen_block(model.decoder, residual)
     return model
 
@@ -135,13 +138,13 @@ def _hybrid(args: argparse.Namespace, config: TransformerConfig, residual: Resid
         from megatron.core.models.mamba import MambaModel as HybridModel
     names = inspect.signature(HybridModel).parameters
     spec = next(name for name in names if name.endswith('_stack_spec'))
-    pattern = pattern_of(args)
-    assert pattern is not None
+    pattern = parsed(str(pattern_of(args)))
+    depths = pattern.depths[: args.mtp_num_layers or 0]
     # On the CPU device Megatron's stock spec gets local layers.
     return HybridModel(
         config,
         **{spec: with_residual(mamba_stack_spec, residual)},
-        hybrid_layer_pattern=parsed(pattern).layers,
+        hybrid_layer_pattern=str(Pattern(pattern.layers, (len(pattern.layers),), depths)),
         **_sizes(args),
     )
 

@@ -17,7 +17,6 @@ from megatron_mhc.convert.pattern import (
 )
 from megatron_mhc.convert.stages import ENDS, GPT_ALONE, gpt_flags, stages_of_gpt
 from megatron_mhc.inputs.values import flag_of
-from megatron_mhc.settings.names import STREAM_TYPES
 
 # What a GPT model has and a hybrid one has not, or counts by the number of its layer.
 GPT_FEATURES = {
@@ -120,18 +119,18 @@ def gpt_args(args: argparse.Namespace, unchecked: bool = False) -> argparse.Name
 
 
 def _check_residual(args: argparse.Namespace) -> None:
-    """Raise ValueError for residual connections that both classes do not have under same names."""
+    """Raise ValueError for what a converted model would not compute with the same weights."""
     for name in FOREIGN:
         if getattr(args, name, False):
             raise ValueError(
                 f"it was trained with Megatron-LM's own {name}, which no released model has; "
                 'first --to mhc'
             )
-    kind = getattr(args, 'residual_type', 'standard')
-    if kind not in ('standard', *STREAM_TYPES):
-        raise ValueError(f'it has residual connections of type {kind}, which GPT models alone have')
     if getattr(args, 'engram_layers', None):
-        raise ValueError('it has a memory (--engram-layers), which GPT models alone have')
+        raise ValueError(
+            'it has a memory (--engram-layers), whose tables are hashed by the number of their '
+            'layer, which another one gets: every n-gram would read another row'
+        )
 
 
 def _require_symbols(symbols: str) -> None:

@@ -11,7 +11,14 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-ATTENTION = ('input_layernorm.', 'self_attention.', 'self_attention_hyper_connection.')
+ATTENTION = (
+    'input_layernorm.',
+    'self_attention.',
+    'self_attention_hyper_connection.',
+    # Of dense connections, which are otherwise the stack's: one each for a GPT layer.
+    'key_layernorm.',
+    'value_layernorm.',
+)
 MLP = ('pre_mlp_layernorm.', 'mlp.', 'mlp_hyper_connection.')
 # A norm of its own, and as part of the projection behind it: Transformer Engine fuses them, and
 # local layers are saved under the same names.

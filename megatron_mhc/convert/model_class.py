@@ -183,11 +183,11 @@ def _check_target(content: Moved, to: str, tables: tuple[Expected, Expected]) ->
                 f'{content.source.folder}: {name} would have shape {list(entry.shape or ())} where '
                 f"the {to} model has {shape}; add --unchecked where the model is not Megatron's own"
             )
-    rest = [name for name in there if to == 'gpt' or not name.startswith('mtp.')]
-    if rest:
+    if there:
+        rest = content.parts[next(iter(there))][0].name
         raise ValueError(
-            f'{content.source.folder}: {content.parts[rest[0]][0].name} has no place in the {to} '
-            "model; add --unchecked where its layer spec is not Megatron's own"
+            f'{content.source.folder}: {rest} has no place in the {to} model; '
+            "add --unchecked where its layer spec is not Megatron's own"
         )
 
 

@@ -95,10 +95,14 @@ def print_difference(a: Tensor, b: Tensor) -> None:
 
 
 def logits(path: pathlib.Path, origin: str) -> Tensor:
-    """``[2, s, vocabulary]`` of ``random_tokens``."""
+    """``[2, s, vocabulary]`` of ``random_tokens``.
+
+    With predictions beyond the next token, whose layers no other layout has, of depth d in
+    ``[2d : 2d + 2]``.
+    """
     source = open_source(path)
     if origin == OWN:
-        return run(source, build(source.args, own_residual(source.args)))
+        return run(source, build(source.args, own_residual(source.args), prediction=True))
     described = describe(source, origin)
     return run(source, build(source.args, residual_of(described)), described)
 
@@ -112,8 +116,24 @@ def run(source: Source, model: LanguageModule, described: Described | None = Non
     length = tokens.shape[-1]
     positions = torch.arange(length).expand_as(tokens)
     mask = torch.ones(1, 1, length, length).triu(1).bool()
+    if model.config.mtp_num_layers:
+        return _of_all_depths(model, tokens, positions, mask)
     found: Tensor = model(tokens, positions, mask).float()
     return found
+
+
+def _of_all_depths(model: LanguageModule, tokens: Tensor, *inputs: Tensor) -> Tensor:
+    """The model itself makes losses of all but the next token, and only with labels."""
+    hidden: list[Tensor] = []
+    model.mtp.register_forward_hook(lambda module, args, output: hidden.append(output))
+    model(tokens, *inputs, labels=tokens)
+    weight = None
+    if model.share_embeddings_and_output_weights:
+        weight = model.shared_embedding_or_output_weight()
+    found, _ = model.output_layer(hidden[0], weight=weight)
+    # [(1 + depths) s, 2, vocabulary]
+    depths = found.unflatten(0, (-1, tokens.shape[1]))
+    return depths.transpose(1, 2).flatten(0, 1).float()
 
 
 def random_tokens(args: argparse.Namespace) -> Tensor:

@@ -28,15 +28,16 @@ RUN = """
     --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 4
     --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --lr 1e-2 --min-lr 1e-3
     --train-iters 5 --eval-iters 0 --eval-interval 1000 --log-interval 1 --split 98,1,1
-    --num-workers 0 --clip-grad 0 --save-interval 2 --residual-type mhc --mhc-init identity
-    --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable
+    --num-workers 0 --clip-grad 0 --save-interval 2 --ckpt-format torch_dist
+    --dist-ckpt-optim-fully-reshardable
 """.split()
+MHC, DENSELY = '--residual-type mhc --mhc-init identity'.split(), '--residual-type mudd'.split()
 SMALL = '--hidden-size 32 --num-attention-heads 4 --position-embedding-type rope'.split()
 STAGES = '--pipeline-model-parallel-size 2'.split()
-LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
+LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*?(?:mtp_1 loss: (\S+) .*)?grad norm: (\S+)')
 # Tied embeddings, biases, dropout, two virtual stages on each of two ranks, states kept apart.
 DENSE = [*SMALL, *'--num-layers 4 --use-distributed-optimizer --mhc-stream-merge learned'.split()]
-# bf16 with fp32 weights in the optimizer, a dense layer, then one of experts.
+# bf16 with fp32 weights in the optimizer, a dense layer, then one of experts, one of prediction.
 EXPERTS = [
     *SMALL,
     *"""
@@ -45,9 +46,11 @@ EXPERTS = [
     --moe-router-score-function sigmoid --moe-router-enable-expert-bias
     --moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall --swiglu
     --normalization RMSNorm --untie-embeddings-and-output-weights --hidden-dropout 0
-    --attention-dropout 0 --bf16
+    --attention-dropout 0 --bf16 --mtp-num-layers 1
     """.split(),
 ]
+# Dense connections, whose attention has three norms.
+MUDD = [*SMALL, *'--num-layers 2'.split()]
 # Latent attention, whose norm lies apart.
 LATENT = [
     *SMALL,
@@ -58,24 +61,24 @@ LATENT = [
     """.split(),
 ]
 # Arguments of a run that was resumed, and what counting FLOPs makes of absent grouped queries.
-OF_RESUMING = """
-    load save iteration num_floating_point_operations_so_far use_checkpoint_args num_query_groups
-""".split()
-BOTH = ('dense', 'experts')
+OF_RESUMING = 'load save iteration use_checkpoint_args num_query_groups'.split()
+# Megatron has another formula for a pattern, with other terms for prediction layers.
+FLOPS = 'num_floating_point_operations_so_far'
+KINDS = ('dense', 'experts', 'mudd')
 LATENT_SYMBOL = '+' in Symbols.VALID_LAYERS
-HYBRID = {'dense': '*-|*-|*-|*-', 'experts': '*-*E'}
+HYBRID = {'dense': '*-|*-|*-|*-', 'experts': '*-*E/*E', 'mudd': '*-*-'}
 
 
-def train(world: int, kind: str, *flags: object) -> Running:
+def train(world: int, kind: str, *flags: object, residual: list[str] = MHC) -> Running:
     script = ROOT / 'examples' / f'pretrain_{kind}.py'
-    return start(world, '-m', 'megatron_mhc.run', script, *RUN, *flags)
+    return start(world, '-m', 'megatron_mhc.run', script, *RUN, *residual, *flags)
 
 
-def curve(run: Running) -> dict[int, tuple[str, str]]:
-    """Iteration -> loss and gradient norm, as they are printed."""
+def curve(run: Running) -> dict[int, tuple[str, str, str]]:
+    """Iteration -> loss, that of predictions, and gradient norm, as they are printed."""
     done = run.result()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return {int(i): (loss, norm) for i, loss, norm in LINE.findall(done.stdout)}
+    return {int(i): values for i, *values in LINE.findall(done.stdout)}
 
 
 @pytest.fixture(scope='module')
@@ -86,6 +89,7 @@ def gpt(tmp_path_factory):
     runs = {
         'dense': train(2, 'gpt', *DENSE, *virtual, '--save', folder / 'dense'),
         'experts': train(1, 'gpt', *EXPERTS, '--save', folder / 'experts'),
+        'mudd': train(1, 'gpt', *MUDD, '--save', folder / 'mudd', residual=DENSELY),
     }
     if LATENT_SYMBOL:
         runs['latent'] = train(1, 'gpt', *LATENT, '--save', folder / 'latent')
@@ -98,7 +102,7 @@ def hybrid(gpt):
     folder, _ = gpt
     made = folder.parent / 'hybrid'
     made.mkdir()
-    return made, {name: move(folder / name, made / name, 'hybrid', step=2) for name in BOTH}
+    return made, {name: move(folder / name, made / name, 'hybrid', step=2) for name in KINDS}
 
 
 def contents(path: pathlib.Path) -> dict:
@@ -120,7 +124,7 @@ def assert_same(path: pathlib.Path, other: pathlib.Path, *unlike: str) -> None:
         assert same, name
     first, second = (open_source(where).state for where in (path, other))
     assert first.keys() == second.keys()
-    for name in first.keys() - {'args'}:
+    for name in first.keys() - {'args', *({FLOPS} & {*unlike})}:
         assert str(first[name]) == str(second[name]), name
     first, second = (vars(state['args']) for state in (first, second))
     assert {k for k in first.keys() | second.keys() if first.get(k) != second.get(k)} <= {*unlike}
@@ -130,16 +134,17 @@ def assert_same(path: pathlib.Path, other: pathlib.Path, *unlike: str) -> None:
 def resumed(gpt, hybrid):
     """The last three iterations as hybrid models; the dense one also on one rank."""
     made, _ = hybrid
-    load = {name: ('--load', made / name, '--save', made / f'{name} on') for name in BOTH}
+    load = {name: ('--load', made / name, '--save', made / f'{name} on') for name in KINDS}
     dense = ('--use-checkpoint-args', *DENSE[6:])
     runs = {
         'dense': train(2, 'hybrid', *dense, *STAGES, *load['dense']),
         'experts': train(1, 'hybrid', *EXPERTS, '--use-checkpoint-args', *load['experts']),
+        'mudd': train(1, 'hybrid', '--use-checkpoint-args', *load['mudd'], residual=DENSELY),
     }
     return made, {name: curve(run) for name, run in runs.items()}
 
 
-@pytest.mark.parametrize('name', BOTH)
+@pytest.mark.parametrize('name', KINDS)
 def test_a_run_goes_on_as_if_unbroken(gpt, resumed, tmp_path, name):
     """Losses as they are printed; then every bit of what it saves, of what the GPT run saved."""
     folder, curves = gpt
@@ -147,17 +152,20 @@ def test_a_run_goes_on_as_if_unbroken(gpt, resumed, tmp_path, name):
     # Megatron averages the first two losses that it prints after a start.
     assert sorted(after[name]) == [3, 4, 5]
     assert all(after[name][i] == curves[name][i] for i in (3, 5))
+    assert all(bool(predicted) == (name == 'experts') for _, predicted, _ in after[name].values())
     move(folder / name, tmp_path / 'last', 'hybrid', unchecked=True)
-    assert_same(tmp_path / 'last', made / f'{name} on', *OF_RESUMING)
+    assert_same(tmp_path / 'last', made / f'{name} on', *OF_RESUMING, FLOPS)
 
 
-@pytest.mark.parametrize('name', BOTH)
+@pytest.mark.parametrize('name', KINDS)
 def test_and_back(gpt, hybrid, tmp_path, name):
     made, reports = hybrid
     assert reports[name].pattern == HYBRID[name] and reports[name].iteration == 2
     assert reports[name].states > 2 * reports[name].weights - 5
     back = move(made / name, tmp_path / 'back', 'gpt', verify=True)
     assert back.verified['difference'] == 0 < back.verified['largest']
+    # Two sequences; predictions too.
+    assert back.verified['compared'] == (2 if name == 'experts' else 1) * 2 * 32 * 256
     assert_same(tmp_path / 'back', gpt[0] / name / 'iter_0000002')
 
 
@@ -232,7 +240,7 @@ def test_what_is_refused_before_anything_is_written(gpt, hybrid, tmp_path, capsy
     assert '--from: --to gpt keeps' in command(other, new, '--to', 'gpt', '--from', 'mhc')
     assert '--no-optim: --to mhc leaves' in command(source, new, '--to', 'mhc', '--no-optim')
     said = command(source, new, '--to', 'hybrid', '--dry-run')
-    assert "--hybrid-layer-pattern '*-*E'" in said and 'nothing was written' in said
+    assert "--hybrid-layer-pattern '*-*E/*E'" in said and 'nothing was written' in said
     assert 'decoder.layers.{2i+1}.pre_mlp_layernorm.weight' in said
     said = how_to_go_on(hybrid[1]['dense'], new)
     assert '--use-checkpoint-args, from a script that builds a HybridModel; on other' in said
@@ -249,9 +257,9 @@ def test_weights_of_another_model(gpt, tmp_path):
     torch.save(common, source / 'common.pt')
     with pytest.raises(ValueError, match='linear_qkv.bias is missing'):
         move(source, tmp_path / 'new', 'hybrid')
-    common['args'].add_qkv_bias, common['args'].moe_shared_expert_intermediate_size = False, None
+    common['args'].add_qkv_bias, common['args'].mtp_num_layers = False, None
     torch.save(common, source / 'common.pt')
-    with pytest.raises(ValueError, match='shared_experts.* has no place in the hybrid model'):
+    with pytest.raises(ValueError, match=r'mtp\.layers\.0\..* has no place in the hybrid model'):
         move(source, tmp_path / 'new', 'hybrid')
     assert move(source, tmp_path / 'new', 'hybrid', unchecked=True, dry_run=True).weights > 30
     assert [path.name for path in tmp_path.iterdir()] == ['copy']
@@ -276,7 +284,7 @@ def standard(gpt):
 def test_streams_for_a_standard_hybrid_model(standard, tmp_path):
     """Exact; and the same whether streams come first or the class does."""
     plain, streams = tmp_path / 'plain', {'stream_merge': 'learned', 'num_streams': 3}
-    assert move(standard, plain, 'hybrid', unchecked=True).pattern == '*-*E'
+    assert move(standard, plain, 'hybrid', unchecked=True).pattern == '*-*E/*E'
     report = convert(plain, tmp_path / 'widened', upcycling=streams, verify=True)
     assert report.verified['difference'] < 3e-6 < 0.1 < report.verified['largest']
     assert {row.target.split('.')[3] for row in report.rows[:6]} == {

@@ -126,8 +126,7 @@ def test_patterns_that_gpt_models_cannot_have(pattern, message):
         ({'spec': ['mine', 'spec']}, '--spec .*nothing tells'),
         ({'position_embedding_type': 'relative'}, '--position-embedding-type relative'),
         ({'enable_hyper_connections': True}, 'enable_hyper_connections, .* first --to mhc'),
-        ({'residual_type': 'mudd'}, 'of type mudd'),
-        ({'engram_layers': [1]}, r'a memory \(--engram-layers\)'),
+        ({'engram_layers': [1]}, r'a memory \(--engram-layers\), .* are hashed by the number'),
         ({'num_experts': 2, 'moe_layer_freq': [1]}, 'names 1 layers where the model has 4'),
     ],
 )
@@ -166,6 +165,8 @@ PAIRS = {
     'decoder.final_layernorm.weight': 'decoder.final_norm.weight',
     f'{STATE}decoder.final_layernorm.weight': f'{STATE}decoder.final_norm.weight',
     'decoder.stream_merge.bias': 'decoder.stream_merge.bias',
+    f'{LAYER}1.key_layernorm.weight': f'{LAYER}2.key_layernorm.weight',
+    'decoder.dense_aggregates.1.bias': 'decoder.dense_aggregates.1.bias',
     'rng_state/shard_0.0_1.1': 'rng_state/shard_0.0_1.1',
     'mtp.layers.0.transformer_layer.mlp.router.weight': 'mtp.layers.0.mtp_model_layer.layers.1.mlp.'
     'router.weight',

@@ -78,7 +78,7 @@ V = (
 def test_a_run_goes_on_under_a_v_and_back(tmp_path, tensors):
     """One more iteration under either, and the monitors' record of the first.
 
-    The last rank has two copies of the word embedding: the prediction layer's and the first stage's.
+    The last rank has two copies of the word embedding: of the prediction layer and the first stage.
     """
     before, after, events = tmp_path / 'before', tmp_path / 'after', tmp_path / 'events'
     curve = train(1, '*-M-G-/*-', *MHC, '--save', before, '--save-interval', 2)
