@@ -24,6 +24,7 @@ PAGES = {
     'troubleshooting': 'by the text of the error',
     'checkpoints': 'what is kept, and what reads it',
     'conversion': 'streams for a standard checkpoint, and other layouts of them',
+    'huggingface': 'models for transformers, and back',
     'schedules': 'pipeline schedules: which one, how they work',
     'initial-values': 'where the maps of mHC start: what was compared',
     'manifolds': 'what H_res is kept on',

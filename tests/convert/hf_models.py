@@ -62,7 +62,12 @@ def checkpoint(args, folder: pathlib.Path) -> pathlib.Path:
     with torch.no_grad():
         buffers = [(name, b) for name, b in model.named_buffers() if name.endswith('expert_bias')]
         for name, value in [*model.named_parameters(), *buffers]:
-            value.copy_(torch.randn(value.shape) * (0.3 if value.dim() == 1 else 0.1))
+            noise = torch.randn(value.shape)
+            if args.residual_type == 'hc' and 'hyper_connection' in name:
+                # Without constraint, maps far from their start amplify every rounding.
+                value.add_(0.1 * noise)
+                continue
+            value.copy_(noise * (0.3 if value.dim() == 1 else 0.1))
             if 'norm' in name and name.endswith('weight'):
                 value.add_(1)
     file = folder / 'mp_rank_00' / 'model_optim_rng.pt'
