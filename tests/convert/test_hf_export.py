@@ -189,7 +189,24 @@ def test_the_tokenizer_of_the_run_goes_along(run, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / 'hf')('b</s>')['input_ids'] == [1, 2]
     assert loaded(tmp_path / 'hf').generation_config.eos_token_id == 2
     edit(path, tokenizer_model=str(tmp_path / 'gone'))
-    assert 'is not on this machine' in export(path, tmp_path / 'again').tokenizer
+    assert 'cannot be read on this machine' in export(path, tmp_path / 'again').tokenizer
+
+
+@pytest.mark.parametrize('damage', ['tokenizer.json', 'tokenizer_config.json'])
+def test_a_tokenizer_that_is_damaged_or_has_code_is_told_of(run, tmp_path, damage, capsys):
+    own = tmp_path / 'own'
+    own.mkdir()
+    (own / 'tokenizer.json').write_text('{"model": 1}')
+    if damage == 'tokenizer_config.json':
+        (own / damage).write_text('{"auto_map": {"AutoTokenizer": ["code.Own", null]}}')
+        (own / 'config.json').write_text('{"model_type": "own"}')
+        (own / 'code.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")')
+    else:
+        (own / 'tokenizer_config.json').write_text('{"tokenizer_class": "TokenizersBackend"}')
+    path = run(tokenizer_type='HuggingFaceTokenizer', tokenizer_model=str(own))
+    said = export(path, tmp_path / 'hf').tokenizer
+    assert 'cannot be read on this machine' in said and '\n' not in said
+    assert 'y/N' not in capsys.readouterr().out and not (tmp_path / 'ran').exists()
 
 
 REFUSED = {
@@ -214,6 +231,7 @@ REFUSED = {
     'positions': ({'position_embedding_type': 'relative'}, '--position-embedding-type relative'),
     'depth': ({'num_layers': 4}, r'decoder\.layers\.3\..* is missing'),
     'shallow': ({'num_layers': 2}, r'decoder\.layers\.2\..* no tensor of the model .* others'),
+    'vocabulary': ({'padded_vocab_size': 64}, r'word_embeddings\.weight has shape \[96, 32\]'),
     'qkv': ({'num_query_groups': 3}, r'linear_qkv\.weight has shape'),
 }
 
