@@ -250,13 +250,15 @@ class SafetensorsSource(Source):
 def open_tensors(folder: pathlib.Path) -> dict[str, tuple[Any, str]]:
     """Name -> the file of safetensors that has it, mapped into memory, and the name once more."""
     safetensors = require('safetensors', 'safetensors')
-    names = {MODEL}
-    if (folder / INDEX).is_file():
+    names = [MODEL]
+    # transformers takes the one file where both are there.
+    if (folder / INDEX).is_file() and not (folder / MODEL).is_file():
         with one_line(f'{folder / INDEX}'):
-            names = set(json.loads((folder / INDEX).read_text())['weight_map'].values())
+            index = json.loads((folder / INDEX).read_text())
+            names = sorted(set(index['weight_map'].values()))
     found = {}
-    for name in sorted(names):
-        with one_line(f'{folder / name}', safetensors.SafetensorError):
+    for name in names:
+        with one_line(f'{folder / str(name)}', safetensors.SafetensorError):
             file = safetensors.safe_open(folder / name, framework='pt')
             found.update({stored: (file, stored) for stored in file.keys()})
     return found

@@ -91,6 +91,41 @@ def test_gradients_are_the_same_with_checkpointing(run, tmp_path):
         torch.testing.assert_close(rebuilt[name], value, msg=name)
 
 
+EXPERTS = '--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16'
+
+
+def test_every_part_can_be_offloaded_or_cast_afterwards(run, tmp_path):
+    export(run(f'{MHC} {EXPERTS} --mhc-stream-merge learned'), tmp_path / 'hf')
+    exact, tokens = loaded(tmp_path / 'hf'), torch.randint(96, (2, 7))
+    names = ['embed_tokens', 'norm', 'stream_merge', *(f'layers.{i}' for i in range(3))]
+    disk = {f'model.{name}': 'disk' for name in names} | {'lm_head': 'cpu'}
+    disk['model.embed_tokens'] = 'cpu'
+    with torch.no_grad():
+        expected = exact(tokens).logits
+        for place in ('auto', disk):
+            model = loaded(tmp_path / 'hf', device_map=place, offload_folder=tmp_path / 'off')
+            assert torch.equal(model(tokens).logits, expected), place
+        assert (exact.to(torch.bfloat16)(tokens).logits - expected).abs().max() < 0.2
+
+
+def test_the_loss_and_the_logits_that_trainer_and_generate_ask_for(run, tmp_path):
+    export(run(), tmp_path / 'hf')
+    model, tokens = loaded(tmp_path / 'hf'), torch.randint(96, (2, 7))
+    with torch.no_grad():
+        whole = model(tokens, labels=tokens)
+        part = model(tokens, labels=tokens, num_items_in_batch=48)
+        # The first of each seven has no token before it.
+        torch.testing.assert_close(part.loss, whole.loss * 12 / 48)
+        for keep, own in ((1, [-1]), (2, [-2, -1]), (torch.tensor([0, 4]), [0, 4])):
+            got = model(tokens, logits_to_keep=keep).logits
+            torch.testing.assert_close(got, whole.logits[:, own])
+        model.config.output_hidden_states = True
+        assert len(model(tokens).hidden_states) == 4
+    fresh = type(model.config)()
+    fresh.rope_parameters['rope_theta'] = 1.0
+    assert type(model.config)().rope_parameters['rope_theta'] == 10000.0
+
+
 def test_bf16_keeps_the_maps_in_fp32(run, tmp_path):
     export(run(), tmp_path / 'hf')
     exact, model = loaded(tmp_path / 'hf'), loaded(tmp_path / 'hf', dtype=torch.bfloat16)
@@ -154,7 +189,24 @@ def test_the_tokenizer_of_the_run_goes_along(run, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / 'hf')('b</s>')['input_ids'] == [1, 2]
     assert loaded(tmp_path / 'hf').generation_config.eos_token_id == 2
     edit(path, tokenizer_model=str(tmp_path / 'gone'))
-    assert 'is not on this machine' in export(path, tmp_path / 'again').tokenizer
+    assert 'cannot be read on this machine' in export(path, tmp_path / 'again').tokenizer
+
+
+@pytest.mark.parametrize('damage', ['tokenizer.json', 'tokenizer_config.json'])
+def test_a_tokenizer_that_is_damaged_or_has_code_is_told_of(run, tmp_path, damage, capsys):
+    own = tmp_path / 'own'
+    own.mkdir()
+    (own / 'tokenizer.json').write_text('{"model": 1}')
+    if damage == 'tokenizer_config.json':
+        (own / damage).write_text('{"auto_map": {"AutoTokenizer": ["code.Own", null]}}')
+        (own / 'config.json').write_text('{"model_type": "own"}')
+        (own / 'code.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")')
+    else:
+        (own / 'tokenizer_config.json').write_text('{"tokenizer_class": "TokenizersBackend"}')
+    path = run(tokenizer_type='HuggingFaceTokenizer', tokenizer_model=str(own))
+    said = export(path, tmp_path / 'hf').tokenizer
+    assert 'cannot be read on this machine' in said and '\n' not in said
+    assert 'y/N' not in capsys.readouterr().out and not (tmp_path / 'ran').exists()
 
 
 REFUSED = {
@@ -165,9 +217,21 @@ REFUSED = {
     'sink': ({'softmax_type': 'learnable'}, '--softmax-type learnable'),
     'manifold': ({'mhc_manifold': 'mine'}, '--mhc-manifold mine'),
     'hybrid': ({'hybrid_layer_pattern': 'M*-'}, r'--hybrid-layer-pattern M\*-'),
+    'capacity': ({'moe_expert_rank_capacity_factor': 1.0}, '--moe-expert-rank-capacity-factor 1'),
+    'random experts': ({'moe_router_force_load_balancing': True}, '--moe-router-force-load-bal'),
+    'biased experts': ({'moe_router_force_biased': 0.1}, '--moe-router-force-biased 0.1'),
+    'latent part': (
+        {'multi_latent_attention': True, 'rotary_percent': 0.5},
+        '--multi-latent-attention with --rotary-percent 0.5',
+    ),
+    'streams of Megatron': (
+        {'enable_hyper_connections': True},
+        '--enable-hyper-connections.*first convert it --to mhc',
+    ),
     'positions': ({'position_embedding_type': 'relative'}, '--position-embedding-type relative'),
     'depth': ({'num_layers': 4}, r'decoder\.layers\.3\..* is missing'),
     'shallow': ({'num_layers': 2}, r'decoder\.layers\.2\..* no tensor of the model .* others'),
+    'vocabulary': ({'padded_vocab_size': 64}, r'word_embeddings\.weight has shape \[96, 32\]'),
     'qkv': ({'num_query_groups': 3}, r'linear_qkv\.weight has shape'),
 }
 

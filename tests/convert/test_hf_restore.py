@@ -132,6 +132,11 @@ def only_pickles(folder: pathlib.Path) -> None:
     (folder / 'pytorch_model.bin').write_bytes(pickle.dumps({}))
 
 
+def broken_index(folder: pathlib.Path) -> None:
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model.safetensors.index.json').write_text('{"weight_map": {"a": 1, "b": "c"}}')
+
+
 CODE = {'AutoModelForCausalLM': 'modeling_other.Other'}
 BAD = {
     'pickles': (only_pickles, 'pickles are not read'),
@@ -145,6 +150,11 @@ BAD = {
         'stored as I32',
     ),
     'other heads': (lambda f: edit(f, num_key_value_heads=3), 'the shape of .*q_proj'),
+    'no heads': (lambda f: edit(f, num_attention_heads=None), 'lacks a value, or has one'),
+    'no depth': (lambda f: edit(f, num_hidden_layers='x'), 'lacks a value, or has one'),
+    'no dtype': (lambda f: edit(f, dtype='x'), 'lacks a value, or has one'),
+    'other words': (lambda f: edit(f, vocab_size=64), r'embedding has shape \[96, 32\], where'),
+    'an index of numbers': (broken_index, 'index.json cannot be read'),
     'a gate': (lambda f: edit(f, hidden_act='gelu'), 'hidden_act gelu with a gate'),
 }
 

@@ -132,6 +132,9 @@ ONLY: dict[str, tuple[str, tuple[Any, ...]]] = {
     'moe_latent_size': ('--moe-latent-size', (None,)),
     'moe_apply_probs_on_input': ('--moe-apply-probs-on-input', (False,)),
     'moe_expert_capacity_factor': ('--moe-expert-capacity-factor', (None,)),
+    'moe_expert_rank_capacity_factor': ('--moe-expert-rank-capacity-factor', (None,)),
+    'moe_router_force_load_balancing': ('--moe-router-force-load-balancing', (False,)),
+    'moe_router_force_biased': ('--moe-router-force-biased', (None,)),
     'moe_mlp_glu_interleave_size': ('--moe-mlp-glu-interleave-size', (None,)),
     'moe_shared_expert_glu_interleave_size': ('--moe-shared-expert-glu-interleave-size', (None,)),
     'moe_router_score_function': ('--moe-router-score-function', ('softmax', 'sigmoid')),
@@ -149,6 +152,11 @@ def config_from_args(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a flag that has no form here; the message names it.
     """
+    if getattr(args, 'enable_hyper_connections', False):
+        raise ValueError(
+            "--to hf: the run had Megatron's own --enable-hyper-connections; first convert it "
+            '--to mhc, and what comes of that --to hf'
+        )
     for name, (flag, allowed) in ONLY.items():
         # One that a release does not have was never given.
         value = getattr(args, name, allowed[0])
@@ -196,6 +204,8 @@ def _latent(args: argparse.Namespace) -> dict[str, Any]:
     if args.position_embedding_type != 'rope':
         positions = f'--position-embedding-type {args.position_embedding_type}'
         raise _refused(f'--multi-latent-attention with {positions}')
+    if args.rotary_percent != 1:
+        raise _refused(f'--multi-latent-attention with --rotary-percent {args.rotary_percent}')
     own = {ours: getattr(args, theirs) for ours, theirs in LATENT.items()}
     rope = _rope(args)
     if args.rope_type == 'rope' and args.rotary_scaling_factor > 1 and args.mscale_all_dim:

@@ -34,7 +34,15 @@ from megatron_mhc.convert.hf.names import (
 from megatron_mhc.convert.hf.native import as_native
 from megatron_mhc.convert.hf.tokenizer import write_tokenizer
 from megatron_mhc.convert.output import atomic_folder, check_destination, write_shards
-from megatron_mhc.convert.source import CONFIG, OPAQUE, Entry, Source, open_source, whole
+from megatron_mhc.convert.source import (
+    CONFIG,
+    OPAQUE,
+    Entry,
+    Source,
+    open_source,
+    require,
+    whole,
+)
 
 PREDICTION = 'mtp.'
 GENERATION = 'generation_config.json'
@@ -103,13 +111,15 @@ def export(
     report = Exported(written, len(entries), nbytes, dropped)
     if dry_run:
         return report
+    if verify:
+        require('transformers', 'transformers')
     with atomic_folder(destination) as folder:
+        report.tokenizer, ends = write_tokenizer(opened.args, folder)
         with (progress or silent)(nbytes) as advance:
             write_shards(folder, entries, _reader(opened, config, pieces, advance))
         (folder / CONFIG).write_text(json.dumps(written, indent=2) + '\n')
         if 'auto_map' in written:
             shutil.copy(pathlib.Path(__file__).with_name(f'{MODELING}.py'), folder)
-        report.tokenizer, ends = write_tokenizer(opened.args, folder)
         (folder / GENERATION).write_text(json.dumps(ends, indent=2) + '\n')
         if verify:
             from megatron_mhc.convert.hf.verify import require_equal
@@ -158,6 +168,9 @@ def _planned(source: Source, config: Config) -> tuple[dict[str, Piece], dict[str
             raise _misfit(source, stored, shape) from None
         for place, (name, part) in enumerate(zip(our_names(row, layer), parts, strict=True)):
             pieces[name], entries[name] = Piece(stored, number, row, place), whole(part)
+    embedding = entries['model.embed_tokens.weight'].shape
+    if embedding is not None and embedding != (config['vocab_size'], config['hidden_size']):
+        raise _misfit(source, 'embedding.word_embeddings.weight', embedding)
     rest = [name for name in source.entries if name not in used and OPAQUE not in name]
     strange = [name for name in rest if not name.startswith(PREDICTION)]
     if strange:

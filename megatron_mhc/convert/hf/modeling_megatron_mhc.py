@@ -5,6 +5,7 @@ n streams, C hidden size; streams are ``[b, s, n*C]``, the stream index outer. W
 streams is computed in fp32 whatever the dtype of the model.
 """
 
+import copy
 import inspect
 import itertools
 import math
@@ -94,7 +95,7 @@ class MegatronMhcConfig(PretrainedConfig):
 
     def __init__(self, **given):
         for name, default in DEFAULTS.items():
-            setattr(self, name, given.pop(name, default))
+            setattr(self, name, given.pop(name, copy.deepcopy(default)))
         super().__init__(**given)
 
     @property
@@ -119,6 +120,19 @@ class Norm(nn.Module):
         else:
             normed = F.layer_norm(x.float(), shape, weight, self.bias.float(), self.eps)
         return normed.to(self.weight.dtype)
+
+
+class CastLinear(nn.Linear):
+    """A linear layer without bias in the dtype of its input, whatever that of its weight is.
+
+    It is called as a module, so that weights which are offloaded come back before.
+    """
+
+    def __init__(self, width, size):
+        super().__init__(width, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def rotary(config, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -278,7 +292,7 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, width = config, config.hidden_size
-        self.gate = nn.Linear(width, config.num_experts, bias=False)
+        self.gate = CastLinear(width, config.num_experts)
         if config.router_bias:
             bias = torch.zeros(config.num_experts, dtype=torch.float32)
             self.expert_bias = nn.Parameter(bias, requires_grad=False)
@@ -307,7 +321,7 @@ class Experts(nn.Module):
         """Weights and numbers of the experts of each token, ``[tokens, k]``."""
         config, k = self.config, self.config.experts_per_token
         dtype = {None: x.dtype, 'fp32': torch.float32, 'fp64': torch.float64}[config.router_dtype]
-        logits = F.linear(x.to(dtype), self.gate.weight.to(dtype))
+        logits = self.gate(x.to(dtype))
         if config.router_score == 'sigmoid':
             scores = logits.float().sigmoid()
             chosen = self.best(scores + self.expert_bias if config.router_bias else scores)
@@ -391,10 +405,12 @@ MANIFOLDS = {
 }
 
 
-def scaled_projection(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
+def scaled_projection(
+    x: Tensor, phi: CastLinear, scale: Tensor, bias: Tensor, eps: float
+) -> Tensor:
     """``scale * (x phi) / r + b`` with r the root mean square of all n*C values (mHC, Eq 14-16)."""
     r = (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
-    return F.linear(x, weight) / r * scale + bias
+    return phi(x) / r * scale + bias
 
 
 def read(x: Tensor, h_pre: Tensor) -> Tensor:
@@ -424,12 +440,12 @@ class HyperConnection(nn.Module):
         self.num_logits = MANIFOLDS[config.manifold][0](n) if self.constrained else n * n
         self.bias = nn.Parameter(torch.zeros(2 * n + self.num_logits, dtype=torch.float32))
         if self.constrained:
-            self.mapping_proj = nn.Linear(n * width, 2 * n + self.num_logits, bias=False)
+            self.mapping_proj = CastLinear(n * width, 2 * n + self.num_logits)
             names = ('alpha_pre', 'alpha_post', 'alpha_res')[: 3 if self.num_logits else 2]
         else:
             if config.hc_variant == 'static':
                 return
-            self.mapping_proj = nn.Linear(width, n + 2, bias=False)
+            self.mapping_proj = CastLinear(width, n + 2)
             names = ('alpha_width', 'alpha_depth')
         for name in names:
             setattr(self, name, nn.Parameter(torch.full((1,), 0.01, dtype=torch.float32)))
@@ -454,7 +470,7 @@ class HyperConnection(nn.Module):
         alphas = [self.alpha_pre, self.alpha_post, getattr(self, 'alpha_res', self.alpha_post)]
         scale = torch.cat([alpha.expand(size) for alpha, size in zip(alphas, sizes, strict=True)])
         eps = self.config.residual_norm_eps
-        logits = scaled_projection(x, self.mapping_proj.weight, scale, self.bias, eps)
+        logits = scaled_projection(x, self.mapping_proj, scale, self.bias, eps)
         pre, post, res = logits.split(sizes, dim=-1)
         if self.config.manifold == 'sinkhorn':
             h_res = sinkhorn(res.unflatten(-1, (n, n)), self.config.sinkhorn_iterations)
@@ -468,7 +484,7 @@ class HyperConnection(nn.Module):
         if self.config.hc_variant == 'dynamic':
             norm = F.rms_norm if self.config.normalization == 'RMSNorm' else F.layer_norm
             normed = norm(x.unflatten(-1, (n, width)), (width,), eps=self.config.norm_eps)
-            h = F.linear(normed, self.mapping_proj.weight)
+            h = self.mapping_proj(normed)
             h = h.tanh() if self.config.hc_tanh else h
             pre, post, res = h.split([1, 1, n], dim=-1)
             # Row j of A_r is of stream j; H_res is its transpose.
@@ -487,7 +503,7 @@ class StreamMerge(nn.Module):
         self.config = config
         if config.stream_merge == 'learned':
             n = config.streams
-            self.mapping_proj = nn.Linear(n * config.hidden_size, n, bias=False)
+            self.mapping_proj = CastLinear(n * config.hidden_size, n)
             self.bias = nn.Parameter(torch.zeros(n, dtype=torch.float32))
             self.alpha = nn.Parameter(torch.full((1,), 0.01, dtype=torch.float32))
 
@@ -495,8 +511,8 @@ class StreamMerge(nn.Module):
         n, merge = self.config.streams, self.config.stream_merge
         with torch.autocast(x.device.type, enabled=False):
             if merge == 'learned':
-                weight, eps = self.mapping_proj.weight, self.config.residual_norm_eps
-                gates = scaled_projection(x.float(), weight, self.alpha, self.bias, eps).sigmoid()
+                phi, eps = self.mapping_proj, self.config.residual_norm_eps
+                gates = scaled_projection(x.float(), phi, self.alpha, self.bias, eps).sigmoid()
                 return read(x, gates)
             if self.config.single_pass:
                 return read(x, last_pre)
@@ -591,6 +607,8 @@ class MegatronMhcModel(MegatronMhcPreTrainedModel):
         config, cache = self.config, take_cache(kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if not use_cache:
@@ -648,15 +666,31 @@ class MegatronMhcForCausalLM(MegatronMhcPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(
-        self, input_ids=None, labels=None, logits_to_keep=0, return_dict=None, cache=None, **kwargs
+        self,
+        input_ids=None,
+        labels=None,
+        logits_to_keep=0,
+        return_dict=None,
+        cache=None,
+        num_items_in_batch=None,
+        **kwargs,
     ):
-        """Logits ``[b, s, vocabulary]``, of the last ``logits_to_keep`` tokens if that is not 0."""
+        """Logits ``[b, s, vocabulary]``.
+
+        Args:
+            logits_to_keep: of that many last tokens if it is not 0; of these where it is a tensor.
+            num_items_in_batch: tokens by which the loss is divided, as Trainer gives them for all
+                that it accumulates; by default those of ``labels``.
+        """
         outputs = self.model(input_ids, cache=cache, **kwargs)
         x = outputs.last_hidden_state
-        logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x)
+        last = isinstance(logits_to_keep, int)
+        logits = self.lm_head(x[:, slice(-logits_to_keep, None) if last else logits_to_keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size)
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

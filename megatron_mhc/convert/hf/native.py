@@ -67,7 +67,11 @@ def from_native(native: dict[str, Any]) -> dict[str, Any] | None:
     for name in ('attention_bias', 'mlp_bias', 'use_sliding_window'):
         if native.get(name):
             raise ValueError(f'SRC: config.json has {name}, which no form of Megatron has here')
-    config = {**ABSENT, **COMMON, **{key: native[key] for key in SAME if key in native}}
+    config = {
+        **ABSENT,
+        **COMMON,
+        **{key: native[key] for key in SAME if native.get(key) is not None},
+    }
     config['norm_eps'] = native['rms_norm_eps']
     config.setdefault('num_key_value_heads', config['num_attention_heads'])
     config.setdefault('head_dim', config['hidden_size'] // config['num_attention_heads'])

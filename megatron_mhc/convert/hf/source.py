@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from megatron_mhc.convert.source import (
 STACKED = {'singleton_local_shards': False, 'chained_optim_avoid_prefix': True}
 DTYPES = {'F32': torch.float32, 'BF16': torch.bfloat16, 'F16': torch.float16}
 HEAD = 'lm_head.weight'
+EMBEDDING = 'embedding.word_embeddings.weight'
 
 
 class HuggingFaceSource(Source):
@@ -53,7 +56,8 @@ class HuggingFaceSource(Source):
         written = _read_config(folder)
         self.config = _own_config(folder, written)
         args = _default_args()
-        fill_args(args, self.config)
+        with _told(folder):
+            fill_args(args, self.config)
         metadata = written.get(METADATA, STACKED)
         super().__init__(
             folder, {'args': args, 'checkpoint_version': 3.0, 'content_metadata': metadata}
@@ -68,8 +72,15 @@ class HuggingFaceSource(Source):
         # Layers of two kinds are never in one tensor.
         stacked = not apart and len({*self.config['expert_layers']}) < 2
         self.parts: dict[tuple[str, int | None], tuple[Row, list[str]]] = {}
-        for layer, row in all_rows(self.config):
-            self._add(row, layer, stacked)
+        with _told(folder):
+            for layer, row in all_rows(self.config):
+                self._add(row, layer, stacked)
+        ends = self.config['vocab_size'], self.config['hidden_size']
+        if self.entries[EMBEDDING].shape != ends:
+            raise ValueError(
+                f'{folder}: the embedding has shape {list(self.entries[EMBEDDING].shape or ())}, '
+                f'where {CONFIG} says {list(ends)}; take another copy'
+            )
         self._add_states(stacked)
         used = {name for _, names in self.parts.values() for name in names}
         used |= {HEAD} if self.config['tie_word_embeddings'] else set()
@@ -176,6 +187,18 @@ def _own_config(folder: pathlib.Path, written: dict[str, Any]) -> Config:
             f'{", ".join((MODEL_TYPE, *KINDS))}'
         )
     return config
+
+
+@contextlib.contextmanager
+def _told(folder: pathlib.Path) -> Iterator[None]:
+    """A value that the configuration lacks, or has of another kind, as one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f'{folder}: {CONFIG} lacks a value, or has one of another kind '
+            f'({type(error).__name__}: {error}); take another copy'
+        ) from error
 
 
 def _default_args() -> argparse.Namespace:

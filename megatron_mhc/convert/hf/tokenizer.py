@@ -20,10 +20,12 @@ def write_tokenizer(args: argparse.Namespace, folder: pathlib.Path) -> tuple[str
         return f'no tokenizer: the run had {kind}, which transformers does not read', {}
     transformers = require('transformers', 'transformers')
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # Its readers raise whatever they meet.
         reason = (str(error).splitlines() or ['no message'])[0]
-        return f'no tokenizer: {model} is not on this machine ({reason}); copy it there', {}
+        return f'no tokenizer: {model} cannot be read on this machine ({reason}); copy it there', {}
     tokenizer.save_pretrained(folder)
     ends = {'bos_token_id': tokenizer.bos_token_id, 'eos_token_id': tokenizer.eos_token_id}
     return f'tokenizer: {model}', {name: end for name, end in ends.items() if end is not None}
