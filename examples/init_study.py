@@ -298,6 +298,7 @@ def plot(results: Results, against: str, image: Path) -> None:
         axes.axvline(0, color='black', lw=0.8)
         axes.set_yticks(range(len(found)), [row.setting for row in found])
         axes.invert_yaxis()
+        axes.locator_params(axis='x', nbins=8)
         axes.grid(axis='x', alpha=0.3)
         axes.set_title(f'{size}, {iters} iterations', fontsize='medium')
     grid[-1, 0].set_xlabel(f'validation loss less that of {against}, same seed (nats per token)')
