@@ -190,7 +190,11 @@ def write_shards(
     )
     for file, names in split.filename_to_tensors.items():
         tensors = {name: value(name) for name in names}
-        library.save_file(tensors, root / file, metadata={'format': 'pt'})
+        try:
+            library.save_file(tensors, root / file, metadata={'format': 'pt'})
+        except require('safetensors', 'safetensors').SafetensorError as error:
+            # Of a full disk too, which every other writer has an OSError for.
+            raise OSError(f'{root / file} cannot be written ({error})') from error
     if split.is_sharded:
         index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
         (root / INDEX).write_text(json.dumps(index, indent=2))
