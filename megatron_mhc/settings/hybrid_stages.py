@@ -6,12 +6,12 @@ those of one prediction layer.
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Setting
+from megatron_mhc.settings.constraint import Setting, layer_pattern
 
 
 def main_pattern(get: Setting) -> str | None:
     """The main layers of the arguments' pattern; None of another model, and on a config."""
-    pattern = get('hybrid_layer_pattern') or get('hybrid_override_pattern')
+    pattern = layer_pattern(get)
     return pattern.partition('/')[0] if pattern else None
 
 
