@@ -9,12 +9,12 @@ import argparse
 
 from megatron_mhc.compat import core_version
 from megatron_mhc.inputs.values import shown
+from megatron_mhc.settings.constraint import layer_pattern
 
 
 def pattern_of(args: argparse.Namespace) -> str | None:
     """The layer pattern, by either name of its flag, with the parts of an older flag behind it."""
-    older = getattr(args, 'hybrid_override_pattern', None)
-    pattern: str | None = getattr(args, 'hybrid_layer_pattern', None) or older
+    pattern = layer_pattern(vars(args).get)
     predicted = getattr(args, 'mtp_hybrid_override_pattern', None)
     if pattern is None or predicted is None or '/' in pattern:
         return pattern

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from megatron_mhc.settings.constraint import layer_pattern
+
 STAGE, DEPTH = '|', '/'
 ATTENTION, MLP = '*+', '-E'
 # What else Megatron has a symbol for.
@@ -47,9 +49,7 @@ def parsed(pattern: str) -> Pattern:
 
 def pattern_of(args: argparse.Namespace) -> str | None:
     """The layer pattern that a run was saved with, by either name of its flag; None of a GPT."""
-    older = getattr(args, 'hybrid_override_pattern', None)
-    pattern: str | None = getattr(args, 'hybrid_layer_pattern', None) or older
-    return pattern
+    return layer_pattern(vars(args).get)
 
 
 def symbols_of_gpt(args: argparse.Namespace) -> str:

@@ -78,13 +78,17 @@ def shards_parameters(get: Setting) -> bool:
     return bool(get('use_megatron_fsdp') or get('use_torch_fsdp2'))
 
 
+def layer_pattern(get: Setting) -> str | None:
+    """The layers of a hybrid model, by either name of the flag; None of another model."""
+    return get('hybrid_layer_pattern') or get('hybrid_override_pattern') or None
+
+
 def hybrid_model(get: Setting) -> bool:
     """The model config says so by another name than the command line."""
-    pattern = get('hybrid_layer_pattern') or get('hybrid_override_pattern')
-    return bool(pattern or get('is_hybrid_model'))
+    return bool(layer_pattern(get) or get('is_hybrid_model'))
 
 
 def predicts(get: Setting) -> bool:
     """Whether there are prediction layers: by number, or as parts of a hybrid pattern."""
-    pattern = get('hybrid_layer_pattern') or get('hybrid_override_pattern') or ''
-    return bool(get('mtp_num_layers') or pattern.partition('/')[2].strip('/'))
+    predicted = (layer_pattern(get) or '').partition('/')[2]
+    return bool(get('mtp_num_layers') or predicted.strip('/'))

@@ -12,6 +12,7 @@ from megatron_mhc.schedules.live import live_at_peak
 from megatron_mhc.schedules.pattern_stages import cut_pattern
 from megatron_mhc.settings import v_plan
 from megatron_mhc.settings.flag import flags_of, given, refuse_in_vain
+from megatron_mhc.settings.hybrid_stages import main_pattern
 from megatron_mhc.settings.names import V_SCHEDULES
 from megatron_mhc.settings.pipeline import PipelineConfig, PipelineOptions
 from megatron_mhc.settings.queues import CONNECTIONS
@@ -72,10 +73,10 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
         or getattr(args, 'num_virtual_stages_per_pipeline_rank', None) is not None
         or getattr(args, 'pipeline_model_parallel_layout', None) is not None
     )
-    pattern = getattr(args, 'hybrid_layer_pattern', None)
+    pattern = main_pattern(vars(args).get)
     if pattern:
         # Megatron takes the chunks from it, and none of those flags.
-        chunked = pattern.partition('/')[0].count('|') >= args.pipeline_model_parallel_size
+        chunked = pattern.count('|') >= args.pipeline_model_parallel_size
     schedule = getattr(args, 'pipeline_schedule', None)
     if pipeline is None:
         if schedule == 'interleaved' and not chunked:

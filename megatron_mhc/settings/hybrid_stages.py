@@ -6,7 +6,7 @@ those of one prediction layer.
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Setting, hybrid_model
+from megatron_mhc.settings.constraint import Constraint, Setting, hybrid_model, layer_pattern
 
 # Not every release refuses it, and prediction layers would go by the layout, the others by the
 # pattern.
@@ -20,7 +20,7 @@ LAYOUT_BESIDE_PATTERN = Constraint(
 
 def main_pattern(get: Setting) -> str | None:
     """The main layers of the arguments' pattern; None of another model, and on a config."""
-    pattern = get('hybrid_layer_pattern') or get('hybrid_override_pattern')
+    pattern = layer_pattern(get)
     return pattern.partition('/')[0] if pattern else None
 
 

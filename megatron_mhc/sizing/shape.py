@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_mhc.settings.constraint import layer_pattern
 from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.flags_engram import engram_config_from_args
 from megatron_mhc.settings.flags_residual import residual_config_from_args
@@ -208,8 +209,7 @@ def _pattern(args: argparse.Namespace) -> str | None:
     Raises:
         NotImplementedError: layers that are not described here.
     """
-    older = getattr(args, 'hybrid_override_pattern', None)
-    pattern: str | None = getattr(args, 'hybrid_layer_pattern', None) or older
+    pattern = layer_pattern(vars(args).get)
     words = {'/': "prediction layers (behind '/')", 'D': "sparse attention ('D')"}
     for symbol, what in words.items():
         if symbol in (pattern or ''):

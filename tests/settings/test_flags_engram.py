@@ -43,8 +43,8 @@ REFUSED = {
     f'{MEMORY} --cpu-offloading-num-layers 1': '--cpu-offloading-num-layers / --fine-grained-act',
     f'{MEMORY} --use-torch-fsdp2': '--use-megatron-fsdp / --use-torch-fsdp2 cannot be combined',
     f'{MEMORY} --decoupled-lr 0.1': '--decoupled-lr cannot be combined with --engram-layers',
-    f'{MEMORY} --hybrid-layer-pattern M': '--engram-layers 2: the model has 1 layers',
-    f'{MEMORY} --hybrid-layer-pattern M|M-* --pipeline-model-parallel-size 2': 'ends with layer 1',
+    f'{MEMORY} --hybrid-layer-pattern *': '--engram-layers 2: the model has 1 layers',
+    f'{MEMORY} --hybrid-layer-pattern *|*-* --pipeline-model-parallel-size 2': 'ends with layer 1',
     f'{MEMORY} --yaml-cfg x.yaml': '--yaml-cfg cannot be combined with --engram-layers',
     f'{MEMORY} --pipeline-model-parallel-size 2': '--engram-layers 2: the first pipeline stage '
     'ends with layer 1',

@@ -63,7 +63,7 @@ PATTERN = f'{PP4.replace("--num-layers 16 ", "")} --pipeline-schedule zb-v --hyb
     ('pattern', 'stages'),
     [
         ('*-' * 8, '|'.join(['*-'] * 8)),
-        ('*|-|M||*E|-|E*|', '*|-|M||*E|-|E*|'),
+        ('*|-|**||*E|-|E*|', '*|-|**||*E|-|E*|'),
         ('*-*-*-*-/*-/*-', '*|-|*|-|*|-|*|-/*-/*-'),
     ],
 )
@@ -307,17 +307,18 @@ def test_hardware_queues_are_advised_on(parse, monkeypatch, capsys):
 )
 def test_chunks_of_a_hybrid_pattern_are_its_parts(schedule, pattern, said):
     """Megatron has no flag of their number beside it."""
-    args = argparse.Namespace(
-        pipeline_schedule=schedule,
-        pipeline_model_parallel_size=2,
-        hybrid_layer_pattern=pattern,
-        pipeline_model_parallel_layout=None,
-    )
-    if said is None:
-        assert resolve_pipeline(args) is None
-        return
-    with pytest.raises(ValueError, match=re.escape(said)):
-        resolve_pipeline(args)
+    for name in ('hybrid_layer_pattern', 'hybrid_override_pattern'):
+        args = argparse.Namespace(
+            pipeline_schedule=schedule,
+            pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout=None,
+            **{name: pattern},
+        )
+        if said is None:
+            assert resolve_pipeline(args) is None
+            continue
+        with pytest.raises(ValueError, match=re.escape(said)):
+            resolve_pipeline(args)
 
 
 @pytest.mark.parametrize('flag', ['--tensor-model-parallel-size', '--context-parallel-size'])
