@@ -131,8 +131,8 @@ def _layout_name(source: Source) -> str:
 def _require_decoder(source: Source) -> None:
     if not any(name.startswith('decoder.layers.') for name in source.entries):
         raise ValueError(
-            f'{source.folder} has no decoder layers: only GPT and hybrid models are converted; name '
-            'the checkpoint of one'
+            f'{source.folder} has no decoder layers: only GPT and hybrid models are converted; '
+            'name the checkpoint of one'
         )
 
 
