@@ -41,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--to',
         required=True,
-        choices=(*TARGETS, *MODEL_CLASSES, HF, MEGATRON),
-        help='layout of the output: mhc is ours, hf is for transformers, megatron the way back; or '
-        'the class of the model, for the same run',
+        choices=(targets := (*TARGETS, *MODEL_CLASSES, HF, MEGATRON)),
+        metavar='LAYOUT',
+        help=f'layout of the output: {", ".join(targets)}; mhc is ours, hybrid and gpt are the '
+        'class of the model, for the same run, hf is for transformers, megatron the way back',
     )
     parser.add_argument(
         '--from',
