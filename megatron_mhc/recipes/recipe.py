@@ -25,7 +25,6 @@ from megatron_mhc.recipes.hybrid import (
 from megatron_mhc.schedules.inverted_v import written
 from megatron_mhc.settings import queues
 from megatron_mhc.settings.residual import NORM_EPS, ResidualConfig
-from megatron_mhc.sizing.divides import own_stream
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import Experts, LatentAttention, ModelShape
 from megatron_mhc.sizing.stages import stage_counts, staged_pattern
@@ -340,7 +339,7 @@ def parallel_flags(shape: ModelShape, layout: Layout, one_queue: bool) -> Flags:
         flags['context-parallel-size'] = layout.cp
     if layout.pp > 1:
         flags['pipeline-schedule'] = layout.schedule
-        if not one_queue and own_stream(shape):
+        if not one_queue:
             flags['mhc-post-stream'] = 'high'
     counts = [shape.layers]
     if layout.pp > 1:

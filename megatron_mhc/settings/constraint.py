@@ -47,16 +47,12 @@ class Refusals:
             settings: parsed arguments or a ``TransformerConfig``.
             value: of the feature's flag.
         """
-        row = self.first(lambda name: getattr(settings, name, None))
-        if row is not None:
-            raise ValueError(
-                f'{row.flag} cannot be combined with {self.feature.format(value)}: '
-                f'{row.reason}; {row.remedy}, or {self.otherwise}'
-            )
-
-    def first(self, get: Setting) -> Constraint | None:
-        """The first row that settings, by their names, violate; None where there is none."""
-        return next((row for row in self.rows if row.violated(get)), None)
+        for row in self.rows:
+            if row.violated(lambda name: getattr(settings, name, None)):
+                raise ValueError(
+                    f'{row.flag} cannot be combined with {self.feature.format(value)}: '
+                    f'{row.reason}; {row.remedy}, or {self.otherwise}'
+                )
 
 
 def cuda_graphs(get: Setting) -> bool:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
-from megatron_mhc.settings.names import V_SCHEDULES
-from megatron_mhc.settings.refused_pipeline import INVERTED_V
-from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
 from megatron_mhc.sizing.stages import pieces
@@ -75,19 +71,6 @@ def _mixer_checks(shape: ModelShape, tp: int, cp: int) -> Checks:
         )
 
 
-def stack_checks(shape: ModelShape, pp: int, schedule: str) -> Checks:
-    """What a pipeline of a hybrid model does not take: the table that refuses it in a run."""
-    settings = {'hybrid_layer_pattern': shape.pattern, 'pipeline_model_parallel_size': pp}
-    row = INVERTED_V.first(settings.get) if schedule in V_SCHEDULES and pp > 1 else None
-    words = f'{schedule}: {row.reason}' if row else ''
-    yield row is not None, words, 'choose --schedule 1f1b or interleaved'
-
-
-def own_stream(shape: ModelShape) -> bool:
-    """Whether F_post,res of the MLPs may run on a stream of its own (``--mhc-post-stream``)."""
-    return POST_STREAM.first({'hybrid_layer_pattern': shape.pattern}.get) is None
-
-
 def check_model(shape: ModelShape, layout: Layout) -> None:
     """Refuse a layout that the sizes of the model do not divide by.
 
@@ -95,8 +78,7 @@ def check_model(shape: ModelShape, layout: Layout) -> None:
         ValueError: the ranks, why not, and what to change.
     """
     ranks = layout.tp, layout.cp, layout.ep
-    of_model = model_checks(shape, *ranks, layout.stages)
-    for wrong, words, remedy in chain(of_model, stack_checks(shape, layout.pp, layout.schedule)):
+    for wrong, words, remedy in model_checks(shape, *ranks, layout.stages):
         if wrong:
             tp, cp, ep = ranks
             raise ValueError(f'--tp {tp} --cp {cp} --ep {ep}: {words}; {remedy}')

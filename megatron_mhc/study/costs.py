@@ -11,7 +11,6 @@ from typing import Any
 
 from megatron_mhc.schedules.stage_layers import stage_at
 from megatron_mhc.settings.recompute_cost import segment_size
-from megatron_mhc.sizing.divides import own_stream
 from megatron_mhc.sizing.flops import ATTENTION_CORE, SCANS, head_flops, layer_flops
 from megatron_mhc.sizing.memory import FP32, Layout, edge_bytes, rank_parameters, sharing, stages_of
 from megatron_mhc.sizing.shape import ATTENTION, EXPERTS, LATENT, ModelShape
@@ -47,7 +46,6 @@ class CostModel:
         peak = hardware.peak(shape.value_bytes)
         self.linear_flops = peak * hardware.gemm_efficiency
         self.attention_flops = peak * hardware.attention_efficiency
-        self.own_stream = own_stream(shape)
         self.layer_costs: dict[tuple[Any, ...], Costs] = {}
 
     def stages(self, layout: Layout) -> list[Costs]:
@@ -222,8 +220,7 @@ class CostModel:
     def _sublayer(self, layout: Layout) -> Sublayer:
         """Residual connections of a sublayer, of a microbatch on one rank."""
         tokens = self._tokens(layout) // layout.tp
-        shape = self.shape
-        overlaps = self.own_stream and not self.hardware.one_queue(layout.tp, layout.cp)
+        shape, overlaps = self.shape, not self.hardware.one_queue(layout.tp, layout.cp)
         return self.kernels.sublayer(
             shape.residual, shape.hidden, tokens, shape.value_bytes, overlaps
         )

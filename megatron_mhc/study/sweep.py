@@ -10,7 +10,7 @@ from typing import NamedTuple, TypedDict
 
 from megatron_mhc.schedules.catalog import obstacle
 from megatron_mhc.settings.names import PIPELINE_SCHEDULES
-from megatron_mhc.sizing.divides import Checks, model_checks, stack_checks
+from megatron_mhc.sizing.divides import Checks, model_checks
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import ModelShape
 
@@ -147,8 +147,7 @@ def impossible(
     """
     ranks = sizes['tp'], sizes['cp'], sizes['ep']
     of_model = model_checks(shape, *ranks, _stages(sizes))
-    of_stack = stack_checks(shape, sizes['pp'], sizes['schedule'])
-    checks = itertools.chain(of_model, of_stack, _of_ranks(sequences, sizes, dp))
+    checks = itertools.chain(of_model, _of_ranks(sequences, sizes, dp))
     for number, (wrong, words, remedy) in enumerate(checks):
         if wrong:
             return Reason(number, words, remedy)
