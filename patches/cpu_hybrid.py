@@ -45,22 +45,19 @@ def local_submodules(stock: Any, config: TransformerConfig) -> Any:
     def fused(name: str, projection: str) -> dict[str, Any]:
         return {'sharded_state_dict_keys_map': {f'{name}.': f'{projection}.layer_norm_'}}
 
-    def other(spec: ModuleSpec, **parts: Any) -> ModuleSpec:
-        return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **parts))
-
     norm = layer().submodules.input_layernorm
     linear = {'in_proj': ColumnParallelLinear, 'out_proj': RowParallelLinear}
     layers = {
-        'mamba_layer': other(
+        'mamba_layer': _with(
             stock.mamba_layer,
             norm=norm,
-            mixer=other(stock.mamba_layer.submodules.mixer, **linear),
+            mixer=_with(stock.mamba_layer.submodules.mixer, **linear),
             **fused('norm', 'mixer.in_proj'),
         ),
-        'gdn_layer': other(
+        'gdn_layer': _with(
             stock.gdn_layer,
             input_layernorm=norm,
-            self_attention=other(
+            self_attention=_with(
                 stock.gdn_layer.submodules.self_attention, out_norm=norm, **linear
             ),
             **fused('input_layernorm', 'self_attention.in_proj'),
@@ -89,15 +86,15 @@ def _local_prediction(stock: ModuleSpec) -> ModuleSpec:
     """Prediction layers with a local projection; their stack is made of the layers above."""
     from megatron.core.models.backends import LocalSpecProvider
 
-    def local(spec: ModuleSpec) -> ModuleSpec:
-        parts = dataclasses.replace(
-            spec.submodules, eh_proj=LocalSpecProvider().column_parallel_linear()
-        )
-        return dataclasses.replace(spec, submodules=parts)
+    linear = LocalSpecProvider().column_parallel_linear()
+    return _with(
+        stock, layer_specs=[_with(spec, eh_proj=linear) for spec in stock.submodules.layer_specs]
+    )
 
-    layers = [local(spec) for spec in stock.submodules.layer_specs]
-    parts = dataclasses.replace(stock.submodules, layer_specs=layers)
-    return dataclasses.replace(stock, submodules=parts)
+
+def _with(spec: ModuleSpec, **parts: Any) -> ModuleSpec:
+    """``spec`` with other submodules of these names."""
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **parts))
 
 
 def _with_local_layers(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 from megatron_mhc.schedules.inverted_v import CHUNKS, balanced
 
@@ -41,6 +42,10 @@ def cut_pattern(pattern: str, ranks: int) -> str:
 
 
 def _divided(layers: str, ranks: int) -> str:
+    return in_stages(layers, balanced(len(layers), ranks))
+
+
+def in_stages(layers: str, counts: Iterable[int]) -> str:
+    """``layers`` with ``|`` between stages of so many of them."""
     symbols = iter(layers)
-    counts = balanced(len(layers), ranks)
     return '|'.join(''.join(itertools.islice(symbols, count)) for count in counts)

@@ -44,7 +44,7 @@ ROOMS = {
     'tree': 'inputs .compat .seam',
     '.bootstrap': 'inputs .compat settings runtime patches',
     '.adaptor': '.bootstrap',
-    'convert': 'inputs kernels .ops manifolds settings checkpoints residual mudd runtime '
+    'convert': 'inputs kernels schedules .ops manifolds settings checkpoints residual mudd runtime '
     '.bootstrap',
     'recipes': 'inputs schedules manifolds settings sizing .bootstrap',
     'study': 'inputs kernels schedules settings sizing recipes .bootstrap',

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from megatron_mhc.schedules.pattern_stages import in_stages
 from megatron_mhc.settings.constraint import layer_pattern
 
 STAGE, DEPTH = '|', '/'
@@ -33,11 +34,7 @@ class Pattern(NamedTuple):
     depths: tuple[str, ...]
 
     def __str__(self) -> str:
-        rest, segments = self.layers, []
-        for count in self.stages:
-            segments.append(rest[:count])
-            rest = rest[count:]
-        return DEPTH.join([STAGE.join(segments), *self.depths])
+        return DEPTH.join([in_stages(self.layers, self.stages), *self.depths])
 
 
 def parsed(pattern: str) -> Pattern:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_mhc.schedules.inverted_v import written
+
 # Layers of the first and the last stage, which both kinds of models can be told.
 ENDS = ('decoder_first_pipeline_num_layers', 'decoder_last_pipeline_num_layers')
 EACH, CHUNKS, LAYOUT = (
@@ -82,8 +84,7 @@ def gpt_flags(args: argparse.Namespace, stages: tuple[int, ...], depths: int) ->
     layers, chunks = [count // 2 for count in stages], len(stages) // ranks
     values[CHUNKS] = chunks if chunks > 1 else None
     if len(set(layers)) > 1:
-        words = ['t' * count for count in layers]
-        values[LAYOUT] = 'E' + '|'.join(words) + 'm' * depths + 'L'
+        values[LAYOUT] = written(layers, last='m' * depths + 'L')
     elif chunks > 1:
         values[EACH] = layers[0]
     return values

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from itertools import accumulate
 
+from megatron_mhc.schedules.pattern_stages import in_stages
 from megatron_mhc.schedules.stage_layers import layer_counts
 from megatron_mhc.sizing.flops import head_flops, layer_flops
 from megatron_mhc.sizing.shape import ModelShape
@@ -44,9 +45,7 @@ def stage_counts(shape: ModelShape, pp: int, placement: str, chunks: int) -> lis
 
 def staged_pattern(shape: ModelShape, counts: Sequence[int]) -> str:
     """The hybrid pattern with ``|`` between stages of so many layers, and nowhere else."""
-    symbols = (shape.pattern or '').replace('|', '')
-    ends = [0, *accumulate(counts)]
-    return '|'.join(symbols[a:b] for a, b in zip(ends, ends[1:], strict=False))
+    return in_stages((shape.pattern or '').replace('|', ''), counts)
 
 
 def pieces(pattern: str) -> list[str]:
