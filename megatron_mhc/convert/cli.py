@@ -13,15 +13,13 @@ from megatron_mhc.inputs.as_json import as_json
 from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
-from megatron_mhc.inputs.table import table
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
-from megatron_mhc.kernels.defaults import NORM_EPS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
 
-    from megatron_mhc.convert.conversion import Converted
+    from megatron_mhc.convert.told import Told
 
 COMMAND = 'megatron-mhc convert'
 _ORIGINS = ('auto', STANDARD, *TARGETS, HF)
@@ -128,146 +126,32 @@ def main(options: argparse.Namespace) -> int:
         for name, flag in FLAGS.items()
         if (value := getattr(options, flag.lstrip('-').replace('-', '_'))) is not None
     }
-    if options.to in MODEL_CLASSES:
-        return _move(options, list(given))
-    if options.no_optim:
+    if options.no_optim and options.to not in MODEL_CLASSES:
         refuse(COMMAND, f'--no-optim: --to {options.to} leaves it out always; drop the flag')
-    if options.to in (HF, MEGATRON):
-        from megatron_mhc.convert.hf import answer
-
-        return answer.main(options, given)
-    from megatron_mhc.convert.conversion import convert
-
+    answer = _way(options.to)
     started = time.monotonic()
     try:
-        report = convert(
-            options.source,
-            options.destination,
-            options.to,
-            origin='auto' if options.origin == HF else options.origin,
-            step=options.step,
-            upcycling=given,
-            dry_run=options.dry_run,
-            verify=options.verify,
-            overwrite=options.overwrite,
-            unchecked=options.unchecked,
-            progress=lambda nbytes: progress(nbytes, 'written', 'B'),
-        )
+        told = answer(options, given, lambda nbytes: progress(nbytes, 'written', 'B'))
     except (ValueError, OSError) as error:
         refuse(COMMAND, str(error))
     seconds = time.monotonic() - started
-    load = None if options.dry_run else _how_to_load(report, options.destination)
     if options.json:
-        print(as_json(_plain(report) | {'seconds': round(seconds, 1), 'load': load}))
+        print(as_json(told.plain | {'seconds': round(seconds, 1)}))
         return 0
-    _print(report)
-    if load is None:
+    told.tell()
+    if options.dry_run:
         print('dry run: nothing was written')
     else:
-        print(f'wrote {options.destination} in {seconds:.1f} s\n{load}')
+        print(f'wrote {options.destination} in {seconds:.1f} s\n{told.then}')
     return 0
 
 
-def _move(options: argparse.Namespace, given: list[str]) -> int:
-    flags = [FLAGS[name] for name in given] + ['--from'] * (options.origin != 'auto')
-    if flags:
-        refuse(
-            COMMAND,
-            f'{flags[0]}: --to {options.to} keeps the residual connections as they are; drop the '
-            'flag, or convert twice',
-        )
-    from megatron_mhc.convert.model_class import move
-    from megatron_mhc.convert.report import how_to_go_on, plain, tell
-
-    started = time.monotonic()
-    try:
-        report = move(
-            options.source,
-            options.destination,
-            options.to,
-            step=options.step,
-            optimizer=not options.no_optim,
-            dry_run=options.dry_run,
-            verify=options.verify,
-            overwrite=options.overwrite,
-            unchecked=options.unchecked,
-            progress=lambda nbytes: progress(nbytes, 'written', 'B'),
-        )
-    except (ValueError, OSError) as error:
-        refuse(COMMAND, str(error))
-    seconds = time.monotonic() - started
-    load = None if options.dry_run else how_to_go_on(report, options.destination)
-    if options.json:
-        print(as_json(plain(report) | {'seconds': round(seconds, 1), 'load': load}))
-        return 0
-    tell(report)
-    if load is None:
-        print('dry run: nothing was written')
+def _way(to: str) -> Callable[..., Told]:
+    """What converts ``to`` that, and is told."""
+    if to in MODEL_CLASSES:
+        from megatron_mhc.convert.report import answer
+    elif to in (HF, MEGATRON):
+        from megatron_mhc.convert.hf.answer import answer
     else:
-        print(f'wrote {options.destination} in {seconds:.1f} s\n{load}')
-    return 0
-
-
-def _plain(report: Converted) -> dict[str, Any]:
-    """What a conversion did, as plain values."""
-    streams = report.streams
-    return {
-        'from': report.origin,
-        'to': report.target,
-        'layers': len(streams.layers),
-        'num_residual_streams': streams.num_streams,
-        'hidden_size': streams.hidden_size,
-        'sinkhorn_iterations': streams.iterations,
-        'stream_merge': _merge(report),
-        'mapping': [row._asdict() for row in report.rows],
-        'carried': report.carried,
-        'left_out': report.left_out,
-        'bytes': report.nbytes,
-        'differences': report.differences,
-        'verified': report.verified or None,
-    }
-
-
-def _merge(report: Converted) -> str:
-    return 'mean' if report.streams.head is None else 'learned'
-
-
-def _print(report: Converted) -> None:
-    from megatron_mhc.convert.maps import RMS, TOKENS
-
-    streams = report.streams
-    print(
-        f'{report.origin} -> {report.target}: {len(streams.layers)} layers, n = '
-        f'{streams.num_streams}, C = {streams.hidden_size}, {streams.iterations} iterations, merge '
-        f'{_merge(report)}'
-    )
-    header = ('from', 'to', 'shape', 'how')
-    for line in table([header, *((a, b, list(shape), how) for a, b, shape, how in report.rows)]):
-        print(f'  {line}')
-    print(f'  {report.carried} other entries under their own names; {report.nbytes:,} bytes in all')
-    print(f'  {report.left_out} entries of the run left out: optimizer, random states')
-    off = {name: size for name, size in report.differences.items() if size}
-    if off:
-        sizes = ', '.join(f'{name} {size:.1e}' for name, size in off.items())
-        print(
-            f'not carried over, largest difference on {TOKENS} random tokens of rms {RMS[0]} to '
-            f'{RMS[1]}: {sizes}'
-        )
-    if report.verified:
-        print(
-            'verified: largest difference of {compared} logits {difference:.3e}, the largest of '
-            'which is {largest:.3e}'.format(**report.verified)
-        )
-
-
-def _how_to_load(report: Converted, destination: pathlib.Path) -> str:
-    if report.target == 'mhc':
-        streams = report.streams
-        flags = ['--residual-type mhc', f'--mhc-num-residual-streams {streams.num_streams}']
-        flags.append(f'--mhc-sinkhorn-iterations {streams.iterations}')
-        if streams.head is not None:
-            flags.append('--mhc-stream-merge learned')
-        if streams.norm_eps != NORM_EPS:
-            flags.append(f'--mhc-norm-eps {streams.norm_eps:g}')
-        return f'train on with --load {destination} {" ".join(flags)}'
-    return f'a new optimizer starts from iteration 0: {destination} is a release'
+        from megatron_mhc.convert.layout_report import answer
+    return answer

@@ -6,10 +6,8 @@ Nothing is computed: all tensors keep their bits; iteration, optimizer and rando
 from __future__ import annotations
 
 import argparse
-import contextlib
 import pathlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +16,7 @@ from megatron_mhc.checkpoints.stored import COMMON
 from megatron_mhc.convert.choices import MODEL_CLASSES, OWN
 from megatron_mhc.convert.class_args import moved_args
 from megatron_mhc.convert.complete import Expected, check_model, check_parts, expected, stored_name
-from megatron_mhc.convert.conversion import silent
+from megatron_mhc.convert.conversion import Progress, silent
 from megatron_mhc.convert.layer_names import EMPTY, Names
 from megatron_mhc.convert.moved import Moved
 from megatron_mhc.convert.optimizer_state import check_optimizer, without_optimizer
@@ -66,8 +64,7 @@ def move(
     verify: bool = False,
     overwrite: bool = False,
     unchecked: bool = False,
-    progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], Any]]]
-    | None = None,
+    progress: Progress | None = None,
 ) -> MovedRun:
     """Write the run at ``source`` as one of a HybridModel or of a GPTModel.
 

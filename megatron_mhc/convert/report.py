@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import shlex
 from typing import Any
 
-from megatron_mhc.convert.model_class import MovedRun
+from megatron_mhc.convert.choices import FLAGS
+from megatron_mhc.convert.conversion import Progress
+from megatron_mhc.convert.model_class import MovedRun, move
 from megatron_mhc.convert.pattern import FLAG, STAGE
+from megatron_mhc.convert.told import Told
 from megatron_mhc.inputs.table import table
+
+
+def answer(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> Told:
+    """Move the run; ``given`` are options of new streams, which it does not get.
+
+    Raises:
+        ValueError: there are some; or as ``move``.
+    """
+    flags = [FLAGS[name] for name in given] + ['--from'] * (options.origin != 'auto')
+    if flags:
+        raise ValueError(
+            f'{flags[0]}: --to {options.to} keeps the residual connections as they are; drop the '
+            'flag, or convert twice'
+        )
+    report = move(
+        options.source,
+        options.destination,
+        options.to,
+        step=options.step,
+        optimizer=not options.no_optim,
+        dry_run=options.dry_run,
+        verify=options.verify,
+        overwrite=options.overwrite,
+        unchecked=options.unchecked,
+        progress=progress,
+    )
+    load = how_to_go_on(report, options.destination)
+    told = plain(report) | {'load': None if options.dry_run else load}
+    return Told(told, lambda: tell(report), load)
 
 
 def plain(report: MovedRun) -> dict[str, Any]:

@@ -4,54 +4,37 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from typing import Any
 
 from megatron_mhc.convert.choices import FLAGS, HF
+from megatron_mhc.convert.conversion import Progress
 from megatron_mhc.convert.hf.export import Exported, export
 from megatron_mhc.convert.hf.restore import restore
-from megatron_mhc.inputs.as_json import as_json
-from megatron_mhc.inputs.progress import progress
-from megatron_mhc.inputs.refusal import refuse
+from megatron_mhc.convert.told import Told, tell_verified
 
 
-def main(options: argparse.Namespace, given: dict[str, Any]) -> int:
-    """Export and tell; 0.
+def answer(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> Told:
+    """Export, or bring back.
 
     Args:
         given: options of new streams, which an export does not make.
     """
-    started = time.monotonic()
+    _refuse_in_vain(options, given)
+    places = options.source, options.destination
     common = {
         'dry_run': options.dry_run,
         'verify': options.verify,
         'overwrite': options.overwrite,
-        'progress': lambda nbytes: progress(nbytes, 'written', 'B'),
+        'progress': progress,
     }
-    out = options.to == HF
-    try:
-        _refuse_in_vain(options, given)
-        if out:
-            report = export(options.source, options.destination, step=options.step, **common)
-        else:
-            report = restore(options.source, options.destination, **common)
-    except (ValueError, OSError) as error:
-        refuse('megatron-mhc convert', str(error))
-    seconds = time.monotonic() - started
-    if options.json:
-        print(as_json(dataclasses.asdict(report) | {'seconds': round(seconds, 1)}))
-        return 0
-    _print(report)
-    if options.dry_run:
-        print('dry run: nothing was written')
-        return 0
-    print(f'wrote {options.destination} in {seconds:.1f} s')
-    if out:
+    if options.to == HF:
+        report = export(*places, step=options.step, **common)
         trusted = ', trust_remote_code=True' if 'auto_map' in report.config else ''
-        print(f"AutoModelForCausalLM.from_pretrained('{options.destination}'{trusted})")
+        then = f"AutoModelForCausalLM.from_pretrained('{options.destination}'{trusted})"
     else:
-        print(f'train on with --load {options.destination}, a release')
-    return 0
+        report = restore(*places, **common)
+        then = f'train on with --load {options.destination}, a release'
+    return Told(dataclasses.asdict(report), lambda: _print(report), then)
 
 
 def _refuse_in_vain(options: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -76,8 +59,4 @@ def _print(report: Exported) -> None:
         print(f'{report.dropped} entries of multi-token prediction left out')
     if report.tokenizer:
         print(report.tokenizer)
-    if report.verified:
-        print(
-            'verified: largest difference of {compared} logits {difference:.3e}, the largest of '
-            'which is {largest:.3e}'.format(**report.verified)
-        )
+    tell_verified(report.verified)
