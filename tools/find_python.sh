@@ -1,8 +1,6 @@
 #!/bin/sh
 # Print a Python that Megatron-Core accepts, or say in one line what to install.
 #
-# find_python.sh [VERSION]; of a VERSION, such as 3.13, only one that is here, or exit status 1.
-#
 # $PYTHON alone if it is set; else python3.12, 3.13, 3.14 on PATH or among pyenv's versions (oldest
 # first: it is what the tests run on) or uv's, else python3; else one that uv fetches. Each candidate
 # is run, because a name on PATH may be a shim that refuses to start. The smallest version stands in
@@ -17,7 +15,7 @@ sys.exit(sys.version_info[:2] < runpy.run_path(sys.argv[1])['PYTHON_MIN'])
 END
 }
 
-if [ -n "${PYTHON:-}" ] && [ $# -eq 0 ]; then
+if [ -n "${PYTHON:-}" ]; then
     usable "$PYTHON" && command -v "$PYTHON" && exit 0
     echo "PYTHON=$PYTHON cannot be used: it does not run, is older than 3.12, or lacks the venv" \
         "module; name another one, or unset PYTHON to have one looked for." >&2
@@ -35,7 +33,7 @@ candidates() {
 }
 
 look() {
-    for name; do
+    for name in python3.12 python3.13 python3.14 python3 python; do
         candidates "$name" | while read -r path; do
             # A loop behind a pipe is a shell of its own.
             if [ -x "$path" ] && usable "$path"; then echo "$path" && exit 3; fi
@@ -69,15 +67,10 @@ fetch() {
     rm -rf "$private"
 }
 
-if [ $# -gt 0 ]; then
-    look "python$1"
-    exit
-fi
-set -- python3.12 python3.13 python3.14 python3 python
-look "$@" && exit 0
+look && exit 0
 echo "No Python >= 3.12 found: fetching one with uv, 30 MB, into $uv_root." >&2
 fetch
-look "$@" && exit 0
+look && exit 0
 
 echo "No Python >= 3.12 found: install one (apt install python3.12 python3.12-venv, or brew" \
     "install python@3.12, or pyenv install 3.12) or name it (make train PYTHON=/path/to/python)." >&2
