@@ -54,11 +54,11 @@ def parse():
     from megatron_mhc.patches.registry import ALL_PATCHES
 
     engine.apply((ARGUMENTS_PATCH,))
+    parser = arguments.add_megatron_arguments(
+        argparse.ArgumentParser(prog='pretrain', allow_abbrev=False)
+    )
 
     def run(*flags):
-        parser = arguments.add_megatron_arguments(
-            argparse.ArgumentParser(prog='pretrain', allow_abbrev=False)
-        )
         return parser.parse_args([*MINIMAL, *flags])
 
     yield run

@@ -49,7 +49,7 @@ def megatron(tmp_path_factory):
     gc.collect()
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def build(megatron):
     """``build(residual=..., spec=..., **config)`` -> GPTModel; equal seeds, equal base weights."""
     from block_models import SMALL
@@ -73,9 +73,9 @@ def build(megatron):
         kind = MLATransformerConfig if latent else TransformerConfig
         config = kind(**{'num_layers': 3, **SMALL, **settings})
         if residual is not None:
-            # Where kernels are compared with torch: the interpreter takes its time for each pass.
+            # Where kernels are compared with torch: the interpreter takes its time for each number.
             compared = 'kernel_backend' in residual and residual.get('residual_type') != 'hc'
-            few = {'sinkhorn_iterations': 4} if compared else {}
+            few = {'num_residual_streams': 2, 'sinkhorn_iterations': 2} if compared else {}
             config.residual_config = ResidualConfig(**few | residual)
         if engram is not None:
             config.engram_config = EngramConfig(**engram)
@@ -92,7 +92,7 @@ def build(megatron):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def step():
     """``step(model)`` -> logits or loss, and every gradient, on fixed tokens."""
 

@@ -31,7 +31,7 @@ from megatron_mhc.settings.recompute_cost import segment_size
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
 )
-HIDDEN, STREAMS = 32, 4
+HIDDEN, STREAMS = 32, 2
 TOKENS = SEQUENCE * BATCH
 ALL = 99  # sublayers
 MOE = {
@@ -56,7 +56,7 @@ BOTH = ('torch', 'triton')
 CASES = {
     'mhc': ({'init': 'identity'}, {}, BOTH),
     'hc': ({'residual_type': 'hc'}, {}, ('torch',)),
-    'two-streams': ({'num_residual_streams': 2}, {}, ('triton',)),
+    'four-streams': ({'num_residual_streams': 4, 'sinkhorn_iterations': 4}, {}, ('triton',)),
     'no-edge-fusion': ({'edge_fusion': False}, {}, ('triton',)),
     'fixed-mappings': ({'fixed_mappings': ('post',)}, {}, ('torch',)),
     'learned-merge': ({'stream_merge': 'learned'}, {}, ('torch',)),
@@ -136,7 +136,7 @@ def test_no_bit_changes(build, share_storage, case, backend):
         model = made(size)
         with opened_segments() as segments:
             loss = forward(model)
-        sublayers = segment_size(size, residual.get('num_residual_streams', 4), 4)
+        sublayers = segment_size(size, model.config.residual_config.num_residual_streams, 4)
         assert len(segments) == math.ceil(4 / sublayers)
         loss.backward()
         assert_equal({'loss': loss.detach(), **taken(model)}, expected)
@@ -418,11 +418,16 @@ FULL = {
 }
 
 
+@pytest.fixture(scope='module')
+def unsegmented(build):
+    return {backend: plain_step(build({'kernel_backend': backend})) for backend in BOTH}
+
+
 @pytest.mark.parametrize('backend', BOTH)
 @pytest.mark.parametrize('case', FULL)
-def test_segments_inside_full_recomputation(build, backend, case):
+def test_segments_inside_full_recomputation(build, unsegmented, backend, case):
     method, layers, size = case
-    expected = plain_step(build({'kernel_backend': backend}, **full(method, layers)))
+    expected = unsegmented[backend]
     residual = {'kernel_backend': backend, 'recompute_layer_num': size}
     model = build(residual, **full(method, layers))
     with opened_segments() as forwards:

@@ -10,7 +10,7 @@ RESIDUALS = {
     'standard': None,
     'hc': {'residual_type': 'hc'},
     'mhc': {'residual_type': 'mhc', 'init': 'identity', 'kernel_backend': 'torch'},
-    'mhc-kernels': {'residual_type': 'mhc', 'num_residual_streams': 2, 'kernel_backend': 'triton'},
+    'mhc-kernels': {'kernel_backend': 'triton'},
     'mhc-single-pass': {'residual_type': 'mhc', 'single_pass': True},
     'mudd': {'residual_type': 'mudd'},
     'mhc-learned': {'residual_type': 'mhc', 'stream_merge': 'learned'},

@@ -15,7 +15,7 @@ SELECTIVE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_a
 # name -> (residual settings, model settings, fused edges in three layers)
 CASES = {
     'mhc': ({'init': 'identity'}, {}, 5),
-    'two-streams': ({'num_residual_streams': 2}, {}, 5),
+    'four-streams': ({'num_residual_streams': 4, 'sinkhorn_iterations': 4}, {}, 5),
     'no-edge-fusion': ({'edge_fusion': False}, {}, 0),
     'learned-merge': ({'stream_merge': 'learned'}, {}, 5),
     'fixed-mappings': ({'fixed_mappings': ('post',)}, {}, 0),
@@ -124,7 +124,7 @@ def test_streams_used_twice_get_both_gradients(build, step):
 def stream_chain(build, backend):
     """Three mHC layers without attention masks to think of, and a first stream tensor."""
     model = build({'kernel_backend': backend, 'init': 'identity'})
-    x = torch.randn(16, 2, 4 * 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    x = torch.randn(16, 2, 2 * 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
     return model, model.decoder.layers, x
 
 

@@ -25,14 +25,16 @@ VALUE = 4 * HIDDEN * TOKENS  # bytes of C values a token
 
 def measured(sublayers, size, full=0, backend='torch', hidden=HIDDEN, tokens=TOKENS):
     """Of layers with little in their sublayers."""
-    residual = ResidualConfig(kernel_backend=backend, recompute_layer_num=size)
+    # What is kept does not depend on the passes, which the interpreter takes its time for.
+    passes = {'sinkhorn_iterations': 2} if backend == 'triton' else {}
+    residual = ResidualConfig(kernel_backend=backend, recompute_layer_num=size, **passes)
     block = recompute_memory.build(
         sublayers // 2, residual, hidden, full, ffn_hidden_size=32, kv_channels=8
     )
     return recompute_memory.measure(block, tokens, N * hidden)
 
 
-@pytest.mark.parametrize('sublayers', [24, 36, 60])
+@pytest.mark.parametrize('sublayers', [24, 60])
 def test_memory_is_the_formula(megatron, sublayers):
     """Kept: to the byte. Peak: from 7C below the formula, which counts the norm of a sublayer's
     input (it belongs to the sublayer and stays) and the passes of Sinkhorn (made anew in backward),

@@ -105,7 +105,9 @@ def test_every_part_can_be_offloaded_or_cast_afterwards(run, tmp_path):
         for place in ('auto', disk):
             model = loaded(tmp_path / 'hf', device_map=place, offload_folder=tmp_path / 'off')
             assert torch.equal(model(tokens).logits, expected), place
-        assert (exact.to(torch.bfloat16)(tokens).logits - expected).abs().max() < 0.2
+        difference = exact.to(torch.bfloat16)(tokens).logits - expected
+        # Not the largest: a token that rounding sends to another expert differs as a whole.
+        assert difference.abs().median() < 0.05
 
 
 def test_the_loss_and_the_logits_that_trainer_and_generate_ask_for(run, tmp_path):

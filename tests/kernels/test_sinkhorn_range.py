@@ -21,37 +21,45 @@ def truth(logits: torch.Tensor, passes: int) -> torch.Tensor:
     return logs.exp()
 
 
-def check(logits: torch.Tensor, passes: int, backend: str, limit: float) -> None:
+def check(logits: torch.Tensor, passes: int, backend: str, limits: torch.Tensor | float) -> None:
     cotangent = torch.randn_like(logits)
     exact = logits.double().requires_grad_()
     want = truth(exact, passes)
     (want_gradient,) = torch.autograd.grad(want, exact, cotangent.double())
     got = ops.sinkhorn(logits.requires_grad_(), passes, backend=backend)
     (gradient,) = torch.autograd.grad(got, logits, cotangent)
-    assert (got - want).abs().max() < limit
+    assert ((got - want).abs() < limits).all()
     # Terms of the gradient are as large as the cotangent, up to about 4.
-    assert (gradient - want_gradient).abs().max() < 4 * limit
+    assert ((gradient - want_gradient).abs() < 4 * limits).all()
+
+
+def of_every_size(tokens: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``[4 tokens, n, n]`` of each standard deviation, and the limit of each."""
+    sizes, limits = (torch.tensor(values)[:, None, None, None] for values in zip(*LIMITS.items()))
+    logits = torch.randn(len(sizes), tokens, n, n) * sizes
+    return logits.flatten(0, 1), limits.expand(-1, tokens, 1, 1).flatten(0, 1)
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 4, 8])
-@pytest.mark.parametrize('std', LIMITS)
-def test_torch(random_seed, n, std):
+def test_torch(random_seed, n):
     for passes in (*PASSES, 1000):
-        check(torch.randn(300, n, n) * std, passes, 'torch', LIMITS[std] * (1 + passes // 1000))
+        logits, limits = of_every_size(100, n)
+        check(logits, passes, 'torch', limits * (1 + passes // 1000))
 
 
 @pytest.mark.parametrize('n', [1, 2, 4, 8])
-@pytest.mark.parametrize('std', LIMITS)
-def test_kernels(device, random_seed, n, std):
+def test_kernels(device, random_seed, n):
     for passes in PASSES:
-        check(torch.randn(20, n, n, device=device) * std, passes, 'triton', LIMITS[std])
+        logits, limits = of_every_size(20, n)
+        check(logits.to(device), passes, 'triton', limits.to(device))
 
 
 @pytest.mark.parametrize('backend', ['torch', 'triton'])
 def test_what_underflows_grows_again(device, backend):
     """The large entries admit no permutation: e^-300 becomes 1/2, and its gradient is not lost."""
     logits = torch.tensor([[0.0, 0.0, -300.0, -300.0]] * 3 + [[0.0, 0.0, 0.0, -300.0]])
-    for passes in (20, 200, 600):
+    # The interpreter takes 25 ms a pass.
+    for passes in (20, 200, 600) if backend == 'torch' else (20, 200):
         check(logits.to(device)[None].clone(), passes, backend, 1e-4)
 
 
