@@ -35,7 +35,8 @@ def check(logits: torch.Tensor, passes: int, backend: str, limits: torch.Tensor 
 
 def of_every_size(tokens: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``[4 tokens, n, n]`` of each standard deviation, and the limit of each."""
-    sizes, limits = (torch.tensor(values)[:, None, None, None] for values in zip(*LIMITS.items()))
+    sizes = torch.tensor(list(LIMITS))[:, None, None, None]
+    limits = torch.tensor(list(LIMITS.values()))[:, None, None, None]
     logits = torch.randn(len(sizes), tokens, n, n) * sizes
     return logits.flatten(0, 1), limits.expand(-1, tokens, 1, 1).flatten(0, 1)
 
