@@ -121,7 +121,7 @@ def reports(*commands: tuple[str, ...], code: str = '', **environment: str) -> l
 
 
 def test_shipped_kernels_are_as_they_should_be():
-    """n = 4 on sm_90: no spills, 128-bit streams, matrix units on bf16; ``.ci/run`` has the rest."""
+    """n = 4 on sm_90: no spills, 128-bit streams, matrix units on bf16; ``.ci/run`` has all."""
     some = ('projection mix', 'pre_forward', 'post_res_forward')
     (result,) = reports(('--arch', '90', '--num-streams', '4', '--json', '--kernel', *some))
     assert result.returncode == 0, result.stdout + result.stderr
