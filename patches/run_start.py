@@ -64,5 +64,5 @@ RUN_START_PATCH = Patch(
     target='megatron.training.training:setup_model_and_optimizer',
     wrap=_wrap,
     reason='process groups exist, and nothing has been built or read yet',
-    fingerprints={'0.17': '5aec9cdb', '0.18': '5aec9cdb', '0.19': 'd3bb6159', '0.20': 'd3bb6159'},
+    fingerprints={'0.17': '5aec9cdb', '0.18': '5aec9cdb', '0.19': 'd3bb6159'},
 )
