@@ -98,7 +98,7 @@ LINES = (
     said('--engram-layers 3', '--engram-layers', '3'),
     said(f'{ENGRAM} --engram-dim 100', '--engram-dim', '100'),
     said('--hybrid-layer-pattern *E', '--hybrid-layer-pattern *E', '--num-experts'),
-    said(f'{MHC} --hybrid-layer-pattern *-/*E', "'E' (experts)", '--num-experts'),
+    said(f'{MHC} --hybrid-layer-pattern *E-E', "'E' (experts)", '--num-experts'),
     said(f'{MHC} --hybrid-layer-pattern=', "--hybrid-layer-pattern ''", 'no layer'),
     said('--lr-step-rates 0.5', '--lr-step-rates', 'linear'),
     said(f'{STEP} --lr-step-milestones 0.5', '--lr-step-milestones', '0.5'),
