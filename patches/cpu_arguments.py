@@ -82,11 +82,13 @@ def check_limits(namespace: argparse.Namespace, unknown: list[str]) -> None:
         if value not in accepted:
             raise ValueError(f'{flag} {value}: not on the CPU device, {reason}; {remedy}.')
     pattern, split = pattern_of(namespace) or '', namespace.tensor_model_parallel_size
-    if 'D' in pattern and split > 1:
+    latent = next((symbol for symbol in '+D' if symbol in pattern), None)
+    if latent is not None and split > 1:
         raise ValueError(
-            f'--tensor-model-parallel-size {split}: not on the CPU device, where the layers of '
-            f"'D' ({LAYERS['D']}) in --hybrid-layer-pattern {pattern} are tested on one rank "
-            'alone; use 1.'
+            f'--tensor-model-parallel-size {split}: not on the CPU device with '
+            f"--hybrid-layer-pattern {pattern}, for Megatron's local layers of '{latent}' "
+            f'({LAYERS[latent]}) leave the gradient of the part of keys that heads share to each '
+            'rank; use 1.'
         )
     announce_slow_layers(pattern)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from megatron_mhc.patches import hybrid_mixers
+from megatron_mhc.patches.cpu_arguments import check_limits
 
 # The model is 32 wide: 64 channels in a Mamba layer.
 TP2 = '--tensor-model-parallel-size 2'
@@ -54,6 +57,16 @@ def test_sparse_attention_has_no_biases(refused, parse):
         pytest.skip('before core 0.19 it may have them')
     biased = flags.replace(' --disable-bias-linear', '')
     assert "'D' (sparse attention) has no biases; add --disable-bias-linear" in refused(biased)
+
+
+def test_latent_attention_is_not_split_on_the_cpu():
+    sized = argparse.Namespace(hybrid_layer_pattern='D-', tensor_model_parallel_size=1)
+    check_limits(sized, [])
+    sized.tensor_model_parallel_size = 2
+    for symbol in '+D':
+        sized.hybrid_layer_pattern = f'{symbol}-'
+        with pytest.raises(ValueError, match='size 2: not on the CPU .* to each rank; use 1'):
+            check_limits(sized, [])
 
 
 def test_packages_that_are_not_there(refused, parse, monkeypatch):

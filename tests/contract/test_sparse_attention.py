@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_hybrid_model import CONSTANT, LATENT, MHC, block_spec, randomise
+from layout_cases import LATENT, SPARSE
+from test_hybrid_model import CONSTANT, MHC, block_spec, randomise
 
 from megatron_mhc import compat
 from megatron_mhc.runtime.cpu_hadamard import rotate_activation
 
 TOKENS = 16
-SPARSE = {
-    **LATENT,
-    'add_bias_linear': False,
-    'normalization': 'RMSNorm',
-    'experimental_attention_variant': 'dsa',
-    'dsa_indexer_n_heads': 2,
-    'dsa_indexer_head_dim': 8,
-    'dsa_indexer_topk': 4,
-    'dsa_indexer_loss_coeff': 0.1,
-}
 MAMBA = {'mamba_state_dim': 8, 'mamba_head_dim': 8, 'mamba_num_groups': 2}
 # Every token is among the chosen, and the indexer has nothing to learn.
 ALL = {'dsa_indexer_topk': TOKENS, 'dsa_indexer_loss_coeff': 0.0}
