@@ -10,10 +10,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatron_mhc.patches.cpu_pattern import check_pattern
+from megatron_mhc.patches.cpu_pattern import announce_slow_layers
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.hybrid_pattern import pattern_of
 from megatron_mhc.patches.parse_hook import after_parsing
+from megatron_mhc.settings.hybrid_stages import LAYERS
 
 # ``megatron_mhc.runtime.cpu_device.NOTICE`` names these to the user.
 DEFAULTS = {
@@ -80,7 +81,16 @@ def check_limits(namespace: argparse.Namespace, unknown: list[str]) -> None:
         value = getattr(namespace, name, accepted[0])
         if value not in accepted:
             raise ValueError(f'{flag} {value}: not on the CPU device, {reason}; {remedy}.')
-    check_pattern(pattern_of(namespace))
+    pattern, split = pattern_of(namespace) or '', namespace.tensor_model_parallel_size
+    latent = next((symbol for symbol in '+D' if symbol in pattern), None)
+    if latent is not None and split > 1:
+        raise ValueError(
+            f'--tensor-model-parallel-size {split}: not on the CPU device with '
+            f"--hybrid-layer-pattern {pattern}, for Megatron's local layers of '{latent}' "
+            f'({LAYERS[latent]}) leave the gradient of the part of keys that heads share to each '
+            'rank; use 1.'
+        )
+    announce_slow_layers(pattern)
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:

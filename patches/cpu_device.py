@@ -20,6 +20,7 @@ from megatron_mhc.patches.cpu_groups import CPU_GROUPS_PATCH
 from megatron_mhc.patches.cpu_hybrid import CPU_HYBRID_PATCHES
 from megatron_mhc.patches.cpu_mixers import CPU_MIXER_PATCHES
 from megatron_mhc.patches.cpu_optimizer import CPU_OPTIMIZER_PATCHES
+from megatron_mhc.patches.cpu_sparse import CPU_SPARSE_PATCHES
 from megatron_mhc.patches.engine import Patch, on_every_release
 
 
@@ -193,6 +194,7 @@ _PATCHES: tuple[Patch, ...] = (
     ),
     *CPU_HYBRID_PATCHES,
     *CPU_MIXER_PATCHES,
+    *CPU_SPARSE_PATCHES,
     *CPU_OPTIMIZER_PATCHES,
 )
 # They must be in place before Megatron is imported, so no tree has a seam for them.

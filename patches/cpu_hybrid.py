@@ -13,7 +13,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megatron_mhc.patches.cpu_pattern import check_pattern
+from megatron_mhc.patches.cpu_pattern import announce_slow_layers
+from megatron_mhc.patches.cpu_sparse import local_sparse_layer, with_parts
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.hybrid_model import HYBRID_MODEL_PATCHES, stack_spec_name
 
@@ -48,16 +49,16 @@ def local_submodules(stock: Any, config: TransformerConfig) -> Any:
     norm = layer().submodules.input_layernorm
     linear = {'in_proj': ColumnParallelLinear, 'out_proj': RowParallelLinear}
     layers = {
-        'mamba_layer': _with(
+        'mamba_layer': with_parts(
             stock.mamba_layer,
             norm=norm,
-            mixer=_with(stock.mamba_layer.submodules.mixer, **linear),
+            mixer=with_parts(stock.mamba_layer.submodules.mixer, **linear),
             **fused('norm', 'mixer.in_proj'),
         ),
-        'gdn_layer': _with(
+        'gdn_layer': with_parts(
             stock.gdn_layer,
             input_layernorm=norm,
-            self_attention=_with(
+            self_attention=with_parts(
                 stock.gdn_layer.submodules.self_attention, out_norm=norm, **linear
             ),
             **fused('input_layernorm', 'self_attention.in_proj'),
@@ -77,6 +78,8 @@ def local_submodules(stock: Any, config: TransformerConfig) -> Any:
     if hasattr(stock, 'mla_layer'):
         latent = layer(multi_latent_attention=True)
         layers['mla_layer'] = only(stock.mla_layer, latent, *attention)
+    if hasattr(stock, 'dsa_layer'):
+        layers['dsa_layer'] = local_sparse_layer(stock.dsa_layer, norm)
     return dataclasses.replace(
         stock, **layers, mtp_block_spec=_local_prediction(stock.mtp_block_spec)
     )
@@ -87,14 +90,10 @@ def _local_prediction(stock: ModuleSpec) -> ModuleSpec:
     from megatron.core.models.backends import LocalSpecProvider
 
     linear = LocalSpecProvider().column_parallel_linear()
-    return _with(
-        stock, layer_specs=[_with(spec, eh_proj=linear) for spec in stock.submodules.layer_specs]
+    return with_parts(
+        stock,
+        layer_specs=[with_parts(spec, eh_proj=linear) for spec in stock.submodules.layer_specs],
     )
-
-
-def _with(spec: ModuleSpec, **parts: Any) -> ModuleSpec:
-    """``spec`` with other submodules of these names."""
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **parts))
 
 
 def _with_local_layers(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +109,7 @@ def _with_local_layers(original: Callable[..., Any]) -> Callable[..., Any]:
         # By its submodules, which an n-stream form of it shares.
         stock = spec.submodules is mamba_stack_spec.submodules
         if stock and config.transformer_impl == 'local':
-            check_pattern(bound.arguments.get('hybrid_layer_pattern'))
+            announce_slow_layers(bound.arguments.get('hybrid_layer_pattern'))
             local = local_submodules(spec.submodules, config)
             bound.arguments[spec_name] = dataclasses.replace(spec, submodules=local)
         original(*bound.args, **bound.kwargs)

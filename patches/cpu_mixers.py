@@ -82,15 +82,27 @@ CPU_MIXER_PATCHES = (
         target='megatron.core.ssm.mamba_mixer:MambaMixer.__init__',
         wrap=functools.partial(_calls, MAMBA),
         reason='without mamba_ssm, whose kernels need CUDA, it refuses to be built',
-        fingerprints={'0.17': '0e27c083', '0.18': '7d0fe4c1', '0.19': '7d0fe4c1'},
+        fingerprints={
+            '0.17': '0e27c083',
+            '0.18': '7d0fe4c1',
+            '0.19': '7d0fe4c1',
+            '0.20': '7d0fe4c1',
+        },
     ),
-    Patch(
-        id='cpu-mamba-decode',
-        target='megatron.core.ssm.mamba_mixer:MambaMixer._ssm_decode',
-        wrap=_one_token_of_each,
-        reason='its way without kernels takes one token of each sequence, a static batch first',
-        fingerprints=dict.fromkeys(('0.17', '0.18', '0.19'), 'da9c4369'),
-        reads=('zxBCdt',),
+    *(
+        Patch(
+            id=f'cpu-mamba-{id}',
+            target=f'megatron.core.ssm.mamba_mixer:MambaMixer.{name}',
+            wrap=_one_token_of_each,
+            reason='its way without kernels takes one token of each sequence, a static batch first',
+            fingerprints=dict.fromkeys(releases, 'da9c4369'),
+            reads=('zxBCdt',),
+        )
+        for id, name, releases in (
+            ('decode', '_ssm_decode', ('0.17', '0.18', '0.19')),
+            # The same under the name that it has since.
+            ('ssm-decode', 'ssm_decode', ('0.20',)),
+        )
     ),
     Patch(
         id='cpu-delta-net',
@@ -104,6 +116,6 @@ CPU_MIXER_PATCHES = (
         target='megatron.core.ssm.gated_delta_net.common:_GDNBase.__init__',
         wrap=_DELTA_RULE,
         reason='the same where later releases have it',
-        fingerprints={'0.19': 'ebb15f97'},
+        fingerprints={'0.19': 'ebb15f97', '0.20': 'e0cf7c91'},
     ),
 )

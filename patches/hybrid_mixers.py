@@ -1,4 +1,4 @@
-"""What Mamba and gated delta net layers of a hybrid pattern need, before a model is built.
+"""What Mamba, gated delta net and expert layers of a pattern need, before a model is built.
 
 Megatron says so by errors of every rank, of some only while it trains.
 """
@@ -11,15 +11,21 @@ import importlib.util
 from collections.abc import Iterator
 
 from megatron_mhc.compat import core_version
+from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.patches.hybrid_pattern import pattern_of
 from megatron_mhc.runtime import cpu_device
+from megatron_mhc.settings.hybrid_stages import LAYERS
 
-# Symbol -> its layer.
-MIXERS = {'M': 'Mamba', 'G': 'gated delta net'}
 # Symbol -> where Megatron notes whether it has the kernels, and how to get them.
 KERNELS = {
-    'M': ('mamba_mixer', 'HAVE_MAMBA_SSM', 'mamba_ssm', 'mamba-ssm causal-conv1d'),
-    'G': ('gated_delta_net', 'HAVE_FLA', 'fla', 'flash-linear-attention'),
+    'M': ('ssm.mamba_mixer', 'HAVE_MAMBA_SSM', 'mamba_ssm', 'mamba-ssm causal-conv1d'),
+    'G': ('ssm.gated_delta_net', 'HAVE_FLA', 'fla', 'flash-linear-attention'),
+    'D': (
+        'transformer.experimental_attention_variant.dsa',
+        'hadamard_transform',
+        'fast_hadamard_transform',
+        'fast-hadamard-transform',
+    ),
 }
 
 
@@ -33,13 +39,20 @@ def check_mixers(args: argparse.Namespace) -> None:
     if spec is not None and not str(spec[0]).startswith('megatron.core.'):
         return
     flag = f'--hybrid-layer-pattern {pattern}'
-    for symbol, name in MIXERS.items():
-        if symbol in pattern:
-            _require_packages(symbol, f"{flag}: '{symbol}' ({name})")
+    for symbol in KERNELS:
+        # From 0.19 the rotation that it is for may be left out.
+        rotates = symbol != 'D' or getattr(args, 'dsa_indexer_rotate_activation', True)
+        if symbol in pattern and rotates:
+            _require_packages(symbol, f"{flag}: '{symbol}' ({LAYERS[symbol]})")
+    _check_latent(pattern, flag, args)
+    if 'E' in pattern and not args.num_experts:
+        raise ValueError(
+            f"{flag}: 'E' ({LAYERS['E']}) needs --num-experts; say how many, or leave 'E' out"
+        )
     silu = args.swiglu or getattr(args, 'deterministic_mode', False)
     if 'G' in pattern and not silu and not (core_version() or '').startswith('0.17'):
         raise ValueError(
-            f"{flag}: the convolution of 'G' (gated delta net) takes the model's activation, and "
+            f"{flag}: the convolution of 'G' ({LAYERS['G']}) takes the model's activation, and "
             'its kernel has silu alone; add --swiglu'
         )
     for dividend, value, divisor, by in _sizes(pattern, args):
@@ -49,12 +62,29 @@ def check_mixers(args: argparse.Namespace) -> None:
             )
 
 
+def _check_latent(pattern: str, flag: str, args: argparse.Namespace) -> None:
+    """Raise ValueError for latent and sparse attention without what they are made of."""
+    for symbol in '+D':
+        if symbol in pattern and not args.multi_latent_attention:
+            raise ValueError(
+                f"{flag}: '{symbol}' ({LAYERS[symbol]}) needs --multi-latent-attention; add it"
+            )
+    if 'D' not in pattern:
+        return
+    for name in ('dsa_indexer_n_heads', 'dsa_indexer_head_dim', 'dsa_indexer_topk'):
+        if not getattr(args, name, None):
+            raise ValueError(f"{flag}: 'D' ({LAYERS['D']}) needs {flag_of(name)}; say how many")
+    older = (core_version() or '').startswith(('0.17', '0.18'))
+    if args.add_bias_linear and not older:
+        raise ValueError(f"{flag}: 'D' ({LAYERS['D']}) has no biases; add --disable-bias-linear")
+
+
 def _require_packages(symbol: str, layer: str) -> None:
     """Raise ValueError for the first one that cannot be imported."""
     if symbol == 'M' and importlib.util.find_spec('einops') is None:
         raise ValueError(f'{layer} needs the package einops; pip install einops')
     module, known, package, install = KERNELS[symbol]
-    layers = importlib.import_module(f'megatron.core.ssm.{module}')
+    layers = importlib.import_module(f'megatron.core.{module}')
     if not cpu_device.is_installed() and not getattr(layers, known, True):
         raise ValueError(
             f'{layer} needs the package {package}, which cannot be imported here; pip install '

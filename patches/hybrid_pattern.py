@@ -10,11 +10,18 @@ import argparse
 from megatron_mhc.compat import core_version
 from megatron_mhc.inputs.values import shown
 from megatron_mhc.settings.constraint import layer_pattern
+from megatron_mhc.settings.hybrid_stages import LAYERS
 
 
 def pattern_of(args: argparse.Namespace) -> str | None:
-    """The layer pattern, by either name of its flag, with the parts of an older flag behind it."""
+    """The layer pattern, by either name of its flag, with the parts of an older flag behind it.
+
+    None of another model; empty where it was given so.
+    """
     pattern = layer_pattern(vars(args).get)
+    names = 'hybrid_layer_pattern', 'hybrid_override_pattern'
+    if pattern is None and any(getattr(args, name, None) == '' for name in names):
+        return ''
     predicted = getattr(args, 'mtp_hybrid_override_pattern', None)
     if pattern is None or predicted is None or '/' in pattern:
         return pattern
@@ -29,7 +36,7 @@ def check_hybrid_pattern(args: argparse.Namespace) -> None:
     from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols
 
     main, *predicted = pattern.split('/')
-    flag = f'--hybrid-layer-pattern {shown(pattern)}'
+    flag = f'--hybrid-layer-pattern {shown(pattern) or "''"}'
     known = ''.join(sorted(Symbols.VALID_LAYERS))
     for symbol in pattern:
         if symbol not in Symbols.VALID_LAYERS | {'|', '/'}:
@@ -47,7 +54,7 @@ def check_hybrid_pattern(args: argparse.Namespace) -> None:
     split = args.tensor_model_parallel_size
     if 'G' in pattern and split > 1 and not args.sequence_parallel:
         raise ValueError(
-            f"{flag}: Megatron sums the gradient of the output norm of 'G' (gated delta net) over "
+            f"{flag}: Megatron sums the gradient of the output norm of 'G' ({LAYERS['G']}) over "
             f'--tensor-model-parallel-size {split} with --sequence-parallel alone; add it'
         )
     ranks, segments = args.pipeline_model_parallel_size, main.split('|')

@@ -140,7 +140,7 @@ _PATTERN_PATCHES = tuple(
         (
             'hybrid',
             'megatron.core.models.hybrid.hybrid_layer_allocation',
-            {'0.18': '90c005cd', '0.19': 'c9ab46e3'},
+            {'0.18': '90c005cd', '0.19': 'c9ab46e3', '0.20': 'c9ab46e3'},
         ),
         ('mamba', 'megatron.core.ssm.mamba_hybrid_layer_allocation', {'0.17': '90c005cd'}),
     )

@@ -11,12 +11,10 @@ from typing import NamedTuple
 
 from megatron_mhc.schedules.pattern_stages import in_stages
 from megatron_mhc.settings.constraint import layer_pattern
+from megatron_mhc.settings.hybrid_stages import LAYERS
 
 STAGE, DEPTH = '|', '/'
 ATTENTION, MLP = '*+', '-E'
-# What else Megatron has a symbol for.
-OTHERS = {'M': 'Mamba', 'G': 'gated delta net', 'D': 'sparse attention'}
-KINDS = {'*': 'attention', '+': 'latent attention', '-': 'an MLP', 'E': 'experts', **OTHERS}
 FLAG = '--hybrid-layer-pattern'
 
 
@@ -77,7 +75,7 @@ def require_gpt_layers(pattern: str) -> None:
     """
     layers, _, depths = parsed(pattern)
     for number, symbol in enumerate(layers):
-        where = f'{FLAG} {pattern}: layer {number} is {KINDS.get(symbol, symbol)} ({symbol})'
+        where = f'{FLAG} {pattern}: layer {number} is {LAYERS.get(symbol, symbol)} ({symbol})'
         if symbol not in ATTENTION + MLP:
             raise ValueError(f'{where}, which no GPT model has: it stays hybrid')
         if symbol not in (MLP if number % 2 else ATTENTION):

@@ -8,6 +8,16 @@ from __future__ import annotations
 
 from megatron_mhc.settings.constraint import Constraint, Setting, hybrid_model, layer_pattern
 
+# Symbol of a layer -> what it is.
+LAYERS = {
+    '*': 'attention',
+    '+': 'latent attention',
+    'D': 'sparse attention',
+    'M': 'Mamba',
+    'G': 'gated delta net',
+    '-': 'an MLP',
+    'E': 'experts',
+}
 # Not every release refuses it, and prediction layers would go by the layout, the others by the
 # pattern.
 LAYOUT_BESIDE_PATTERN = Constraint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_mhc.settings.hybrid_stages import LAYERS
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import GroupedAttention, ModelShape
 from megatron_mhc.sizing.stages import pieces
@@ -55,18 +56,18 @@ def model_checks(shape: ModelShape, tp: int, cp: int, ep: int, stages: int) -> C
 
 def _mixer_checks(shape: ModelShape, tp: int, cp: int) -> Checks:
     """Of ``M`` and ``G`` in a hybrid pattern."""
-    for name, counts in (
-        ('Mamba', shape.mamba and (shape.mamba.groups, shape.mamba.heads)),
-        ('gated delta net', shape.delta_net and (shape.delta_net.key_heads,)),
+    for symbol, counts in (
+        ('M', shape.mamba and (shape.mamba.groups, shape.mamba.heads)),
+        ('G', shape.delta_net and (shape.delta_net.key_heads,)),
     ):
         yield (
             any(count % tp for count in counts or ()),
-            f'the heads of {name} layers, or their groups, do not divide by tp',
+            f'the heads of {LAYERS[symbol]} layers, or their groups, do not divide by tp',
             f'choose a --tp that divides {counts and counts[0]}',
         )
         yield (
             cp > 1 and counts is not None,
-            f'context parallelism of {name} layers is not modelled',
+            f'context parallelism of {LAYERS[symbol]} layers is not modelled',
             'choose --cp 1',
         )
 

@@ -42,7 +42,7 @@ def hybrid_model(
     torch.manual_seed(5)
     # Parts of a mixer are drawn from it.
     model_parallel_cuda_manual_seed(5)
-    kind = MLATransformerConfig if '+' in pattern else TransformerConfig
+    kind = MLATransformerConfig if set('+D') & set(pattern) else TransformerConfig
     main, *predicted = pattern.replace('|', '').split('/')
     counts = {'num_layers': len(main), 'mtp_num_layers': len(predicted) or None}
     config = kind(**{**counts, **PLAIN, **settings})

@@ -20,6 +20,7 @@ from block_models import (
     split_spec,
     taken,
 )
+from layout_cases import MOE as EXPERTS
 
 from megatron_mhc.commands.storage_meter import StorageMeter
 from megatron_mhc.residual.hyper_connection import HyperConnection
@@ -34,14 +35,7 @@ pytestmark = pytest.mark.skipif(
 HIDDEN, STREAMS = 32, 2
 TOKENS = SEQUENCE * BATCH
 ALL = 99  # sublayers
-MOE = {
-    'num_moe_experts': 4,
-    'moe_router_topk': 2,
-    'moe_token_dispatcher_type': 'alltoall',
-    'moe_router_load_balancing_type': 'aux_loss',
-    'moe_aux_loss_coeff': 0.01,
-    'add_bias_linear': False,
-}
+MOE = {**EXPERTS, 'moe_router_load_balancing_type': 'aux_loss', 'moe_aux_loss_coeff': 0.01}
 
 
 def selective(*modules):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layout_cases import LATENT, MOE
 from layout_cases import MIXERS as SIZES
-from layout_cases import MOE
 from test_model_patches import groups_of
 
 from megatron_mhc import compat
@@ -59,17 +59,6 @@ def randomise(model):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-# Small, and with another width of values than of keys.
-LATENT = {
-    'multi_latent_attention': True,
-    'q_lora_rank': None,
-    'kv_lora_rank': 16,
-    'qk_head_dim': 8,
-    'qk_pos_emb_head_dim': 4,
-    'v_head_dim': 8,
-    'rope_type': 'rope',
-    'apply_rope_fusion': False,
-}
 ROTARY = {'apply_rope_fusion': False}
 # Pattern -> the GPT model that it is, and the settings of both.
 TWINS = {

@@ -1,10 +1,13 @@
-"""Mamba and gated delta net layers that cannot be: one line, before any model is built."""
+"""Layers of a pattern that cannot be: one line, before any model is built."""
 
 from __future__ import annotations
+
+import argparse
 
 import pytest
 
 from megatron_mhc.patches import hybrid_mixers
+from megatron_mhc.patches.cpu_arguments import check_limits
 
 # The model is 32 wide: 64 channels in a Mamba layer.
 TP2 = '--tensor-model-parallel-size 2'
@@ -18,8 +21,18 @@ REFUSED = {
     f'G --swiglu --linear-num-key-heads 1 {TP2}': '--linear-num-key-heads 1',
     'M --mamba-head-dim 0 --residual-type mhc': '--mamba-head-dim 0: ',
     'G --swiglu --linear-num-key-heads 0 --residual-type mhc': '--linear-num-key-heads 0: ',
+    'E': "'E' (experts) needs --num-experts",
+    '+': "'+' (latent attention) needs --multi-latent-attention",
+    'D': "'D' (sparse attention) needs --multi-latent-attention",
+    'D --multi-latent-attention': "'D' (sparse attention) needs --dsa-indexer-n-heads",
+    'D --multi-latent-attention --dsa-indexer-n-heads 2 --dsa-indexer-head-dim 8': 'needs '
+    '--dsa-indexer-topk',
     f'G --swiglu --residual-type mhc {TP2}': "Megatron sums the gradient of the output norm of 'G'",
 }
+SPARSE = (
+    '--multi-latent-attention --dsa-indexer-n-heads 2 --dsa-indexer-head-dim 8 '
+    '--dsa-indexer-topk 4 --disable-bias-linear'
+)
 GOOD = 'MG --swiglu --mamba-head-dim 8'
 
 
@@ -37,6 +50,25 @@ def test_a_gated_delta_net_needs_silu(refused, parse):
     assert 'its kernel has silu alone; add --swiglu' in refused('--hybrid-layer-pattern G')
 
 
+def test_sparse_attention_has_no_biases(refused, parse):
+    flags = f'--hybrid-layer-pattern D {SPARSE}'
+    assert parse(*flags.split()).hybrid_layer_pattern == 'D'
+    if hybrid_mixers.core_version().startswith(('0.17', '0.18')):
+        pytest.skip('before core 0.19 it may have them')
+    biased = flags.replace(' --disable-bias-linear', '')
+    assert "'D' (sparse attention) has no biases; add --disable-bias-linear" in refused(biased)
+
+
+def test_latent_attention_is_not_split_on_the_cpu():
+    sized = argparse.Namespace(hybrid_layer_pattern='D-', tensor_model_parallel_size=1)
+    check_limits(sized, [])
+    sized.tensor_model_parallel_size = 2
+    for symbol in '+D':
+        sized.hybrid_layer_pattern = f'{symbol}-'
+        with pytest.raises(ValueError, match='size 2: not on the CPU .* to each rank; use 1'):
+            check_limits(sized, [])
+
+
 def test_packages_that_are_not_there(refused, parse, monkeypatch):
     """As on a GPU without them; on the emulated device they are not needed."""
     monkeypatch.setattr(hybrid_mixers.cpu_device, 'is_installed', lambda: False)
@@ -47,6 +79,9 @@ def test_packages_that_are_not_there(refused, parse, monkeypatch):
         assert "'M' (Mamba) needs the package mamba_ssm, which cannot be imported here" in said
     said = refused('--hybrid-layer-pattern G --swiglu')
     assert "'G' (gated delta net) needs the package fla" in said
+    assert "'D' (sparse attention) needs the package fast_hadamard_transform" in refused(
+        f'--hybrid-layer-pattern D {SPARSE}'
+    )
     # A stack spec of one's own may have other layers for them.
     parse('--hybrid-layer-pattern', *GOOD.split(), '--spec', 'mine', 'stack')
     monkeypatch.undo()

@@ -218,7 +218,15 @@ REFUSED = {
     'memory': ({'engram_layers': [2]}, r'--engram-layers \[2\]'),
     'sink': ({'softmax_type': 'learnable'}, '--softmax-type learnable'),
     'manifold': ({'mhc_manifold': 'mine'}, '--mhc-manifold mine'),
-    'hybrid': ({'hybrid_layer_pattern': 'M*-'}, r'--hybrid-layer-pattern M\*-'),
+    'hybrid': ({'hybrid_layer_pattern': 'M*-'}, r'--hybrid-layer-pattern M\*-.*keep.*stays hybrid'),
+    'hybrid twin': (
+        {'hybrid_layer_pattern': '*-|*E/*E'},
+        r'--hybrid-layer-pattern \*-\|\*E/\*E, .*; first convert it --to gpt, and what comes of',
+    ),
+    'hybrid memory': (
+        {'hybrid_override_pattern': '*-*-', 'engram_layers': [1]},
+        r'--hybrid-override-pattern .*; nor has --engram-layers; keep',
+    ),
     'capacity': ({'moe_expert_rank_capacity_factor': 1.0}, '--moe-expert-rank-capacity-factor 1'),
     'random experts': ({'moe_router_force_load_balancing': True}, '--moe-router-force-load-bal'),
     'biased experts': ({'moe_router_force_biased': 0.1}, '--moe-router-force-biased 0.1'),

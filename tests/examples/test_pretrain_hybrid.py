@@ -124,9 +124,19 @@ def test_dense_connections_train(tmp_path, tensors):
     assert not torch.equal(biases[1], biases[1].round())
 
 
-def test_what_the_cpu_cannot_run_is_one_line():
-    words = ('--hybrid-layer-pattern', 'M-D-')
-    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *MODEL, *MHC, *words)
-    assert done.returncode == 2
-    assert "error: --hybrid-layer-pattern M-D-: not on the CPU device, 'D' (sparse" in done.stderr
-    assert 'Traceback' not in done.stderr
+SPARSE = (
+    '--multi-latent-attention --kv-lora-rank 16 --q-lora-rank 16 --qk-head-dim 8 '
+    '--qk-pos-emb-head-dim 4 --v-head-dim 8 --rope-type rope --dsa-indexer-n-heads 2 '
+    '--dsa-indexer-head-dim 8 --dsa-indexer-topk 8 --dsa-indexer-loss-coeff 0.1 '
+    '--experimental-attention-variant dsa --disable-bias-linear'
+).split()
+
+
+def test_sparse_attention_trains(tmp_path, tensors):
+    curve = train(1, 'D-M-', *MHC, *SPARSE, '--save', tmp_path, '--save-interval', 4)
+    losses = [float(loss) for loss, _ in curve.values()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    saved = tensors(tmp_path / 'iter_0000004')
+    # Queries and keys of the indexer, which learns by a loss of its own.
+    moment = 'optimizer.state.exp_avg.decoder.layers.0.self_attention.core_attention.indexer'
+    assert all(saved[f'{moment}.{name}.weight'].any() for name in ('linear_wq_b', 'linear_wk'))

@@ -32,6 +32,27 @@ MIXERS = {
     'linear_num_key_heads': 2,
     'linear_num_value_heads': 4,
 }
+# Latent attention, small, with another width of values than of keys, and sparse attention by it.
+LATENT = {
+    'multi_latent_attention': True,
+    'q_lora_rank': None,
+    'kv_lora_rank': 16,
+    'qk_head_dim': 8,
+    'qk_pos_emb_head_dim': 4,
+    'v_head_dim': 8,
+    'rope_type': 'rope',
+    'apply_rope_fusion': False,
+}
+SPARSE = {
+    **LATENT,
+    'add_bias_linear': False,
+    'normalization': 'RMSNorm',
+    'experimental_attention_variant': 'dsa',
+    'dsa_indexer_n_heads': 2,
+    'dsa_indexer_head_dim': 8,
+    'dsa_indexer_topk': 4,
+    'dsa_indexer_loss_coeff': 0.1,
+}
 
 
 def launch(world: int, cases: list[dict], folder: pathlib.Path, **environment: str) -> dict:

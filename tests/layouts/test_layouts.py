@@ -11,7 +11,15 @@ import pathlib
 
 import pytest
 import torch
-from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import (
+    MIXERS,
+    MOE,
+    MOST_THREADS,
+    OWN_NORM_TOLERANCE,
+    SPARSE,
+    SPLIT_SUM_TOLERANCE,
+    launch,
+)
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 HC = {'residual_type': 'hc'}
@@ -79,6 +87,12 @@ MODELS = {
     },
     'hybrid-mtp': {'residual': MHC, **HYBRID_MTP, 'tied': True},
     'mixers': {'residual': MHC, **MIXED},
+    'sparse': {
+        'residual': MHC,
+        'layers': 4,
+        'pattern': 'D-D-',
+        'config': {**LOCAL_STACK, **SPARSE},
+    },
     'mamba': {'residual': HC, **MIXED, 'layers': 3, 'pattern': 'M-M'},
     'hybrid-mtp-untied': {'residual': HC, **HYBRID_MTP},
     'mtp': {'residual': MHC, 'config': MTP},
@@ -144,6 +158,7 @@ CASES = [
     ('pp2', 'mixers', 2, {'layout': {'pp': 2}, 'pattern': 'MM|G*-G'}, True),
     ('pp2-vpp2', 'mixers', 2, {'layout': VPP2, 'pattern': 'M|MG|*-|G'}, True),
     ('full', 'mixers', 1, {'config': FULL}, True),
+    ('pp2', 'sparse', 2, {'layout': {'pp': 2}, 'pattern': 'D-D|-'}, True),
     ('tp2', 'mamba', 2, {'layout': {'tp': 2}}, False),
     ('tp2-sp', 'mixers', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     # The last stage has no layer but that of the prediction, and gets n streams all the same.

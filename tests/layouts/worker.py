@@ -58,7 +58,10 @@ from megatron.core.optimizer import (  # noqa: E402
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import (  # noqa: E402
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
 from megatron_mhc.monitor.collect import Monitor  # noqa: E402
 from megatron_mhc.monitor.reduce import gather  # noqa: E402
@@ -102,7 +105,8 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
 
 
 def settings(case: dict, sizes: dict) -> TransformerConfig:
-    config = TransformerConfig(
+    latent = case.get('config', {}).get('multi_latent_attention')
+    config = (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=case.get('layers', 4),
         hidden_size=32,
         ffn_hidden_size=64,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_mhc.convert.pattern import pattern_of, require_gpt_layers
 from megatron_mhc.convert.saved_args import norm_eps_of
 from megatron_mhc.settings.flag import write_back
 from megatron_mhc.settings.flags_residual import saved_residual_config
@@ -161,7 +162,7 @@ def config_from_args(args: argparse.Namespace) -> dict[str, Any]:
         # One that a release does not have was never given.
         value = getattr(args, name, allowed[0])
         if value not in allowed:
-            raise _refused(flag if value is True else f'{flag} {value}')
+            raise _refused(flag if value is True else f'{flag} {value}', _way_out(name, args))
     config: dict[str, Any] = {ours: getattr(args, theirs, None) for ours, theirs in SAME.items()}
     config['norm_eps'] = norm_eps_of(args)
     if not getattr(args, 'group_query_attention', False):
@@ -220,11 +221,28 @@ def _mscale(rope: dict[str, Any], which: str) -> float:
     return 0.1 * float(rope[which]) * math.log(rope['factor']) + 1.0
 
 
-def _refused(shown: str) -> ValueError:
+KEPT = 'keep the checkpoint for Megatron'
+
+
+def _refused(shown: str, remedy: str = KEPT) -> ValueError:
     return ValueError(
         f'--to hf: the run had {shown}, for which the model written for transformers has no form; '
-        'keep the checkpoint for Megatron'
+        f'{remedy}'
     )
+
+
+def _way_out(name: str, args: argparse.Namespace) -> str:
+    """What to do about the argument ``name``: a hybrid model may be a GPT one."""
+    pattern = pattern_of(args)
+    if pattern is None or name not in ('hybrid_layer_pattern', 'hybrid_override_pattern'):
+        return KEPT
+    if getattr(args, 'engram_layers', None):
+        return f'nor has --engram-layers; {KEPT}'
+    try:
+        require_gpt_layers(pattern)
+    except ValueError:
+        return f'{KEPT}: with layers that no GPT model has it stays hybrid'
+    return 'first convert it --to gpt, and what comes of that --to hf'
 
 
 def _activation(args: argparse.Namespace) -> str:
