@@ -11,6 +11,7 @@ from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
 
 from megatron_mhc.residual import single_pass
+from megatron_mhc.residual.hyper_connection import HyperConnection
 from megatron_mhc.residual.recompute_choice import choose_segment_size
 from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
 from megatron_mhc.residual.sublayer import ChainedLayer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         pre_process: bool
         num_streams: int
         single_pass: bool
+        layers: nn.ModuleList
 else:
     _Host = object
 
@@ -52,7 +54,8 @@ class HyperConnectionBlockMixin(_Host):
                 hidden_states = hidden_states.unwrap()
             hidden_states = expand_streams(hidden_states, self.num_streams)
             if self.single_pass:
-                single_pass.start(hidden_states, self.num_streams)
+                alone = not self.layers or (_recomputes(self.config) and self.training)
+                hidden_states = single_pass.start(hidden_states, self.num_streams, alone)
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -79,6 +82,7 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     for layer, following in itertools.pairwise(block.layers):
         if isinstance(layer, ChainedLayer):
             layer.precedes(following)
+    mark_ends(block)
     norm = final_norm_of(block)
     if norm is not None:
         block.stream_merge = StreamMerge(
@@ -90,6 +94,36 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
             'the last pipeline stage has no final norm, before which the residual streams are '
             'merged: build the block with post_layer_norm=True or use --residual-type standard'
         )
+
+
+def mark_ends(block: TransformerBlock) -> None:
+    """Tell each sublayer whether what it writes leaves the stage, or layers recomputed as one."""
+    last: HyperConnection | None = None
+    for number, layer in enumerate(block.layers, start=1):
+        own = [child for child in layer.children() if isinstance(child, HyperConnection)]
+        last = own[-1] if own else last
+        if last is None:
+            continue
+        is_last = number == len(block.layers)
+        last.ends_stage = is_last and final_norm_of(block) is None
+        last.ends_checkpoint = _checkpoint_ends(block.config, number) or (
+            is_last and _recomputes(block.config)
+        )
+
+
+def _recomputes(config: TransformerConfig) -> bool:
+    return bool(config.recompute_granularity == 'full')
+
+
+def _checkpoint_ends(config: TransformerConfig, number: int) -> bool:
+    """Whether Megatron recomputes layer ``number`` of a stage, from 1, without the one after it."""
+    if not _recomputes(config):
+        return False
+    size = config.recompute_num_layers
+    if config.recompute_method == 'uniform':
+        return number % size == 0
+    # With fp8 and fp4 it passes over layers without a gradient, so that they are other ones.
+    return number <= size or bool(config.fp8 or getattr(config, 'fp4', None))
 
 
 def final_norm_of(block: nn.Module) -> nn.Module | None:
