@@ -134,6 +134,19 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, assert_equal_c
     assert_equal_checkpoints(folder, tmp_path, 9)
 
 
+def test_single_pass_in_bf16_is_the_same_over_stages(tmp_path, assert_equal_checkpoints):
+    """Begun on one, gone on with on two that recompute their layers: bit for bit the run on one."""
+    flags = (*MHC, *FIXED_MASKS, '--mhc-single-pass', '--bf16', '--clip-grad', '0')
+    flags = (*flags, '--train-iters', '6', '--save-interval', '3')
+    full = ('--recompute-granularity full --recompute-method uniform --recompute-num-layers 1').split()
+    alone, stages = tmp_path / 'alone', tmp_path / 'stages'
+    train(1, *flags, '--save', str(alone))
+    at_three = ('--load', str(alone), '--ckpt-step', '3')
+    resumed = train(2, *flags, *PP2, *full, *at_three, '--save', str(stages))
+    assert sorted(resumed) == [4, 5, 6]
+    assert_equal_checkpoints(alone, stages, 6)
+
+
 @pytest.mark.parametrize(
     'layout',
     [
