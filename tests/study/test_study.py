@@ -227,6 +227,15 @@ def test_rebuilding_costs_time_and_saves_memory():
     assert none.step_s == pytest.approx(standard.step_s * (1 + none.mhc_overhead))
 
 
+def test_single_pass_sends_h_pre_along():
+    """Per microbatch: a message each way, and in it n values of fp32 a token, in bf16 streams."""
+    usual, single = (
+        study_of(schedule=('1f1b',), residual=residual, recompute=('none',)).points[0]
+        for residual in (ResidualConfig(), ResidualConfig(single_pass=True))
+    )
+    assert single.pp_bytes - usual.pp_bytes == usual.microbatches * 2 * 4096 * 4 * 6
+
+
 def test_only_the_last_block_is_rebuilt_ahead_of_a_v():
     residual = ResidualConfig('mhc', recompute_layer_num=4)
     shape = dataclasses.replace(RECIPES['3b'].shape(), residual=residual)
