@@ -54,7 +54,7 @@ class HyperConnectionBlockMixin(_Host):
                 hidden_states = hidden_states.unwrap()
             hidden_states = expand_streams(hidden_states, self.num_streams)
             if self.single_pass:
-                alone = not self.layers or (_recomputes(self.config) and self.training)
+                alone = not self.layers or (_recomputes(self) and self.training)
                 hidden_states = single_pass.start(hidden_states, self.num_streams, alone)
         return super().forward(hidden_states, *args, **kwargs)
 
@@ -102,28 +102,23 @@ def mark_ends(block: TransformerBlock) -> None:
     for number, layer in enumerate(block.layers, start=1):
         own = [child for child in layer.children() if isinstance(child, HyperConnection)]
         last = own[-1] if own else last
-        if last is None:
-            continue
-        is_last = number == len(block.layers)
-        last.ends_stage = is_last and final_norm_of(block) is None
-        last.ends_checkpoint = _checkpoint_ends(block.config, number) or (
-            is_last and _recomputes(block.config)
-        )
+        if last is not None:
+            last.ends_checkpoint |= _recomputes(block) and _ends_checkpoint(block, number)
+    if last is not None:
+        last.ends_stage = final_norm_of(block) is None
 
 
-def _recomputes(config: TransformerConfig) -> bool:
-    return bool(config.recompute_granularity == 'full')
+def _recomputes(block: nn.Module) -> bool:
+    return bool(block.config.recompute_granularity == 'full')
 
 
-def _checkpoint_ends(config: TransformerConfig, number: int) -> bool:
+def _ends_checkpoint(block: TransformerBlock, number: int) -> bool:
     """Whether Megatron recomputes layer ``number`` of a stage, from 1, without the one after it."""
-    if not _recomputes(config):
-        return False
-    size = config.recompute_num_layers
+    config, size = block.config, block.config.recompute_num_layers
     if config.recompute_method == 'uniform':
-        return number % size == 0
-    # With fp8 and fp4 it passes over layers without a gradient, so that they are other ones.
-    return number <= size or bool(config.fp8 or getattr(config, 'fp4', None))
+        return bool(number % size == 0 or number == len(block.layers))
+    # Under fp8 and fp4 it passes over layers whose input has no gradient, and takes others.
+    return bool(number <= size or config.fp8 or getattr(config, 'fp4', None))
 
 
 def final_norm_of(block: nn.Module) -> nn.Module | None:

@@ -1,9 +1,9 @@
-"""Streams and H_pre as one tensor, where nothing else gets across: stages, and recomputed layers.
+"""Streams and H_pre as one tensor, where nothing else gets across: stages and recomputed layers.
 
-A pipeline sends one tensor of one type, and a checkpoint returns one. A message is ``[s, b, width]``
-of the streams' type. In memory all streams come first, so that who receives them need not copy, and
-then H_pre: where streams have 16 bits, the bits of its fp32 in three values, because rounding it
-would change the model. Gradients go back in the same form.
+A pipeline sends one tensor of one type, and a checkpoint returns one. A message is
+``[s, b, width]`` of the streams' type. In memory all streams come first, so that who receives them
+need not copy, and then H_pre: where streams have 16 bits, the bits of its fp32 in three values,
+because rounding it would change the model. Gradients go back in the same form.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_mhc.kernels.reference.precision import at_least_fp32
 
-# Of each value: with them which no value is infinite or NaN in bf16 or fp16: what checks messages for
-# those, as torch does for NCCL on demand, would find them in bits that mean something else.
+# Of each value: none is then infinite or NaN in bf16 or fp16, which checks of what is sent, such
+# as torch's for NCCL, would take for a fault.
 _BITS = 11
 
 

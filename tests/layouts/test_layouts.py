@@ -23,7 +23,11 @@ CORE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn']
 BLOCKS = {name: {**MHC, 'recompute_layer_num': name} for name in (1, 3, 'auto')}
 ROTATING_BLOCKS = {**MHC, 'manifold': 'orthogonal', 'recompute_layer_num': 3}
 NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']}
-ONE_LAYER = {'recompute_granularity': 'full', 'recompute_method': 'block', 'recompute_num_layers': 1}
+ONE_LAYER = {
+    'recompute_granularity': 'full',
+    'recompute_method': 'block',
+    'recompute_num_layers': 1,
+}
 PP2_FULL, VPP2 = {'layout': {'pp': 2}, 'config': FULL}, {'pp': 2, 'vpp': 2}
 
 # Modules that a residual topology adds to a model.
