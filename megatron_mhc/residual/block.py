@@ -54,7 +54,7 @@ class HyperConnectionBlockMixin(_Host):
                 hidden_states = hidden_states.unwrap()
             hidden_states = expand_streams(hidden_states, self.num_streams)
             if self.single_pass:
-                alone = not self.layers or (_recomputes(self) and self.training)
+                alone = not self.layers or (_recomputes(self.config) and self.training)
                 hidden_states = single_pass.start(hidden_states, self.num_streams, alone)
         return super().forward(hidden_states, *args, **kwargs)
 
@@ -103,13 +103,13 @@ def mark_ends(block: TransformerBlock) -> None:
         own = [child for child in layer.children() if isinstance(child, HyperConnection)]
         last = own[-1] if own else last
         if last is not None:
-            last.ends_checkpoint |= _recomputes(block) and _ends_checkpoint(block, number)
+            last.ends_checkpoint |= _recomputes(block.config) and _ends_checkpoint(block, number)
     if last is not None:
         last.ends_stage = final_norm_of(block) is None
 
 
-def _recomputes(block: nn.Module) -> bool:
-    return bool(block.config.recompute_granularity == 'full')
+def _recomputes(config: TransformerConfig) -> bool:
+    return bool(config.recompute_granularity == 'full')
 
 
 def _ends_checkpoint(block: TransformerBlock, number: int) -> bool:
