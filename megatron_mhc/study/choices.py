@@ -47,9 +47,10 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
         flag = '--num-residual-streams' if streams else '--segments'
         kind = shape.residual.residual_type
         raise ValueError(f'{flag} has no effect with --residual-type {kind}; drop one of them')
-    if shape.residual.single_pass and (rebuilt := {*(segments or ())} - {FULL, 'none'}):
+    rebuilt = [size for size in segments or () if size not in (FULL, 'none')]
+    if shape.residual.single_pass and rebuilt:
         raise ValueError(
-            f'--segments {rebuilt.pop()} cannot be combined with --mhc-single-pass: a segment '
+            f'--segments {rebuilt[0]} cannot be combined with --mhc-single-pass: a segment '
             'rebuilds its reads from the streams alone; use none or full'
         )
     experts = shape.experts.count if shape.experts else 1
