@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mhc.pipeline.edges import default_timeout
+from megatron_mhc.pipeline.edges import default_timeout, describe_edge
 from megatron_mhc.settings.residual import ResidualConfig
 
 _BUILDS = itertools.count()
@@ -39,7 +39,7 @@ def agree_on_edges(
     # Each rank builds the same number of models (teachers, for one) in the same order.
     build = next(_BUILDS)
     store = dist.distributed_c10d._get_default_store()
-    edge = f'{residual.residual_type}, {residual.streams} streams of {config.hidden_size}'
+    edge = f'{residual.residual_type}, {describe_edge(config, residual)}'
     rank = dist.get_rank()
     store.set(_key(build, rank), edge)
     timeout = timeout or default_timeout()

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_mhc.patches.engine import Patch, on_every_release
-from megatron_mhc.pipeline.edges import shapes_are_negotiated
+from megatron_mhc.pipeline.edges import describe_edge, edge_width, shapes_are_negotiated
 from megatron_mhc.settings.model_config import RESIDUAL
 
 
@@ -22,17 +22,17 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         residual = RESIDUAL.peek(self.config)
         if residual is None or not residual.enabled or shapes_are_negotiated(self.config):
             return original(self, tensor_shape=tensor_shape, **kwargs)
-        streams, hidden_size = residual.streams, self.config.hidden_size
+        width = edge_width(self.config)
         for name in ('tensor_send_next', 'tensor_send_prev'):
             tensor = kwargs.get(name)
-            if tensor is not None and tensor.shape[-1] != streams * hidden_size:
+            if tensor is not None and tensor.shape[-1] != width:
                 raise RuntimeError(
                     f'pipeline edge: {name} has shape {list(tensor.shape)}, but the edge carries '
-                    f'{streams} streams of {hidden_size}; a module between the stages changed the '
-                    'width of the hidden states'
+                    f'{describe_edge(self.config, residual)}; a module between the stages changed '
+                    'the width of the hidden states'
                 )
         if tensor_shape is not None and len(tensor_shape) == 3:
-            tensor_shape = (*tensor_shape[:-1], tensor_shape[-1] * streams)
+            tensor_shape = (*tensor_shape[:-1], width)
         return original(self, tensor_shape=tensor_shape, **kwargs)
 
     return _communicate

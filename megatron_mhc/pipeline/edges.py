@@ -13,6 +13,7 @@ from megatron_mhc.schedules.executor_channels import Transport
 from megatron_mhc.schedules.plan import Plan
 from megatron_mhc.settings.flags_residual import parsed_arguments
 from megatron_mhc.settings.model_config import RESIDUAL
+from megatron_mhc.settings.residual import ResidualConfig
 
 
 def transport_for(
@@ -27,11 +28,9 @@ def transport_for(
         sequence: tokens of a sequence on this context-parallel rank.
         micro_batch_size: sequences of a microbatch, b.
     """
-    residual = RESIDUAL.peek(config)
-    streams = 1 if residual is None else residual.streams
     if config.sequence_parallel:
         sequence //= parallel_state.get_tensor_model_parallel_world_size()
-    shape = torch.Size((sequence, micro_batch_size, streams * config.hidden_size))
+    shape = torch.Size((sequence, micro_batch_size, edge_width(config)))
     negotiated = shapes_are_negotiated(config)
     return Transport(
         plan,
@@ -43,6 +42,22 @@ def transport_for(
         torch.device(torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'),
         timeout=default_timeout(),
     )
+
+
+def edge_width(config: Any) -> int:
+    """Values a token in a message between two stages: n*C, and what a topology sends with them."""
+    residual = RESIDUAL.peek(config)
+    streams = 1 if residual is None else residual.streams
+    width: int = streams * config.hidden_size
+    if residual is not None and residual.single_pass:
+        width += residual.edge_values(config.pipeline_dtype.itemsize)
+    return width
+
+
+def describe_edge(config: Any, residual: ResidualConfig) -> str:
+    """What such a message has, in words."""
+    beside = ' and H_pre' if residual.single_pass else ''
+    return f'{residual.streams} streams of {config.hidden_size}{beside}'
 
 
 def default_timeout() -> datetime.timedelta:

@@ -75,6 +75,10 @@ def _values_and_graph(x: Tensor) -> object:
     return x._version, x.grad_fn, x.requires_grad, torch.is_grad_enabled()
 
 
+def _needs_gradient(x: Tensor) -> object:
+    return x.requires_grad
+
+
 # Taken by the sublayer that reads next, whether it can use it or not.
 READ_AHEAD: Attached[ReadAhead] = Attached('mhc_read_ahead', 'residual.sublayer', _values_and_graph)
 
@@ -86,9 +90,9 @@ SEGMENT: Attached[RecomputedSegment] = Attached('mhc_segment', 'residual.recompu
 # it; it holds for any values, since those are what is not there yet.
 IN_FLIGHT: Attached[Launched[Tensor]] = Attached('mhc_in_flight', 'residual.post_stream')
 
-# Single-pass mHC: the H_pre ``[..., n]`` that the next sublayer, or the merge, reads with. It
-# stays, for a layer that is recomputed, and comes from the sublayer before, not from the values.
-NEXT_PRE: Attached[Tensor] = Attached('mhc_next_pre', 'residual.single_pass')
+# Single-pass mHC: the H_pre ``[..., n]`` that the next sublayer, or the merge, reads with. It comes
+# from the sublayer before, not from the values. On what a checkpoint returns it has no gradient.
+NEXT_PRE: Attached[Tensor] = Attached('mhc_next_pre', 'residual.single_pass', _needs_gradient)
 
 # mudd: stays, because a layer's norm reads it as well as the layer.
 DENSE_WAYS: Attached[DenseWays] = Attached('mhc_dense_ways', 'mudd.layer')

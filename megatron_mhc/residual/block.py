@@ -11,6 +11,7 @@ from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
 
 from megatron_mhc.residual import single_pass
+from megatron_mhc.residual.hyper_connection import HyperConnection
 from megatron_mhc.residual.recompute_choice import choose_segment_size
 from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
 from megatron_mhc.residual.sublayer import ChainedLayer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         pre_process: bool
         num_streams: int
         single_pass: bool
+        layers: nn.ModuleList
 else:
     _Host = object
 
@@ -52,7 +54,8 @@ class HyperConnectionBlockMixin(_Host):
                 hidden_states = hidden_states.unwrap()
             hidden_states = expand_streams(hidden_states, self.num_streams)
             if self.single_pass:
-                single_pass.start(hidden_states, self.num_streams)
+                alone = not self.layers or (_recomputes(self.config) and self.training)
+                hidden_states = single_pass.start(hidden_states, self.num_streams, alone)
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -79,6 +82,7 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     for layer, following in itertools.pairwise(block.layers):
         if isinstance(layer, ChainedLayer):
             layer.precedes(following)
+    mark_ends(block)
     norm = final_norm_of(block)
     if norm is not None:
         block.stream_merge = StreamMerge(
@@ -90,6 +94,31 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
             'the last pipeline stage has no final norm, before which the residual streams are '
             'merged: build the block with post_layer_norm=True or use --residual-type standard'
         )
+
+
+def mark_ends(block: TransformerBlock) -> None:
+    """Tell each sublayer whether what it writes leaves the stage, or layers recomputed as one."""
+    last: HyperConnection | None = None
+    for number, layer in enumerate(block.layers, start=1):
+        own = [child for child in layer.children() if isinstance(child, HyperConnection)]
+        last = own[-1] if own else last
+        if last is not None:
+            last.ends_checkpoint |= _recomputes(block.config) and _ends_checkpoint(block, number)
+    if last is not None:
+        last.ends_stage = final_norm_of(block) is None
+
+
+def _recomputes(config: TransformerConfig) -> bool:
+    return bool(config.recompute_granularity == 'full')
+
+
+def _ends_checkpoint(block: TransformerBlock, number: int) -> bool:
+    """Whether Megatron recomputes layer ``number`` of a stage, from 1, without the one after it."""
+    config, size = block.config, block.config.recompute_num_layers
+    if config.recompute_method == 'uniform':
+        return bool(number % size == 0 or number == len(block.layers))
+    # Under fp8 and fp4 it passes over layers whose input has no gradient, and takes others.
+    return bool(number <= size or config.fp8 or getattr(config, 'fp4', None))
 
 
 def final_norm_of(block: nn.Module) -> nn.Module | None:

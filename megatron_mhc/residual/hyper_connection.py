@@ -127,6 +127,8 @@ class HyperConnection(KeepFP32):
         self.residual = residual
         self.num_streams = residual.num_residual_streams
         self.sublayer = sublayer
+        # Whether a pipeline stage, or layers that are recomputed as one, end behind this sublayer.
+        self.ends_stage = self.ends_checkpoint = False
         # Its row in the tables of the monitors, which have two a layer; a layer may have one alone.
         self.row = sublayer
         # A module whose maps are all constants has no parameters: none could ever get a gradient.
@@ -204,8 +206,13 @@ class HyperConnection(KeepFP32):
         x = self.post(*pending)
         return x, *self.read(x)
 
-    def hand_over(self, x: Tensor, carried: ops.Carried) -> None:
-        """Give the streams that were written what the next sublayer needs beside them."""
+    def received(self, x: Tensor) -> Tensor:
+        """Streams ``[..., n*C]`` of what came from the sublayer before."""
+        return x
+
+    def hand_over(self, x: Tensor, carried: ops.Carried) -> Tensor:
+        """The streams that were written, with what the next sublayer needs beside them."""
+        return x
 
     def joins(self, carried: ops.Carried) -> bool:
         """Whether a ``Pending`` with these streams is better than their ``post``."""

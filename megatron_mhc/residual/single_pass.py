@@ -4,7 +4,9 @@
 
 The first sublayer reads stream 0, and the H_pre that the last one leaves merges the streams. What
 F_l reads thus depends on no map of X_l itself, so that one pass over the streams can write X_l,
-read it and project it. H_pre travels on the streams (``NEXT_PRE``), hence one pipeline stage.
+read it and project it. H_pre travels on the streams (``NEXT_PRE``), and in one tensor with them
+(``message``) from one pipeline stage, or recomputed part, to the next. It cannot be computed again
+there: it is a map of streams, and of a projection, that the sublayer before it had.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from megatron_mhc import ops
 from megatron_mhc.residual.attached import NEXT_PRE
+from megatron_mhc.residual.message import pack, unpack
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
 
 
@@ -36,16 +39,35 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         carried.next_pre = h_pre
         return u, carried
 
-    def hand_over(self, x: Tensor, carried: ops.Carried) -> None:
+    def received(self, x: Tensor) -> Tensor:
+        return opened(x, self.num_streams, self.hidden_size)
+
+    def hand_over(self, x: Tensor, carried: ops.Carried) -> Tensor:
         assert isinstance(carried, _CarriedWithRead)
+        if self.ends_stage or (self.ends_checkpoint and self.training):
+            return pack(x, carried.next_pre)
         NEXT_PRE.attach(x, carried.next_pre)
+        return x
 
 
-def start(x: Tensor, num_streams: int) -> None:
-    """Let the first sublayer read stream 0 of the expanded embedding ``[s, b, n*C]``."""
+def start(x: Tensor, num_streams: int, in_message: bool = False) -> Tensor:
+    """The expanded embedding ``[s, b, n*C]`` so that the first sublayer reads its stream 0."""
     first = torch.zeros(num_streams, device=x.device)
     first[0] = 1
-    NEXT_PRE.attach(x, first.expand(*x.shape[:-1], num_streams))
+    h_pre = first.expand(*x.shape[:-1], num_streams)
+    if in_message:
+        return pack(x, h_pre)
+    NEXT_PRE.attach(x, h_pre)
+    return x
+
+
+def opened(x: Tensor, num_streams: int, hidden_size: int) -> Tensor:
+    """Streams ``[..., n*C]``: of a message, which is wider, or as they are."""
+    if x.shape[-1] <= num_streams * hidden_size:
+        return x
+    streams, h_pre = unpack(x, num_streams, hidden_size)
+    NEXT_PRE.attach(streams, h_pre)
+    return streams
 
 
 def hand_on(x: Tensor, changed: Tensor) -> None:

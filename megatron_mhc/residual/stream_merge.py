@@ -14,7 +14,7 @@ from megatron_mhc.residual.hyper_connection import (
     mark_parameters,
     require_width,
 )
-from megatron_mhc.residual.single_pass import pre_for
+from megatron_mhc.residual.single_pass import opened, pre_for
 from megatron_mhc.settings.residual import ResidualConfig
 
 
@@ -56,6 +56,8 @@ class StreamMerge(KeepFP32):
         self.alpha.fill_(self.residual.init_gating_factor)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.residual.single_pass:
+            x = opened(x, self.num_streams, self.hidden_size)
         require_width(x, self.num_streams, self.hidden_size)
         if self.residual.stream_merge == 'learned':
             scale = self.alpha.expand(self.num_streams)

@@ -174,6 +174,7 @@ class ChainedLayer(_Host):
             What F_post,res is to write, the segment that it is in, and what ``stock`` returned
             behind the sublayer's output.
         """
+        hidden_states = connection.received(hidden_states)
         segment = segment_of(hidden_states, self.recompute_segment_size)
         u, carried = read(connection, hidden_states, segment)
         with collected_tail() as tail:
@@ -224,7 +225,7 @@ def write(
         return _viewless(x), u, carried
 
     x, u, carried = written(pending) if segment is None else segment.write(written, pending)
-    connection.hand_over(x, pending.carried)
+    x = connection.hand_over(x, pending.carried)
     if following is not None:
         assert u is not None and carried is not None
         READ_AHEAD.attach(x, ReadAhead(following, u, carried))

@@ -149,7 +149,6 @@ class ResidualConfig:
         structural=True,
         help='a sublayer reads with the H_pre of the one before it, the first one reads stream 0, '
         'and the last H_pre merges the streams (DeepSeek-V4.1)',
-        more='needs a single pipeline stage',
     )
     fixed_mappings: tuple[str, ...] = setting(
         (),
@@ -351,6 +350,13 @@ class ResidualConfig:
     def streams(self) -> int:
         """n, or 1 where there is one residual stream."""
         return self.num_residual_streams if self.has_streams else 1
+
+    def edge_values(self, value_bytes: int) -> int:
+        """Values a token, of ``value_bytes`` each, between pipeline stages beside the streams.
+
+        Single pass sends H_pre along, n values of fp32: as themselves, or each as three of 16 bits.
+        """
+        return self.streams * (3 if value_bytes == 2 else 1) if self.single_pass else 0
 
     def describe(self) -> str:
         """One line for logs and error messages."""

@@ -239,8 +239,13 @@ def stages_of(
 
 
 def edge_bytes(shape: ModelShape, layout: Layout) -> int:
-    """Bytes from one stage to the next and back, each way, per microbatch: n C values a token."""
-    return shape.value_bytes * _tokens(shape, layout) * shape.residual.streams * shape.hidden
+    """Bytes from one stage to the next and back, each way, per microbatch.
+
+    n C values a token, and what a topology sends beside them: single pass the n of H_pre.
+    """
+    residual, width = shape.residual, shape.value_bytes
+    values = residual.streams * shape.hidden + residual.edge_values(width)
+    return width * _tokens(shape, layout) * values
 
 
 def _tokens(shape: ModelShape, layout: Layout) -> int:

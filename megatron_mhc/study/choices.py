@@ -47,6 +47,12 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
         flag = '--num-residual-streams' if streams else '--segments'
         kind = shape.residual.residual_type
         raise ValueError(f'{flag} has no effect with --residual-type {kind}; drop one of them')
+    rebuilt = [size for size in segments or () if size not in (FULL, 'none')]
+    if shape.residual.single_pass and rebuilt:
+        raise ValueError(
+            f'--segments {rebuilt[0]} cannot be combined with --mhc-single-pass: a segment '
+            'rebuilds its reads from the streams alone; use none or full'
+        )
     experts = shape.experts.count if shape.experts else 1
     pipeline = [p for p in _POWERS if p <= shape.layers]
     if options.schedule and not options.pp:
@@ -63,7 +69,7 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
         vpp=_unique(options.vpp or (2,)),
         micro_batch=_unique(options.micro_batch_size or (1,)),
         streams=_unique(streams or (4,)),
-        recompute=_unique(segments or ('auto',)),
+        recompute=_unique(segments or ('none' if shape.residual.single_pass else 'auto',)),
         precision=_unique(options.precision or PRECISIONS[:1]),
     )
 

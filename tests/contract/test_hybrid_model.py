@@ -215,6 +215,7 @@ WAYS = {
     'full': ({}, FULL),
     'segments': ({'recompute_layer_num': 3}, {}),
     'full-segments': ({'recompute_layer_num': 'auto'}, FULL),
+    'full-single-pass': ({'single_pass': True}, FULL),
 }
 
 
@@ -230,7 +231,7 @@ def assert_no_bit_changed(step, plain, other):
 @pytest.mark.parametrize('way', WAYS)
 def test_recomputation_changes_no_bit(hybrid, step, way):
     residual, settings = WAYS[way]
-    plain = hybrid('M*-G-', MHC, **MIXERS)
+    plain = hybrid('M*-G-', {**MHC, 'single_pass': 'single_pass' in residual}, **MIXERS)
     other = hybrid('M*-G-', {**MHC, **residual}, **MIXERS, **settings)
     assert_no_bit_changed(step, plain, other)
 
@@ -240,13 +241,14 @@ def test_recomputation_changes_no_bit(hybrid, step, way):
     reason='0.18 gives recomputed prediction layers, of GPT too, an argument they do not take; '
     'the next release builds none without Transformer Engine',
 )
-def test_recomputation_of_prediction_layers_changes_no_bit(hybrid, step, monkeypatch):
+@pytest.mark.parametrize('residual', ['mhc', 'single pass'])
+def test_recomputation_of_prediction_layers_changes_no_bit(hybrid, step, monkeypatch, residual):
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     monkeypatch.setattr(MTPLossLoggingHelper, 'tracker', {})
     rotary = {'position_embedding_type': 'rope', **ROTARY}
-    plain = hybrid('*-*-/*-', MHC, **rotary)
-    other = hybrid('*-*-/*-', MHC, **rotary, **{**FULL, 'recompute_num_layers': 1})
+    plain = hybrid('*-*-/*-', RESIDUALS[residual], **rotary)
+    other = hybrid('*-*-/*-', RESIDUALS[residual], **rotary, **{**FULL, 'recompute_num_layers': 1})
     assert_no_bit_changed(step, plain, other)
 
 

@@ -32,6 +32,7 @@ MODEL = (
 ).split()
 PP2 = ['--pipeline-model-parallel-size', '2']
 MHC = ['--residual-type', 'mhc', '--mhc-init', 'identity']
+FULL = '--recompute-granularity full --recompute-method uniform --recompute-num-layers 1'.split()
 FIXED_MASKS = ['--hidden-dropout', '0', '--attention-dropout', '0']  # each rank seeds its own
 LINE = re.compile(r'iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)')
 
@@ -132,6 +133,18 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, assert_equal_c
     train(2, *flags)
     assert not lock.exists()
     assert_equal_checkpoints(folder, tmp_path, 9)
+
+
+def test_single_pass_in_bf16_is_the_same_over_stages(tmp_path, assert_equal_checkpoints):
+    """Begun on one, gone on with on two that recompute their layers: bit for bit the run on one."""
+    flags = (*MHC, *FIXED_MASKS, '--mhc-single-pass', '--bf16', '--clip-grad', '0')
+    flags = (*flags, '--train-iters', '6', '--save-interval', '3')
+    alone, stages = tmp_path / 'alone', tmp_path / 'stages'
+    train(1, *flags, '--save', str(alone))
+    at_three = ('--load', str(alone), '--ckpt-step', '3')
+    resumed = train(2, *flags, *PP2, *FULL, *at_three, '--save', str(stages))
+    assert sorted(resumed) == [4, 5, 6]
+    assert_equal_checkpoints(alone, stages, 6)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from layout_cases import (
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 HC = {'residual_type': 'hc'}
+SINGLE = {**MHC, 'single_pass': True}
 HEAD = {'residual_type': 'mhc', 'num_residual_streams': 3, 'stream_merge': 'learned'}
 FIXED = {'residual_type': 'mhc', 'fixed_mappings': ['pre', 'post', 'res']}
 FULL = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 2}
@@ -30,6 +31,11 @@ CORE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn']
 BLOCKS = {name: {**MHC, 'recompute_layer_num': name} for name in (1, 3, 'auto')}
 ROTATING_BLOCKS = {**MHC, 'manifold': 'orthogonal', 'recompute_layer_num': 3}
 NORM = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm']}
+ONE_LAYER = {
+    'recompute_granularity': 'full',
+    'recompute_method': 'block',
+    'recompute_num_layers': 1,
+}
 PP2_FULL, VPP2 = {'layout': {'pp': 2}, 'config': FULL}, {'pp': 2, 'vpp': 2}
 
 # Modules that a residual topology adds to a model.
@@ -46,7 +52,10 @@ MTP_ALONE = {
 }
 # Stages that Megatron lets be: one that holds nothing, and one of the loss alone.
 EMPTY = {'layout': VPP2, 'config': {'pipeline_model_parallel_layout': 'Ett||tt|L'}}
+FREED = {'deallocate_pipeline_outputs': True}
 MTP_LAST = {'pipeline_model_parallel_layout': 'Et|tt|t|mL'}
+# Prediction layers are recomputed one by one or not at all.
+RECOMPUTED_MTP = {**MTP_LAST, **FULL, 'recompute_num_layers': 1}
 
 # Hybrid models of local layers; ``|`` ends a stage, at any layer.
 LOCAL_STACK = {'is_hybrid_model': True, 'transformer_impl': 'local'}
@@ -70,7 +79,8 @@ MODELS = {
     'moe': {'residual': MHC, 'config': MOE},
     'fixed': {'residual': FIXED},
     'rotating': {'residual': {**MHC, 'manifold': 'orthogonal'}},
-    'single': {'residual': {**MHC, 'single_pass': True}},
+    'single': {'residual': SINGLE},
+    'single-mtp': {'residual': SINGLE, 'config': MTP},
     # RMSNorm, since one vector more on every key changes no softmax: its gradient is 0.
     'mudd': {'residual': {'residual_type': 'mudd'}, 'config': {'normalization': 'RMSNorm'}},
     'engram-standard': {'engram': ENGRAM},
@@ -123,6 +133,13 @@ CASES = [
     ('core', 'single', 1, {'config': CORE}, True),
     ('tp2-sp', 'single', 2, {'layout': {'tp': 2, 'sp': True}}, False),
     ('dp2-overlap', 'single', 2, {'microbatches': 2, 'overlap': True}, True),
+    # H_pre crosses from stage to stage, and from one recomputed layer to the next.
+    ('full', 'single', 1, {'config': FULL}, True),
+    ('pp2-vpp2-empty', 'single', 2, {**EMPTY, 'config': {**EMPTY['config'], **FREED}}, True),
+    ('pp2-one-layer', 'single', 2, {'layout': {'pp': 2}, 'config': ONE_LAYER}, True),
+    ('pp4', 'single', 4, {'layout': {'pp': 4}, 'config': FREED}, True),
+    ('pp2-tp2-sp', 'single', 4, {'layout': {'pp': 2, 'tp': 2, 'sp': True}}, False),
+    ('pp4-mtp-last', 'single-mtp', 4, {'layout': {'pp': 4}, 'config': RECOMPUTED_MTP}, False),
     ('dp2', 'mhc', 2, {'microbatches': 2}, True),
     ('dp2', 'hc', 2, {'microbatches': 2}, True),
     ('dp2-overlap', 'fixed', 2, {'microbatches': 2, 'overlap': True}, True),

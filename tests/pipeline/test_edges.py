@@ -49,6 +49,10 @@ def communicate():
 def test_messages_are_widened(communicate):
     assert communicate((5, 2, 8)) == (5, 2, 32)
     assert communicate(None, tensor_send_next=torch.zeros(5, 2, 32)) is None
+    communicate.config.residual_config = ResidualConfig(single_pass=True, num_residual_streams=2)
+    for dtype, values in ((torch.float32, 2), (torch.bfloat16, 6), (torch.float16, 6)):
+        communicate.config.pipeline_dtype = dtype
+        assert communicate((5, 2, 8)) == (5, 2, 16 + values)
     communicate.config.residual_config = ResidualConfig('standard')
     assert communicate((5, 2, 8)) == (5, 2, 8)
     communicate.config.residual_config = ResidualConfig()
@@ -58,8 +62,13 @@ def test_messages_are_widened(communicate):
 
 @pytest.mark.parametrize('direction', ['tensor_send_next', 'tensor_send_prev'])
 def test_a_narrow_message_is_not_sent(communicate, direction):
+    """Without a stream, or without H_pre."""
     with pytest.raises(RuntimeError, match=rf'{direction} has shape \[5, 2, 8\]'):
         communicate((5, 2, 8), **{direction: torch.zeros(5, 2, 8)})
+    communicate.config.residual_config = ResidualConfig(single_pass=True)
+    communicate.config.pipeline_dtype = torch.float32
+    with pytest.raises(RuntimeError, match=r'the edge carries 4 streams of 8 and H_pre; a module'):
+        communicate((5, 2, 8), **{direction: torch.zeros(5, 2, 32)})
 
 
 def test_shapes_are_negotiated_behind_the_final_norm():

@@ -12,6 +12,7 @@ from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SU
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
+SINGLE = {**MHC, 'single_pass': True}
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 HC = {'residual_type': 'hc'}
@@ -34,6 +35,7 @@ MODELS = {
     'standard': {},
     'mhc': {'residual': MHC},
     'hc': {'residual': HC},
+    'single': {'residual': SINGLE},
     'deep': {'layers': 8},
     'deep-mhc': {'residual': MHC, 'layers': 8},
     'odd': {'residual': MHC, 'layers': 6},
@@ -44,6 +46,7 @@ MODELS = {
     'hybrid-standard': MIXED_LAYERS,
     'hybrid-hc': {'residual': HC, **MIXED_LAYERS},
     'hybrid-mhc': {'residual': MHC, **MIXED_LAYERS},
+    'hybrid-single': {'residual': SINGLE, **MIXED_LAYERS},
     'hybrid-tied': {'residual': MHC, 'layers': 4, 'pattern': '*-M-', 'tied': True, 'config': LOCAL},
     'hybrid-local': {'residual': MHC, 'layers': 6, 'pattern': '*-*E*E', 'config': STACK},
     'hybrid-mtp': {'residual': MHC, **PREDICTED},
@@ -79,6 +82,8 @@ ALONE = [
     *((f'{model}-8', model, 1, 8, {}) for model in ('standard', 'mhc', 'deep', 'deep-mhc')),
     *((f'{model}-12', model, 1, 12, {}) for model in ('deep', 'deep-mhc')),
     ('mhc-3', 'mhc', 1, 3, {}),
+    ('single-4', 'single', 1, 4, {}),
+    ('hybrid-single-4', 'hybrid-single', 1, 4, {}),
     ('deep-2', 'deep', 1, 2, {}),
     ('odd-5', 'odd', 1, 5, {}),
     ('moe-4', 'moe', 1, 4, {}),
@@ -147,6 +152,10 @@ BITWISE = [
     on_v('uneven', 'odd-5', 2, 'dualpipev-w', ODD),
     on_v('empty', 'mhc-4', 2, 'zb-v', EMPTY),
     on_v('hc', 'hc-4', 2, 'dualpipev'),
+    # H_pre crosses from stage to stage, also those of one rank.
+    on_v('2', 'single-4', 2, 'zb-v'),
+    on_v('verified', 'single-4', 2, 'dualpipev', settings={'verify_steps': 1}),
+    in_pattern('2', 'single-4', 2, 'dualpipev-w', UNEVEN),
     on_v('verified', 'mhc-4', 2, 'dualpipev', settings={'verify_steps': 1}),
     on_v('moe', 'moe-4', 2, 'dualpipev'),
     on_v('dp2', 'mhc-dp2', 4, 'dualpipev'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -151,6 +152,11 @@ def test_messages_are_n_streams_wide():
     layout = Layout(8, pp=2, ep=4)
     wide, stock = (edge_bytes(RECIPES['27b'].shape(kind), layout) for kind in ('mhc', 'standard'))
     assert stock == 2 * 4096 * 2560 and wide == 4 * stock
+    single = dataclasses.replace(RECIPES['27b'].shape(), residual=ResidualConfig(single_pass=True))
+    # H_pre in bf16 streams: four values of fp32, each as three of 16 bits.
+    assert edge_bytes(single, layout) == wide + 4096 * 4 * 3 * 2
+    fp32 = dataclasses.replace(single, value_bytes=4)
+    assert edge_bytes(fp32, layout) == 2 * wide + 4096 * 4 * 4
 
 
 def test_show_prints_one_object(show):

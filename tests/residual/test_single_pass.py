@@ -1,4 +1,4 @@
-"""``--mhc-single-pass``: what it is refused with, and a read that got lost."""
+"""``--mhc-single-pass``: what it is refused with, reads that got lost, and its messages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import torch
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.residual.layer import build_hyper_connection
+from megatron_mhc.residual.message import pack, unpack
 from megatron_mhc.residual.single_pass import start
 from megatron_mhc.residual.stream_merge import StreamMerge
 from megatron_mhc.settings.flags_residual import residual_config_from_args, same_structure
 
 SINGLE = '--residual-type mhc --mhc-single-pass '
 REFUSED = {
-    '--pipeline-model-parallel-size 2': 'use tensor, sequence or data parallelism, or drop --mhc-s',
-    '--recompute-granularity full --recompute-method uniform --recompute-num-layers 1': 'selective',
-    '--mtp-num-layers 1': '--mtp-num-layers cannot be combined with --mhc-single-pass',
     '--mhc-post-stream high': '--mhc-post-stream high cannot be combined with --mhc-single-pass',
     '--mhc-stream-merge mean': "the last sublayer's H_pre merges the streams",
     '--mhc-recompute-layer-num auto': 'rebuilds its reads from the streams alone',
@@ -62,3 +60,60 @@ def test_reads_with_the_map_of_the_sublayer_before(random_seed):
     torch.testing.assert_close(second(written)[1], expected)
     merged = StreamMerge(8, residual)(written)
     assert torch.equal(merged, second(written)[1])
+
+
+def test_a_read_without_its_gradient_is_not_used(random_seed):
+    """A checkpoint runs layers without a graph; what they attached is not what they computed."""
+    residual = ResidualConfig(single_pass=True, num_residual_streams=3)
+    first, second = (build_hyper_connection(Settings, residual, number) for number in (0, 1))
+    x = start(torch.randn(5, 2, 3 * 8), 3)
+    with torch.no_grad():
+        _, u, carried = first(x)
+        written = first.hand_over(first.post(u, carried), carried)
+        second(written)
+    with pytest.raises(RuntimeError, match='did not arrive'):
+        second(written.requires_grad_())
+
+
+def test_a_message_is_read_as_what_was_packed(random_seed):
+    residual = ResidualConfig(single_pass=True, num_residual_streams=3)
+    first, second = (build_hyper_connection(Settings, residual, number) for number in (0, 1))
+    _, u, carried = first(first.received(start(torch.randn(5, 2, 3 * 8), 3, in_message=True)))
+    usual = first.hand_over(first.post(u, carried), carried)
+    first.ends_stage = True
+    message = first.hand_over(first.post(u, carried), carried)
+    assert message.shape == (5, 2, 3 * 8 + residual.edge_values(4))
+    _, u, carried = second(usual)
+    _, same, maps = second(second.received(message))
+    assert torch.equal(same, u) and torch.equal(maps.h_res, carried.h_res)
+    assert torch.equal(StreamMerge(8, residual)(message), second(usual)[1])
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_message_keeps_every_bit_there_and_back(random_seed, dtype):
+    """Of any fp32, infinite, subnormal and NaN among them, in values that are all finite."""
+    n, width, wide = 3, 5, torch.promote_types(dtype, torch.float32)
+    x = torch.randn(7, 3, n * width).to(dtype).requires_grad_()
+    bits = torch.randint(-(2**31), 2**31, (7, 3, n)).to(torch.int32)
+    any_fp32 = bits.view(torch.float32)
+    h_pre = any_fp32.to(wide).requires_grad_()
+    sent = pack(x, h_pre)
+    assert sent.shape[-1] == n * width + ResidualConfig(
+        single_pass=True, num_residual_streams=n
+    ).edge_values(dtype.itemsize)
+    assert sent.dtype == dtype and sent._base is None
+    if dtype.itemsize == 2:
+        assert sent.isfinite().all()
+    message = sent.detach().requires_grad_()
+    streams, read = unpack(message, n, width)
+    assert streams._base is None and streams.data_ptr() == message.data_ptr()
+    assert torch.equal(streams, x) and torch.equal(as_bits(read), as_bits(h_pre))
+    gradients = torch.randn_like(x), any_fp32.flip(0).to(wide)
+    torch.autograd.backward((streams, read), gradients)
+    sent.backward(message.grad)
+    assert torch.equal(x.grad, gradients[0])
+    assert torch.equal(as_bits(h_pre.grad), as_bits(gradients[1]))
+
+
+def as_bits(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().view(torch.int64 if x.dtype == torch.float64 else torch.int32)

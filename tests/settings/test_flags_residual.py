@@ -141,8 +141,6 @@ REFUSED = {
     '--residual-type hc --hybrid-layer-pattern *- --mtp-num-layers 1': "0 parts behind '/'",
     '--residual-type hc --hybrid-layer-pattern *- --mtp-hybrid-override-pattern *x '
     '--mtp-num-layers 2': "*-/*x/*x: 'x' is no layer",
-    '--residual-type mhc --mhc-single-pass --hybrid-layer-pattern *-/*-': '--mtp-num-layers cannot '
-    'be combined with --mhc-single-pass',
     '--residual-type hc --hybrid-layer-pattern *-+': "one model has either '*' or latent",
     '--residual-type hc --hybrid-layer-pattern *-|*-': '2 stages do not divide over',
     f'--residual-type hc --hybrid-layer-pattern *-* {PP2}': '3 layers do not divide over',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import random
 
@@ -21,6 +22,7 @@ from megatron_mhc.sizing.flops import step_flops, token_flops
 from megatron_mhc.sizing.memory import Layout, edge_bytes, rank_memory, stages_of
 from megatron_mhc.sizing.size import parameters
 from megatron_mhc.study.calibrate import calibration
+from megatron_mhc.study.choices import sweep_of
 from megatron_mhc.study.costs import CostModel
 from megatron_mhc.study.estimate import run_study, variants
 from megatron_mhc.study.kernels import BytesModel
@@ -225,6 +227,27 @@ def test_rebuilding_costs_time_and_saves_memory():
     standard = study_of(schedule=('1f1b',), residual='standard').points[0]
     assert standard.mhc_overhead == 0 and standard.step_s < none.step_s
     assert none.step_s == pytest.approx(standard.step_s * (1 + none.mhc_overhead))
+
+
+def test_single_pass_sends_h_pre_along():
+    """Per microbatch: a message each way, and in it n values of fp32 a token, in bf16 streams."""
+    usual, single = (
+        study_of(schedule=('1f1b',), residual=residual, recompute=('none',)).points[0]
+        for residual in (ResidualConfig(), ResidualConfig(single_pass=True))
+    )
+    assert single.pp_bytes - usual.pp_bytes == usual.microbatches * 2 * 4096 * 4 * 6
+
+
+def test_single_pass_has_no_segments():
+    """Unless asked for, and then it says why."""
+    names = 'gpus tp cp pp ep dp vpp schedule scaling segments micro_batch_size precision'
+    options = argparse.Namespace(**dict.fromkeys([*names.split(), 'num_residual_streams']))
+    shape = RECIPES['27b'].shape(ResidualConfig(single_pass=True))
+    assert sweep_of(options, shape, H100).recompute == ('none',)
+    assert sweep_of(options, RECIPES['27b'].shape('mhc'), H100).recompute == ('auto',)
+    options.segments = ['full', 3]
+    with pytest.raises(ValueError, match='--segments 3 cannot be combined with --mhc-single-pass'):
+        sweep_of(options, shape, H100)
 
 
 def test_only_the_last_block_is_rebuilt_ahead_of_a_v():
