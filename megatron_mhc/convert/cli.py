@@ -14,6 +14,7 @@ from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
+from megatron_mhc.kernels.numerics import NUMERICS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         STEP,
         type=integer(0, MOST_TOKENS),
         help='iteration of SRC (default: the latest, by its tracker file)',
+    )
+    parser.add_argument(
+        '--mhc-numerics',
+        choices=tuple(NUMERICS),
+        metavar='NAME',
+        help='mhc: how the output computes, paper or (default) as the layout of SRC, exactly',
     )
     parser.add_argument(
         '--no-optim',
