@@ -33,7 +33,8 @@ def sinkhorn_as(logits: Tensor, iterations: int, numerics: str = PAPER) -> Tenso
         return sinkhorn_ref(logits, iterations)
     with without_autocast(logits.device):
         wide = at_least_fp32(logits)
-        return _replayed(lambda m: _sinkhorn(m, iterations, rules), wide)[0]
+        (h_res,) = _replayed(lambda m: _sinkhorn(m, iterations, rules), wide)
+        return h_res
 
 
 def _sinkhorn(logits: Tensor, iterations: int, rules: Numerics) -> Tensor:
@@ -161,9 +162,12 @@ def post_res_as(
         return mixed + written.flatten(-2)
 
 
-def _replayed(function: Callable[..., Tensor | tuple[Tensor, ...]], *tensors: Tensor) -> Any:
+def _replayed(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *tensors: Tensor
+) -> tuple[Tensor, ...]:
     """What ``function`` makes of ``tensors``, of which backward runs it again."""
-    return _Replayed.apply(function, *tensors)
+    made: tuple[Tensor, ...] = _Replayed.apply(function, *tensors)
+    return made
 
 
 class _Replayed(Function):

@@ -8,13 +8,20 @@ import signal
 import sys
 import time
 
-from megatron_mhc.convert.choices import FLAGS, HF, MEGATRON, MODEL_CLASSES, STANDARD, TARGETS
+from megatron_mhc.convert.choices import (
+    FLAGS,
+    HF,
+    MEGATRON,
+    MODEL_CLASSES,
+    NUMERICS,
+    STANDARD,
+    TARGETS,
+)
 from megatron_mhc.inputs.as_json import as_json
 from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.values import MOST_TOKENS, integer, number
-from megatron_mhc.kernels.numerics import NUMERICS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--mhc-numerics',
-        choices=tuple(NUMERICS),
+        choices=NUMERICS,
         metavar='NAME',
         help='mhc: how the output computes, paper or (default) as the layout of SRC, exactly',
     )
