@@ -75,6 +75,7 @@ MODELS = {
         'megatron_mhc',
     ),
     'orthogonal': (f'{MHC} {LLAMA} --mhc-manifold orthogonal', 'megatron_mhc'),
+    'diagonal': (f'{MHC} {LLAMA} --mhc-manifold diagonal', 'megatron_mhc'),
     'identity': (f'{MHC} {LLAMA} --mhc-manifold identity', 'megatron_mhc'),
     'as megatron dev': (
         f'{MHC} {LLAMA} --mhc-numerics megatron-dev --norm-epsilon 1e-2',
