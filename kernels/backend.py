@@ -9,6 +9,7 @@ import re
 import torch
 
 from megatron_mhc.kernels.defaults import BACKENDS, KERNEL_STREAMS
+from megatron_mhc.kernels.numerics import PAPER, takes_triton
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_TRITON = (3, 6)
@@ -19,13 +20,16 @@ WIDE_EIGHT_STREAMS = 148 * 1024
 logger = logging.getLogger('megatron_mhc.kernels')
 
 
-def use_triton(backend: str, op: str, device: torch.device, dtype: torch.dtype, n: int) -> bool:
+def use_triton(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, n: int, numerics: str = PAPER
+) -> bool:
     """Decide for one call; each new reason is logged once.
 
     Args:
         backend: ``auto`` takes the kernels wherever they run; ``triton`` demands them; ``torch`` is
             the reference.
         op: name for the log; n: number of streams.
+        numerics: one of ``NUMERICS``.
 
     Raises:
         ValueError: an unknown backend, or ``triton`` where the kernels cannot run.
@@ -34,7 +38,7 @@ def use_triton(backend: str, op: str, device: torch.device, dtype: torch.dtype, 
         raise ValueError(f'backend: got {backend!r}, wanted one of {BACKENDS}')
     if backend == 'torch':
         return False
-    obstacle = kernel_obstacle(device, dtype, n)
+    obstacle = numerics_obstacle(op, numerics) or kernel_obstacle(device, dtype, n)
     if backend == 'triton':
         if obstacle:
             raise ValueError(
@@ -46,6 +50,13 @@ def use_triton(backend: str, op: str, device: torch.device, dtype: torch.dtype, 
         obstacle = 'the streams are on the CPU'
     _log_once(op, device.type, obstacle)
     return obstacle is None
+
+
+def numerics_obstacle(op: str, numerics: str) -> str | None:
+    """Why the kernels cannot run ``op`` under these conventions, wherever it is."""
+    if takes_triton(numerics, op):
+        return None
+    return f'the kernels compute {op} as --mhc-numerics {PAPER} does, not as {numerics} does'
 
 
 def kernel_obstacle(device: torch.device, dtype: torch.dtype, n: int) -> str | None:

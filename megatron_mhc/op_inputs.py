@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_mhc.inputs.values import MOST_ITERATIONS, MOST_STREAMS, is_number, shown
 from megatron_mhc.kernels.defaults import BACKENDS, PRECISIONS
+from megatron_mhc.kernels.numerics import NUMERICS
 
 
 def require_mapping(
@@ -85,6 +86,11 @@ def shape_of(tensor: Tensor) -> str:
 def require_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f'backend: got {backend!r}, wanted one of {BACKENDS}')
+
+
+def require_numerics(numerics: str) -> None:
+    if not isinstance(numerics, str) or numerics not in NUMERICS:
+        raise ValueError(f'numerics: got {numerics!r}, wanted one of {tuple(NUMERICS)}')
 
 
 def require_float(name: str, tensor: Tensor) -> None:

@@ -20,12 +20,14 @@ from torch import Tensor
 from megatron_mhc.kernels import reference
 from megatron_mhc.kernels.backend import use_triton
 from megatron_mhc.kernels.defaults import BACKENDS, NORM_EPS, PRECISIONS
+from megatron_mhc.kernels.numerics import PAPER, takes_triton
 from megatron_mhc.kernels.reference.dropout import dropout_seed
 from megatron_mhc.op_inputs import (
     require_backend,
     require_float,
     require_map,
     require_mapping,
+    require_numerics,
     require_positive,
     require_post_res,
     require_same_device,
@@ -60,24 +62,28 @@ class Carried(NamedTuple):
     fused: bool
 
 
-def sinkhorn(logits: Tensor, iterations: int = 20, *, backend: str = 'auto') -> Tensor:
+def sinkhorn(
+    logits: Tensor, iterations: int = 20, *, backend: str = 'auto', numerics: str = PAPER
+) -> Tensor:
     """Project logits to doubly stochastic matrices, columns first, rows last (mHC, Eq 9).
 
     Args:
         logits: ``[..., n, n]``, read in fp32 (fp64 stays fp64).
         iterations: column-then-row passes, at least 1.
         backend: ``auto``, ``triton`` or ``torch``.
+        numerics: one of ``NUMERICS`` (``kernels/numerics.py``): order of passes, eps.
 
     Returns:
-        ``[..., n, n]``; row sums are 1 to rounding.
+        ``[..., n, n]``; row sums are 1 to rounding where ``numerics`` is ``paper``.
     """
+    require_numerics(numerics)
     require_float('logits', logits)
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
         raise ValueError(f'logits: got shape {shape_of(logits)}, wanted [..., n, n]')
     require_positive('iterations', iterations)
     n = logits.shape[-1]
-    if not _on_kernels(backend, 'sinkhorn', logits, n):
-        return reference.sinkhorn_ref(logits, iterations)
+    if not _on_kernels(backend, 'sinkhorn', logits, n, numerics):
+        return reference.sinkhorn_as(logits, iterations, numerics)
     from megatron_mhc.kernels.autograd.ops import Sinkhorn
 
     h_res: Tensor = Sinkhorn.apply(_rows(logits.float(), n, n), iterations)
@@ -95,6 +101,7 @@ def mapping(
     norm_eps: float = NORM_EPS,
     backend: str = 'auto',
     precision: str = 'auto',
+    numerics: str = PAPER,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maps of one sublayer: H_pre = sigma, H_post = 2 sigma, H_res = Sinkhorn (mHC, Eq 14-19).
 
@@ -106,22 +113,26 @@ def mapping(
         num_streams: n, at least 1.
         sinkhorn_iterations: passes of Eq 9 (paper: 20).
         norm_eps: added under the root of the mean square (the paper: 1e-20; DeepSeek-V4: 1e-6).
+            Under some ``numerics`` it is added to the root.
         backend: ``auto``, ``triton`` or ``torch``.
         precision: one of ``PRECISIONS``.
+        numerics: one of ``NUMERICS`` (``kernels/numerics.py``); the kernels have ``paper``.
 
     Returns:
         ``h_pre [..., n]``, ``h_post [..., n]``, ``h_res [..., n, n]`` in fp32 (fp64 for fp64 x).
         NaN for a token whose sum of nC squares is beyond fp32, on every backend.
     """
     n = num_streams
+    require_numerics(numerics)
     require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)
     x = _values_in_line(x)
-    if not _on_kernels(backend, 'mapping', x, n):
-        return reference.mapping_ref(
+    if not _on_kernels(backend, 'mapping', x, n, numerics):
+        return reference.mapping_as(
             *(x, weight, bias, alpha),
             num_streams=n,
             sinkhorn_iterations=sinkhorn_iterations,
             norm_eps=norm_eps,
+            numerics=numerics,
         )
     from megatron_mhc.kernels.autograd.ops import Mapping, MappingSettings
 
@@ -169,6 +180,7 @@ def post_res(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     backend: str = 'auto',
+    numerics: str = PAPER,
 ) -> Tensor:
     """F_post,res: ``x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * dropout(y + bias)`` (mHC, Eq 3).
 
@@ -182,17 +194,19 @@ def post_res(
         seed: ``[1]`` int64 that determines the mask, the same on every backend. None draws one from
             the device's ambient generator.
         backend: ``auto``, ``triton`` or ``torch``.
+        numerics: one of ``NUMERICS``: whether both terms are rounded before they are added.
 
     Returns:
         ``[..., n*C]`` in the dtype of x.
     """
+    require_numerics(numerics)
     require_post_res(x, y, h_post, h_res, bias, dropout, seed)
     x = _values_in_line(x)
     n = h_post.shape[-1]
     if dropout > 0 and seed is None:
         seed = dropout_seed(x.device)
-    if not _on_kernels(backend, 'post_res', x, n):
-        return reference.post_res_ref(x, y, h_post, h_res, bias, dropout, seed)
+    if not _on_kernels(backend, 'post_res', x, n, numerics):
+        return reference.post_res_as(x, y, h_post, h_res, bias, dropout, seed, numerics)
     from megatron_mhc.kernels.autograd.ops import PostRes
 
     written = _write_arguments(x, y, h_post, h_res)
@@ -244,6 +258,7 @@ def write(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     backend: str = 'auto',
+    numerics: str = PAPER,
 ) -> Tensor:
     """``post_res`` of the streams and maps that ``read`` left; other arguments as there.
 
@@ -256,14 +271,20 @@ def write(
     _require_carried(carried)
     x, h_post, h_res, fused = carried
     if not fused:
-        return post_res(*(x, y, h_post, h_res, bias), dropout=dropout, seed=seed, backend=backend)
+        arguments = x, y, h_post, h_res, bias
+        return post_res(*arguments, dropout=dropout, seed=seed, backend=backend, numerics=numerics)
+    if not takes_triton(numerics, 'post_res'):
+        raise ValueError(
+            f"numerics: got {numerics!r}, but carried is of the kernels, which read as 'paper' "
+            'does; take mapping, pre and post_res'
+        )
     require_post_res(x, y, h_post, h_res, bias, dropout, seed)
     if dropout > 0 and seed is None:
         seed = dropout_seed(x.device)
     from megatron_mhc.kernels.autograd.fused_edge import Write
 
-    arguments = _write_arguments(*_streams_first(y, carried))
-    x_new: Tensor = Write.apply(*arguments, _vector(bias), dropout, seed)
+    written = _write_arguments(*_streams_first(y, carried))
+    x_new: Tensor = Write.apply(*written, _vector(bias), dropout, seed)
     return x_new.view(x.shape)
 
 
@@ -338,9 +359,9 @@ def _require_carried(carried: Carried) -> None:
     require_map('carried.h_post', carried.h_post)
 
 
-def _on_kernels(backend: str, op: str, x: Tensor, n: int) -> bool:
+def _on_kernels(backend: str, op: str, x: Tensor, n: int, numerics: str = PAPER) -> bool:
     """Whether the kernels run: no grid covers no tokens, whose shapes and gradients torch knows."""
-    return use_triton(backend, op, x.device, x.dtype, n) and x.numel() > 0
+    return use_triton(backend, op, x.device, x.dtype, n, numerics) and x.numel() > 0
 
 
 def _values_in_line(x: Tensor) -> Tensor:

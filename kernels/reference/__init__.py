@@ -5,8 +5,24 @@ T = s*b tokens, L sublayers. Leading dimensions are free and written ``...`` (Me
 The streams of a token are one vector of n*C values, stream index outer.
 """
 
+from megatron_mhc.kernels.reference.conventions import (
+    mapping_as,
+    merge_gates_as,
+    post_res_as,
+    sinkhorn_as,
+)
 from megatron_mhc.kernels.reference.mapping import mapping_ref, scaled_projection_ref
 from megatron_mhc.kernels.reference.sinkhorn import sinkhorn_ref
 from megatron_mhc.kernels.reference.streams import post_res_ref, pre_ref
 
-__all__ = ['mapping_ref', 'post_res_ref', 'pre_ref', 'scaled_projection_ref', 'sinkhorn_ref']
+__all__ = [
+    'mapping_as',
+    'mapping_ref',
+    'merge_gates_as',
+    'post_res_as',
+    'post_res_ref',
+    'pre_ref',
+    'scaled_projection_ref',
+    'sinkhorn_as',
+    'sinkhorn_ref',
+]

@@ -8,7 +8,6 @@ no code that a file names; what is more than plain values ends the run.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import pathlib
 import types
 import zipfile
@@ -26,6 +25,7 @@ from megatron_mhc.checkpoints.plain import plain_load
 from megatron_mhc.checkpoints.stored import Stored
 from megatron_mhc.inputs.refusal import is_first_rank
 from megatron_mhc.inputs.values import flag_of
+from megatron_mhc.settings.flag import structure
 from megatron_mhc.settings.flags_residual import (
     residual_config_from_args,
     same_structure,
@@ -157,7 +157,16 @@ def check_checkpoint(
 
 
 def _remedy(stored: ResidualConfig, residual: ResidualConfig, source: str) -> str:
-    if same_structure(dataclasses.replace(residual, norm_eps=stored.norm_eps), stored):
+    was, wanted = dict(structure(stored)), dict(structure(residual))
+    differ = {name for name in was.keys() | wanted.keys() if was.get(name) != wanted.get(name)}
+    if 'numerics' in differ and differ <= {'numerics', 'norm_eps', 'stream_merge'}:
+        flags = ''.join(
+            f' {flag_of(f"mhc_{name}")} {was[name]}'
+            for name in ('numerics', 'norm_eps', 'stream_merge')
+            if name in differ
+        )
+        return f'go on with{flags}, or leave out --load to train from scratch'
+    if differ == {'norm_eps'}:
         return (
             f'go on with --mhc-norm-eps {stored.norm_eps:g} (checkpoints from before that flag: '
             f'{PAPER_NORM_EPS:g}), or leave out --load to train from scratch'

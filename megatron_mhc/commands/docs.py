@@ -26,6 +26,7 @@ PAGES = {
     'conversion': 'streams for a standard checkpoint, and other layouts of them',
     'huggingface': 'models for transformers, and back',
     'schedules': 'pipeline schedules: which one, how they work',
+    'numerics': 'what DeepSeek-V4, Megatron-LM and GLM-5.3 compute otherwise',
     'initial-values': 'where the maps of mHC start: what was compared',
     'manifolds': 'what H_res is kept on',
     'mudd': 'dense connections',

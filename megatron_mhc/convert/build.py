@@ -11,7 +11,7 @@ import torch
 
 from megatron_mhc.convert.pattern import Pattern, parsed, pattern_of
 from megatron_mhc.convert.saved_args import Described
-from megatron_mhc.settings.residual import ResidualConfig
+from megatron_mhc.settings.residual import PAPER, ResidualConfig
 
 if TYPE_CHECKING:
     from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -62,7 +62,10 @@ def residual_of(described: Described) -> ResidualConfig:
     """The connections of a model in one of the layouts, which are ours where ``maps`` says else."""
     if described.layout is None:
         return ResidualConfig('standard')
+    # Their own numerics, or the paper's where ``maps`` and the merge are replaced anyway.
+    own = described.layout.name == 'mhc'
     return ResidualConfig(
+        numerics=described.numerics if own else PAPER,
         num_residual_streams=described.num_streams,
         sinkhorn_iterations=described.iterations,
         stream_merge='learned' if described.learned else 'mean',

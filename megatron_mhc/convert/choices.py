@@ -5,6 +5,8 @@ from __future__ import annotations
 STANDARD = 'standard'
 # Names of ``LAYOUTS``.
 TARGETS = ('mhc', 'megatron-main', 'megatron-dev', 'deepseek-v4')
+# How what is made ``mhc`` may compute: as we do, or as a layout does.
+NUMERICS = ('paper', *TARGETS[1:])
 # The class of the model, whatever its connections are.
 MODEL_CLASSES = ('hybrid', 'gpt')
 OWN = 'own'

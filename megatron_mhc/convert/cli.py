@@ -8,7 +8,15 @@ import signal
 import sys
 import time
 
-from megatron_mhc.convert.choices import FLAGS, HF, MEGATRON, MODEL_CLASSES, STANDARD, TARGETS
+from megatron_mhc.convert.choices import (
+    FLAGS,
+    HF,
+    MEGATRON,
+    MODEL_CLASSES,
+    NUMERICS,
+    STANDARD,
+    TARGETS,
+)
 from megatron_mhc.inputs.as_json import as_json
 from megatron_mhc.inputs.options import STEP, STREAMS, add_option
 from megatron_mhc.inputs.progress import progress
@@ -57,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         STEP,
         type=integer(0, MOST_TOKENS),
         help='iteration of SRC (default: the latest, by its tracker file)',
+    )
+    parser.add_argument(
+        '--mhc-numerics',
+        choices=NUMERICS,
+        metavar='NAME',
+        help='mhc: how the output computes, paper or (default) as the layout of SRC, exactly',
     )
     parser.add_argument(
         '--no-optim',

@@ -36,6 +36,7 @@ from megatron_mhc.convert.saved_args import (
 from megatron_mhc.convert.source import Source, open_source
 from megatron_mhc.convert.upcycle import upcycled
 from megatron_mhc.convert.verify import largest_difference
+from megatron_mhc.settings.residual import PAPER
 
 # Upcycling is exact; what is left of the logits' size is fp32 rounding.
 ROUNDING = 1e-4
@@ -89,6 +90,7 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     unchecked: bool = False,
+    numerics: str | None = None,
     progress: Progress | None = None,
 ) -> Converted:
     """Convert a checkpoint; needs neither a GPU nor a process group.
@@ -105,6 +107,8 @@ def convert(
         overwrite: replace the checkpoint at ``destination``, once the new one is whole.
         unchecked: do not ask that the source has every weight of the model that its saved
             arguments describe, for one that ``pretrain_gpt.py`` does not build.
+        numerics: ``--mhc-numerics`` of what is made ``mhc``; the source's own if None, under which
+            it computes the same.
         progress: makes a context manager of the number of bytes, which gives a function to be told
             of those written.
 
@@ -123,7 +127,8 @@ def convert(
             raise of_gpt_alone(opened, described.symbols)
         layout = hybrid_layout(described.symbols)
     _check_change(source, described, layout, upcycling)
-    content, report = _made(opened, described, layout, upcycling)
+    _check_numerics(source, described, layout, numerics)
+    content, report = _made(opened, described, layout, upcycling, numerics)
     if not unchecked:
         check_model(opened, origin)
     if dry_run:
@@ -136,13 +141,17 @@ def convert(
             whose = OWN if described.symbols else origin
             report.verified = largest_difference(opened.folder, folder, whose)
             exact = described.name == STANDARD and to == 'mhc' and not upcycling.get('noise')
-            if exact:
+            if exact or _same_function(described, report):
                 _check_equal(report.verified, destination)
     return report
 
 
 def _made(
-    opened: Source, described: Described, layout: StoredLayout, upcycling: dict[str, Any]
+    opened: Source,
+    described: Described,
+    layout: StoredLayout,
+    upcycling: dict[str, Any],
+    numerics: str | None,
 ) -> tuple[Content, Converted]:
     """What the new checkpoint is to hold, and what there is to tell of it."""
     carried = _carried(opened, described)
@@ -152,7 +161,8 @@ def _made(
             described.num_layers, described.hidden_size, sublayers=sublayers, **upcycling
         )
     else:
-        streams = read_streams(opened, described)
+        ours = (numerics or described.numerics) if layout.name == 'mhc' else None
+        streams = read_streams(opened, described, ours)
     stacked = layout.name != 'deepseek-v4' and are_stacked(carried)
     new = to_tensors(streams, layout, stacked)
     args = converted_args(opened.args, streams, layout, upcycling.get('init_gating_factor'))
@@ -185,6 +195,28 @@ def _check_change(
             f'streams, and {source} is a {described.name} checkpoint, whose own are kept; leave it '
             'out'
         )
+
+
+def _check_numerics(
+    source: pathlib.Path, described: Described, layout: StoredLayout, numerics: str | None
+) -> None:
+    if numerics is None:
+        return
+    if layout.name != 'mhc' or described.layout is None:
+        what = f'--to {layout.name}' if layout.name != 'mhc' else 'a standard model'
+        raise ValueError(
+            f'--mhc-numerics {numerics}: no effect with {what}: a layout has numerics of its own, '
+            'and new streams are exact under those of the paper alone; leave it out'
+        )
+    if numerics not in (PAPER, described.numerics):
+        raise ValueError(
+            f'--mhc-numerics {numerics}: {source} is a {described.name} checkpoint; choose '
+            f'{described.numerics}, under which it computes the same, or {PAPER}'
+        )
+
+
+def _same_function(described: Described, report: Converted) -> bool:
+    return report.target == 'mhc' and report.streams.numerics == described.numerics != PAPER
 
 
 def _check_equal(verified: dict[str, float], destination: pathlib.Path) -> None:

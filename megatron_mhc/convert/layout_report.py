@@ -11,6 +11,7 @@ from megatron_mhc.convert.conversion import Converted, Progress, convert
 from megatron_mhc.convert.told import Told, tell_verified
 from megatron_mhc.inputs.table import table
 from megatron_mhc.kernels.defaults import NORM_EPS
+from megatron_mhc.kernels.numerics import PAPER
 
 
 def answer(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> Told:
@@ -26,6 +27,7 @@ def answer(options: argparse.Namespace, given: dict[str, Any], progress: Progres
         verify=options.verify,
         overwrite=options.overwrite,
         unchecked=options.unchecked,
+        numerics=options.mhc_numerics,
         progress=progress,
     )
     load = _how_to_load(report, options.destination)
@@ -44,6 +46,7 @@ def _plain(report: Converted) -> dict[str, Any]:
         'hidden_size': streams.hidden_size,
         'sinkhorn_iterations': streams.iterations,
         'stream_merge': _merge(report),
+        'numerics': streams.numerics,
         'mapping': [row._asdict() for row in report.rows],
         'carried': report.carried,
         'left_out': report.left_out,
@@ -88,6 +91,8 @@ def _how_to_load(report: Converted, destination: pathlib.Path) -> str:
         flags.append(f'--mhc-sinkhorn-iterations {streams.iterations}')
         if streams.head is not None:
             flags.append('--mhc-stream-merge learned')
+        if streams.numerics != PAPER:
+            flags.append(f'--mhc-numerics {streams.numerics}')
         if streams.norm_eps != NORM_EPS:
             flags.append(f'--mhc-norm-eps {streams.norm_eps:g}')
         return f'train on with --load {destination} {" ".join(flags)}'

@@ -10,7 +10,8 @@ and differ in names and in what the rows of res stand for. With L the logits of 
   transposed logits give our H_res, with ours order of steps.
 * ``deepseek-v4``: as dev (``comb``), the three alpha in one ``scale``.
 
-Where else the four differ in what they compute, ``maps.py`` says.
+Where else the four differ in what they compute, ``maps.py`` says; ``mhc`` computes as any of them,
+by ``--mhc-numerics``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mhc.settings.residual import NORM_EPS
+from megatron_mhc.settings.residual import NORM_EPS, PAPER
 
 SUBLAYERS = ('self_attention', 'mlp')
 # Of a hybrid model's layers, where it is not attention of some kind.
@@ -47,6 +48,7 @@ class Streams:
             one sublayer that it is.
         head: of the learned merge; None where the mean is taken.
         norm_eps: of the norm of all n*C values, where a layout lets it be chosen.
+        numerics: ``--mhc-numerics``, which ``mhc`` alone lets be chosen.
     """
 
     num_streams: int
@@ -55,6 +57,7 @@ class Streams:
     layers: tuple[tuple[Parameters, ...], ...]
     head: Parameters | None = None
     norm_eps: float = NORM_EPS
+    numerics: str = PAPER
 
 
 @dataclass(frozen=True)
@@ -227,8 +230,13 @@ def from_tensors(
     stacked: bool,
     learned: bool,
     norm_eps: float = NORM_EPS,
+    numerics: str = PAPER,
+    fold: bool = True,
 ) -> Streams:
     """What ``to_tensors`` is given, from tensors of any float dtype, by name.
+
+    Args:
+        fold: take a learned merge that is the mean for the mean.
 
     Raises:
         ValueError: a tensor has another shape than n, C and L say.
@@ -269,9 +277,9 @@ def from_tensors(
         shapes = ((n, width), (n,), (1,))
         values = (part(name, None, shape) for name, shape in zip(layout.head, shapes, strict=True))
         head = Parameters(*values)
-        if layout.head_always and _is_mean(head, n):
+        if fold and layout.head_always and _is_mean(head, n):
             head = None
-    return Streams(n, hidden_size, iterations, layers, head, norm_eps)
+    return Streams(n, hidden_size, iterations, layers, head, norm_eps, numerics)
 
 
 def _mismatch(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:

@@ -11,9 +11,10 @@ megatron-dev    ``|v|/sqrt(nC) + e``   sigma+e, 2 sigma transposed: rows, then c
 deepseek-v4     eps e                  sigma+e, 2 sigma transposed: rows, then columns; + e
 ==============  =====================  ===============  ====================================
 
-with e = 1e-6. A learned merge of the last two is sigma+e with eps e in its norm; in dev e is there
-the eps of the model's norms. Megatron-LM's are those of August 2026; DeepSeek-V4's those of its
-released code.
+with e = 1e-6; ``mhc`` as ``--mhc-numerics paper`` has it, and otherwise as the layout of that name
+does (``glm-5.3``: as ``deepseek-v4``). A learned merge of the last two is sigma+e' with e' in its
+norm: e, or in dev the eps of the model's norms. Megatron-LM's are those of August 2026;
+DeepSeek-V4's those of its released code. In fp32, in which nothing of them is rounded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_mhc.convert.layouts import Parameters, StoredLayout, Streams, to_tensors
-from megatron_mhc.settings.residual import NORM_EPS
+from megatron_mhc.settings.residual import NORM_EPS, PAPER
 
 EPS = 1e-6
 TOKENS = 64
@@ -42,12 +43,24 @@ def stored_parameters(
     return Parameters(get(names[0]), get(names[1]), torch.cat([get(name) for name in names[2:]]))
 
 
-def normalised(layout: StoredLayout, x: Tensor, own_eps: float = NORM_EPS) -> Tensor:
-    """``[..., n*C]`` divided by its root mean square; ``own_eps`` is that of ``mhc``."""
+def computes_as(layout: StoredLayout, numerics: str = PAPER) -> str:
+    """The name of the formula that ``layout`` computes; ``mhc`` is that of the paper.
+
+    Args:
+        numerics: ``--mhc-numerics``, which ``mhc`` alone has.
+    """
+    if layout.name != 'mhc':
+        return layout.name
+    # They differ in the eps of the norm, the merge, and what they round.
+    return {PAPER: 'mhc', 'glm-5.3': 'deepseek-v4'}.get(numerics, numerics)
+
+
+def normalised(formula: str, x: Tensor, own_eps: float = NORM_EPS) -> Tensor:
+    """``[..., n*C]`` divided by its root mean square; ``own_eps`` where it can be chosen."""
     square = x.square().mean(dim=-1, keepdim=True)
-    if layout.name in ('megatron-main', 'megatron-dev'):
+    if formula in ('megatron-main', 'megatron-dev'):
         return x / (square.sqrt() + EPS)
-    return x * torch.rsqrt(square + (EPS if layout.name == 'deepseek-v4' else own_eps))
+    return x * torch.rsqrt(square + own_eps)
 
 
 def maps(
@@ -57,33 +70,36 @@ def maps(
     num_streams: int,
     iterations: int,
     own_eps: float = NORM_EPS,
+    numerics: str = PAPER,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``h_pre [..., n]``, ``h_post [..., n]`` and ``h_res [..., n, n]``, which mixes as H x.
 
     Args:
         x: ``[..., n*C]`` streams in fp32.
         stored: phi, b and alpha in the layout's own order.
-        own_eps: ``--mhc-norm-eps``, which ``mhc`` alone has.
+        own_eps: ``--mhc-norm-eps`` of ``mhc``, ``rms_norm_eps`` of ``deepseek-v4``.
+        numerics: ``--mhc-numerics`` of ``mhc``.
     """
-    n = num_streams
+    n, formula = num_streams, computes_as(layout, numerics)
     scale = stored.alpha.repeat_interleave(torch.tensor([n, n, n * n]))
-    logits = normalised(layout, x, own_eps) @ stored.phi.T * scale + stored.bias
+    logits = normalised(formula, x, own_eps) @ stored.phi.T * scale + stored.bias
     pre, post, res = logits.split([n, n, n * n], dim=-1)
     res = res.unflatten(-1, (n, n))
     pre, post = torch.sigmoid(pre), 2 * torch.sigmoid(post)
-    if layout.name == 'mhc':
+    if formula == 'mhc':
         m = torch.exp(res - res.amax(dim=(-2, -1), keepdim=True))
         for _ in range(iterations):
             m = m / m.sum(-2, keepdim=True)
             m = m / m.sum(-1, keepdim=True)
         return pre, post, m
-    if layout.name == 'megatron-main':
+    if formula == 'megatron-main':
         m = torch.exp(res - res.amax(dim=-1, keepdim=True))
         for _ in range(iterations):
             m = m / m.sum(-1, keepdim=True).clamp(min=EPS)
             m = m / m.sum(-2, keepdim=True).clamp(min=EPS)
         return pre, post, m
-    m = torch.softmax(res, dim=-1) + EPS
+    # Theirs is the transpose of what mixes, and so are their logits.
+    m = torch.softmax(res if layout.transposed else res.mT, dim=-1) + EPS
     m = m / (m.sum(-2, keepdim=True) + EPS)
     for _ in range(iterations - 1):
         m = m / (m.sum(-1, keepdim=True) + EPS)
@@ -98,32 +114,46 @@ def merge_gates(
     num_streams: int,
     norm_eps: float,
     own_eps: float = NORM_EPS,
+    numerics: str = PAPER,
 ) -> Tensor:
     """Weights ``[..., n]`` of the streams in what the final norm gets.
 
     Args:
         norm_eps: eps of the model's norms, which Megatron's dev branch takes here too.
-        own_eps: ``--mhc-norm-eps``.
+        own_eps, numerics: as for ``maps``.
     """
     if head is None:
         return torch.full((*x.shape[:-1], num_streams), 1 / num_streams)
-    if layout.name == 'mhc':
-        return torch.sigmoid(normalised(layout, x, own_eps) @ head.phi.T * head.alpha + head.bias)
-    eps = norm_eps if layout.name == 'megatron-dev' else EPS
+    formula = computes_as(layout, numerics)
+    eps = norm_eps if formula == 'megatron-dev' else own_eps
     normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-    return torch.sigmoid(normed @ head.phi.T * head.alpha + head.bias) + eps
+    gates = torch.sigmoid(normed @ head.phi.T * head.alpha + head.bias)
+    if formula == 'mhc':
+        return gates
+    return gates + (norm_eps if formula == 'megatron-dev' else EPS)
 
 
 def differences(
     streams: Streams, first: StoredLayout, second: StoredLayout, norm_eps: float
 ) -> dict[str, float]:
-    """The largest difference between the maps of two layouts of ``streams`` on random tokens."""
+    """The largest difference between the maps of two layouts of ``streams`` on random tokens.
+
+    Args:
+        streams: as ``first`` has them, but with the numerics of whichever of the two is ``mhc``.
+        norm_eps: eps of the model's norms.
+    """
     n, width = streams.num_streams, streams.num_streams * streams.hidden_size
     generator = torch.Generator().manual_seed(0)
     low, high = torch.tensor(RMS).log10().tolist()
     rms = torch.logspace(low, high, TOKENS)
     x = torch.randn(TOKENS, width, generator=generator) * rms[:, None]
-    sides = [(layout, to_tensors(streams, layout, stacked=False)) for layout in (first, second)]
+    sides = [
+        (layout, to_tensors(streams, layout, stacked=False), eps)
+        for layout, eps in (
+            (first, streams.norm_eps),
+            (second, streams.norm_eps if second.name == 'mhc' else EPS),
+        )
+    ]
     largest = dict.fromkeys(OF, 0.0)
 
     def compare(name: str, a: Tensor, b: Tensor) -> None:
@@ -132,15 +162,15 @@ def differences(
     for layer in range(len(streams.layers)):
         for sublayer in range(2):
             both = [
-                maps(layout, x, stored, n, streams.iterations, streams.norm_eps)
-                for layout, tensors in sides
+                maps(layout, x, stored, n, streams.iterations, eps, streams.numerics)
+                for layout, tensors, eps in sides
                 for stored in (stored_parameters(tensors.get, layout, layer, sublayer),)
             ]
             for name, a, b in zip(OF, *both, strict=False):
                 compare(name, a, b)
     gates = [
-        merge_gates(layout, x, head, n, norm_eps, streams.norm_eps)
-        for layout, tensors in sides
+        merge_gates(layout, x, head, n, norm_eps, eps, streams.numerics)
+        for layout, tensors, eps in sides
         for head in (stored_head(tensors.get, layout, tensors),)
     ]
     compare('merge', *gates)

@@ -22,6 +22,7 @@ def answer(options: argparse.Namespace, given: dict[str, Any], progress: Progres
         ValueError: there are some; or as ``move``.
     """
     flags = [FLAGS[name] for name in given] + ['--from'] * (options.origin != 'auto')
+    flags += ['--mhc-numerics'] * (options.mhc_numerics is not None)
     if flags:
         raise ValueError(
             f'{flags[0]}: --to {options.to} keeps the residual connections as they are; drop the '

@@ -12,11 +12,13 @@ from megatron_mhc.convert.choices import STANDARD
 from megatron_mhc.convert.layouts import LAYOUTS, StoredLayout, Streams, from_tensors
 from megatron_mhc.convert.pattern import parsed, pattern_of
 from megatron_mhc.convert.source import Source
+from megatron_mhc.inputs.values import check_number
 from megatron_mhc.settings.flag import flags_of
 from megatron_mhc.settings.flags_residual import resolve_arguments, saved_residual_config
-from megatron_mhc.settings.residual import NORM_EPS, ResidualConfig
+from megatron_mhc.settings.residual import LEAST_NORM_EPS, NORM_EPS, PAPER, ResidualConfig
 
 ITERATIONS = 'mhc_sinkhorn_iterations'
+HC_EPS = 1e-6
 SAMPLES = ('consumed_train', 'consumed_valid', 'skipped_train')
 # How far the run had come: the output is a release, from which training starts anew.
 PROGRESS = ('iteration', *(f'{kind}_samples' for kind in SAMPLES))
@@ -30,6 +32,7 @@ class Described(NamedTuple):
         stacked: all layers in one tensor, as distributed checkpoints have equal ones.
         learned: a learned merge.
         norm_eps: of the norm of all streams; that of ``mhc`` where a layout has it built in.
+        numerics: ``--mhc-numerics`` under which ours compute the same.
         symbols: of the layers of a hybrid model; empty of a GPT model.
     """
 
@@ -42,6 +45,7 @@ class Described(NamedTuple):
     learned: bool
     norm_eps: float = NORM_EPS
     symbols: str = ''
+    numerics: str = PAPER
 
     @property
     def name(self) -> str:
@@ -88,13 +92,15 @@ def describe(source: Source, origin: str = 'auto') -> Described:
         _require_decoder(source)
         symbols = parsed(pattern).layers if pattern else ''
         return Described(None, *shape, 0, 0, stacked, False, symbols=symbols)
-    learned, norm_eps = layout.head_always, NORM_EPS
+    learned, norm_eps, numerics = layout.head_always, NORM_EPS, name
     if name == 'mhc':
         residual = _plain_mhc(source)
         learned, norm_eps = residual.stream_merge == 'learned', residual.norm_eps
+        numerics = residual.numerics
     if name == 'deepseek-v4':
         config = source.config
         n, iterations, stacked = config['hc_mult'], config['hc_sinkhorn_iters'], False
+        norm_eps = _eps_of(source, config)
     else:
         n, iterations = getattr(args, layout.streams, None), getattr(args, ITERATIONS, None)
     if not isinstance(n, int) or not isinstance(iterations, int):
@@ -102,7 +108,20 @@ def describe(source: Source, origin: str = 'auto') -> Described:
             f'{source.folder}: the saved arguments name no number of streams, so it is no {name} '
             'checkpoint; leave out --from, or name another layout'
         )
-    return Described(layout, *shape, n, iterations, stacked, learned, norm_eps)
+    return Described(layout, *shape, n, iterations, stacked, learned, norm_eps, numerics=numerics)
+
+
+def _eps_of(source: Source, config: dict[str, Any]) -> float:
+    """Of the norm of a DeepSeek-V4, whose other eps has one value here."""
+    other = config.get('hc_eps', HC_EPS)
+    if other != HC_EPS:
+        raise ValueError(
+            f'{source.folder}: hc_eps {other} in its config.json: only {HC_EPS:g}, which all '
+            'released models have, is converted'
+        )
+    eps = config.get('rms_norm_eps', NORM_EPS)
+    check_number('rms_norm_eps of config.json', eps, LEAST_NORM_EPS, 1.0, 'DeepSeek-V4 has 1e-6')
+    return float(eps)
 
 
 def of_gpt_alone(source: Source, pattern: str) -> ValueError:
@@ -165,8 +184,12 @@ def norm_eps_of(args: argparse.Namespace) -> float:
     return next((value for value in given if value is not None), 1e-5)
 
 
-def read_streams(source: Source, described: Described) -> Streams:
+def read_streams(source: Source, described: Described, numerics: str | None = None) -> Streams:
     """The mapping parameters of ``source``.
+
+    Args:
+        numerics: ``--mhc-numerics`` of what they are for; that of ``source`` if None. A learned
+            merge stays one where these compute it otherwise than the mean.
 
     Raises:
         ValueError: tensors are missing, or of other shapes than the arguments say.
@@ -182,6 +205,8 @@ def read_streams(source: Source, described: Described) -> Streams:
         stacked=described.stacked,
         learned=described.learned,
         norm_eps=described.norm_eps,
+        numerics=numerics or described.numerics,
+        fold=numerics in (None, PAPER),
     )
 
 
@@ -211,6 +236,7 @@ def converted_args(
             'residual_type': 'mhc',
             'mhc_stream_merge': 'mean' if streams.head is None else 'learned',
             'mhc_norm_eps': streams.norm_eps,
+            'mhc_numerics': streams.numerics,
         }
     if layout.flag:
         values[layout.flag] = True

@@ -197,7 +197,7 @@ def _use_maps(model: LanguageModule, source: Source, described: Described) -> No
         stored = stored_parameters(get(layer), layout, index, sublayer)
         # On this instance alone.
         connection.all_maps = (  # type: ignore[method-assign]
-            lambda x: maps(layout, x, stored, n, described.iterations)
+            lambda x: maps(layout, x, stored, n, described.iterations, described.norm_eps)
         )
         connection.read = lambda x: HyperConnection.read(connection, x)  # type: ignore[method-assign]
 
@@ -206,7 +206,7 @@ def _use_maps(model: LanguageModule, source: Source, described: Described) -> No
         use(module.mlp_hyper_connection, layer, 1)
     head, eps = stored_head(source.tensor, layout, source.entries), model.config.layernorm_epsilon
     model.decoder.stream_merge.forward = lambda x: ops.pre(
-        x, merge_gates(layout, x, head, n, eps), backend='torch'
+        x, merge_gates(layout, x, head, n, eps, described.norm_eps), backend='torch'
     )
 
 

@@ -24,7 +24,7 @@ from megatron_mhc.recipes.hybrid import (
 )
 from megatron_mhc.schedules.inverted_v import written
 from megatron_mhc.settings import queues
-from megatron_mhc.settings.residual import NORM_EPS, ResidualConfig
+from megatron_mhc.settings.residual import NUMERICS, PAPER, ResidualConfig
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import Experts, LatentAttention, ModelShape
 from megatron_mhc.sizing.stages import stage_counts, staged_pattern
@@ -282,7 +282,9 @@ def residual_flags(residual: ResidualConfig) -> Flags:
     if residual.has_streams:
         flags['mhc-num-residual-streams'] = residual.streams
         flags['mhc-init-gating-factor'] = residual.init_gating_factor
-        if residual.norm_eps != NORM_EPS:
+        if residual.numerics != PAPER:
+            flags['mhc-numerics'] = residual.numerics
+        if residual.norm_eps != NUMERICS[residual.numerics].norm_eps:
             flags['mhc-norm-eps'] = residual.norm_eps
         if residual.recompute_layer_num != 'none':
             flags['mhc-recompute-layer-num'] = residual.recompute_layer_num

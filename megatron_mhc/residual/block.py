@@ -86,7 +86,10 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     norm = final_norm_of(block)
     if norm is not None:
         block.stream_merge = StreamMerge(
-            block.config.hidden_size, residual, block.config.sequence_parallel
+            block.config.hidden_size,
+            residual,
+            block.config.sequence_parallel,
+            block.config.layernorm_epsilon,
         )
         norm.register_forward_pre_hook(functools.partial(_merge_first, block))
     elif block.post_process and not block.config.mtp_num_layers:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mhc import ops
+from megatron_mhc.kernels.numerics import PAPER
 from megatron_mhc.kernels.reference.mapping import scaled_projection_ref
 from megatron_mhc.kernels.reference.precision import without_autocast
 from megatron_mhc.manifolds import registry
@@ -61,11 +62,15 @@ class ManifoldHyperConnection(HyperConnection):
     @property
     def fuses(self) -> bool:
         """Whether the ops that contain Sinkhorn compute these maps."""
-        return self.residual.manifold == 'sinkhorn' and not self.residual.fixed_mappings
+        settings = self.residual
+        plain = settings.manifold == 'sinkhorn' and settings.numerics == PAPER
+        return plain and not settings.fixed_mappings
 
     def maps(self, x: Tensor) -> Maps:
         if self.residual.manifold == 'sinkhorn':
-            return ops.mapping(x, *self._parameters_of_mapping(), **self._settings())
+            numerics = self.residual.numerics
+            parameters = self._parameters_of_mapping()
+            return ops.mapping(x, *parameters, **self._settings(), numerics=numerics)
         pre, post, res = self._logits(x)
         with without_autocast(x.device):
             return torch.sigmoid(pre), 2 * torch.sigmoid(post), self.manifold.matrix(res)
@@ -84,6 +89,7 @@ class ManifoldHyperConnection(HyperConnection):
             logits.unflatten(-1, (n, n)),
             settings.sinkhorn_iterations,
             backend=settings.kernel_backend,
+            numerics=settings.numerics,
         )
 
     def read(self, x: Tensor) -> tuple[Tensor, ops.Carried]:
@@ -103,6 +109,22 @@ class ManifoldHyperConnection(HyperConnection):
             dropout=pending.dropout,
             seed=pending.seed,
             **self._settings(),
+        )
+
+    def post(
+        self,
+        y: Tensor,
+        carried: ops.Carried,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        return ops.write(
+            *(y, carried, bias),
+            dropout=dropout,
+            seed=seed,
+            backend=self.residual.kernel_backend,
+            numerics=self.residual.numerics,
         )
 
     def _logits(self, x: Tensor) -> Maps:

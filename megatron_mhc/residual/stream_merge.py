@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mhc import ops
-from megatron_mhc.kernels.reference import scaled_projection_ref
+from megatron_mhc.kernels.numerics import NUMERICS
+from megatron_mhc.kernels.reference import merge_gates_as, scaled_projection_ref
 from megatron_mhc.kernels.reference.precision import at_least_fp32
 from megatron_mhc.residual.hyper_connection import (
     KeepFP32,
@@ -29,12 +30,22 @@ class StreamMerge(KeepFP32):
     ``mean``, ``sum`` and ``pre``, the last sublayer's H_pre, have no parameters. ``learned``
     weighs each stream by sigma(alpha * (v phi) / r + b), computed from all streams of the token as
     mHC's own maps are (the head of DeepSeek-V4).
+
+    Args:
+        hidden_size: C; residual: the settings.
+        sequence_parallel: as for a ``HyperConnection``.
+        model_eps: of the model's norms, which Megatron-LM's dev branch has in this merge too.
     """
 
     def __init__(
-        self, hidden_size: int, residual: ResidualConfig, sequence_parallel: bool = False
+        self,
+        hidden_size: int,
+        residual: ResidualConfig,
+        sequence_parallel: bool = False,
+        model_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        self.model_eps = model_eps
         self.residual = residual
         self.num_streams = residual.num_residual_streams
         self.hidden_size = hidden_size
@@ -61,9 +72,12 @@ class StreamMerge(KeepFP32):
         require_width(x, self.num_streams, self.hidden_size)
         if self.residual.stream_merge == 'learned':
             scale = self.alpha.expand(self.num_streams)
-            parameters = self.mapping_proj(), self.bias, scale, self.residual.norm_eps
-            logits = scaled_projection_ref(x, *parameters)
-            return ops.pre(x, torch.sigmoid(logits), backend=self.residual.kernel_backend)
+            numerics = self.residual.numerics
+            theirs = NUMERICS[numerics].merge_eps == 'model'
+            eps = self.model_eps if theirs else self.residual.norm_eps
+            logits = scaled_projection_ref(x, self.mapping_proj(), self.bias, scale, eps)
+            gates = merge_gates_as(logits, self.model_eps, numerics)
+            return ops.pre(x, gates, backend=self.residual.kernel_backend)
         if self.residual.single_pass:
             return ops.pre(x, pre_for(x), backend=self.residual.kernel_backend)
         streams = at_least_fp32(x).unflatten(-1, (self.num_streams, self.hidden_size))

@@ -11,7 +11,8 @@ import argparse
 import torch
 
 from megatron_mhc.inputs.refusal import announce
-from megatron_mhc.kernels.backend import kernel_obstacle
+from megatron_mhc.kernels.backend import kernel_obstacle, numerics_obstacle
+from megatron_mhc.kernels.numerics import PAPER
 from megatron_mhc.runtime import cpu_device
 from megatron_mhc.settings.residual import MAPPINGS, ResidualConfig
 
@@ -45,8 +46,15 @@ def announce_kernels(args: argparse.Namespace, residual: ResidualConfig) -> None
         choice = f'torch reference, because {obstacle}'
     else:
         choice = 'Triton kernels' if on_gpu else 'Triton kernels, interpreted: slow'
-    names, streams = ', '.join(ops_of(residual)), str(dtype).removeprefix('torch.')
-    announce(f'{names} ({streams}, n = {n}): {choice}')
+    names, streams = ops_of(residual), str(dtype).removeprefix('torch.')
+    if choice.startswith('Triton'):
+        # Of these conventions some ops are torch's on every device.
+        for name in names:
+            if why := numerics_obstacle(name, residual.numerics):
+                announce(f'{name} ({streams}, n = {n}): torch reference, because {why}')
+        names = tuple(n for n in names if not numerics_obstacle(n, residual.numerics))
+    if names:
+        announce(f'{", ".join(names)} ({streams}, n = {n}): {choice}')
 
 
 def ops_of(residual: ResidualConfig) -> tuple[str, ...]:
@@ -55,7 +63,7 @@ def ops_of(residual: ResidualConfig) -> tuple[str, ...]:
         return 'pre', 'post_res'
     if residual.manifold != 'sinkhorn':
         return 'pre', 'post_res'
-    if residual.fixed_mappings or residual.single_pass:
+    if residual.fixed_mappings or residual.single_pass or residual.numerics != PAPER:
         return 'mapping', 'pre', 'post_res'
     return ('read', 'write', 'write_read') if residual.edge_fusion else ('read', 'write')
 

@@ -15,6 +15,9 @@ from megatron_mhc.inputs.values import (
 )
 from megatron_mhc.kernels.defaults import BACKENDS, PRECISIONS
 from megatron_mhc.kernels.defaults import NORM_EPS as NORM_EPS
+from megatron_mhc.kernels.numerics import NUMERICS as NUMERICS
+from megatron_mhc.kernels.numerics import PAPER as PAPER
+from megatron_mhc.kernels.numerics import takes_triton
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
 from megatron_mhc.settings.flag import ON_OFF, check, refuse_stray, setting, structure
 from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS, RESIDUAL_TYPES, STREAM_TYPES
@@ -32,6 +35,8 @@ _STREAMS = {'residual_type': STREAM_TYPES}
 _HC, _MHC, _MUDD = ({'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd'))
 # The fused ops contain Sinkhorn-Knopp.
 _SINKHORN = {**_MHC, 'manifold': ('sinkhorn',)}
+# Those that read and write in one pass compute as the paper does.
+_FUSED = {**_SINKHORN, 'numerics': (PAPER,)}
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,22 @@ class ResidualConfig:
         help='column-then-row passes of the Sinkhorn-Knopp projection of H_res',
         source='the mHC paper',
     )
+    numerics: str = setting(
+        PAPER,
+        '--mhc-numerics',
+        choices=tuple(NUMERICS),
+        only=_SINKHORN,
+        structural=True,
+        help='whose numerics: `paper`, or as `deepseek-v4`, `megatron-dev`, `megatron-main` or '
+        '`glm-5.3` compute, for weights that came from there or go there: order of Sinkhorn-Knopp, '
+        'eps and where it stands, what is rounded, merge',
+        more='all but paper take torch for the mapping; megatron-mhc docs numerics says what '
+        'differs',
+        source='the mHC paper',
+    )
+    # None until it is resolved, as for the merge.
     norm_eps: float = setting(
-        NORM_EPS,
+        None,
         '--mhc-norm-eps',
         float,
         least=LEAST_NORM_EPS,
@@ -106,6 +125,7 @@ class ResidualConfig:
         'maps of mhc and in a learned merge',
         more='the mHC paper uses 1e-20, with which a token of zeros multiplies its gradient by '
         '1e10; the maps of hc use --norm-epsilon',
+        said='`1e-6`, for glm-5.3 `1e-5`',
         source='DeepSeek-V4 and Megatron-LM',
     )
     init_gating_factor: float = setting(
@@ -231,7 +251,7 @@ class ResidualConfig:
         'auto',
         '--mhc-projection-precision',
         choices=PRECISIONS,
-        only=_SINKHORN,
+        only=_FUSED,
         help='how the kernels multiply phi: `bf16x2` (phi as high and low part in bf16, for bf16 '
         'streams), or both factors in fp32 as `tf32`, `tf32x3` or `ieee`',
         more='auto is bf16x2 for bf16 streams, tf32x3 for others',
@@ -241,7 +261,7 @@ class ResidualConfig:
         '--mhc-no-edge-fusion',
         bool,
         formerly='--mhc-no-seam-fusion',
-        only=_SINKHORN,
+        only=_FUSED,
         said='one pass',
         help='have the kernels write the streams of one sublayer and read them for the next in two '
         'passes, with the same result',
@@ -282,13 +302,9 @@ class ResidualConfig:
         if self.enabled:
             refuse_stray(self)
         self._resolve_merge()
-        if self.enabled and not self.takes_norm_eps and self.norm_eps != NORM_EPS:
-            raise ValueError(
-                f'--mhc-norm-eps {self.norm_eps:g} has no effect with --residual-type hc except '
-                'with --mhc-stream-merge learned: the maps of hc use the eps of the model '
-                '(--norm-epsilon); drop it'
-            )
+        self._resolve_norm_eps()
         self._check_manifold()
+        self._check_backend()
         self._resolve_recompute()
 
     def _resolve_merge(self) -> None:
@@ -297,11 +313,49 @@ class ResidualConfig:
                 f'--mhc-stream-merge {self.stream_merge} has no effect with --mhc-single-pass, '
                 "where the last sublayer's H_pre merges the streams; drop one of the two"
             )
+        theirs = NUMERICS[self.numerics].merge
         if self.single_pass:
+            # That of DeepSeek-V4.1, which computes as V4 does.
+            if self.numerics not in (PAPER, 'deepseek-v4'):
+                raise ValueError(
+                    f'--mhc-numerics {self.numerics} with --mhc-single-pass: that project has no '
+                    'single pass, so nothing tells how it would compute one; use --mhc-numerics '
+                    'deepseek-v4 or paper'
+                )
             object.__setattr__(self, 'stream_merge', 'pre')
         elif self.stream_merge is None and self.residual_type != 'mudd':
-            merge = 'sum' if self.residual_type == 'hc' else 'mean'
+            merge = theirs or ('sum' if self.residual_type == 'hc' else 'mean')
             object.__setattr__(self, 'stream_merge', merge)
+        elif theirs not in (None, self.stream_merge):
+            raise ValueError(
+                f'--mhc-stream-merge {self.stream_merge} contradicts --mhc-numerics '
+                f'{self.numerics}, whose merge is {theirs}; leave it out or use --mhc-numerics '
+                'paper'
+            )
+
+    def _resolve_norm_eps(self) -> None:
+        rules = NUMERICS[self.numerics]
+        if self.norm_eps is None:
+            if self.residual_type != 'mudd':
+                object.__setattr__(self, 'norm_eps', rules.norm_eps)
+        elif rules.norm_eps_fixed and self.norm_eps != rules.norm_eps:
+            raise ValueError(
+                f'--mhc-norm-eps {self.norm_eps:g} contradicts --mhc-numerics {self.numerics}, '
+                f'where it is {rules.norm_eps:g}; leave it out or use --mhc-numerics paper'
+            )
+        elif self.enabled and not self.takes_norm_eps and self.norm_eps != NORM_EPS:
+            raise ValueError(
+                f'--mhc-norm-eps {self.norm_eps:g} has no effect with --residual-type hc except '
+                'with --mhc-stream-merge learned: the maps of hc use the eps of the model '
+                '(--norm-epsilon); drop it'
+            )
+
+    def _check_backend(self) -> None:
+        if self.kernel_backend == 'triton' and not takes_triton(self.numerics, 'mapping'):
+            raise ValueError(
+                f'--mhc-kernel-backend triton: the kernels compute as --mhc-numerics {PAPER} does, '
+                f'not as {self.numerics} does; use auto, which then takes torch for the mapping'
+            )
 
     def _check_manifold(self) -> None:
         if self.manifold == 'sinkhorn':

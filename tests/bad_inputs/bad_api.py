@@ -77,7 +77,13 @@ TABLE = (
     (ResidualConfig, 'num_residual_streams', WRONG_INTEGERS, '--mhc-num-residual-streams'),
     (ResidualConfig, 'sinkhorn_iterations', WRONG_INTEGERS, '--mhc-sinkhorn-iterations'),
     (ResidualConfig, 'init_gating_factor', WRONG_FACTORS, '--mhc-init-gating-factor'),
-    (ResidualConfig, 'norm_eps', (*WRONG_FACTORS, 0, 1e-40, 1.5), '--mhc-norm-eps'),
+    (
+        ResidualConfig,
+        'norm_eps',
+        (*(v for v in WRONG_FACTORS if v is not None), 0, 1e-40, 1.5),
+        '--mhc-norm-eps',
+    ),
+    (ResidualConfig, 'numerics', WRONG_NAMES, '--mhc-numerics'),
     (ResidualConfig, 'mapping_lr_mult', WRONG_FACTORS, '--mhc-mapping-lr-mult'),
     (ResidualConfig, 'seed', (-1, 1.5, 'x', None, True, 2**43), '--seed'),
     (ResidualConfig, 'single_pass', WRONG_BOOLS, 'single_pass'),
@@ -120,6 +126,7 @@ TABLE = (
         )
     ),
     *((op, 'backend', WRONG_NAMES, 'backend') for op in ('mapping', 'pre', 'write', 'sinkhorn')),
+    *((op, 'numerics', WRONG_NAMES, 'numerics') for op in ('mapping', 'sinkhorn', 'post_res')),
     *((op, 'x', WRONG_TENSORS, 'x') for op in ('mapping', 'read', 'pre', 'post_res')),
     *(
         (op, 'dropout', (-0.1, 1, 1.0, 'x', None, math.nan, math.inf, True, (0,)), 'dropout')

@@ -130,12 +130,31 @@ def test_all_other_tensors_keep_every_bit(standard, tmp_path, tensors):
 def test_round_trips_are_bitwise(upcycled, tmp_path, to):
     there = convert(upcycled, tmp_path / 'there', to)
     assert there.origin == 'mhc' and there.differences['H_res'] > 0
-    back = convert(tmp_path / 'there', tmp_path / 'back', 'mhc')
-    assert back.origin == to
+    back = convert(tmp_path / 'there', tmp_path / 'back', 'mhc', numerics='paper')
+    assert back.origin == to and back.differences == there.differences
     before, after = contents(upcycled), contents(tmp_path / 'back')
     assert_same(before, after)
     args = [vars(open_source(path).args) for path in (upcycled, tmp_path / 'back')]
     assert args[0] == args[1]
+
+
+@pytest.mark.parametrize('to', ['megatron-main', 'megatron-dev', 'deepseek-v4'])
+def test_what_comes_from_a_layout_computes_as_it_did(upcycled, tmp_path, to):
+    """With its numerics, which are saved; and goes back as it came."""
+    convert(upcycled, tmp_path / 'there', to)
+    megatrons = to.startswith('megatron')
+    back = convert(tmp_path / 'there', tmp_path / 'back', verify=megatrons)
+    assert max(back.differences.values()) < 1e-6
+    if megatrons:
+        assert back.verified['difference'] < 1e-5 < 0.1 < back.verified['largest']
+    args = open_source(tmp_path / 'back').args
+    merge = 'mean' if to == 'megatron-main' else 'learned'
+    assert (args.mhc_numerics, args.mhc_stream_merge) == (to, merge)
+    again = convert(tmp_path / 'back', tmp_path / 'again', to)
+    assert max(again.differences.values()) < 1e-6
+    assert_same(contents(tmp_path / 'there'), contents(tmp_path / 'again'))
+    with pytest.raises(ValueError, match=f'is a {to} checkpoint; choose {to}, under which'):
+        convert(tmp_path / 'there', tmp_path / 'new', numerics='glm-5.3')
 
 
 def test_parts_of_a_large_model_are_found_again(upcycled, tmp_path, monkeypatch):
@@ -147,7 +166,7 @@ def test_parts_of_a_large_model_are_found_again(upcycled, tmp_path, monkeypatch)
     assert len(files) > 2 and files[0].name == f'model-00001-of-{len(files):05d}.safetensors'
     assert {file.name for file in files} == set(index['weight_map'].values())
     assert index['metadata']['total_size'] > 50_000
-    convert(tmp_path / 'v4', tmp_path / 'back', 'mhc')
+    convert(tmp_path / 'v4', tmp_path / 'back', 'mhc', numerics='paper')
     assert_same(contents(upcycled), contents(tmp_path / 'back'))
 
 
@@ -293,6 +312,7 @@ BAD = {
         'only GPT models .* first --to gpt',
     ),
     'an unknown layout': (lambda f: None, {'to': 'v5'}, '--to v5: unknown layout'),
+    'numerics for a layout': (lambda f: None, {**DEV, 'numerics': 'paper'}, 'no effect with --to'),
     'new streams for old': (
         lambda f: None,
         {**DEV, 'upcycling': {'num_streams': 2}},
@@ -360,7 +380,7 @@ def test_a_checkpoint_of_one_file(standard, tmp_path):
     assert state['model'][bias].shape == (24,)
     assert_same(model, {name: state['model'][name] for name in model})
     convert(tmp_path / 'mhc', tmp_path / 'v4', 'deepseek-v4')
-    convert(tmp_path / 'v4', tmp_path / 'back')
+    convert(tmp_path / 'v4', tmp_path / 'back', numerics='paper')
     assert_same(contents(tmp_path / 'mhc'), contents(tmp_path / 'back'))
 
 
@@ -392,6 +412,15 @@ def test_a_deepseek_v4_that_megatron_never_saw(tmp_path, prefix):
     convert(tmp_path / 'mhc', tmp_path / 'back', 'deepseek-v4')
     plain = {name.removeprefix(prefix): value for name, value in tensors.items()}
     assert_same(plain, contents(tmp_path / 'back'))
+    assert open_source(tmp_path / 'mhc').args.mhc_numerics == 'deepseek-v4'
+    for wrong in ({'rms_norm_eps': 'x'}, {'hc_eps': 1e-5}):
+        (source / 'config.json').write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(ValueError, match=f'{next(iter(wrong))}.* config.json'):
+            convert(source, tmp_path / 'new')
+    (source / 'config.json').write_text(json.dumps({**config, 'rms_norm_eps': 1e-5}))
+    other = convert(source, tmp_path / 'other')
+    assert max(other.differences.values()) < 1e-6
+    assert open_source(tmp_path / 'other').args.mhc_norm_eps == 1e-5
     (source / 'config.json').write_text(json.dumps({**config, 'hc_mult': 2}))
     with pytest.raises(ValueError, match='hc_attn_fn has shape'):
         convert(source, tmp_path / 'new')

@@ -77,6 +77,11 @@ MODELS = {
     'orthogonal': (f'{MHC} {LLAMA} --mhc-manifold orthogonal', 'megatron_mhc'),
     'diagonal': (f'{MHC} {LLAMA} --mhc-manifold diagonal', 'megatron_mhc'),
     'identity': (f'{MHC} {LLAMA} --mhc-manifold identity', 'megatron_mhc'),
+    'as megatron dev': (
+        f'{MHC} {LLAMA} --mhc-numerics megatron-dev --norm-epsilon 1e-2',
+        'megatron_mhc',
+    ),
+    'as megatron main': (f'{MHC} {LLAMA} --mhc-numerics megatron-main', 'megatron_mhc'),
     'all fixed': (f'{MHC} {LLAMA} --mhc-fixed-mappings pre post res', 'megatron_mhc'),
     'hc': (f'{HC} {LLAMA} {GROUPED} {UNTIED}', 'megatron_mhc'),
     'hc gpt': (f'{HC} {GPT} --hc-no-tanh --mhc-stream-merge mean', 'megatron_mhc'),

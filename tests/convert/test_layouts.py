@@ -130,6 +130,19 @@ def test_what_is_not_carried_over_has_a_size():
     assert differences(same, ours, LAYOUTS['deepseek-v4'], 1e-5)['H_post'] < eps['H_post'] / 10
 
 
+@pytest.mark.parametrize('name', [name for name in LAYOUTS if name != 'mhc'])
+def test_with_its_numerics_nothing_is_left_over(name, random_seed):
+    """Of peaked maps, on the way there and back; under those of the paper there is a size."""
+    ours, theirs = LAYOUTS['mhc'], LAYOUTS[name]
+    streams = random_streams(4, learned=theirs.head is not None, spread=3.0)
+    same = dataclasses.replace(streams, numerics=name)
+    for sides in ((ours, theirs), (theirs, ours)):
+        assert max(differences(same, *sides, 1e-3).values()) < 2e-6
+        apart = differences(streams, *sides, 1e-3)
+        assert apart['H_res'] > 1e-5
+        assert (apart['merge'] > 1e-4) == (name == 'megatron-dev')
+
+
 @pytest.mark.parametrize('stream_merge', ['mean', 'learned'])
 def test_upcycled_maps_keep_equal_streams(stream_merge, random_seed):
     """H_pre and the merge sum to 1, H_post is 1, H_res doubly stochastic; reads are not uniform."""

@@ -43,6 +43,7 @@ def _refuse_in_vain(options: argparse.Namespace, given: dict[str, Any]) -> None:
     flags += ['--from'] if options.origin not in origins else []
     flags += ['--step'] if options.step is not None and options.to != HF else []
     flags += ['--unchecked'] if options.unchecked else []
+    flags += ['--mhc-numerics'] if options.mhc_numerics is not None else []
     if flags:
         raise ValueError(f'{", ".join(flags)}: no effect with --to {options.to}; leave it out')
 

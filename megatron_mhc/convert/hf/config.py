@@ -82,6 +82,7 @@ RESIDUAL = {
     'num_residual_streams': 'num_residual_streams',
     'stream_merge': 'stream_merge',
     'residual_norm_eps': 'norm_eps',
+    'numerics': 'numerics',
     'fixed_mappings': 'fixed_mappings',
     'manifold': 'manifold',
     'sinkhorn_iterations': 'sinkhorn_iterations',
@@ -309,7 +310,9 @@ def fill_args(args: argparse.Namespace, config: dict[str, Any]) -> None:
         setattr(args, name, value)
     kind = args.residual_type = config['residual_type']
     if kind != 'standard':
-        own = ResidualConfig(**{field: _plain(config[ours]) for ours, field in RESIDUAL.items()})
+        # What an older export has not is as it was before there was a choice.
+        said = {field: config[ours] for ours, field in RESIDUAL.items() if ours in config}
+        own = ResidualConfig(**{field: _plain(value) for field, value in said.items()})
         write_back(args, own, lambda flag: kind in flag.only.get('residual_type', (kind,)))
 
 

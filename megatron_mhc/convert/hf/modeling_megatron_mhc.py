@@ -78,6 +78,8 @@ DEFAULTS = {
     'num_residual_streams': 4,
     'stream_merge': 'mean',
     'residual_norm_eps': 1e-6,
+    # Whose conventions mhc follows; ``NUMERICS`` has them.
+    'numerics': 'paper',
     'fixed_mappings': [],
     'manifold': 'sinkhorn',
     'sinkhorn_iterations': 20,
@@ -352,8 +354,35 @@ class Experts(nn.Module):
         return scores.topk(k, dim=-1).indices
 
 
-def sinkhorn(logits: Tensor, passes: int) -> Tensor:
-    """Doubly stochastic ``[..., n, n]``: columns are normalised first, rows last (mHC, Eq 9)."""
+# Of each convention: Sinkhorn-Knopp; eps added to H_pre; whether eps of the norm stands outside the
+# root; whether parameters and maps are in the dtype of the streams; which maps are rounded to it
+# before they are applied; whether both terms of the mix are; eps added to the gates of the merge,
+# 'model' that of the model's norms.
+EPS = 1e-6
+NUMERICS = {
+    'paper': ('exact', 0, False, False, (), False, 0),
+    'deepseek-v4': ('added', EPS, False, False, (), False, EPS),
+    'megatron-dev': ('added', EPS, True, False, ('pre', 'post', 'res'), False, 'model'),
+    'megatron-main': ('clamped', 0, True, True, (), True, 0),
+    'glm-5.3': ('added', EPS, False, False, ('post', 'res'), True, 0),
+}
+
+
+def sinkhorn(logits: Tensor, passes: int, kind: str = 'exact') -> Tensor:
+    """Doubly stochastic ``[..., n, n]``: columns are normalised first, rows last (mHC, Eq 9).
+
+    With ``added`` eps is in every sum; ``clamped`` has rows first, and no sum below eps.
+    """
+    if kind == 'clamped':
+        m = (logits - logits.amax(-1, keepdim=True)).exp()
+        for axis in (-1, -2) * passes:
+            m = m / m.sum(axis, keepdim=True).clamp(min=EPS)
+        return m
+    if kind == 'added':
+        m = logits.softmax(-2) + EPS
+        for axis in ((-2, -1) * passes)[1:]:
+            m = m / (m.sum(axis, keepdim=True) + EPS)
+        return m
     for _ in range(passes):
         logits = logits - logits.logsumexp(-2, keepdim=True)
         logits = logits - logits.logsumexp(-1, keepdim=True)
@@ -407,10 +436,12 @@ MANIFOLDS = {
 
 
 def scaled_projection(
-    x: Tensor, phi: CastLinear, scale: Tensor, bias: Tensor, eps: float
+    x: Tensor, phi: CastLinear, scale: Tensor, bias: Tensor, eps: float, outside: bool = False
 ) -> Tensor:
     """``scale * (x phi) / r + b`` with r the root mean square of all n*C values (mHC, Eq 14-16)."""
     r = (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    if outside:
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + eps
     return phi(x) / r * scale + bias
 
 
@@ -420,8 +451,12 @@ def read(x: Tensor, h_pre: Tensor) -> Tensor:
     return (h_pre.unsqueeze(-1) * streams).sum(-2).to(x.dtype)
 
 
-def write(x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+def write(x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, rounds: bool = False) -> Tensor:
     """``x'[i] = sum_j h_res[i, j] x[j] + h_post[i] y``, without a matmul that could be TF32."""
+    if rounds:
+        mixed = torch.stack([read(x, row) for row in h_res.unbind(-2)], dim=-2)
+        written = (h_post.unsqueeze(-1) * y.to(x.dtype).float().unsqueeze(-2)).to(x.dtype)
+        return (mixed + written).flatten(-2)
     streams = x.float().unflatten(-1, (h_post.shape[-1], -1))
     new = h_post.unsqueeze(-1) * y.float().unsqueeze(-2)
     for j, stream in enumerate(streams.unbind(-2)):
@@ -462,7 +497,7 @@ class HyperConnection(nn.Module):
             constants = [one / n, one, torch.eye(n, device=x.device).expand(*one.shape, n)]
             if set(fixed) == {'pre', 'post', 'res'}:
                 return constants
-            maps = self.manifold_maps(x.float()) if self.constrained else self.free_maps(x.float())
+            maps = self.manifold_maps(x) if self.constrained else self.free_maps(x.float())
             named = zip(('pre', 'post', 'res'), maps, constants, strict=True)
             return [constant if name in fixed else own for name, own, constant in named]
 
@@ -470,14 +505,31 @@ class HyperConnection(nn.Module):
         n, sizes = self.config.streams, [self.config.streams] * 2 + [self.num_logits]
         alphas = [self.alpha_pre, self.alpha_post, getattr(self, 'alpha_res', self.alpha_post)]
         scale = torch.cat([alpha.expand(size) for alpha, size in zip(alphas, sizes, strict=True)])
-        eps = self.config.residual_norm_eps
-        logits = scaled_projection(x, self.mapping_proj, scale, self.bias, eps)
+        eps, rules = self.config.residual_norm_eps, NUMERICS[self.config.numerics]
+        kind, pre_eps, outside, narrow, rounded, _, _ = rules
+        if narrow:
+            logits = self.narrow_logits(x, scale, eps)
+        else:
+            projection = self.mapping_proj, scale, self.bias, eps
+            logits = scaled_projection(x.float(), *projection, outside)
         pre, post, res = logits.split(sizes, dim=-1)
         if self.config.manifold == 'sinkhorn':
-            h_res = sinkhorn(res.unflatten(-1, (n, n)), self.config.sinkhorn_iterations)
+            res = res.unflatten(-1, (n, n))
+            res = res.to(x.dtype) if narrow else res
+            h_res = sinkhorn(res, self.config.sinkhorn_iterations, kind).float()
         else:
             h_res = MANIFOLDS[self.config.manifold][1](res, n)
-        return pre.sigmoid(), 2 * post.sigmoid(), h_res
+        maps = {'pre': pre.sigmoid() + pre_eps, 'post': 2 * post.sigmoid(), 'res': h_res}
+        for name in ('pre', 'post') if narrow else rounded:
+            maps[name] = maps[name].to(x.dtype).float()
+        return maps['pre'], maps['post'], maps['res']
+
+    def narrow_logits(self, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        """With parameters, product and norm rounded to the dtype of the streams."""
+        scale, bias = scale.to(x.dtype).float(), self.bias.to(x.dtype).float()
+        root = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+        r = (1 / (root + eps)).to(x.dtype)
+        return r.float() * self.mapping_proj(x).float() * scale + bias
 
     def free_maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n, width = self.config.streams, self.config.hidden_size
@@ -513,8 +565,11 @@ class StreamMerge(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if merge == 'learned':
                 phi, eps = self.mapping_proj, self.config.residual_norm_eps
+                gate_eps = NUMERICS[self.config.numerics][-1]
+                if gate_eps == 'model':
+                    eps = gate_eps = self.config.norm_eps
                 gates = scaled_projection(x.float(), phi, self.alpha, self.bias, eps).sigmoid()
-                return read(x, gates)
+                return read(x, gates + gate_eps)
             if self.config.single_pass:
                 return read(x, last_pre)
             total = x.float().unflatten(-1, (n, -1)).sum(-2)
@@ -527,6 +582,7 @@ class MegatronMhcLayer(GradientCheckpointingLayer):
     def __init__(self, config, index):
         super().__init__()
         self.single_pass = config.single_pass
+        self.rounds = NUMERICS[config.numerics][5]
         self.input_layernorm = Norm(config, config.hidden_size)
         attention = LatentAttention if config.kv_lora_rank else Attention
         self.self_attn = attention(config, index)
@@ -555,7 +611,7 @@ class MegatronMhcLayer(GradientCheckpointingLayer):
             return x + sublayer(x), None
         h_pre, h_post, h_res = connection(x)
         y = sublayer(read(x, before if self.single_pass else h_pre))
-        return write(x, y, h_post, h_res), h_pre
+        return write(x, y, h_post, h_res, self.rounds), h_pre
 
 
 class MegatronMhcPreTrainedModel(PreTrainedModel):
