@@ -75,24 +75,3 @@ GPUS = {
         Gpu('a100', 'NVIDIA A100 80GB SXM', 80, 108, 1.41e9, 2.039e12, 4.5e12, 2, 256, 1.0),
     )
 }
-# The one whose predictions ``record.json`` keeps, and whose architecture the gate looks at.
-RECORDED = 'h200'
-# Others that are asked for, and what stands in the way.
-_BLACKWELL = 'its matrix products (tcgen05) run beside the warps, which the model does not describe'
-_RTX = 'its quarters of an SM share work in another way, which the model does not describe'
-UNKNOWN = {
-    **dict.fromkeys(('b100', 'b200', 'b300', 'gb200', 'gb300'), _BLACKWELL),
-    **dict.fromkeys(('l4', 'l40s', 'rtx4090', 'rtx5090', 'a10', 'a40'), _RTX),
-}
-
-
-def gpu_named(name: str) -> Gpu:
-    """The GPU of this name.
-
-    Raises:
-        ValueError: the model does not know it; the message says why and names those it knows.
-    """
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
-    why = UNKNOWN.get(name.lower(), 'the model has no constants of it with a source')
-    raise ValueError(f'{name}: {why}; take one of {" ".join(GPUS)}')

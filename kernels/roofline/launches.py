@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_mhc.kernels.roofline.gpus import RECORDED, Gpu
+from megatron_mhc.kernels.roofline.gpus import Gpu
+from megatron_mhc.kernels.roofline.names import RECORDED
 from megatron_mhc.kernels.roofline.predict import Prediction, predict
 from megatron_mhc.kernels.roofline.work import work_of
 from megatron_mhc.kernels.traffic import our_forms

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_mhc.inputs.options import STREAMS, WithDefaults, add_option
 from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
 from megatron_mhc.kernels.defaults import ACCURACY_SIZES, ARCHITECTURES, DTYPES, KERNEL_STREAMS
-from megatron_mhc.kernels.roofline.gpus import GPUS, RECORDED, gpu_named
+from megatron_mhc.kernels.roofline.names import NAMES, RECORDED, known
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _add_report(topics: Any) -> None:
     add('--kernel', nargs='+', default=None, help='only rows that begin like this')
     add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
     add('--roofline', action='store_true', help='print times on a GPU: predicted, not measured')
-    add('--gpu', type=_gpu, help=f'of --roofline: {", ".join(GPUS)} (default: {RECORDED})')
+    add('--gpu', type=_gpu, help=f'of --roofline: {", ".join(NAMES)} (default: {RECORDED})')
     add('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(answer='megatron_mhc.commands.kernels_report')
 
@@ -97,7 +97,7 @@ def _dtype(text: str) -> str:
 
 def _gpu(text: str) -> str:
     try:
-        return gpu_named(text).name
+        return known(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

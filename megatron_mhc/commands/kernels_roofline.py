@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from megatron_mhc.inputs.table import table
 from megatron_mhc.kernels.defaults import ARCHITECTURES
-from megatron_mhc.kernels.roofline.gpus import GPUS, RECORDED
+from megatron_mhc.kernels.roofline.gpus import GPUS
 from megatron_mhc.kernels.roofline.launches import Shape, by_streams, sublayer
 from megatron_mhc.kernels.roofline.measured import measured
+from megatron_mhc.kernels.roofline.names import RECORDED
 from megatron_mhc.kernels.roofline.predict import LABEL
 from megatron_mhc.kernels.traffic import paper_forms
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip('triton')
 
-from megatron_mhc.kernels.roofline import gpus, sass  # noqa: E402
+from megatron_mhc.kernels.roofline import gpus, names, sass  # noqa: E402
 from megatron_mhc.kernels.roofline.launches import Shape, lost_percent, sublayer  # noqa: E402
 from megatron_mhc.kernels.roofline.measured import measured  # noqa: E402
 from megatron_mhc.kernels.roofline.pipes import cycles  # noqa: E402
@@ -229,10 +229,15 @@ def test_a_sublayer_beside_its_bytes():
 
 
 def test_gpus_without_constants_are_refused_by_name():
-    assert gpus.gpu_named('H100').title == 'NVIDIA H100 SXM'
-    for name, why in {'b200': 'tcgen05', 'rtx4090': 'quarters', 'mi300x': 'no constants'}.items():
+    assert tuple(gpus.GPUS) == names.NAMES and names.RECORDED in names.NAMES
+    assert names.known('H100') == 'h100'
+    for name, why in {
+        'b200': 'tcgen05',
+        'rtx4090': 'no constants',
+        'mi300x': 'no constants',
+    }.items():
         with pytest.raises(ValueError, match=why) as error:
-            gpus.gpu_named(name)
+            names.known(name)
         assert str(error.value).startswith(name) and 'h200 h100 a100' in str(error.value)
 
 

@@ -9,8 +9,9 @@ from reporting import ROOT, reports
 pytest.importorskip('triton')
 
 from megatron_mhc import compat  # noqa: E402
-from megatron_mhc.kernels.roofline.gpus import GPUS, RECORDED  # noqa: E402
+from megatron_mhc.kernels.roofline.gpus import GPUS  # noqa: E402
 from megatron_mhc.kernels.roofline.launches import Shape, recorded_percent  # noqa: E402
+from megatron_mhc.kernels.roofline.names import RECORDED  # noqa: E402
 from megatron_mhc.kernels.roofline.predict import LABEL  # noqa: E402
 from megatron_mhc.kernels.shipped import shipped_launches  # noqa: E402
 from megatron_mhc.kernels.verdict import label  # noqa: E402
