@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_mhc.kernels.defaults import DIVISOR
+from megatron_mhc.kernels.roofline.gpus import Gpu
+from megatron_mhc.kernels.roofline.profile import Section, profile
 from megatron_mhc.kernels.traffic import arguments
 from megatron_mhc.kernels.triton.alignment import excess_bytes
 from megatron_mhc.kernels.triton.launch import Launch, interpreted
@@ -55,6 +57,7 @@ class Job:
     attributes: dict[tuple[int], list[list[str | int]]]
     options: dict[str, int]
     arch: int
+    gpu: Gpu | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Resources:
     memory) and ``stores`` count global accesses by their width in bits. ``narrowest`` is the
     narrowest access in bits to the tensor of each pointer parameter. ``mma`` names the matrix
     instructions, or is ``-``. ``tensor_columns`` is what a block takes of the 512 columns of tensor
-    memory that an SM of Blackwell has.
+    memory that an SM of Blackwell has. ``profile`` is what the model of ``roofline`` keeps of the
+    code, where it was asked for.
     """
 
     registers: int
@@ -80,31 +84,46 @@ class Resources:
     narrowest: dict[str, int]
     mma: str
     tensor_columns: int
+    profile: tuple[Section, ...] | None = None
 
 
 def require_compiler() -> None:
-    """Raise RuntimeError where Triton interprets kernels instead of compiling them."""
+    """Raise RuntimeError where Triton interprets kernels, or lacks a tool that reads them."""
     if interpreted():
         value = os.environ.get('TRITON_INTERPRET', '1')
         raise RuntimeError(
             f'TRITON_INTERPRET={value}: Triton interprets kernels and compiles none; '
             'unset TRITON_INTERPRET and start again'
         )
+    for tool in ('cuobjdump', 'nvdisasm'):
+        try:
+            getattr(triton.knobs.nvidia, tool).path  # noqa: B018  it looks for the file
+        except RuntimeError:
+            raise RuntimeError(
+                f'Triton {triton.__version__} finds no {tool}, which its wheel brings in '
+                f'triton/backends/nvidia/bin: install triton from PyPI, or name the one of a CUDA '
+                f'toolkit in TRITON_{tool.upper()}_PATH'
+            ) from None
 
 
 def compile_launches(
-    pairs: Iterable[tuple[Launch, int]], workers: int | None = None
+    pairs: Iterable[tuple[Launch, int]],
+    workers: int | None = None,
+    gpus: Mapping[int, Gpu] | None = None,
 ) -> Iterator[Resources | RuntimeError]:
     """Compile launches in parallel processes and read what they take.
 
     Args:
         pairs: launch and compute capability, 90 for sm_90.
         workers: processes; one for each CPU that this process may use when None.
+        gpus: compute capability -> the GPU for which its kernels get a ``profile``; none when None.
 
     Yields:
         In the order of ``pairs``, resources or the error that took their place.
     """
-    jobs = [_job(launch, arch) for launch, arch in pairs]
+    require_compiler()
+    gpus = gpus or {}
+    jobs = [_job(launch, arch, gpus.get(arch)) for launch, arch in pairs]
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
         yield from map(_attempt, jobs)
@@ -134,8 +153,7 @@ def specialization(value: torch.Tensor | float | None) -> tuple[str, bool]:
     return 'i32' if -(2**31) <= value < 2**31 else 'i64', value % DIVISOR == 0
 
 
-def _job(launch: Launch, arch: int) -> Job:
-    require_compiler()
+def _job(launch: Launch, arch: int, gpu: Gpu | None = None) -> Job:
     run_time = arguments(launch)
     signature: dict[str, str] = {}
     constants: dict[tuple[int], object] = {}
@@ -149,7 +167,8 @@ def _job(launch: Launch, arch: int) -> Job:
         elif aligned:
             attributes[(index,)] = ALIGNED
     fn = launch.kernel.fn
-    return Job(fn.__module__, fn.__name__, signature, constants, attributes, launch.options, arch)
+    known = (signature, constants, attributes, launch.options)
+    return Job(fn.__module__, fn.__name__, *known, arch, gpu)
 
 
 def _attempt(job: Job) -> Resources | RuntimeError:
@@ -189,6 +208,7 @@ def _compile(job: Job) -> Resources:
         narrowest=_narrowest(ptx, [n for n, kind in job.signature.items() if kind != 'constexpr']),
         mma=' '.join(sorted({f'{unit}.{kind}' for unit, kind in MMA.findall(ptx)})) or '-',
         tensor_columns=getattr(compiled.metadata, 'tmem_size', 0) or 0,
+        profile=profile(sass, job.gpu) if job.gpu else None,
     )
 
 

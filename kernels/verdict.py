@@ -14,6 +14,8 @@ from megatron_mhc.kernels.defaults import DIVISOR
 from megatron_mhc.kernels.traffic import arguments, stream_names, variant
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from megatron_mhc.kernels.offline import Resources
     from megatron_mhc.kernels.triton.launch import Launch
 
@@ -105,14 +107,20 @@ def recorded(
 
 
 def judge(
-    launch: Launch, arch: int, found: Resources, record: dict[str, Any], wanted: str | None
+    launch: Launch,
+    arch: int,
+    found: Resources,
+    record: dict[str, Any],
+    wanted: str | None,
+    others: Iterable[Problem] = (),
 ) -> tuple[list[str], list[str]]:
     """Problems of a compiled kernel with their remedies, and reasons why others are none.
 
-    ``wanted`` is what ``recorded`` gave; ``record`` holds the exceptions.
+    ``wanted`` is what ``recorded`` gave; ``record`` holds the exceptions; ``others`` are what the
+    model of ``roofline`` found.
     """
     problems, notes = [], []
-    for problem in (*_always(launch, arch, found), *_lost(launch, arch, found, wanted)):
+    for problem in (*_always(launch, arch, found), *_lost(launch, arch, found, wanted), *others):
         reason = _reason(launch, arch, problem, record['exceptions'])
         if reason is None:
             problems.append(problem.text)

@@ -2,6 +2,7 @@
 """Make kernels/record.json anew with every supported Triton, after kernels have changed on purpose.
 
     python tools/kernel_record.py
+    python tools/kernel_record.py --predictions    # what the model says, alone and sooner
 
 Versions are laid beside the environment, one folder ``triton-<version>`` each, and fetched with pip
 where they are missing. Nothing is written if a kernel spills or is out of bounds otherwise. The
@@ -19,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / 'kernels' / 'record.json'
+# Of the predictions, those of the paper's number of streams are kept.
+RECORDED_STREAMS = 4
 VERSIONS = runpy.run_path(str(ROOT / 'megatron_mhc' / 'compat.py'))['TRITON_TESTED']
 
 
@@ -31,13 +34,13 @@ def overlay(folder: Path, version: str) -> Path:
     return path
 
 
-def report(path: Path, version: str, record: Path) -> dict:
+def report(path: Path, version: str, record: Path, *options: str) -> dict:
     """The report of one Triton, held against nothing but the exceptions."""
     print(f'Triton {version}', file=sys.stderr)
     env = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
     command = [sys.executable, '-m', 'megatron_mhc', 'kernels', 'report', '--json', '--record']
     result = subprocess.run(
-        [*command, str(record)],
+        [*command, str(record), *options],
         env=env | {'PYTHONPATH': f'{path}{os.pathsep}{ROOT}'},
         stdout=subprocess.PIPE,
         text=True,
@@ -71,14 +74,34 @@ def merged(reports: list[dict]) -> dict[str, dict]:
     }
 
 
+def predicted(reports: list[dict]) -> dict:
+    """``kernel n`` -> percent of a copy that the model predicts, by version; null for none."""
+    percents: dict[str, list[float | None]] = {}
+    for place, found in enumerate(reports):
+        for row in found['kernels']:
+            if row['num_streams'] == RECORDED_STREAMS and row.get('predicted'):
+                gpu, name = row['predicted']['gpu'], f'{row["kernel"]} {row["num_streams"]}'
+                seen = percents.setdefault(name, [None] * len(reports))
+                seen[place] = row['predicted']['copy_percent']
+    shape = {key: reports[0][key] for key in ('hidden_size', 'tokens')}
+    return {'gpu': gpu, **shape, 'kernels': dict(sorted(percents.items()))}
+
+
+def lines(rows: dict, indent: str) -> str:
+    """One entry a line."""
+    return f',\n{indent}'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in rows.items())
+
+
 def text(record: dict) -> str:
     """JSON with one exception, and one kernel, a line."""
     exceptions = ',\n  '.join(json.dumps(noted) for noted in record['exceptions'])
-    lines = (f'{json.dumps(name)}: {json.dumps(s)}' for name, s in record['kernels'].items())
-    kernels = ',\n  '.join(lines)
+    shape = {key: value for key, value in record['predicted'].items() if key != 'kernels'}
     return (
         f'{{\n "triton": {json.dumps(record["triton"])},\n "dtype": "bf16",\n'
-        f' "exceptions": [\n  {exceptions}\n ],\n "kernels": {{\n  {kernels}\n }}\n}}\n'
+        f' "exceptions": [\n  {exceptions}\n ],\n'
+        f' "predicted": {{\n  {lines(shape, "  ")},\n  "kernels": {{\n   '
+        f'{lines(record["predicted"]["kernels"], "   ")}\n  }}\n }},\n'
+        f' "kernels": {{\n  {lines(record["kernels"], "  ")}\n }}\n}}\n'
     )
 
 
@@ -88,15 +111,20 @@ def main() -> None:
     )
     add = parser.add_argument
     add('--overlays', type=Path, default=ROOT / '.cache', help='folder of the Triton folders')
-    folder = parser.parse_args().overlays
+    add('--predictions', action='store_true', help='leave all but the predictions as it is')
+    options = parser.parse_args()
     record = json.loads(RECORD.read_text())
+    short = ('--roofline', '--num-streams', str(RECORDED_STREAMS)) if options.predictions else ()
     with tempfile.NamedTemporaryFile('w', suffix='.json') as file:
         json.dump(record | {'triton': [], 'kernels': {}}, file)
         file.flush()
         name = Path(file.name)
-        reports = [report(overlay(folder, version), version, name) for version in VERSIONS]
+        folder = options.overlays
+        reports = [report(overlay(folder, v), v, name, *short) for v in VERSIONS]
     record['triton'] = [*VERSIONS]
-    record['kernels'] = merged(reports)
+    record['predicted'] = predicted(reports)
+    if not options.predictions:
+        record['kernels'] = merged(reports)
     RECORD.write_text(text(record))
 
 

@@ -47,7 +47,7 @@ EXAMPLES = {
         'standard=logs/standard mhc=logs/mhc --output page.html',
         'standard=logs/standard mhc=logs/mhc --output report.png',
     ),
-    'kernels report': ('', '--arch 90 100 --hidden-size 2560'),
+    'kernels report': ('', '--roofline --num-streams 4'),
     'kernels accuracy': ('', '--dtype fp16 --seed 1'),
     'docs': ('', 'troubleshooting'),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_mhc.inputs.options import STREAMS, WithDefaults, add_option
 from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
 from megatron_mhc.kernels.defaults import ACCURACY_SIZES, ARCHITECTURES, DTYPES, KERNEL_STREAMS
+from megatron_mhc.kernels.roofline.names import NAMES, RECORDED, known
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 RECORD = Path(__file__).parents[1] / 'kernels' / 'record.json'
 _REPORT = """
 Compiles the kernels of a training step with the Triton that Python finds, judges them (spills,
-room, vector width, matrix units, occupancy beside kernels/record.json), then prints what each
-form of the residual reads and writes (mHC, Table 2, and ours).
+room, vector width, matrix units, occupancy and predicted speed beside kernels/record.json), then
+prints what each form of the residual reads and writes (mHC, Table 2, and ours).
 """
 _ACCURACY = """
 Runs every op forward and backward on random inputs and prints the relative RMS error of each output
@@ -50,6 +51,8 @@ def _add_report(topics: Any) -> None:
     add('--dtype', type=_dtype, default='bf16', help='of the streams: bf16, fp16 or fp32')
     add('--kernel', nargs='+', default=None, help='only rows that begin like this')
     add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
+    add('--roofline', action='store_true', help='print times on a GPU: predicted, not measured')
+    add('--gpu', type=_gpu, help=f'of --roofline: {", ".join(NAMES)} (default: {RECORDED})')
     add('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(answer='megatron_mhc.commands.kernels_report')
 
@@ -92,6 +95,13 @@ def _dtype(text: str) -> str:
     return _one_of(text, DTYPES, 'no kernel takes it')
 
 
+def _gpu(text: str) -> str:
+    try:
+        return known(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _one_of(text: str, known: Iterable[Any], why: str) -> Any:
     found = {str(value): value for value in known}
     if text not in found:
@@ -110,5 +120,12 @@ def _record(text: str) -> dict[str, Any]:
         wanted = ', '.join(sorted(keys))
         raise argparse.ArgumentTypeError(
             f'{text}: no record, which has the keys {wanted}; tools/kernel_record.py makes one'
+        )
+    predicted = record.get('predicted')
+    keys = {'gpu', 'hidden_size', 'tokens', 'kernels'}
+    if predicted and not (isinstance(predicted, dict) and keys <= predicted.keys()):
+        wanted = ', '.join(sorted(keys))
+        raise argparse.ArgumentTypeError(
+            f'{text}: its predictions lack one of {wanted}; tools/kernel_record.py makes them'
         )
     return record

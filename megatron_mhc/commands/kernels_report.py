@@ -1,8 +1,8 @@
 """``megatron-mhc kernels report``: what every shipped kernel takes on a GPU, found without one.
 
 Compiles the kernels of a training step with the Triton that Python finds, judges them (spills,
-room, vector width, matrix units, occupancy beside ``kernels/record.json``), then prints what each
-form of the residual reads and writes (mHC, Table 2, and ours).
+room, vector width, matrix units, occupancy and predicted speed beside ``kernels/record.json``),
+then prints what each form of the residual reads and writes (mHC, Table 2, and ours).
 """
 
 from __future__ import annotations
@@ -11,19 +11,29 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_mhc.commands.kernels_roofline import chosen, fields, lines, roofline, shown_before
 from megatron_mhc.inputs.progress import progress
 from megatron_mhc.inputs.refusal import refuse
 from megatron_mhc.inputs.table import table
 from megatron_mhc.kernels.defaults import DTYPES
+from megatron_mhc.kernels.roofline.launches import (
+    MARGIN,
+    Shape,
+    lost_percent,
+    predict_launch,
+    recorded_percent,
+)
+from megatron_mhc.kernels.roofline.predict import LABEL
 from megatron_mhc.kernels.traffic import Traffic, our_forms, paper_forms
 from megatron_mhc.kernels.verdict import VECTOR_BITS, judge, label, recorded, resident_warps
 
 if TYPE_CHECKING:
     from megatron_mhc.kernels.offline import Resources
+    from megatron_mhc.kernels.roofline.gpus import Gpu
     from megatron_mhc.kernels.triton.launch import Launch
 
 PROGRAM = 'megatron-mhc kernels report'
@@ -50,8 +60,10 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     """The report as plain values.
 
     Raises:
-        RuntimeError: Triton interprets kernels; ValueError: no kernel has the name asked for.
+        RuntimeError: Triton interprets kernels, or a tool is missing; ValueError: no kernel has the
+            name asked for, or ``--gpu`` and the other options do not go together.
     """
+    gpu, architectures = chosen(options)
     import torch
     import triton
 
@@ -70,17 +82,20 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         if not launches:
             wanted = ' '.join(options.kernel)
             raise ValueError(f'argument --kernel: {wanted}: no such kernel; one of {names}')
-    pairs = [(launch, arch) for launch in launches for arch in options.arch]
+    asked_shape = Shape(options.hidden_size, options.tokens, options.dtype)
+    measured = shown_before(gpu, asked_shape) if options.roofline else {}
+    pairs = [(launch, arch) for launch in launches for arch in architectures]
     start = time.perf_counter()
     place = Path(triton.__file__).parent
     print(f'{PROGRAM}: {len(pairs)} to compile', file=sys.stderr)
     rows = []
     with progress(len(pairs), 'kernels') as advance:
-        for (launch, arch), result in zip(pairs, compile_launches(pairs), strict=True):
-            record, version = options.record, triton.__version__
-            rows.append(_row(launch, arch, result, record, version, options.dtype))
+        results = compile_launches(pairs, gpus={gpu.arch: gpu})
+        asked = (options.record, triton.__version__, gpu, asked_shape)
+        for (launch, arch), result in zip(pairs, results, strict=True):
+            rows.append(_row(launch, arch, result, *asked))
             advance(1)
-    return {
+    found = {
         'triton': triton.__version__,
         'triton_path': str(place),
         'torch': torch.__version__,
@@ -97,6 +112,9 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         ],
         'ok': not any(row['problems'] for row in rows),
     }
+    if options.roofline:
+        found['roofline'] = roofline(rows, gpu, asked_shape, dtype.itemsize, measured)
+    return found
 
 
 def _row(
@@ -105,15 +123,26 @@ def _row(
     found: Resources | RuntimeError,
     record: dict[str, Any],
     version: str,
-    dtype: str,
+    gpu: Gpu,
+    shape: Shape,
 ) -> dict[str, Any]:
     row = {'kernel': label(launch), 'num_streams': launch.constants['N'], 'arch': arch}
     if isinstance(found, RuntimeError):
         return row | {'problems': [str(found)], 'notes': []}
-    wanted = recorded(launch, arch, record, version, dtype)
-    problems, notes = judge(launch, arch, found, record, wanted)
+    wanted = recorded(launch, arch, record, version, shape.dtype)
     warps = resident_warps(arch, found, launch.options['num_warps'])
-    row |= asdict(found) | {'warps': warps, 'compared': wanted is not None}
+    row |= asdict(replace(found, profile=None)) | {'warps': warps, 'compared': wanted is not None}
+    del row['profile']
+    slower = []
+    if arch == gpu.arch:
+        prediction, percent = None, recorded_percent(launch, gpu, shape, record, version)
+        try:
+            prediction = predict_launch(launch, found, gpu)
+            row['predicted'] = fields(prediction, gpu) | {'recorded_percent': percent}
+        except ValueError as error:
+            row['unpredicted'] = str(error)
+        slower = lost_percent(prediction, percent)
+    problems, notes = judge(launch, arch, found, record, wanted, slower)
     return row | {'problems': problems, 'notes': notes}
 
 
@@ -145,6 +174,9 @@ def _print(found: dict[str, Any]) -> None:
     print(*table(cells, '<>>>>>>>><'), sep='\n')
     compiled = f'{len(rows)} compiled in {found["seconds"]} s with Triton {found["triton"]}'
     print(f'\n{compiled}: {_sum(found)}')
+    print(_predictions(rows))
+    if 'roofline' in found:
+        print(*lines(found), sep='\n')
     for title, key in (('noted', 'notes'), ('out of bounds', 'problems')):
         listed: dict[str, list[str]] = {}
         for row in rows:
@@ -179,6 +211,16 @@ def _sum(found: dict[str, Any]) -> str:
         f'{text}\n{what} of this Triton, dtype and shape ({known} on record): of them only '
         'spills, room, vectors and types of matrix products were judged, not occupancy'
     )
+
+
+def _predictions(rows: list[dict[str, Any]]) -> str:
+    """How many times of the model were held against the record, in one line."""
+    seen = [row['predicted'] for row in rows if row.get('predicted')]
+    held = sum(row['recorded_percent'] is not None for row in seen)
+    text = f'{len(seen)} times {LABEL}' if seen else 'no times predicted'
+    if held:
+        return f'{text}: {held} held against the record, {MARGIN:.0%} of a share of copy may go'
+    return f'{text}: none held against the record, which has none of this Triton, GPU and shape'
 
 
 def _wide(*counts: dict[int, int]) -> str:
