@@ -125,7 +125,9 @@ def test_streams_used_twice_get_both_gradients(build, step):
 def stream_chain(build, backend):
     """Three mHC layers without attention masks to think of, and a first stream tensor."""
     model = build({'kernel_backend': backend, 'init': 'identity'})
-    x = torch.randn(16, 2, STREAMS * 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    x = torch.randn(
+        16, 2, STREAMS * 32, generator=torch.Generator().manual_seed(3), requires_grad=True
+    )
     return model, model.decoder.layers, x
 
 
