@@ -18,6 +18,7 @@ from megatron_mhc import ops
 from megatron_mhc.residual.attached import NEXT_PRE
 from megatron_mhc.residual.message import pack, unpack
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
+from megatron_mhc.settings.residual import ResidualConfig
 
 
 class _CarriedWithRead(ops.Carried):
@@ -40,7 +41,7 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         return u, carried
 
     def received(self, x: Tensor) -> Tensor:
-        return opened(x, self.num_streams, self.hidden_size)
+        return opened(x, self.residual, self.hidden_size)
 
     def hand_over(self, x: Tensor, carried: ops.Carried) -> Tensor:
         assert isinstance(carried, _CarriedWithRead)
@@ -61,11 +62,12 @@ def start(x: Tensor, num_streams: int, in_message: bool = False) -> Tensor:
     return x
 
 
-def opened(x: Tensor, num_streams: int, hidden_size: int) -> Tensor:
-    """Streams ``[..., n*C]``: of a message, which is wider, or as they are."""
-    if x.shape[-1] <= num_streams * hidden_size:
+def opened(x: Tensor, residual: ResidualConfig, hidden_size: int) -> Tensor:
+    """Streams ``[..., n*C]`` of a message, which is as much wider as H_pre needs; others stay."""
+    n = residual.streams
+    if x.shape[-1] != n * hidden_size + residual.edge_values(x.dtype.itemsize):
         return x
-    streams, h_pre = unpack(x, num_streams, hidden_size)
+    streams, h_pre = unpack(x, n, hidden_size)
     NEXT_PRE.attach(streams, h_pre)
     return streams
 

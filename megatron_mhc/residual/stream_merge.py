@@ -67,8 +67,9 @@ class StreamMerge(KeepFP32):
         self.alpha.fill_(self.residual.init_gating_factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.residual.single_pass:
-            x = opened(x, self.num_streams, self.hidden_size)
+        residual = self.residual
+        if residual.single_pass:
+            x = opened(x, residual, self.hidden_size)
         require_width(x, self.num_streams, self.hidden_size)
         if self.residual.stream_merge == 'learned':
             scale = self.alpha.expand(self.num_streams)

@@ -87,6 +87,9 @@ def test_a_message_is_read_as_what_was_packed(random_seed):
     _, same, maps = second(second.received(message))
     assert torch.equal(same, u) and torch.equal(maps.h_res, carried.h_res)
     assert torch.equal(StreamMerge(8, residual)(message), second(usual)[1])
+    for module in (StreamMerge(8, residual), lambda x: second(second.received(x))):
+        with pytest.raises(RuntimeError, match='hidden states of width 26 where 3 streams'):
+            module(message[..., :-1])
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
