@@ -8,7 +8,7 @@ VENV ?= .venv
 export PYTHON
 RUN := $(VENV)/bin/python
 
-.PHONY: help train compare test bench lint types docs clean
+.PHONY: help train compare evaluate test bench lint types docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -23,6 +23,14 @@ train: $(VENV)/.installed ## train a small GPT with mHC on real text and plot it
 
 compare: $(VENV)/.installed ## train standard, hc and mhc from two seeds and plot them together
 	@$(RUN) tools/quickstart.py compare $(ARGS)
+
+# What others evaluate and fine-tune with is installed when it is first wanted.
+$(VENV)/.evaluate: $(VENV)/.installed
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[evaluate]' $(PIP_ARGS)
+	@touch $@
+
+evaluate: $(VENV)/.evaluate ## train, export to Hugging Face and run lm-evaluation-harness on it
+	@PYTHON=$(RUN) examples/evaluate.sh $(ARGS)
 
 # In the order that tests/conftest.py gives the files.
 test: $(VENV)/.installed ## run the tests, two files at a time (-n 0: one)

@@ -72,6 +72,8 @@ setup(
             'ruff',
             'setuptools>=68',
         ],
+        # What was exported, in the libraries that others use: examples/evaluate.sh, fine-tuning.
+        'evaluate': ['lm-eval', 'peft', 'transformers'],
         'docs': ['mkdocs>=1.6', 'mkdocstrings[python]>=0.26'],
     },
     entry_points={'console_scripts': ['megatron-mhc = megatron_mhc.cli:main']},

@@ -19,6 +19,7 @@ BUILT_IN = {
     'permutation': 'Permutation',
     'kronecker': 'Kronecker',
     'orthogonal': 'Orthogonal',
+    'diagonal': 'Diagonal',
     'identity': 'Identity',
 }
 

@@ -48,6 +48,7 @@ NUM_LOGITS: dict[str, Callable[[int], int]] = {
     'permutation': permutations,
     'kronecker': factor_permutations,
     'orthogonal': lambda n: n * (n - 1) // 2,
+    'diagonal': lambda n: n,
     'identity': lambda n: 0,
 }
 
@@ -61,6 +62,7 @@ def matrix_flops(name: str, n: int, sinkhorn_iterations: int) -> int:
         permutation   3 n! + 2 n! n^2         softmax, sum over the permutations
         kronecker     the same of each factor, and the products
         orthogonal    6 n per rotation        n (n - 1) / 2 rotations of two rows
+        diagonal      3 n                     sigmoids
     """
     if name == 'sinkhorn':
         return 4 * sinkhorn_iterations * n * n
@@ -72,4 +74,5 @@ def matrix_flops(name: str, n: int, sinkhorn_iterations: int) -> int:
             size *= factor
             flops += permutations(factor) * (3 + 2 * factor * factor) + size * size
         return flops
-    return 6 * n * NUM_LOGITS['orthogonal'](n) if name == 'orthogonal' else 0
+    of_one_logit = {'orthogonal': 6 * n, 'diagonal': 3}
+    return of_one_logit[name] * NUM_LOGITS[name](n) if name in of_one_logit else 0

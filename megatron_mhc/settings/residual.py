@@ -76,8 +76,8 @@ class ResidualConfig:
         structural=True,
         metavar='NAME',
         help='what H_res is kept on: `sinkhorn`, `permutation` or `kronecker` (doubly stochastic, '
-        'by iteration or exactly), `orthogonal` (rotations), `identity`, or an entry point of the '
-        'group `megatron_mhc.manifolds`',
+        'by iteration or exactly), `orthogonal` (rotations), `diagonal` (n sigmoids), `identity`, '
+        'or an entry point of the group `megatron_mhc.manifolds`',
         source='the mHC paper',
     )
     sinkhorn_iterations: int = setting(

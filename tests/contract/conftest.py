@@ -50,13 +50,17 @@ def megatron(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def build(megatron):
+def build(megatron, request):
     """``build(residual=..., spec=..., **config)`` -> GPTModel; equal seeds, equal base weights."""
     from block_models import SMALL
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    # And for each stream: a file may say how many its models have.
+    number = getattr(request.module, 'STREAMS', None)
+    streams = {'num_residual_streams': number} if number else {}
 
     def make(
         residual: dict | None = None,
@@ -73,10 +77,10 @@ def build(megatron):
         kind = MLATransformerConfig if latent else TransformerConfig
         config = kind(**{'num_layers': 3, **SMALL, **settings})
         if residual is not None:
-            # Where kernels are compared with torch: the interpreter takes its time for each number.
+            # Where kernels are compared with torch: the interpreter takes its time for each pass.
             compared = 'kernel_backend' in residual and residual.get('residual_type') != 'hc'
-            few = {'num_residual_streams': 2, 'sinkhorn_iterations': 2} if compared else {}
-            config.residual_config = ResidualConfig(**few | residual)
+            few = {'sinkhorn_iterations': 2} if compared else {}
+            config.residual_config = ResidualConfig(**few | streams | residual)
         if engram is not None:
             config.engram_config = EngramConfig(**engram)
         return GPTModel(

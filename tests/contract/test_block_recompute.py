@@ -418,16 +418,11 @@ FULL = {
 }
 
 
-@pytest.fixture(scope='module')
-def unsegmented(build):
-    return {backend: plain_step(build({'kernel_backend': backend})) for backend in BOTH}
-
-
 @pytest.mark.parametrize('backend', BOTH)
 @pytest.mark.parametrize('case', FULL)
-def test_segments_inside_full_recomputation(build, unsegmented, backend, case):
+def test_segments_inside_full_recomputation(build, backend, case):
     method, layers, size = case
-    expected = unsegmented[backend]
+    expected = plain_step(build({'kernel_backend': backend}))
     residual = {'kernel_backend': backend, 'recompute_layer_num': size}
     model = build(residual, **full(method, layers))
     with opened_segments() as forwards:

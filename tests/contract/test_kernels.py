@@ -11,6 +11,7 @@ from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='these models are on the CPU; tests/kernels uses the GPU'
 )
+STREAMS = 2
 SELECTIVE = {'recompute_granularity': 'selective', 'recompute_modules': ['core_attn', 'mlp']}
 # name -> (residual settings, model settings, fused edges in three layers)
 CASES = {
@@ -124,7 +125,7 @@ def test_streams_used_twice_get_both_gradients(build, step):
 def stream_chain(build, backend):
     """Three mHC layers without attention masks to think of, and a first stream tensor."""
     model = build({'kernel_backend': backend, 'init': 'identity'})
-    x = torch.randn(16, 2, 2 * 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    x = torch.randn(16, 2, STREAMS * 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
     return model, model.decoder.layers, x
 
 

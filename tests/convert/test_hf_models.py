@@ -75,6 +75,7 @@ MODELS = {
         'megatron_mhc',
     ),
     'orthogonal': (f'{MHC} {LLAMA} --mhc-manifold orthogonal', 'megatron_mhc'),
+    'diagonal': (f'{MHC} {LLAMA} --mhc-manifold diagonal', 'megatron_mhc'),
     'identity': (f'{MHC} {LLAMA} --mhc-manifold identity', 'megatron_mhc'),
     'all fixed': (f'{MHC} {LLAMA} --mhc-fixed-mappings pre post res', 'megatron_mhc'),
     'hc': (f'{HC} {LLAMA} {GROUPED} {UNTIED}', 'megatron_mhc'),

@@ -25,6 +25,7 @@ STREAMS = {
     'permutation': (1, 2, 3, 4, 5),
     'kronecker': (1, 2, 3, 4, 5, 6, 8, 12, 16),
     'orthogonal': (1, 2, 3, 4, 7, 8),
+    'diagonal': (1, 2, 3, 4, 8),
     'identity': (1, 2, 4, 8),
 }
 CASES = [(name, n) for name, streams in STREAMS.items() for n in streams]
@@ -82,6 +83,7 @@ TRUTH = {
     'permutation': mixture,
     'kronecker': kronecker,
     'orthogonal': rotations,
+    'diagonal': lambda logits, n: torch.eye(n, dtype=logits.dtype) / (1 + (-logits).exp()),
     'identity': lambda logits, n: torch.eye(n, dtype=logits.dtype),
 }
 
@@ -111,6 +113,11 @@ def test_the_matrix_stays_on_the_manifold(name, n, dtype, scale, seed):
     matrix = manifold.matrix(drawn(manifold, scale, dtype=dtype))
     assert matrix.dtype == dtype and matrix.isfinite().all()
     one = torch.ones((), dtype=dtype)
+    if name == 'diagonal':
+        entries = matrix.diagonal(dim1=-2, dim2=-1)
+        assert torch.equal(matrix, torch.diag_embed(entries))
+        assert ((entries >= 0) & (entries <= 1)).all()
+        return
     if not manifold.doubly_stochastic:
         square = matrix.transpose(-1, -2) @ matrix
         torch.testing.assert_close(

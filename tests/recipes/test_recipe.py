@@ -171,7 +171,14 @@ def test_show_for_people(show):
 
 @pytest.mark.parametrize(
     ('manifold', 'rows'),
-    [('sinkhorn', 24), ('permutation', 32), ('kronecker', 12), ('orthogonal', 14), ('identity', 8)],
+    [
+        ('sinkhorn', 24),
+        ('permutation', 32),
+        ('kronecker', 12),
+        ('orthogonal', 14),
+        ('diagonal', 12),
+        ('identity', 8),
+    ],
 )
 def test_show_sizes_up_a_manifold(manifold, rows, show):
     """phi has n C = 10240 columns and that many rows; 60 sublayers."""

@@ -88,7 +88,7 @@ RESIDUAL = {
     'hc_variant': 'hc_variant',
     'hc_tanh': 'hc_tanh',
 }
-MANIFOLDS = ('sinkhorn', 'permutation', 'kronecker', 'orthogonal', 'identity')
+MANIFOLDS = ('sinkhorn', 'permutation', 'kronecker', 'orthogonal', 'diagonal', 'identity')
 POSITIONS = ('rope', 'learned_absolute', 'none')
 # The scaling of Llama 3, whose other three values are constants in Megatron.
 LLAMA3 = {

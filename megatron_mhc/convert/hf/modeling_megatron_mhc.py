@@ -401,6 +401,7 @@ MANIFOLDS = {
     'permutation': (math.factorial, permutations),
     'kronecker': (lambda n: sum(map(math.factorial, prime_factors(n))), kronecker),
     'orthogonal': (lambda n: n * (n - 1) // 2, rotations),
+    'diagonal': (lambda n: n, lambda logits, n: torch.diag_embed(logits.sigmoid())),
     'identity': (lambda n: 0, lambda logits, n: torch.eye(n, device=logits.device)),
 }
 
