@@ -61,9 +61,12 @@ def recorded_percent(
         return None
     if shape != Shape(known['hidden_size'], known['tokens'], record['dtype']):
         return None
-    percents = known['kernels'].get(f'{label(launch)} {launch.constants["N"]}')
+    percents: list[float | None] | float | None = known['kernels'].get(
+        f'{label(launch)} {launch.constants["N"]}'
+    )
     if isinstance(percents, list):
-        percents = percents[record['triton'].index(release)]
+        version_at: int = record['triton'].index(release)
+        return percents[version_at]
     return percents
 
 
@@ -84,7 +87,9 @@ def lost_percent(seen: Prediction | None, wanted: float | None) -> list[Problem]
     return [Problem('predicted', round(wanted - seen.copy_percent), text)]
 
 
-def sublayer(n: int, shape: Shape, itemsize: int, gpu: Gpu, seconds: dict[str, float]) -> dict:
+def sublayer(
+    n: int, shape: Shape, itemsize: int, gpu: Gpu, seconds: dict[str, float]
+) -> dict[str, Any]:
     """Forward and backward of one sublayer beside the time of its bytes alone.
 
     Args:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_mhc.kernels.roofline.launches import Shape
 
@@ -38,9 +39,9 @@ def measured(folder: Path, gpu: str, shape: Shape) -> dict[str, tuple[float, str
     return found
 
 
-def _run(path: Path) -> dict:
+def _run(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads(path.read_text())
+        run: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f'{path}: {error}; mend or remove it') from None
     if not isinstance(run, dict) or not KEYS <= run.keys():

@@ -71,11 +71,11 @@ def _steps(launch: Launch) -> float | None:
     given, constants = arguments(launch), launch.constants
     name = variant(launch).split()[0]
     if name == 'projection':
-        return float(math.ceil(min(given['span'], given['C']) / constants['BC']))
+        return float(_blocks(min(given['span'], given['C']), constants['BC']))
     if name == 'read_backward':
-        return float(math.ceil(min(given['span'], given['T']) / constants['BT']))
+        return float(_blocks(min(given['span'], given['T']), constants['BT']))
     if name in ('post_res_backward', 'pre_backward'):
-        return float(math.ceil(given['C'] / constants['BC']))
+        return float(_blocks(given['C'], constants['BC']))
     if name == 'maps_forward':
         return float(given['partial_ptr'].shape[0])
     return None
@@ -87,9 +87,13 @@ def _again(launch: Launch) -> int:
     n: Any = constants.get('N')
     name = variant(launch).split()[0]
     if name == 'projection':
-        phi = PHI_BYTES * n * given['C'] * constants['MP']
-        return phi * (math.ceil(given['T'] / constants['BT']) - 1)
+        phi: int = PHI_BYTES * n * given['C'] * constants['MP']
+        return phi * (_blocks(given['T'], constants['BT']) - 1)
     if name == 'read_backward':
-        maps = 4 * given['T'] * (constants['MP'] + 1 + n + n * n)
-        return maps * (math.ceil(given['C'] / constants['BC']) - 1)
+        maps: int = 4 * given['T'] * (constants['MP'] + 1 + n + n * n)
+        return maps * (_blocks(given['C'], constants['BC']) - 1)
     return 0
+
+
+def _blocks(size: int, block: int) -> int:
+    return math.ceil(size / block)
