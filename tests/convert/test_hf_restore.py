@@ -57,6 +57,7 @@ EXPERTS = """
     --moe-shared-expert-intermediate-size 16 --moe-router-score-function sigmoid
     --moe-router-enable-expert-bias --multi-latent-attention --qk-layernorm
     --q-lora-rank 8 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8
+    --mhc-numerics deepseek-v4
 """.split()
 LAYOUT = ('--bf16', '--ckpt-format', 'torch_dist')
 
@@ -96,6 +97,7 @@ def test_so_it_does_with_experts_and_latent_attention(tmp_path):
     train(1, *LAYOUT, *EXPERTS, '--save', tmp_path / 'run', '--save-interval', 1)
     export(tmp_path / 'run', tmp_path / 'hf')
     assert_loads(tmp_path / 'run', tmp_path / 'hf', *EXPERTS)
+    assert open_source(tmp_path / 'back').args.mhc_numerics == 'deepseek-v4'
 
 
 def test_a_llama_of_transformers_gets_streams(tmp_path):
