@@ -227,8 +227,13 @@ class HyperConnection(KeepFP32):
         seed: Tensor | None = None,
     ) -> Tensor:
         """Sublayer output ``[..., C]`` and what the forward left -> the next streams."""
-        backend = self.residual.kernel_backend
-        return ops.write(y, carried, bias, dropout=dropout, seed=seed, backend=backend)
+        return ops.write(
+            *(y, carried, bias),
+            dropout=dropout,
+            seed=seed,
+            backend=self.residual.kernel_backend,
+            numerics=self.residual.numerics,
+        )
 
     def _has_parameters(self) -> bool:
         return next(self.parameters(), None) is not None

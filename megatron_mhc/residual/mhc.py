@@ -111,22 +111,6 @@ class ManifoldHyperConnection(HyperConnection):
             **self._settings(),
         )
 
-    def post(
-        self,
-        y: Tensor,
-        carried: ops.Carried,
-        bias: Tensor | None = None,
-        dropout: float = 0.0,
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        return ops.write(
-            *(y, carried, bias),
-            dropout=dropout,
-            seed=seed,
-            backend=self.residual.kernel_backend,
-            numerics=self.residual.numerics,
-        )
-
     def _logits(self, x: Tensor) -> Maps:
         """Of pre, post and res: ``[..., n]``, ``[..., n]`` and ``[..., K]``."""
         sizes = [self.num_streams, self.num_streams, self.manifold.num_logits]
