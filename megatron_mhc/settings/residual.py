@@ -106,8 +106,7 @@ class ResidualConfig:
         help='whose numerics: `paper`, or as `deepseek-v4`, `megatron-dev`, `megatron-main` or '
         '`glm-5.3` compute, for weights that came from there or go there: order of Sinkhorn-Knopp, '
         'eps and where it stands, what is rounded, merge',
-        more='all but paper take torch for the mapping; megatron-mhc docs numerics says what '
-        'differs',
+        more='all but paper take torch for the mapping; what differs is in the guide numerics',
         source='the mHC paper',
     )
     # None until it is resolved, as for the merge.
