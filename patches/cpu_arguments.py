@@ -81,7 +81,10 @@ def check_limits(namespace: argparse.Namespace, unknown: list[str]) -> None:
         value = getattr(namespace, name, accepted[0])
         if value not in accepted:
             raise ValueError(f'{flag} {value}: not on the CPU device, {reason}; {remedy}.')
-    pattern, split = pattern_of(namespace) or '', namespace.tensor_model_parallel_size
+    pattern, split = (
+        pattern_of(namespace) or '',
+        getattr(namespace, 'tensor_model_parallel_size', 1),
+    )
     latent = next((symbol for symbol in '+D' if symbol in pattern), None)
     if latent is not None and split > 1:
         raise ValueError(

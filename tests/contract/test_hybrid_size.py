@@ -181,5 +181,7 @@ def test_layers_that_are_not_described_are_refused(pattern, said):
 
 
 def test_experts_of_a_pattern_need_a_number(parser):
+    args = model_arguments(WIDTHS | {'hybrid-layer-pattern': '*E', 'num-experts': 4}, 64)
+    args.num_experts = None
     with pytest.raises(ValueError, match="pattern \\*E: 'E' needs --num-experts; give it"):
-        shape_from_args(model_arguments(WIDTHS | {'hybrid-layer-pattern': '*E'}, 64))
+        shape_from_args(args)

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from test_report import compiling
+from reporting import compiling
 from truth import TOLERANCE, cotangents_of, error, parameters, streams, with_gradients
 
 from megatron_mhc import ops
