@@ -19,6 +19,7 @@ TASK=$OUTPUT/evaluate/task
     exit 1
 }
 "$PYTHON" tools/quickstart.py train --residual-type mhc --output "$OUTPUT" "$@"
+mkdir -p "$OUTPUT/evaluate"
 "$PYTHON" -m megatron_mhc convert "$OUTPUT/train/mhc/checkpoints" "$MODEL" --to hf --overwrite
 "$PYTHON" examples/held_out_task.py --corpus "$OUTPUT/corpus" --model "$MODEL" --output "$TASK"
 # 128 tokens: the sequence length that it was trained with.

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 
-EOD = 255
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
+
+from prepare_corpus import EOD, SPLITS  # noqa: E402
+
 END = '<|endoftext|>'
 TASK = """\
 task: held_out
@@ -113,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--corpus', type=Path, required=True, help='of tools/prepare_corpus.py')
-    parser.add_argument('--split', choices=('valid', 'test'), default='valid')
+    parser.add_argument('--split', choices=SPLITS[1:], default='valid')
     parser.add_argument('--model', type=Path, required=True, help='folder to be evaluated')
     parser.add_argument('--output', type=Path, required=True, help='folder for the task')
     options = parser.parse_args(argv)

@@ -71,18 +71,17 @@ class StreamMerge(KeepFP32):
         if residual.single_pass:
             x = opened(x, residual, self.hidden_size)
         require_width(x, self.num_streams, self.hidden_size)
-        if self.residual.stream_merge == 'learned':
+        if residual.stream_merge == 'learned':
             scale = self.alpha.expand(self.num_streams)
-            numerics = self.residual.numerics
-            theirs = NUMERICS[numerics].merge_eps == 'model'
-            eps = self.model_eps if theirs else self.residual.norm_eps
+            theirs = NUMERICS[residual.numerics].merge_eps == 'model'
+            eps = self.model_eps if theirs else residual.norm_eps
             logits = scaled_projection_ref(x, self.mapping_proj(), self.bias, scale, eps)
-            gates = merge_gates_as(logits, self.model_eps, numerics)
-            return ops.pre(x, gates, backend=self.residual.kernel_backend)
-        if self.residual.single_pass:
-            return ops.pre(x, pre_for(x), backend=self.residual.kernel_backend)
+            gates = merge_gates_as(logits, self.model_eps, residual.numerics)
+            return ops.pre(x, gates, backend=residual.kernel_backend)
+        if residual.single_pass:
+            return ops.pre(x, pre_for(x), backend=residual.kernel_backend)
         streams = at_least_fp32(x).unflatten(-1, (self.num_streams, self.hidden_size))
         total: Tensor = streams.sum(dim=-2)
-        if self.residual.stream_merge == 'mean':
+        if residual.stream_merge == 'mean':
             total = total / self.num_streams
         return total.to(x.dtype)

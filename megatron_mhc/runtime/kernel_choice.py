@@ -46,15 +46,15 @@ def announce_kernels(args: argparse.Namespace, residual: ResidualConfig) -> None
         choice = f'torch reference, because {obstacle}'
     else:
         choice = 'Triton kernels' if on_gpu else 'Triton kernels, interpreted: slow'
-    names, streams = ops_of(residual), str(dtype).removeprefix('torch.')
-    if choice.startswith('Triton'):
-        # Of these conventions some ops are torch's on every device.
-        for name in names:
-            if why := numerics_obstacle(name, residual.numerics):
-                announce(f'{name} ({streams}, n = {n}): torch reference, because {why}')
-        names = tuple(n for n in names if not numerics_obstacle(n, residual.numerics))
-    if names:
-        announce(f'{", ".join(names)} ({streams}, n = {n}): {choice}')
+    # Of other conventions some ops are torch's on every device.
+    takes = choice.startswith('Triton')
+    whys = {op: takes and numerics_obstacle(op, residual.numerics) for op in ops_of(residual)}
+    streams = f'({str(dtype).removeprefix("torch.")}, n = {n})'
+    for op, why in whys.items():
+        if why:
+            announce(f'{op} {streams}: torch reference, because {why}')
+    if names := ', '.join(op for op, why in whys.items() if not why):
+        announce(f'{names} {streams}: {choice}')
 
 
 def ops_of(residual: ResidualConfig) -> tuple[str, ...]:

@@ -21,3 +21,11 @@ def real_run():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, 'run', lambda module, *words: launch(0, '-m', module, *words))
         yield own
+
+
+@pytest.fixture(scope='module')
+def megatron(tmp_path_factory):
+    import hf_models
+
+    with hf_models.megatron(tmp_path_factory.mktemp('modules')):
+        yield

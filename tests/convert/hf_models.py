@@ -76,6 +76,13 @@ def checkpoint(args, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def loaded(folder: pathlib.Path, **options):
+    """What transformers makes of an export, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
 def megatron_logits(path: pathlib.Path) -> torch.Tensor:
     source = open_source(path)
     return verify.run(source, build(source.args, own_residual(source.args)))

@@ -7,7 +7,7 @@ import json
 import hf_models
 import pytest
 import torch
-from hf_models import GROUPED, LLAMA
+from hf_models import GROUPED, LLAMA, loaded
 from safetensors.torch import load_file
 
 from megatron_mhc import cli
@@ -15,12 +15,6 @@ from megatron_mhc.convert import output
 from megatron_mhc.convert.hf.export import export
 
 MHC = f'--residual-type mhc {LLAMA} {GROUPED}'
-
-
-@pytest.fixture(scope='module')
-def megatron(tmp_path_factory):
-    with hf_models.megatron(tmp_path_factory.mktemp('modules')):
-        yield
 
 
 @pytest.fixture
@@ -44,12 +38,6 @@ def edit(path, tensors=None, **values):
     for name, value in values.items():
         setattr(state['args'], name, value)
     torch.save(state, file)
-
-
-def loaded(folder, **options):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
 @pytest.mark.parametrize('single_pass', [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hf_models
 import pytest
 import torch
-from hf_models import GROUPED, LLAMA
+from hf_models import GROUPED, LLAMA, loaded
 
 from megatron_mhc.convert.hf.export import export
 from megatron_mhc.convert.hf.restore import restore
@@ -20,23 +20,11 @@ RESIDUALS = {
 }
 
 
-@pytest.fixture(scope='module')
-def megatron(tmp_path_factory):
-    with hf_models.megatron(tmp_path_factory.mktemp('modules')):
-        yield
-
-
 @pytest.fixture(params=RESIDUALS)
 def exported(request, megatron, parse, random_seed, tmp_path):
     args = hf_models.arguments(parse, f'{RESIDUALS[request.param]} {LLAMA} {GROUPED}')
     export(hf_models.checkpoint(args, tmp_path / 'run'), tmp_path / 'hf')
     return tmp_path / 'hf'
-
-
-def loaded(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
 def trained(model, folder, rate: float) -> list[float]:

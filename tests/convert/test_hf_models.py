@@ -89,12 +89,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope='module')
-def megatron(tmp_path_factory):
-    with hf_models.megatron(tmp_path_factory.mktemp('modules')):
-        yield
-
-
 @pytest.fixture
 def exported(megatron, parse, random_seed, tmp_path):
     """``exported(flags)`` -> the checkpoint and the folder for transformers."""

@@ -41,7 +41,8 @@ if 'install' in arguments:
 """
 MAKE = """#!/bin/sh
 echo "make $*" >> log
-mkdir -p .cache/ci-runs/train site
+mkdir -p .cache/ci-runs/train .cache/ci-runs/evaluate site
+echo x > .cache/ci-runs/evaluate/results_x.json
 echo x > site/api.html
 echo x > .cache/ci-runs/train/losses.png
 echo 'resuming at iteration 20'
