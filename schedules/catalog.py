@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from megatron_mhc.schedules.generate_bounded import bound_obstacle, v_bound, v_half, v_min
 from megatron_mhc.schedules.generate_dualpipe import dualpipe
 from megatron_mhc.schedules.generate_interleaved import interleaved
 from megatron_mhc.schedules.generate_line import Placement, forward_only, gpipe, one_f_one_b, zb_h1
@@ -13,8 +14,8 @@ from megatron_mhc.schedules.plan import Op, Plan
 
 # (pp, microbatches, chunks) -> what is out of range and what to do, or None.
 Check = Callable[[int, int, int], str | None]
-# (rank, pp, microbatches, chunks) -> what the rank does.
-Operations = Callable[[int, int, int, int], tuple[Op, ...]]
+# (rank, pp, microbatches, chunks) -> what the rank does; where one is given, within a bound.
+Operations = Callable[..., tuple[Op, ...]]
 
 # Forward passes of a plan, all ranks together: P = 256 with m = 2048 and two chunks a rank.
 MOST_PASSES = 2**20
@@ -27,12 +28,13 @@ class Schedule:
     Args:
         name: as on the command line.
         description: one line.
-        operations: of one rank, ``(rank, pp, microbatches, chunks)``; None where they follow from
-            the placement, as in evaluation.
+        operations: of one rank, ``(rank, pp, microbatches, chunks)``, and ``live_bound`` where it
+            is given; None where they follow from the placement, as in evaluation.
         check: what is wrong with ``(pp, microbatches, chunks)``; None if nothing is.
         source: where it is described.
         placement: ``line``, ``interleaved``, ``v`` or ``bidirectional``.
         constraint: for which numbers it exists, in words.
+        bounded: whether it is made for a bound on the microbatches in flight.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Schedule:
     source: str
     placement: str = 'line'
     constraint: str = ''
+    bounded: bool = False
 
     @property
     def chunks(self) -> int | None:
@@ -126,6 +129,32 @@ _ALL = (
         placement='v',
     ),
     Schedule(
+        'v-half',
+        'two chunks a rank in a V, half of the microbatches in flight of 1F1B',
+        lambda rank, pp, m, _: v_half(rank, pp, m),
+        _any,
+        'arXiv 2405.15362',
+        placement='v',
+    ),
+    Schedule(
+        'v-min',
+        'two chunks a rank in a V, a third of the microbatches in flight of 1F1B',
+        lambda rank, pp, m, _: v_min(rank, pp, m),
+        _any,
+        'arXiv 2405.15362',
+        placement='v',
+    ),
+    Schedule(
+        'v-bound',
+        'two chunks a rank in a V, the least bubble for a bound on microbatches in flight',
+        lambda rank, pp, m, _, live_bound=None: v_bound(rank, pp, m, live_bound),
+        _any,
+        'this package',
+        placement='v',
+        constraint='any pp and m; the bound at least that of v-min',
+        bounded=True,
+    ),
+    Schedule(
         'dualpipev',
         'V whose slots run F of one chunk with B of the other',
         lambda rank, pp, m, _: dualpipev(rank, pp, m),
@@ -168,7 +197,14 @@ def placement_of(kind: str, pp: int, chunks: int = 2) -> Placement:
     }[kind]
 
 
-def obstacle(name: str, pp: int, microbatches: int, *, chunks: int = 2) -> str | None:
+def obstacle(
+    name: str,
+    pp: int,
+    microbatches: int,
+    *,
+    chunks: int = 2,
+    live_bound: float | None = None,
+) -> str | None:
     """Why a schedule does not exist for these numbers and what to use instead; None if it does."""
     if name not in SCHEDULES:
         return f'schedule {name!r}: no such schedule; there are {", ".join(SCHEDULES)}'
@@ -179,7 +215,15 @@ def obstacle(name: str, pp: int, microbatches: int, *, chunks: int = 2) -> str |
         return f'pp = {pp}: at least one pipeline rank is needed'
     if microbatches < 1:
         return f'microbatches = {microbatches}: at least one is needed'
-    return SCHEDULES[name].check(pp, microbatches, chunks)
+    schedule = SCHEDULES[name]
+    if live_bound is not None:
+        if not schedule.bounded:
+            takes = ', '.join(other.name for other in _ALL if other.bounded)
+            return f'a bound of {live_bound:g} has no effect with {name}: use {takes}, or drop it'
+        reason = bound_obstacle(pp, live_bound)
+        if reason is not None:
+            return reason
+    return schedule.check(pp, microbatches, chunks)
 
 
 def too_many(pp: int, microbatches: int, chunks: int) -> str | None:
@@ -194,7 +238,13 @@ def too_many(pp: int, microbatches: int, chunks: int) -> str | None:
 
 
 def make_plan(
-    name: str, pp: int, microbatches: int, *, chunks: int = 2, only: Collection[int] | None = None
+    name: str,
+    pp: int,
+    microbatches: int,
+    *,
+    chunks: int = 2,
+    only: Collection[int] | None = None,
+    live_bound: float | None = None,
 ) -> Plan:
     """The plan of one step, computation only (``lowering`` places communication).
 
@@ -204,12 +254,14 @@ def make_plan(
         microbatches: m of one step.
         chunks: model chunks a rank; for ``interleaved`` only.
         only: the ranks whose operations are wanted; all of them by default.
+        live_bound: most microbatches in flight on a rank, for ``v-bound``; those of ``v-half`` by
+            default.
 
     Raises:
         ValueError: the schedule does not exist for these numbers, or would be larger than anyone
             can follow; says what to use instead.
     """
-    reason = obstacle(name, pp, microbatches, chunks=chunks)
+    reason = obstacle(name, pp, microbatches, chunks=chunks, live_bound=live_bound)
     reason = reason or too_many(pp, microbatches, SCHEDULES[name].chunks or chunks)
     if reason is not None:
         raise ValueError(reason)
@@ -217,8 +269,10 @@ def make_plan(
     placement = placement_of(schedule.placement, pp, chunks)
     if schedule.operations is None:
         return forward_only(placement, microbatches, only=only)
+    bound = () if live_bound is None else (live_bound,)
+    wanted = range(pp) if only is None else only
     ranks = tuple(
-        schedule.operations(rank, pp, microbatches, chunks) if only is None or rank in only else ()
+        schedule.operations(rank, pp, microbatches, chunks, *bound) if rank in wanted else ()
         for rank in range(pp)
     )
     return Plan(name, microbatches, placement, ranks)

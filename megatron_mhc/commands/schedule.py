@@ -29,6 +29,7 @@ _HELP = {
     'compare': 'a table of all schedules for these ranks and microbatches',
 }
 _FORMAT = 'of the output; text and csv are what --plan reads, the others pictures'
+_BOUND = 'most microbatches in flight on a rank, of v-bound (default: those of v-half)'
 _FROM = 'begin the picture at this time, in the unit of the times'
 _WIDTH = (
     'columns of a drawing (default: the terminal), pixels of a PNG (default: 2400) or of an SVG '
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         which.add_argument('--microbatches', type=_COUNT, metavar='M', help='of one step')
         held = {'dest': 'chunks', 'type': _COUNT, 'default': 2, 'metavar': 'N'}
         add_option(which.add_argument, CHUNKS, help='stages a rank, of interleaved', **held)
+        if topic != 'compare':
+            which.add_argument('--live-bound', type=_FACTOR, metavar='N', help=_BOUND)
         if topic != 'validate':
             which.add_argument(
                 '--lowered', action='store_true', help='with communication, as it is executed'

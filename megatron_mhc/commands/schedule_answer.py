@@ -227,12 +227,15 @@ def _plan(options: argparse.Namespace) -> Plan:
     if options.plan is not None:
         if numbers != (None, None):
             raise ValueError('a plan file has its own numbers; leave out --pp and --microbatches')
+        if options.live_bound is not None:
+            raise ValueError('--live-bound has no effect with --plan; drop it')
         plan = _read(options.plan)
     elif None in numbers:
         raise ValueError(f'--schedule {options.schedule} needs --pp and --microbatches; give both')
     else:
-        plan = make_plan(options.schedule, *numbers, chunks=options.chunks)
-    validate(plan)
+        held = {'chunks': options.chunks, 'live_bound': options.live_bound}
+        plan = make_plan(options.schedule, *numbers, **held)
+    validate(plan, live_bound=options.live_bound)
     return _lower(plan, options)
 
 

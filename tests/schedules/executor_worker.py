@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +31,34 @@ from megatron_mhc.schedules.executor_lanes import run_lanes, yield_lane, yield_p
 from megatron_mhc.schedules.executor_module import ModuleStage
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.plan import Kind, Op, Plan
-from megatron_mhc.schedules.validator import validate
+from megatron_mhc.schedules.validator import live_activations, validate
 
 HIDDEN, BATCH, SEQUENCE, VOCABULARY = 8, 2, 4, 11
+
+
+class Graph:
+    """There while the graph of a forward pass is."""
+
+    alive: weakref.WeakSet = weakref.WeakSet()
+    peak = 0
+
+    @classmethod
+    def begun(cls) -> Graph:
+        one = cls()
+        cls.alive.add(one)
+        cls.peak = max(cls.peak, len(cls.alive))
+        return one
+
+
+class Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.graph = Graph.begun()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
 
 
 class Block(nn.Module):
@@ -45,6 +71,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(HIDDEN, 12), nn.GELU(), nn.Linear(12, HIDDEN))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = Begin.apply(x)
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
         x = x + functional.scaled_dot_product_attention(q, k, v)
         yield_lane()
@@ -162,6 +189,8 @@ def run(case: dict, rank: int, pp: int, synchronous: bool = False) -> list[dict[
                 os._exit(0)
             time.sleep(60)
 
+    assert not Graph.alive
+    Graph.peak = 0
     with torch.set_grad_enabled(not plan.forward_only):
         run_plan(
             plan,
@@ -173,6 +202,10 @@ def run(case: dict, rank: int, pp: int, synchronous: bool = False) -> list[dict[
             on_op=on_op,
         )
     assert all(held.reduced != plan.forward_only for held in stages.values())
+    if not (case.get('recompute') or plan.forward_only):
+        # What the plan says to be in flight is what autograd holds, counted in whole ranks.
+        measured = Graph.peak / len(plan.chunks[rank]) * plan.directions
+        assert measured == live_activations(plan)[rank], (Graph.peak, live_activations(plan))
     results: list[dict[str, Tensor]] = [{} for _ in range(plan.directions)]
     for (stage, direction), held in stages.items():
         results[direction] |= {f'loss {mb}': loss for mb, loss in held.losses.items()}

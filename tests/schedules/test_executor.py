@@ -24,12 +24,14 @@ WORKER = pathlib.Path(__file__).with_name('executor_worker.py')
 ROOT = WORKER.parents[2]
 LINES = ('gpipe', '1f1b', 'interleaved', 'zb-h1')
 VS = ('zb-v', 'dualpipev', 'dualpipev-w')
+BOUNDED = ('v-half', 'v-min', 'v-bound')
 
 
 def cases(pp: int) -> dict[str, dict]:
     """By name; all of one number of ranks run in the same processes."""
     m = 2 * pp
-    found = {name: {'schedule': name, 'microbatches': m + (name in VS)} for name in (*LINES, *VS)}
+    names = (*LINES, *VS, *BOUNDED)
+    found = {name: {'schedule': name, 'microbatches': m + (name in VS)} for name in names}
     for name in VS:
         v = {'schedule': name, 'microbatches': m}
         found[f'{name} inverted'] = v | {'reversed': True}

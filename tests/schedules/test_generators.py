@@ -12,7 +12,7 @@ from megatron_mhc.schedules.plan_text import read_plan
 from megatron_mhc.schedules.validator import problems, validate
 
 NUMBERS = [(pp, m) for pp in (1, 2, 3, 4, 6, 8) for m in (1, 2, 3, 4, 6, 8, 11, 12, 16, 20)]
-V = ('zb-v', 'dualpipev', 'dualpipev-w')
+V = ('zb-v', 'v-half', 'v-min', 'v-bound', 'dualpipev', 'dualpipev-w')
 
 
 def plans(name):
@@ -39,7 +39,7 @@ def test_every_pass_is_there_once(name):
         assert all(
             set(found) in allowed and len(set(found)) == len(found) for found in kinds.values()
         )
-        assert any(op.kind is Kind.W for op in leaves) == name.startswith(('zb', 'dualpipe'))
+        assert any(op.kind is Kind.W for op in leaves) == name.startswith(('zb', 'v-', 'dualpipe'))
 
 
 @pytest.mark.parametrize('name', list(SCHEDULES))
