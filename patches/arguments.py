@@ -31,7 +31,7 @@ from megatron_mhc.settings.flags_pipeline import resolve_pipeline
 from megatron_mhc.settings.flags_residual import resolve_arguments
 from megatron_mhc.settings.groups import EVERY_GROUP
 from megatron_mhc.settings.megatron_sizes import check_sizes
-from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.names import PLANNED_SCHEDULES
 from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.settings.shared_flags import add_groups, hand_over
@@ -45,6 +45,7 @@ OWN_FLAGS = (
     '--pipeline-schedule',
     '--pipeline-w-placement',
     '--pipeline-verify-steps',
+    '--pipeline-live-bound',
     '--lr-step-',
 )
 
@@ -76,9 +77,9 @@ def accept(
         ENGRAM_PATCHES,
         MODEL_PATCHES,
         RESIDUAL_PATCHES,
-        SCHEDULE_PATCHES,
         SCHEDULE_TRAINING_PATCHES,
         TRAINING_PATCHES,
+        schedule_patches,
     )
 
     require_one_tree()
@@ -90,7 +91,7 @@ def accept(
     hand_over(namespace, shared)
     residual = resolve_arguments(namespace, shared)
     check_residual(namespace, residual)
-    if residual.enabled or namespace.pipeline_schedule in V_SCHEDULES:
+    if residual.enabled or namespace.pipeline_schedule in PLANNED_SCHEDULES:
         check_hybrid_pattern(namespace)
     check_mixers(namespace)
     checkpoints = found_checkpoints(namespace)
@@ -109,7 +110,7 @@ def accept(
     if engram is not None:
         apply(ENGRAM_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:
-        apply(SCHEDULE_PATCHES + SCHEDULE_TRAINING_PATCHES)
+        apply(schedule_patches(pipeline) + SCHEDULE_TRAINING_PATCHES)
     if takes_steps(namespace):
         apply((LR_STEPS_PATCH,))
     if monitor is not None:

@@ -31,7 +31,7 @@ from megatron_mhc.settings.flags_residual import parsed_arguments, residual_conf
 from megatron_mhc.settings.model_config import PIPELINE, POST_STREAM, RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig
 from megatron_mhc.settings.refusals import check_residual
-from megatron_mhc.settings.refused_pipeline import INVERTED_V
+from megatron_mhc.settings.refused_pipeline import check_planned
 from megatron_mhc.settings.residual import ResidualConfig
 
 
@@ -61,21 +61,36 @@ def move_post_stream(model: Any) -> None:
         use_post_stream(model)
 
 
-def prepare_pipeline(config: Any, pipeline: PipelineConfig, vp_stage: int | None) -> bool:
-    """Make a model's config fit its schedule; returns whether this chunk is the first stage."""
-    if vp_stage is None:
+def prepare_pipeline(config: Any, pipeline: PipelineConfig, arguments: dict[str, Any]) -> None:
+    """Make a model fit its schedule.
+
+    Args:
+        config: the model's; ``check_planned`` refuses what it cannot have.
+        pipeline: the schedule.
+        arguments: what the model is called with. On a V ``pre_process`` is set: builders may have
+            asked for the first stage by another name than the patched ones.
+    """
+    vp_stage = arguments.get('vp_stage')
+    if pipeline.on_v and vp_stage is None:
         raise ValueError(
             f'--pipeline-schedule {pipeline.schedule}: the model was built without vp_stage, so '
             'which of its two chunks this is cannot be told; the model provider must pass it on'
         )
-    if vp_stage == 0:
+    if not pipeline.on_v and vp_stage is not None:
+        raise ValueError(
+            f'--pipeline-schedule {pipeline.schedule}: the model was built with virtual stages, '
+            'and this schedule has one chunk a rank; build it without, or use zb-v'
+        )
+    if not vp_stage:
         # The second chunk shares the config, in which the next lines set what nobody else may.
-        INVERTED_V.check(config, pipeline.schedule)
+        check_planned(config, pipeline)
     PIPELINE.attach(config, pipeline)
     # Set here because the check in the config demands Megatron's own overlap with it.
     config.delay_wgrad_compute = is_te_min_version('2.3.0')
-    ranks = config.pipeline_model_parallel_size
-    return stage_of(parallel_state.get_pipeline_model_parallel_rank(), vp_stage, ranks) == 0
+    if vp_stage is not None:
+        ranks = config.pipeline_model_parallel_size
+        stage = stage_of(parallel_state.get_pipeline_model_parallel_rank(), vp_stage, ranks)
+        arguments['pre_process'] = stage == 0
 
 
 def prepare_embeddings(
@@ -86,11 +101,12 @@ def prepare_embeddings(
     Args:
         config: the model's.
         arguments: what GPTModel is called with.
-        pipeline: settings of a schedule on the inverted V.
+        pipeline: settings of a schedule that is run from a plan.
     """
     tied = arguments.get('share_embeddings_and_output_weights', False)
     layout = getattr(config, 'pipeline_model_parallel_layout', None)
-    together = one_rank_holds_all(layout, tied, inverted_v=pipeline is not None)
+    on_v = pipeline is not None and pipeline.on_v
+    together = one_rank_holds_all(layout, tied, inverted_v=on_v)
     group = parallel_state.get_embedding_group(check_initialized=False)
     groups = arguments.get('pg_collection')
     usual = groups is None or getattr(groups, 'embd', None) is group
@@ -135,9 +151,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:
-            # Builders that asked for the first stage by another name than the patched ones.
-            vp_stage = bound.arguments.get('vp_stage')
-            bound.arguments['pre_process'] = prepare_pipeline(config, pipeline, vp_stage)
+            prepare_pipeline(config, pipeline, bound.arguments)
         else:
             check_ring_of_two(config)
         together = prepare_embeddings(config, bound.arguments, pipeline)

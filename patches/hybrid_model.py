@@ -71,11 +71,12 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:
-            _require_placement(pipeline)
-            bound.arguments['pre_process'] = prepare_pipeline(config, pipeline, vp_stage)
+            if pipeline.on_v:
+                _require_placement(pipeline)
+            prepare_pipeline(config, pipeline, bound.arguments)
         original(*bound.args, **bound.kwargs)
         add_topology(self, residual, engram)
-        if pipeline is not None:
+        if pipeline is not None and pipeline.on_v:
             # On a V one rank holds all copies of the word embedding.
             tie(self)
         move_post_stream(self)

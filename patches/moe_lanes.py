@@ -23,6 +23,7 @@ from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.schedules.executor_lanes import in_lanes, yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import launch, side_stream
 from megatron_mhc.settings.model_config import PIPELINE
+from megatron_mhc.settings.names import FUSED_SCHEDULES
 
 _MOVED: ContextVar[bool] = ContextVar('megatron_mhc_moe_moved', default=False)
 
@@ -51,7 +52,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 def _backward_may_be_in_lanes(config: Any) -> bool:
     """Whether microbatches of this model meet in fused slots, at the latest in their backward."""
     pipeline = PIPELINE.peek(config)
-    return pipeline is not None and pipeline.schedule != 'zb-v' and torch.is_grad_enabled()
+    return pipeline is not None and pipeline.schedule in FUSED_SCHEDULES and torch.is_grad_enabled()
 
 
 def _with_memory_of_its_own(original: Callable[..., Any]) -> Callable[..., Any]:

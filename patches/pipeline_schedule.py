@@ -17,13 +17,14 @@ from megatron_mhc.settings.model_config import PIPELINE
 
 
 def _run_plan(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward_backward_pipelining_with_interleaving(*, model, **kwargs):
-        pipeline = PIPELINE.peek(get_model_config(model[0]))
+    def forward_backward_pipelining(*, model, **kwargs):
+        chunks = model if isinstance(model, list) else [model]
+        pipeline = PIPELINE.peek(get_model_config(chunks[0]))
         if pipeline is None:
             return original(model=model, **kwargs)
-        return run_pipeline_step(pipeline, model=model, **kwargs)
+        return run_pipeline_step(pipeline, model=chunks, **kwargs)
 
-    return forward_backward_pipelining_with_interleaving
+    return forward_backward_pipelining
 
 
 def _split_weight_gradient(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,6 +52,15 @@ PIPELINE_SCHEDULE_PATCHES = (
         'forward_backward_pipelining_with_interleaving',
         wrap=_run_plan,
         reason='the only entry of a pipeline with two chunks a rank, looked up when it is called',
+        fingerprints=on_every_release('a99d6a32'),
+        reads=('model',),
+    ),
+    Patch(
+        id='schedule-line',
+        target='megatron.core.pipeline_parallel.schedules:'
+        'forward_backward_pipelining_without_interleaving',
+        wrap=_run_plan,
+        reason='the only entry of a pipeline with one chunk a rank, looked up when it is called',
         fingerprints=on_every_release('a99d6a32'),
         reads=('model',),
     ),

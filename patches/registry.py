@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
 from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
+from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
 from megatron_mhc.patches.flops import FLOPS_PATCH
 from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
@@ -18,6 +19,7 @@ from megatron_mhc.patches.pipeline_schedule import PIPELINE_SCHEDULE_PATCHES
 from megatron_mhc.patches.run_start import RUN_START_PATCH
 from megatron_mhc.patches.save_checkpoint import SAVE_CHECKPOINT_PATCH
 from megatron_mhc.patches.tied_embedding import TIED_EMBEDDING_PATCH
+from megatron_mhc.settings.pipeline import PipelineConfig
 
 MODEL_PATCHES = (GPT_MODEL_PATCH, *HYBRID_MODEL_PATCHES, TIED_EMBEDDING_PATCH)
 RESIDUAL_PATCHES = (
@@ -35,6 +37,7 @@ SCHEDULE_PATCHES = (
     *PIPELINE_SCHEDULE_PATCHES,
     *MOE_LANE_PATCHES,
 )
+LINE_PATCHES = (*MODEL_PATCHES, *PIPELINE_SCHEDULE_PATCHES)
 # Beside them where Megatron's training loop runs.
 SCHEDULE_TRAINING_PATCHES = (RUN_START_PATCH, SAVE_CHECKPOINT_PATCH)
 _ORDERED = (
@@ -48,3 +51,8 @@ _ORDERED = (
     LR_STEPS_PATCH,
 )
 ALL_PATCHES = tuple({patch.id: patch for patch in _ORDERED}.values())
+
+
+def schedule_patches(pipeline: PipelineConfig) -> tuple[Patch, ...]:
+    """Those of a schedule that is run from a plan."""
+    return SCHEDULE_PATCHES if pipeline.on_v else LINE_PATCHES

@@ -109,12 +109,17 @@ def check_layout(layout: str, ranks: int, layers: int | None, prediction_layers:
     remedy = f'give {CHUNKS * ranks} stages separated by |, such as {example}'
     if layers is not None and layers < CHUNKS * ranks:
         remedy += f' for {CHUNKS * ranks} layers'
-    wrong = _wrong(_written_out(layout), ranks, layers, prediction_layers)
+    wrong = _wrong(written_out(layout), ranks, layers, prediction_layers)
     if wrong is not None:
         raise ValueError(f'{_FLAG} {layout}: {wrong}; {remedy}')
 
 
-def _written_out(layout: str) -> str:
+def written_out(layout: str) -> str:
+    """``layout`` without commas and multiplications.
+
+    Raises:
+        ValueError: it is longer than any model has layers.
+    """
     found = layout.replace(',', '')
     for pattern in _TIMES:
         # A number of many digits is not even read.

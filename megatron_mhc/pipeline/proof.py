@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mhc.schedules.plan import Plan
-from megatron_mhc.settings import v_plan
+from megatron_mhc.settings import step_plan
 from megatron_mhc.settings.pipeline import PipelineConfig
 
 # What the ranks of a group have been told is right; they ask in the same order. By their numbers: a
@@ -37,15 +37,15 @@ def proved_plan(
     Raises:
         ValueError: the plan must not run, or does not exist for this number of microbatches.
     """
-    settings = group.size(), microbatches, evaluating, recompute
-    plan = v_plan.plan_of(pipeline.schedule, group.rank(), *settings)
+    settings = group.size(), microbatches, evaluating, recompute, pipeline.live_bound
+    plan = step_plan.plan_of(pipeline.schedule, group.rank(), *settings)
     ranks = tuple(dist.get_process_group_ranks(group))
     key = pipeline.schedule, group.rank(), ranks, *settings
     if key not in _proved:
         wrong: list[str | None] = [None]
         if group.rank() == 0:
             try:
-                v_plan.prove(pipeline.schedule, *settings)
+                step_plan.prove(pipeline.schedule, *settings)
             except ValueError as error:
                 wrong = [str(error)]
         dist.broadcast_object_list(wrong, group=group, group_src=0)

@@ -28,8 +28,8 @@ from megatron_mhc.pipeline.verify import run_twice
 from megatron_mhc.schedules.executor import in_turn, run_plan
 from megatron_mhc.schedules.executor_channels import Transport
 from megatron_mhc.schedules.executor_lanes import run_lanes
-from megatron_mhc.schedules.inverted_v import CHUNKS, stage_of
 from megatron_mhc.schedules.plan import Plan
+from megatron_mhc.schedules.stage_layers import stage_at
 from megatron_mhc.settings.model_config import POST_STREAM, RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig
 
@@ -41,7 +41,7 @@ def run_pipeline_step(
     pipeline: PipelineConfig,
     *,
     forward_step_func: Callable[..., Any],
-    data_iterator: list[Iterator[Any] | None],
+    data_iterator: Iterator[Any] | list[Iterator[Any] | None] | None,
     model: list[nn.Module],
     num_microbatches: int,
     seq_length: int,
@@ -57,8 +57,8 @@ def run_pipeline_step(
 ) -> list[Any]:
     """Run all microbatches; returns the last stage's loss records, elsewhere an empty list.
 
-    The arguments are those of ``forward_backward_pipelining_with_interleaving``; ``pipeline`` says
-    which plan to run.
+    The arguments are those of Megatron's ``forward_backward_pipelining_with_interleaving`` and
+    ``..._without_interleaving``; ``pipeline`` says which plan to run.
 
     Raises:
         ValueError: the schedule does not exist for this number of microbatches.
@@ -70,6 +70,7 @@ def run_pipeline_step(
             f'--pipeline-schedule {pipeline.schedule}: adjusted tensor shapes (distillation) are '
             'not supported; use --pipeline-schedule 1f1b'
         )
+    iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     config = get_model_config(model[0])
     group = parallel_state.get_pipeline_model_parallel_group()
     context_size = parallel_state.get_context_parallel_world_size()
@@ -92,13 +93,13 @@ def run_pipeline_step(
     passes = _Passes(config, model, plan, group.rank(), transport, forward, forward_only)
     with _timed(config):
         if forward_only:
-            return passes.run(data_iterator, False, False)
+            return passes.run(iterators, False, False)
         with gradient_sync_off(model):
             if verifies_next_step(model[0], pipeline):
-                losses = run_twice(passes.run, model, data_iterator)
+                losses = run_twice(passes.run, model, iterators)
             else:
                 early = not force_all_reduce and all(map(overlaps_reduction, model))
-                losses = passes.run(data_iterator, False, early)
+                losses = passes.run(iterators, False, early)
         finalize(config, model, passes.stages, pg_collection, force_all_reduce)
     return losses
 
@@ -139,7 +140,7 @@ class _Forward:
                 self.first_val_step, self.evaluating, microbatch == 0
             ),
             current_microbatch=microbatch,
-            vp_stage=chunk,
+            vp_stage=chunk if len(self.model) > 1 else None,
             is_last_stage=is_last,
         )
 
@@ -162,9 +163,10 @@ class _Passes:
     ) -> list[Any]:
         """All of them; returns the loss records."""
         losses: list[Any] = []
-        for chunk in range(CHUNKS):
-            is_last = chunk == CHUNKS - 1 and self.rank == self.plan.pp - 1
-            self.stages[stage_of(self.rank, chunk, self.plan.pp), 0] = ChunkStage(
+        for chunk in range(len(self.model)):
+            stage = stage_at(self.rank, chunk, self.plan.pp, 'v' if len(self.model) > 1 else 'line')
+            is_last = stage == self.plan.stages - 1
+            self.stages[stage, 0] = ChunkStage(
                 self.model[chunk],
                 self.config,
                 functools.partial(self.forward, iterators[chunk], losses, chunk, is_last),

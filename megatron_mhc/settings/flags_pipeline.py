@@ -7,16 +7,16 @@ import os
 
 from megatron_mhc.inputs.refusal import announce, is_first_rank
 from megatron_mhc.inputs.values import flag_of
-from megatron_mhc.schedules.inverted_v import CHUNKS, check_layout, even_layout
+from megatron_mhc.schedules.inverted_v import CHUNKS, check_layout, even_layout, written_out
 from megatron_mhc.schedules.live import live_at_peak
 from megatron_mhc.schedules.pattern_stages import cut_pattern
-from megatron_mhc.settings import v_plan
+from megatron_mhc.settings import step_plan
 from megatron_mhc.settings.flag import flags_of, given, refuse_in_vain
 from megatron_mhc.settings.hybrid_stages import main_pattern
-from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.names import PLANNED_SCHEDULES
 from megatron_mhc.settings.pipeline import PipelineConfig, PipelineOptions
 from megatron_mhc.settings.queues import CONNECTIONS
-from megatron_mhc.settings.refused_pipeline import INVERTED_V
+from megatron_mhc.settings.refused_pipeline import check_planned
 
 # Compute, high priority, expert and stage communication, with room for data parallelism.
 ENOUGH_CONNECTIONS = 8
@@ -32,7 +32,7 @@ def pipeline_config_from_args(args: argparse.Namespace) -> PipelineConfig | None
     asked = [(cls, name) for cls in (PipelineConfig, PipelineOptions) for name in given(args, cls)]
     flags = [flags_of(cls)[name] for cls, name in asked]
     refuse_in_vain(flags, 'schedule', '--pipeline-schedule', schedule or '1f1b')
-    if schedule not in V_SCHEDULES:
+    if schedule not in PLANNED_SCHEDULES:
         return None
     placement = getattr(args, 'pipeline_w_placement', None)
     if placement == 'slot' and schedule == 'dualpipev-w':
@@ -42,7 +42,11 @@ def pipeline_config_from_args(args: argparse.Namespace) -> PipelineConfig | None
         )
     if placement == 'after':
         schedule = 'dualpipev-w'
-    return PipelineConfig(schedule, getattr(args, 'pipeline_verify_steps', None) or 0)
+    return PipelineConfig(
+        schedule,
+        getattr(args, 'pipeline_verify_steps', None) or 0,
+        getattr(args, 'pipeline_live_bound', None),
+    )
 
 
 def check_recompute_stream(stream: str | None, pipeline: PipelineConfig | None) -> None:
@@ -51,7 +55,7 @@ def check_recompute_stream(stream: str | None, pipeline: PipelineConfig | None) 
         raise ValueError(
             '--mhc-recompute-stream high has no effect with the stock schedules, whose backward '
             'waits for what it rebuilds; drop it, or choose --pipeline-schedule '
-            f'{", ".join(V_SCHEDULES)}, which rebuild ahead of it'
+            f'{", ".join(PLANNED_SCHEDULES)}, which rebuild ahead of it'
         )
 
 
@@ -59,7 +63,8 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     """Check the schedule against the other arguments, and set those that follow from it.
 
     Called right after parsing, before Megatron validates its arguments. A V needs a layer layout
-    with two chunks a rank, which is written into ``args.pipeline_model_parallel_layout``.
+    with two chunks a rank, which is written into ``args.pipeline_model_parallel_layout``; on a line
+    the layers are divided as Megatron divides them for 1F1B.
 
     Raises:
         ValueError: a pair that cannot be combined; the message has the alternative.
@@ -68,55 +73,76 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     check_recompute_stream(getattr(args, 'mhc_recompute_stream', None), pipeline)
     if pipeline is not None or getattr(args, 'mhc_post_stream', None) == 'high':
         _advise_on_connections(args)
-    chunked = (
-        getattr(args, 'num_layers_per_virtual_pipeline_stage', None) is not None
-        or getattr(args, 'num_virtual_stages_per_pipeline_rank', None) is not None
-        or getattr(args, 'pipeline_model_parallel_layout', None) is not None
-    )
-    pattern = main_pattern(vars(args).get)
-    if pattern:
-        # Megatron takes the chunks from it, and none of those flags.
-        chunked = pattern.count('|') >= args.pipeline_model_parallel_size
     schedule = getattr(args, 'pipeline_schedule', None)
     if pipeline is None:
-        if schedule == 'interleaved' and not chunked:
-            raise ValueError(
-                '--pipeline-schedule interleaved needs several chunks a rank; '
-                + (
-                    'end as many stages with | in --hybrid-layer-pattern'
-                    if pattern
-                    else 'add --num-virtual-stages-per-pipeline-rank 2'
-                )
-            )
-        if schedule == '1f1b' and chunked and not args.pipeline_model_parallel_layout:
-            raise ValueError(
-                '--pipeline-schedule 1f1b has one chunk a rank; drop the virtual-stage flags, or | '
-                'of --hybrid-layer-pattern, or use --pipeline-schedule interleaved'
-            )
+        _check_chunks(args, schedule)
         return None
-    INVERTED_V.check(args, pipeline.schedule)
+    check_planned(args, pipeline)
+    if not pipeline.on_v:
+        _check_chunks(args, '1f1b', pipeline.schedule)
     if args.micro_batch_size is None:
         raise ValueError(
             f'--micro-batch-size is missing: --pipeline-schedule {schedule} is planned for a '
             'number of microbatches; give it'
         )
-    layers = _lay_out(args)
-    advise_on_optimizer_state(args, 'will be saved')
+    divided = ''
+    if pipeline.on_v:
+        divided = f'layers {_lay_out(args)} in stage order, '
+        advise_on_optimizer_state(args, 'will be saved')
     ranks = args.pipeline_model_parallel_size
     recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
     for microbatches in _microbatch_counts(args):
-        v_plan.check_numbers(pipeline.schedule, ranks, microbatches)
+        step_plan.check_numbers(pipeline.schedule, ranks, microbatches, pipeline.live_bound)
         # No rank begins a step without the first one, which has proved the plan by then.
         if is_first_rank():
-            v_plan.prove(pipeline.schedule, ranks, microbatches, recompute=recompute)
+            numbers = pipeline.schedule, ranks, microbatches, False, recompute
+            step_plan.prove(*numbers, pipeline.live_bound)
     if is_first_rank():
-        live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS)
+        live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS, pipeline.live_bound)
         announce(
             f'pipeline schedule {pipeline.schedule}: {ranks} ranks, {microbatches} microbatches, '
-            f'layers {layers} in stage order, at most {max(live):g} microbatches in flight on a '
-            'rank'
+            f'{divided}at most {max(live):g} microbatches in flight on a rank'
         )
     return pipeline
+
+
+def _check_chunks(args: argparse.Namespace, schedule: str | None, name: str = '') -> None:
+    """Raise ValueError for more or fewer chunks a rank than 1F1B or interleaved has.
+
+    Args:
+        args: parsed.
+        schedule: ``1f1b`` or ``interleaved``; anything else has no chunks to check.
+        name: of another schedule with the chunks of 1F1B.
+    """
+    named = getattr(args, 'pipeline_model_parallel_layout', None)
+    chunked = named is not None or any(
+        getattr(args, flag, None) is not None
+        for flag in (
+            'num_layers_per_virtual_pipeline_stage',
+            'num_virtual_stages_per_pipeline_rank',
+        )
+    )
+    pattern = main_pattern(vars(args).get)
+    if pattern:
+        # Megatron takes the chunks from it, and none of those flags.
+        chunked = pattern.count('|') >= args.pipeline_model_parallel_size
+    if schedule == 'interleaved' and not chunked:
+        raise ValueError(
+            '--pipeline-schedule interleaved needs several chunks a rank; '
+            + (
+                'end as many stages with | in --hybrid-layer-pattern'
+                if pattern
+                else 'add --num-virtual-stages-per-pipeline-rank 2'
+            )
+        )
+    if named and name:
+        chunked = written_out(named).count('|') >= args.pipeline_model_parallel_size
+    if schedule == '1f1b' and chunked and (name or not named):
+        raise ValueError(
+            f'--pipeline-schedule {name or schedule} has one chunk a rank; drop the virtual-stage '
+            f'flags, or | of {"the layout or " * bool(name)}--hybrid-layer-pattern, or use '
+            f'--pipeline-schedule {"zb-v" if name else "interleaved"}'
+        )
 
 
 def _advise_on_connections(args: argparse.Namespace) -> None:

@@ -7,8 +7,13 @@ RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd')
 STREAM_TYPES = ('hc', 'mhc')
 RECOMPUTE_SEGMENTS = ('none', 'stage', 'auto')
 STOCK_SCHEDULES = ('1f1b', 'interleaved')
-# Those on the inverted V, run from a plan.
-V_SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
-PIPELINE_SCHEDULES = (*STOCK_SCHEDULES, *V_SCHEDULES)
+# Run from a plan: on the inverted V, those with fused slots last, and one stage a rank.
+FUSED_SCHEDULES = ('dualpipev', 'dualpipev-w')
+V_SCHEDULES = ('zb-v', 'v-half', 'v-min', 'v-bound', *FUSED_SCHEDULES)
+LINE_SCHEDULES = ('zb-h1',)
+PLANNED_SCHEDULES = (*LINE_SCHEDULES, *V_SCHEDULES)
+PIPELINE_SCHEDULES = (*STOCK_SCHEDULES, *PLANNED_SCHEDULES)
+# Those of which a study looks at all layouts unless it is told which.
+STUDIED_SCHEDULES = (*STOCK_SCHEDULES, 'zb-v', *FUSED_SCHEDULES)
 # What --device takes; `unchanged` is the adaptor's alone.
 DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')

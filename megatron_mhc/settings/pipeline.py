@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 
 from megatron_mhc.inputs.values import MOST_TOKENS, shown
-from megatron_mhc.settings.flag import check, setting
-from megatron_mhc.settings.names import PIPELINE_SCHEDULES, V_SCHEDULES
+from megatron_mhc.settings.flag import check, refuse_stray, setting
+from megatron_mhc.settings.names import PIPELINE_SCHEDULES, PLANNED_SCHEDULES, V_SCHEDULES
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """A pipeline schedule on the inverted V: rank r of P holds stages P - 1 - r and P + r.
+    """A pipeline schedule that is run from a plan.
 
-    ``zb-v`` is of arXiv 2405.15362; the fused slots of ``dualpipev-w`` leave the weight gradients
-    until after the slot, so that both hops start earlier.
+    All but ``zb-h1`` are on the inverted V: rank r of P holds stages P - 1 - r and P + r. ``zb-v``,
+    ``v-half`` and ``v-min`` are of arXiv 2405.15362; the fused slots of ``dualpipev-w`` leave the
+    weight gradients until after the slot, so that both hops start earlier.
 
     Raises:
         ValueError: a value is out of range; the message names the flag that sets it.
@@ -25,8 +26,7 @@ class PipelineConfig:
         '--pipeline-schedule',
         choices=PIPELINE_SCHEDULES,
         said="Megatron's flags",
-        help='`1f1b` and `interleaved` are stock Megatron; `zb-v`, `dualpipev` and `dualpipev-w` '
-        'run from a plan',
+        help='`1f1b` and `interleaved` are stock Megatron, the others run from a plan',
     )
     verify_steps: int = setting(
         0,
@@ -34,19 +34,38 @@ class PipelineConfig:
         int,
         most=MOST_TOKENS,
         why='it counts steps',
-        only={'schedule': V_SCHEDULES},
+        only={'schedule': PLANNED_SCHEDULES},
         metavar='N',
         help='run the first N steps twice, the second time fully synchronised, and stop unless '
         'losses and gradients agree bit for bit; logged as one step',
     )
+    live_bound: float | None = setting(
+        None,
+        '--pipeline-live-bound',
+        float,
+        most=MOST_TOKENS,
+        above=True,
+        why='it counts microbatches, each for all layers of a rank',
+        only={'schedule': ('v-bound',)},
+        said='P // 2 + 1, as v-half',
+        metavar='X',
+        help='most microbatches whose activations a rank may hold at once: the plan with the least '
+        'bubble is searched and proved; from about P / 3 to P',
+    )
 
     def __post_init__(self) -> None:
-        if self.schedule not in V_SCHEDULES:
+        if self.schedule not in PLANNED_SCHEDULES:
             raise ValueError(
                 f'--pipeline-schedule {shown(self.schedule)}: not run from a plan; choose one of '
-                f'{", ".join(V_SCHEDULES)}'
+                f'{", ".join(PLANNED_SCHEDULES)}'
             )
         check(self)
+        refuse_stray(self)
+
+    @property
+    def on_v(self) -> bool:
+        """Whether a rank holds two stages, of an inverted V; else it holds one, as in 1F1B."""
+        return self.schedule in V_SCHEDULES
 
 
 @dataclass(frozen=True)

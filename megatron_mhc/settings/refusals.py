@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from megatron_mhc.settings.refused_engram import ENGRAM
 from megatron_mhc.settings.refused_mudd import MUDD
-from megatron_mhc.settings.refused_pipeline import INVERTED_V
+from megatron_mhc.settings.refused_pipeline import INVERTED_V, ON_LINE
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.settings.refused_residual import RESIDUAL
 from megatron_mhc.settings.refused_single_pass import SINGLE_PASS
 from megatron_mhc.settings.residual import ResidualConfig
 
-REFUSALS = (RESIDUAL, MUDD, SINGLE_PASS, INVERTED_V, POST_STREAM, ENGRAM)
+REFUSALS = (RESIDUAL, MUDD, SINGLE_PASS, INVERTED_V, ON_LINE, POST_STREAM, ENGRAM)
 
 
 def check_residual(settings: object, residual: ResidualConfig) -> None:

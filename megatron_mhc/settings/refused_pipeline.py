@@ -1,4 +1,4 @@
-"""What a schedule on the inverted V cannot be combined with, or has not been tested with."""
+"""What a schedule that is run from a plan cannot be combined with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from megatron_mhc.settings.constraint import (
     shards_parameters,
 )
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN
-from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.names import LINE_SCHEDULES, V_SCHEDULES
+from megatron_mhc.settings.pipeline import PipelineConfig
 
 _ROWS = (
     Constraint(
@@ -41,7 +42,7 @@ _ROWS = (
     Constraint(
         '--fp8-recipe delayed',
         lambda get: bool(get('fp8')) and get('fp8_recipe') in (None, 'delayed'),
-        'amax histories depend on the order of microbatches',
+        'amax histories follow the order in which the stock schedules run microbatches',
         'use --fp8-recipe tensorwise, blockwise or mxfp8',
     ),
     Constraint(
@@ -53,8 +54,8 @@ _ROWS = (
     Constraint(
         '--overlap-moe-expert-parallel-comm',
         lambda get: bool(get('overlap_moe_expert_parallel_comm')),
-        'fused slots already overlap the all-to-all of one microbatch with the compute of another',
-        'drop the flag',
+        'it merges passes in an order of its own',
+        'drop the flag: the fused slots of dualpipev and dualpipev-w overlap the same all-to-all',
     ),
     Constraint(
         '--moe-shared-expert-overlap / --overlap-dispatch-backward-with-experts-wgrad',
@@ -89,6 +90,39 @@ _ROWS = (
         'drop the flag',
     ),
     Constraint(
+        '--fine-grained-activation-offloading / --cpu-offloading-num-layers',
+        offloads,
+        'offloaded activations are fetched in the order of the stock schedules',
+        'use selective recomputation',
+    ),
+    Constraint(
+        '--hybrid-context-parallel',
+        lambda get: bool(get('hybrid_context_parallel')),
+        'its groups change from one microbatch to the next',
+        'drop the flag',
+    ),
+    Constraint(
+        '--export-kd-teacher-load',
+        lambda get: bool(get('export_kd_teacher_load')),
+        'distillation adjusts the shapes of pipeline messages by itself',
+        'drop the flag',
+    ),
+    Constraint(
+        '--yaml-cfg',
+        lambda get: get('yaml_cfg') is not None,
+        'a YAML configuration discards every command-line value, the layout among them',
+        'pass the settings as flags',
+    ),
+    Constraint(
+        '--num-microbatches-with-partial-activation-checkpoints',
+        lambda get: get('num_microbatches_with_partial_activation_checkpoints') is not None,
+        'its window follows the warm-up of the stock schedules',
+        'drop the flag',
+    ),
+)
+# Of two chunks a rank alone.
+_ON_V = (
+    Constraint(
         '--decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers',
         lambda get: (
             get('decoder_first_pipeline_num_layers') is not None
@@ -111,41 +145,23 @@ _ROWS = (
         'drop the flag',
     ),
     Constraint(
-        '--fine-grained-activation-offloading / --cpu-offloading-num-layers',
-        offloads,
-        'offloaded activations are fetched in the order of the stock schedules',
-        'use selective recomputation',
-    ),
-    Constraint(
         '--ckpt-format torch',
         lambda get: get('ckpt_format') == 'torch',
         'it numbers chunks, not layers, so another schedule would load the wrong ones',
         'use --ckpt-format torch_dist',
     ),
-    Constraint(
-        '--hybrid-context-parallel',
-        lambda get: bool(get('hybrid_context_parallel')),
-        'its groups change from one microbatch to the next',
-        'drop the flag',
-    ),
     LAYOUT_BESIDE_PATTERN,
-    Constraint(
-        '--export-kd-teacher-load',
-        lambda get: bool(get('export_kd_teacher_load')),
-        'distillation adjusts the shapes of pipeline messages by itself',
-        'drop the flag',
-    ),
-    Constraint(
-        '--yaml-cfg',
-        lambda get: get('yaml_cfg') is not None,
-        'a YAML configuration discards every command-line value, the layout among them',
-        'pass the settings as flags',
-    ),
-    Constraint(
-        '--num-microbatches-with-partial-activation-checkpoints',
-        lambda get: get('num_microbatches_with_partial_activation_checkpoints') is not None,
-        'its window follows the warm-up of the stock schedules',
-        'drop the flag',
-    ),
 )
-INVERTED_V = Refusals('--pipeline-schedule {}', 'use --pipeline-schedule 1f1b', _ROWS, V_SCHEDULES)
+_OTHERWISE = 'use --pipeline-schedule 1f1b'
+INVERTED_V = Refusals('--pipeline-schedule {}', _OTHERWISE, _ROWS + _ON_V, V_SCHEDULES)
+ON_LINE = Refusals('--pipeline-schedule {}', _OTHERWISE, _ROWS, LINE_SCHEDULES)
+
+
+def check_planned(settings: object, pipeline: PipelineConfig) -> None:
+    """Raise ValueError for the first refused pair found in ``settings``.
+
+    Args:
+        settings: parsed arguments or a ``TransformerConfig``.
+        pipeline: the schedule.
+    """
+    (INVERTED_V if pipeline.on_v else ON_LINE).check(settings, pipeline.schedule)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_mhc.settings.names import PIPELINE_SCHEDULES, V_SCHEDULES
+from megatron_mhc.settings.names import STUDIED_SCHEDULES, V_SCHEDULES
 from megatron_mhc.sizing.shape import ModelShape
 from megatron_mhc.study.hardware import Hardware
 from megatron_mhc.study.names import FULL, PRECISIONS
@@ -21,7 +21,7 @@ def sweep_of(options: argparse.Namespace, shape: ModelShape, hardware: Hardware)
     Raises:
         ValueError: a value without effect beside the others.
     """
-    schedules = tuple(options.schedule or PIPELINE_SCHEDULES)
+    schedules = tuple(options.schedule or STUDIED_SCHEDULES)
     if options.vpp and 'interleaved' not in schedules:
         why = 'a V has two chunks a rank' if {*V_SCHEDULES} & {*schedules} else '1f1b has one chunk'
         raise ValueError(

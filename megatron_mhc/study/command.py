@@ -26,7 +26,7 @@ from megatron_mhc.inputs.values import (
     number,
 )
 from megatron_mhc.recipes.names import MODELS
-from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_SEGMENTS
+from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_SEGMENTS, STUDIED_SCHEDULES
 from megatron_mhc.study.names import (
     FULL,
     HARDWARE,
@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _TYPES = f'{STUDIED_WORDS} (default: mhc)'
-_SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: all)'
+_SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: {" ".join(STUDIED_SCHEDULES)})'
 
 
 def _residual(text: str) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
-from megatron_mhc.schedules.catalog import obstacle
-from megatron_mhc.settings.names import PIPELINE_SCHEDULES
+from megatron_mhc.schedules.catalog import SCHEDULES, obstacle
+from megatron_mhc.settings.names import STUDIED_SCHEDULES
 from megatron_mhc.sizing.divides import Checks, model_checks
 from megatron_mhc.sizing.memory import Layout
 from megatron_mhc.sizing.shape import ModelShape
@@ -70,7 +70,7 @@ class Sweep:
     pp: tuple[int, ...]
     ep: tuple[int, ...]
     dp: tuple[int, ...] = ()
-    schedule: tuple[str, ...] = PIPELINE_SCHEDULES
+    schedule: tuple[str, ...] = STUDIED_SCHEDULES
     vpp: tuple[int, ...] = (2,)
     micro_batch: tuple[int, ...] = (1,)
     streams: tuple[int, ...] = (4,)
@@ -185,4 +185,4 @@ def _of_ranks(sequences: int, sizes: Sizes, dp: tuple[int, ...]) -> Checks:
 
 def _stages(sizes: Sizes) -> int:
     pp = sizes['pp']
-    return pp * {'1f1b': 1, 'interleaved': sizes['vpp']}.get(sizes['schedule'], 2) if pp > 1 else 1
+    return pp * (SCHEDULES[sizes['schedule']].chunks or sizes['vpp']) if pp > 1 else 1

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, words
 from megatron_mhc.recipes.script import flags_text
-from megatron_mhc.settings.names import PIPELINE_SCHEDULES
+from megatron_mhc.settings.names import STUDIED_SCHEDULES
 from megatron_mhc.study.estimate import run_study
 from megatron_mhc.study.kernels import BytesModel
 from megatron_mhc.study.model import own_model, recipe_model
@@ -103,7 +103,7 @@ def studied():
 
 def test_what_a_study_prints_is_accepted(parser, monkeypatch):
     found = studied()
-    assert {point.layout.schedule for point in found} == set(PIPELINE_SCHEDULES)
+    assert {point.layout.schedule for point in found} == set(STUDIED_SCHEDULES)
     assert len(found) > 20
     for point in found:
         layout, model = point.layout, recipe_model('27b', 1920, 'mhc')
@@ -148,7 +148,7 @@ def test_a_model_of_ones_own(parser, monkeypatch, capfd):
     hardware = PRESETS['h100']
     sweep = Sweep((8,), (1, 2), (1, 2, 4), (1,))
     points = run_study(model.shape, model.batch, sweep, hardware, BytesModel(hardware)).points
-    assert {point.layout.schedule for point in points} == set(PIPELINE_SCHEDULES)
+    assert {point.layout.schedule for point in points} == set(STUDIED_SCHEDULES)
     for point in points:
         topics = model.flags(point)
         added = [word for topic in topics.values() for line in words(topic) for word in line]

@@ -7,11 +7,13 @@ optimizer step) as a distributed checkpoint again, so that any two layouts can b
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import pathlib
 import sys
+import weakref
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.runtime import cpu_device
@@ -67,7 +69,8 @@ from megatron_mhc.monitor.collect import Monitor  # noqa: E402
 from megatron_mhc.monitor.reduce import gather  # noqa: E402
 from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
-from megatron_mhc.patches.registry import RESIDUAL_PATCHES, SCHEDULE_PATCHES  # noqa: E402
+from megatron_mhc.patches.registry import RESIDUAL_PATCHES, schedule_patches  # noqa: E402
+from megatron_mhc.pipeline.chunk_stage import ChunkStage  # noqa: E402
 from megatron_mhc.pipeline.tied_embedding import has_second_copy  # noqa: E402
 from megatron_mhc.settings.engram import EngramConfig  # noqa: E402
 from megatron_mhc.settings.flags_monitor import MonitorConfig  # noqa: E402
@@ -222,15 +225,38 @@ def forward_step(iterator, model):
 
 
 def run(case: dict, folder: pathlib.Path) -> dict:
-    """One case; a case with a schedule runs on the inverted V."""
+    """One case; one with a schedule is run from a plan."""
     if not case.get('schedule'):
         return step(case, folder)
-    engine.apply(SCHEDULE_PATCHES)
+    patches = schedule_patches(PipelineConfig(**case['schedule']))
+    engine.apply(patches)
     try:
-        return step(case, folder)
+        with counted_activations() as held:
+            result = step(case, folder)
     finally:
-        engine.revert(SCHEDULE_PATCHES)
+        engine.revert(patches)
         engine.apply(RESIDUAL_PATCHES)
+    in_flight = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(in_flight, held[0] / (case['layout'].get('vpp') or 1))
+    return {**result, 'in_flight': in_flight}
+
+
+@contextlib.contextmanager
+def counted_activations():
+    """The most microbatches whose graph or weight gradients the stages of this rank have kept."""
+    held, stages, forward = [0], weakref.WeakSet(), ChunkStage.forward
+
+    def counted(stage, microbatch, x):
+        result = forward(stage, microbatch, x)
+        stages.add(stage)
+        held[0] = max(held[0], sum(len(one._kept) + len(one._weights) for one in stages))
+        return result
+
+    ChunkStage.forward = counted
+    try:
+        yield held
+    finally:
+        ChunkStage.forward = forward
 
 
 def step(case: dict, folder: pathlib.Path) -> dict:

@@ -11,7 +11,7 @@ from megatron_mhc.schedules import catalog
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.plan import Op
 from megatron_mhc.schedules.validator import PlanError, validate
-from megatron_mhc.settings import v_plan
+from megatron_mhc.settings import step_plan
 from megatron_mhc.settings.names import V_SCHEDULES
 from megatron_mhc.settings.pipeline import PipelineConfig
 
@@ -27,18 +27,18 @@ class Group:
 def forgotten(monkeypatch):
     ranks = lambda group: list(range(group.size()))  # noqa: E731
     monkeypatch.setattr(pipeline_proof.dist, 'get_process_group_ranks', ranks)
-    v_plan.plan_of.cache_clear()
-    v_plan.prove.cache_clear()
+    step_plan.plan_of.cache_clear()
+    step_plan.prove.cache_clear()
     pipeline_proof._proved.clear()
 
 
 @pytest.mark.parametrize('evaluating', [False, True])
 @pytest.mark.parametrize('schedule', V_SCHEDULES)
 def test_a_rank_has_its_part_of_the_whole_plan(schedule, evaluating):
-    whole = v_plan._lowered(schedule, 6, 13, evaluating, recompute=True).reversed_ranks()
+    whole = step_plan._lowered(schedule, 6, 13, evaluating, recompute=True).reversed_ranks()
     validate(whole)
     for rank in range(6):
-        part = v_plan.plan_of(schedule, rank, 6, 13, evaluating, recompute=True)
+        part = step_plan.plan_of(schedule, rank, 6, 13, evaluating, recompute=True)
         assert part.ranks[rank] == whole.ranks[rank]
         assert part.placement == whole.placement and part.schedule == whole.schedule
         assert not any(ops for other, ops in enumerate(part.ranks) if other != rank)
@@ -47,12 +47,12 @@ def test_a_rank_has_its_part_of_the_whole_plan(schedule, evaluating):
 def test_a_rank_looks_at_its_neighbours_only(monkeypatch):
     looked_at = []
     monkeypatch.setattr(
-        v_plan,
+        step_plan,
         'validate',
         lambda plan, ranks: looked_at.append([n for n, ops in enumerate(plan.ranks) if ops]),
     )
     for rank in (0, 3, 7):
-        v_plan.plan_of('zb-v', rank, 8, 16)
+        step_plan.plan_of('zb-v', rank, 8, 16)
     # In the numbers of the V.
     assert looked_at == [[6, 7], [3, 4, 5], [0, 1]]
 
@@ -97,12 +97,12 @@ def test_a_part_that_is_wrong_by_itself_needs_no_one_else(monkeypatch):
     schedule = wrong(catalog.SCHEDULES['zb-v'], lambda rank, words: words[:-1])
     monkeypatch.setitem(catalog.SCHEDULES, 'zb-v', schedule)
     with pytest.raises(PlanError, match='missing'):
-        v_plan.plan_of('zb-v', 1, 2, 4)
+        step_plan.plan_of('zb-v', 1, 2, 4)
 
 
 def test_a_plan_is_proved_once(monkeypatch):
     proofs, told = [], []
-    monkeypatch.setattr(v_plan, 'prove', lambda *numbers: proofs.append(numbers))
+    monkeypatch.setattr(step_plan, 'prove', lambda *numbers: proofs.append(numbers))
     monkeypatch.setattr(
         pipeline_proof.dist, 'broadcast_object_list', lambda *_, **__: told.append(1)
     )

@@ -10,6 +10,9 @@ import pytest
 import torch
 from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
+from megatron_mhc.schedules.catalog import make_plan
+from megatron_mhc.schedules.validator import live_activations
+
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 SINGLE = {**MHC, 'single_pass': True}
@@ -101,6 +104,8 @@ ALONE = [
     ('hybrid-step', 'hybrid-mhc', 2, 8, PLAIN),
 ]
 
+MICROBATCHES = {name: microbatches for name, _, _, microbatches, _ in ALONE}
+
 
 def on_v(name: str, reference: str, world: int, schedule: str, layout: str = '', **changes):
     """A case: name, reference, world, changes; ``layout`` has the layers of each stage."""
@@ -117,6 +122,12 @@ def in_pattern(name: str, reference: str, world: int, schedule: str, pattern: st
     return placed(name, f'hybrid-{reference}', world, schedule, pp, case | changes)
 
 
+def on_line(name: str, reference: str, world: int, pp: int = 2, **changes):
+    """One chunk a rank, where Megatron has it for 1F1B."""
+    case = {'config': {}, 'parallel': {'vpp': None}, **changes}
+    return placed(name, reference, world, 'zb-h1', pp, case)
+
+
 def placed(name: str, reference: str, world: int, schedule: str, pp: int, case: dict):
     parallel = {**(V4 if pp == 4 else V2), **case.pop('parallel', {})}
     settings = {'schedule': schedule, **case.pop('settings', {})}
@@ -124,6 +135,20 @@ def placed(name: str, reference: str, world: int, schedule: str, pp: int, case: 
     return f'{schedule}-{name}', reference, world, case
 
 
+# Less in flight; the bound on four ranks is in whole ranks and lies between two of what there is.
+BOUNDED = [
+    *(on_v('2', 'mhc-4', 2, schedule) for schedule in ('v-half', 'v-min', 'v-bound')),
+    on_v('4', 'deep-12', 4, 'v-half'),
+    on_v('4', 'deep-mhc-12', 4, 'v-min'),
+    on_v('4', 'deep-mhc-12', 4, 'v-bound', settings={'live_bound': 3.7}),
+    on_v('4', 'deep-12', 4, 'zb-v'),
+    on_line('2', 'mhc-4', 2),
+    on_line('2-tp2', 'standard-tp2', 4, config={}, parallel={'vpp': None, **TP}),
+    on_line('4', 'deep-mhc-12', 4, 4),
+    on_line('moe', 'moe-4', 2),
+    on_line('rebuilt', 'mhc-8', 2, **rebuilt('stage', **MHC)),
+    on_line('dp2-overlap', 'mhc-dp2', 4, **OVERLAP),
+]
 MATRIX = [
     *(on_v(f'2-{m}-{r}', f'{r}-{m}', 2, s) for s in SCHEDULES for m in (4, 8) for r in MIXED),
     *(on_v(f'4-{m}-{r}', f'{r}-{m}', 4, s) for s in SCHEDULES for m in (8, 12) for r in DEEP),
@@ -145,6 +170,8 @@ HYBRID = [
 ]
 BITWISE = [
     *MATRIX,
+    *BOUNDED,
+    on_line('hybrid', 'hybrid-mhc-4', 2, pattern='*-M*|E-EM'),
     *HYBRID,
     # Fewer microbatches than twice the ranks, and than ranks.
     on_v('few', 'mhc-3', 2, 'zb-v'),
@@ -183,6 +210,7 @@ BITWISE = [
 # Two copies of a weight have their gradients summed at the end, one copy as they come.
 CLOSE = [
     on_v('tied', 'tied-4', 2, 'dualpipev-w'),
+    on_line('tied', 'tied-4', 2),
     on_v('mtp', 'mtp-4', 2, 'dualpipev', 'Et|t|t|tmL'),
     on_v('mtp', 'mtp-tied-4', 2, 'dualpipev-w', 'Et|t|t|tmL'),
     # The final norm lies before the last stage, so the last edge is one stream wide.
@@ -262,6 +290,22 @@ def test_evaluation_has_the_losses_of_training(runs, name, reference):
     _, results = runs
     flat = [loss for rank in results[f'{name}-{reference}']['losses'] for loss in rank]
     assert flat == results[reference]['losses'][0]
+
+
+@pytest.mark.parametrize(('name', 'reference'), ids(BOUNDED))
+def test_what_stages_keep_is_what_the_plan_has_in_flight(runs, name, reference):
+    """On every pipeline rank, at its peak."""
+    result = runs[1][f'{name}-{reference}']
+    case = next(case for one, other, _, case in BOUNDED if (one, other) == (name, reference))
+    schedule, pp = case['schedule'], case['layout']['pp']
+    m = MICROBATCHES[reference] // (2 if 'dp2' in name else 1)
+    plan = make_plan(schedule['schedule'], pp, m, live_bound=schedule.get('live_bound'))
+    in_flight = live_activations(plan)
+    if case['layout']['vpp']:
+        # The inverted V has the end of the model on its last rank.
+        in_flight = in_flight[::-1]
+    ranks_of_each = len(result['in_flight']) // pp
+    assert result['in_flight'] == [n for n in in_flight for _ in range(ranks_of_each)]
 
 
 def test_no_case_leaves_threads_to_the_next(runs):

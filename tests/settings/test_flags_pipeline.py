@@ -17,7 +17,7 @@ from megatron_mhc.schedules.inverted_v import (
     holder_of,
     stage_of,
 )
-from megatron_mhc.settings import v_plan
+from megatron_mhc.settings import step_plan
 from megatron_mhc.settings.flags_pipeline import pipeline_config_from_args, resolve_pipeline
 
 PP4 = '--num-layers 16 --pipeline-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 8'
@@ -85,6 +85,24 @@ def test_ends_of_the_model_count_as_layers(parse):
     assert not args.account_for_loss_in_pipeline_split
 
 
+def test_a_schedule_on_a_line_leaves_the_layers_to_megatron(parse, capsys):
+    refusal.announce.cache_clear()
+    args = parse(*ZB_H1.split())
+    assert args.pipeline_model_parallel_layout is None
+    out = capsys.readouterr().out
+    assert 'zb-h1: 4 ranks, 8 microbatches, at most 4 microbatches in flight on a rank' in out
+    own = parse(*ZB_H1.split(), '--pipeline-model-parallel-layout', 'Ettt|tttt*2|tttt|tL')
+    assert not pipeline_config_from_args(own).on_v
+
+
+def test_a_bound_on_what_is_in_flight(parse, capsys):
+    refusal.announce.cache_clear()
+    flags = f'{PP4} --pipeline-schedule v-bound --pipeline-live-bound 3.7'
+    args = parse(*flags.split())
+    assert pipeline_config_from_args(args).live_bound == 3.7
+    assert 'at most 3.5 microbatches in flight on a rank' in capsys.readouterr().out
+
+
 def test_weight_gradients_after_the_slot_is_dualpipev_w(parse):
     args = parse(*V.split(), '--pipeline-w-placement', 'after')
     assert pipeline_config_from_args(args).schedule == 'dualpipev-w'
@@ -92,6 +110,7 @@ def test_weight_gradients_after_the_slot_is_dualpipev_w(parse):
 
 # Copies of the word embedding: tied output layers and prediction layers.
 MTP = f'{PP4} --mtp-num-layers 1'
+ZB_H1 = f'{PP4} --pipeline-schedule zb-h1'
 LAST, ALONE = 'Ett|tt|tt|tt|tt|tt|tt|tmL', 'Ett|tt|tt|tt|m|||L'
 UNTIED = '--untie-embeddings-and-output-weights'
 
@@ -144,6 +163,13 @@ REFUSED = {
     f'{PATTERN} *-*-*-*-/*-': '--position-embedding-type rope or none',
     f'{PATTERN} *-*-*-*- --mtp-num-layers 1': "0 parts behind '/', but --mtp-num-layers 1",
     f'{PATTERN} *-*-*-*- --pipeline-model-parallel-layout {LAST}': 'says itself which layers',
+    f'{PP4} --pipeline-schedule v-bound --pipeline-live-bound 1': '--pipeline-live-bound 1: no '
+    'schedule without idle ranks holds at most 1 microbatches in flight on 4 ranks, as one needs 2',
+    f'{PP4} --pipeline-schedule zb-v --pipeline-live-bound 3': 'it belongs to v-bound; drop it or',
+    f'{PP4} --pipeline-schedule v-bound --pipeline-live-bound 0': 'a finite number above 0, at most',
+    f'{ZB_H1} --num-virtual-stages-per-pipeline-rank 2': 'zb-h1 has one chunk a rank; drop the',
+    f'{ZB_H1} --pipeline-model-parallel-layout {LAST}': 'or | of the layout or --hybrid-layer-patt',
+    f'{ZB_H1} --overlap-moe-expert-parallel-comm': 'merges passes in an order of its own; drop the',
     f'{PP4} --pipeline-schedule dualpipe': 'argument --pipeline-schedule: invalid choice',
 }
 
@@ -203,7 +229,7 @@ def test_one_rank_proves_the_whole_plan(parse, monkeypatch, rank):
     """The others start with what they can see, in a time that does not grow with the ranks."""
     asked = []
     monkeypatch.setenv('RANK', rank)
-    monkeypatch.setattr(v_plan, 'prove', lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr(step_plan, 'prove', lambda *args, **kwargs: asked.append(args))
     parse(*V.split())
     assert bool(asked) == (rank == '0')
 

@@ -1,4 +1,4 @@
-"""The plan of one step on the inverted V, and its proof; each is made once.
+"""The plan of one step in Megatron, and its proof; each is made once.
 
 Apart from ``PipelineConfig``, whose flags need no generators.
 """
@@ -8,20 +8,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection
 
-from megatron_mhc.schedules.catalog import make_plan, obstacle, placement_of, too_many
+from megatron_mhc.schedules.catalog import (
+    SCHEDULES,
+    make_plan,
+    obstacle,
+    placement_of,
+    too_many,
+)
 from megatron_mhc.schedules.generate_line import forward_only
-from megatron_mhc.schedules.inverted_v import CHUNKS
 from megatron_mhc.schedules.lowering import lower
 from megatron_mhc.schedules.plan import Plan
 from megatron_mhc.schedules.validator import validate
 
 
-def check_numbers(schedule: str, ranks: int, microbatches: int) -> None:
+def check_numbers(
+    schedule: str, ranks: int, microbatches: int, live_bound: float | None = None
+) -> None:
     """Raise ValueError where the schedule does not exist for these numbers."""
-    reason = obstacle(schedule, ranks, microbatches)
+    reason = obstacle(schedule, ranks, microbatches, live_bound=live_bound)
     if reason is not None:
-        raise ValueError(f'--pipeline-schedule {schedule}: {reason}')
-    reason = too_many(ranks, microbatches, CHUNKS)
+        bound = '' if live_bound is None else f' --pipeline-live-bound {live_bound:g}'
+        raise ValueError(f'--pipeline-schedule {schedule}{bound}: {reason}')
+    reason = too_many(ranks, microbatches, SCHEDULES[schedule].chunks or 1)
     if reason is not None:
         raise ValueError(f'--global-batch-size with --pipeline-schedule: {reason}')
 
@@ -34,6 +42,7 @@ def plan_of(
     microbatches: int,
     evaluating: bool = False,
     recompute: bool = False,
+    live_bound: float | None = None,
 ) -> Plan:
     """What pipeline rank ``rank`` of ``ranks`` does in one step, as the executor runs it.
 
@@ -44,13 +53,15 @@ def plan_of(
     Raises:
         ValueError: the schedule does not exist for these numbers.
     """
-    # On the V, whose ranks the inverted V names the other way round.
-    own = ranks - 1 - rank
+    # The inverted V names the ranks of the V the other way round.
+    on_v = SCHEDULES[schedule].placement == 'v'
+    own = ranks - 1 - rank if on_v else rank
     seen = range(max(0, own - 1), min(ranks, own + 2))
-    plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, seen)
+    plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, live_bound, seen)
     validate(plan, ranks=seen)
     kept = tuple(ops if holder == own else () for holder, ops in enumerate(plan.ranks))
-    return plan.with_ranks(kept).reversed_ranks()
+    plan = plan.with_ranks(kept)
+    return plan.reversed_ranks() if on_v else plan
 
 
 @functools.lru_cache(maxsize=64)
@@ -60,12 +71,16 @@ def prove(
     microbatches: int,
     evaluating: bool = False,
     recompute: bool = False,
+    live_bound: float | None = None,
 ) -> None:
     """Raise ValueError for a step that cannot run to its end, or would compute something else.
 
+    Or would hold more microbatches at once than ``live_bound``.
+
     Looks at all operations of all ranks, once: one rank does it for its pipeline.
     """
-    validate(_lowered(schedule, ranks, microbatches, evaluating, recompute))
+    plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, live_bound)
+    validate(plan, live_bound=live_bound)
 
 
 def _lowered(
@@ -74,9 +89,11 @@ def _lowered(
     microbatches: int,
     evaluating: bool,
     recompute: bool,
+    live_bound: float | None = None,
     only: Collection[int] | None = None,
 ) -> Plan:
     if evaluating:
-        plan = forward_only(placement_of('v', ranks), microbatches, only=only)
-        return lower(plan, reduce=False)
-    return lower(make_plan(schedule, ranks, microbatches, only=only), recompute=recompute)
+        placement = placement_of(SCHEDULES[schedule].placement, ranks)
+        return lower(forward_only(placement, microbatches, only=only), reduce=False)
+    plan = make_plan(schedule, ranks, microbatches, only=only, live_bound=live_bound)
+    return lower(plan, recompute=recompute)
