@@ -6,6 +6,7 @@ wrapped, so that it does not matter which module imported the class when.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import check_ring_of_two, negotiate_shapes_if_needed
 from megatron_mhc.pipeline.embedding_copies import check_embedding_group, one_rank_holds_all
+from megatron_mhc.pipeline.initial_weights import drawn_as_on_a_line
 from megatron_mhc.pipeline.tied_embedding import drop_unused_output_weight, tie
 from megatron_mhc.residual.block import widen_block
 from megatron_mhc.residual.post_stream import use_post_stream
@@ -93,6 +95,15 @@ def prepare_pipeline(config: Any, pipeline: PipelineConfig, arguments: dict[str,
         arguments['pre_process'] = stage == 0
 
 
+def drawn_as_planned(
+    pipeline: PipelineConfig | None, vp_stage: int | None
+) -> contextlib.AbstractContextManager[None]:
+    """Where a chunk is built: with the random numbers of 1F1B, also on a V."""
+    if pipeline is None or not pipeline.on_v or vp_stage is None:
+        return contextlib.nullcontext()
+    return drawn_as_on_a_line(parallel_state.get_pipeline_model_parallel_group(), vp_stage)
+
+
 def prepare_embeddings(
     config: Any, arguments: dict[str, Any], pipeline: PipelineConfig | None
 ) -> bool:
@@ -155,7 +166,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         else:
             check_ring_of_two(config)
         together = prepare_embeddings(config, bound.arguments, pipeline)
-        original(*bound.args, **bound.kwargs)
+        with drawn_as_planned(pipeline, bound.arguments.get('vp_stage')):
+            original(*bound.args, **bound.kwargs)
         add_topology(self, residual, engram)
         if together:
             tie(self)

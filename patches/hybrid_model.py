@@ -18,6 +18,7 @@ from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, applied
 from megatron_mhc.patches.gpt_model import (
     add_topology,
+    drawn_as_planned,
     move_post_stream,
     pipeline_of,
     prepare_pipeline,
@@ -74,7 +75,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             if pipeline.on_v:
                 _require_placement(pipeline)
             prepare_pipeline(config, pipeline, bound.arguments)
-        original(*bound.args, **bound.kwargs)
+        with drawn_as_planned(pipeline, vp_stage):
+            original(*bound.args, **bound.kwargs)
         add_topology(self, residual, engram)
         if pipeline is not None and pipeline.on_v:
             # On a V one rank holds all copies of the word embedding.

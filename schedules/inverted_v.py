@@ -42,6 +42,8 @@ def even_layout(
     last: str = 'L',
     first_extra: int = 0,
     last_extra: int = 0,
+    first_layers: int | None = None,
+    last_layers: int | None = None,
 ) -> str:
     """The layout that gives each of the 2 P stages the same load.
 
@@ -52,11 +54,15 @@ def even_layout(
         last: what stands after the last stage's layers: prediction layers and the loss.
         first_extra: layers that the embedding counts for.
         last_extra: layers that the output layer and the loss count for.
+        first_layers: of the first stage, where it has a number of its own.
+        last_layers: of the last stage, likewise.
 
     Raises:
         ValueError: the layers do not divide; the message has a layout that works.
     """
     stages = CHUNKS * ranks
+    if first_layers is not None or last_layers is not None:
+        return written(_between(layers, stages, first_layers, last_layers), first, last)
     total = layers + first_extra + last_extra
     if layers < stages or total % stages:
         if layers < stages:
@@ -72,6 +78,25 @@ def even_layout(
     counts[0] -= first_extra
     counts[-1] -= last_extra
     return written(counts, first, last)
+
+
+def _between(layers: int, stages: int, first: int | None, last: int | None) -> list[int]:
+    """Layers per stage, with ``first`` and ``last`` in those of the ends, and even between."""
+    own = [count for count in (first, last) if count is not None]
+    left, middle = layers - sum(own), stages - len(own)
+    if min(*own, left) < 0 or left % middle:
+        raise ValueError(
+            f'--num-layers {layers}: less the layers of --decoder-first-pipeline-num-layers '
+            f'{first} and --decoder-last-pipeline-num-layers {last}, {left} layers do not divide '
+            f'evenly into the other {middle} stages of a V; change them, or name the layers with '
+            f'{_FLAG}'
+        )
+    counts = [left // middle] * stages
+    if first is not None:
+        counts[0] = first
+    if last is not None:
+        counts[-1] = last
+    return counts
 
 
 def balanced(layers: int, ranks: int) -> list[int]:

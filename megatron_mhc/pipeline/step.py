@@ -163,6 +163,7 @@ class _Passes:
     ) -> list[Any]:
         """All of them; returns the loss records."""
         losses: list[Any] = []
+        gather_parameters(self.config, self.model)
         for chunk in range(len(self.model)):
             stage = stage_at(self.rank, chunk, self.plan.pp, 'v' if len(self.model) > 1 else 'line')
             is_last = stage == self.plan.stages - 1
@@ -175,8 +176,10 @@ class _Passes:
                 recompute_stream=_recompute_stream(self.config),
                 reduces=early,
             )
-        # Only where something is launched on a side stream is there a reason to take turns.
+        # Only where something is launched on a side stream is there a reason to take turns. A layer
+        # that runs again has the random numbers of its first run, which a hand-over would lend.
         takes_turns = self.config.num_moe_experts or POST_STREAM.peek(self.config) == 'high'
+        takes_turns = takes_turns and self.config.recompute_granularity != 'full'
         fused = run_lanes if takes_turns else in_turn
         run_plan(
             self.plan, self.rank, self.stages, self.transport, fused=fused, synchronous=synchronous
@@ -237,6 +240,20 @@ def verifies_next_step(chunk: nn.Module, pipeline: PipelineConfig) -> bool:
     begun = _STEPS_BEGUN.get(chunk, 0)
     _STEPS_BEGUN[chunk] = begun + 1
     return begun < pipeline.verify_steps
+
+
+def gather_parameters(config: Any, model: list[nn.Module]) -> None:
+    """Start gathering the parameters of all chunks, first the one whose forward is first.
+
+    For ``--overlap-param-gather`` where ranks are to do it together; otherwise the first module
+    that needs a bucket starts it.
+    """
+    functions = config.param_sync_func
+    if functions is None:
+        return
+    chunks = functions if isinstance(functions, list) else [functions]
+    for function, chunk in zip(chunks, model, strict=True):
+        function(chunk.parameters())
 
 
 def overlaps_reduction(chunk: nn.Module) -> bool:

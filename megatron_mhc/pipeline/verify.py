@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
+from megatron_mhc.pipeline.random_state import RandomState
 from megatron_mhc.pipeline.trackers import Trackers
 from megatron_mhc.schedules.executor_debug import first_difference
 
@@ -107,9 +107,7 @@ class _State:
             if (gradient := _gradient(parameter)) is not None
         }
         self._buffers = [[b.clone() for b in _buffers(chunk)] for chunk in model]
-        self._cpu = torch.get_rng_state()
-        self._device = torch.cuda.get_rng_state()
-        self._tracker = get_cuda_rng_tracker().get_states()
+        self._random = RandomState()
         import numpy
 
         self._host = random.getstate(), numpy.random.get_state()
@@ -133,9 +131,7 @@ class _State:
         for index, chunk in enumerate(self._model):
             for buffer, value in zip(_buffers(chunk), self._buffers[index], strict=True):
                 buffer.copy_(value)
-        torch.set_rng_state(self._cpu)
-        torch.cuda.set_rng_state(self._device)
-        get_cuda_rng_tracker().set_states(self._tracker)
+        self._random.restore()
         import numpy
 
         random.setstate(self._host[0])

@@ -186,6 +186,7 @@ def advise_on_optimizer_state(args: argparse.Namespace, when: str) -> None:
 def _lay_out(args: argparse.Namespace) -> str:
     """The layers of every stage, in the argument where Megatron looks for them."""
     args.num_virtual_stages_per_pipeline_rank = None
+    args.num_layers_per_virtual_pipeline_stage = None
     ranks, predicted = args.pipeline_model_parallel_size, args.mtp_num_layers or 0
     # The name of the pattern that is given; the second is older.
     for name in ('hybrid_layer_pattern', 'hybrid_override_pattern'):
@@ -206,7 +207,15 @@ def _lay_out(args: argparse.Namespace) -> str:
     extra = (args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split)
     args.account_for_embedding_in_pipeline_split = False
     args.account_for_loss_in_pipeline_split = False
-    layout = even_layout(args.num_layers, ranks, first, last, *map(int, extra))
+    ends = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+    if any(extra) and ends != (None, None):
+        raise ValueError(
+            '--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split '
+            'count layers, --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-'
+            'layers set them; use one or the other'
+        )
+    layout = even_layout(args.num_layers, ranks, first, last, *map(int, extra), *ends)
     args.pipeline_model_parallel_layout = layout
     return layout
 

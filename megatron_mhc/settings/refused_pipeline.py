@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from megatron_mhc.schedules.inverted_v import CHUNKS
 from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
+    Setting,
     cuda_graphs,
-    full_recompute,
     offloads,
     shards_parameters,
 )
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN
 from megatron_mhc.settings.names import LINE_SCHEDULES, V_SCHEDULES
 from megatron_mhc.settings.pipeline import PipelineConfig
+
+
+def _other_than_two_chunks(get: Setting) -> bool:
+    each, ranks = get('num_layers_per_virtual_pipeline_stage'), get('pipeline_model_parallel_size')
+    return each is not None and each * ranks * CHUNKS != get('num_layers')
+
 
 _ROWS = (
     Constraint(
@@ -34,22 +41,16 @@ _ROWS = (
         'use --use-distributed-optimizer',
     ),
     Constraint(
-        '--recompute-granularity full',
-        full_recompute,
-        'its backward runs forward passes again, which cannot be split or interleaved',
-        'use --recompute-granularity selective',
-    ),
-    Constraint(
         '--fp8-recipe delayed',
         lambda get: bool(get('fp8')) and get('fp8_recipe') in (None, 'delayed'),
         'amax histories follow the order in which the stock schedules run microbatches',
         'use --fp8-recipe tensorwise, blockwise or mxfp8',
     ),
     Constraint(
-        '--overlap-param-gather',
-        lambda get: bool(get('overlap_param_gather')),
-        'it is not tested with two chunks that start at different times',
-        'drop the flag; --overlap-grad-reduce works',
+        '--overlap-param-gather-with-optimizer-step',
+        lambda get: bool(get('overlap_param_gather_with_optimizer_step')),
+        'it updates one chunk ahead of the other, the one that the stock schedule begins with',
+        'drop the flag; --overlap-param-gather works',
     ),
     Constraint(
         '--overlap-moe-expert-parallel-comm',
@@ -123,18 +124,8 @@ _ROWS = (
 # Of two chunks a rank alone.
 _ON_V = (
     Constraint(
-        '--decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers',
-        lambda get: (
-            get('decoder_first_pipeline_num_layers') is not None
-            or get('decoder_last_pipeline_num_layers') is not None
-        ),
-        'the end rank holds the first and the last stage',
-        'name the layers of every stage with --pipeline-model-parallel-layout, or by | in '
-        '--hybrid-layer-pattern',
-    ),
-    Constraint(
         '--num-layers-per-virtual-pipeline-stage',
-        lambda get: get('num_layers_per_virtual_pipeline_stage') is not None,
+        _other_than_two_chunks,
         'a V has two chunks a rank',
         'drop the flag, or name the layers with --pipeline-model-parallel-layout',
     ),

@@ -96,15 +96,23 @@ def build(case: dict) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     config = settings(case, sizes | {'sequence_parallel': layout['sp']})
+    if case.get('initial'):
+        # As a training script does.
+        torch.manual_seed(3 + 100 * parallel_state.get_pipeline_model_parallel_rank())
     stages = range(layout['vpp']) if layout['vpp'] else [None]
     chunks = [model_chunk(case, config, stage) for stage in stages]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=case.get('step') == 'dist',
         overlap_grad_reduce=case.get('overlap', False),
+        overlap_param_gather=bool(case.get('gather')),
+        align_param_gather=case.get('gather') == 'together',
     )
     config.finalize_model_grads_func = finalize_model_grads
-    return config, [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    replicas = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    if ddp_config.align_param_gather:
+        config.param_sync_func = [chunk.start_param_sync for chunk in replicas]
+    return config, replicas
 
 
 def settings(case: dict, sizes: dict) -> TransformerConfig:
@@ -262,6 +270,9 @@ def counted_activations():
 def step(case: dict, folder: pathlib.Path) -> dict:
     config, chunks = build(case)
     equal = copies_agree(chunks)
+    if case.get('initial'):
+        save(weights(chunks), folder / case['name'])
+        return {'next': draws()}
     if case.get('reference'):
         randomise(chunks)
         save(weights(chunks), folder / case['weights'])
@@ -286,6 +297,9 @@ def step(case: dict, folder: pathlib.Path) -> dict:
     if not forward_only:
         if case.get('step'):
             optimizer.step()
+            if case.get('gather'):
+                # The next step gathers what this one has updated.
+                passes(case, chunks, forward_only)
         else:
             grad_norm = gradients_as_weights(optimizer, chunks)
         save(weights(chunks), folder / case['name'])
@@ -294,6 +308,13 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         # Its hooks on the gradients of experts are in a cycle that the collector cannot see.
         chunk.__dict__.clear()
     return {'losses': gathered, 'grad_norm': grad_norm, 'report': report, 'equal_copies': equal}
+
+
+def draws() -> list[int]:
+    """What the generator of each rank gives next."""
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, int(torch.randint(10**9, ())))
+    return found
 
 
 def copies_agree(chunks: list[torch.nn.Module]) -> bool:
@@ -313,6 +334,7 @@ def make_optimizer(case: dict, chunks: list[torch.nn.Module]):
         clip_grad=0.0,  # its norm is summed in shard order
         adam_eps=1e-8,
         use_distributed_optimizer=case.get('step') == 'dist',
+        overlap_param_gather=bool(case.get('gather')),
     )
     return get_megatron_optimizer(config, chunks, get_standard_config_overrides(config))
 

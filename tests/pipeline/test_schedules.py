@@ -75,6 +75,11 @@ def rebuilt(blocks, **residual):
     return {'residual': {**residual, 'recompute_layer_num': blocks, 'recompute_stream': 'high'}}
 
 
+FULL = {
+    'recompute_granularity': 'full',
+    'recompute_method': 'uniform',
+    'recompute_num_layers': 1,
+}
 REBUILT = rebuilt('stage', **MHC)
 DIST, PLAIN, EVAL = {'step': 'dist'}, {'step': 'plain'}, {'forward_only': True}
 
@@ -111,7 +116,7 @@ def on_v(name: str, reference: str, world: int, schedule: str, layout: str = '',
     """A case: name, reference, world, changes; ``layout`` has the layers of each stage."""
     pp = 4 if world == 4 and 'deep' in reference else 2
     layout = layout or (EVEN_8 if pp == 4 else EVEN_4)
-    case = {'config': {'pipeline_model_parallel_layout': layout}}
+    case = {'config': {'pipeline_model_parallel_layout': layout, **changes.pop('config', {})}}
     return placed(name, reference, world, schedule, pp, case | changes)
 
 
@@ -206,6 +211,15 @@ BITWISE = [
     # The weights after an optimizer step.
     on_v('step', 'mhc-step', 4, 'dualpipev', **DIST),
     on_v('step-overlap', 'mhc-step', 4, 'zb-v', **DIST, **OVERLAP),
+    on_v('gather', 'mhc-step', 4, 'v-min', **DIST, **OVERLAP, gather='apart'),
+    on_v('gather-together', 'mhc-step', 4, 'dualpipev-w', **DIST, **OVERLAP, gather='together'),
+    on_line('gather', 'mhc-step', 4, **DIST, **OVERLAP, gather='together'),
+    # Layers that run again in their backward, which is split.
+    on_v('full', 'mhc-4', 2, 'zb-v', config=FULL),
+    on_v('full', 'hc-4', 2, 'dualpipev-w', config=FULL | {'recompute_method': 'block'}),
+    on_v('full', 'moe-4', 2, 'dualpipev', config=FULL),
+    on_v('full-blocks', 'mhc-8', 2, 'v-half', config=FULL, **REBUILT),
+    on_line('full', 'mhc-4', 2, config=FULL),
 ]
 # Two copies of a weight have their gradients summed at the end, one copy as they come.
 CLOSE = [
@@ -220,6 +234,13 @@ CLOSE = [
     in_pattern('high', 'mtp-4', 2, 'dualpipev-w', ALONE_BEHIND, **HIGH),
     in_pattern('alone', 'mtp-tied-4', 2, 'zb-v', ALONE_BEHIND),
     in_pattern('alone', 'mtp-standard-4', 2, 'dualpipev', ALONE_BEHIND),
+]
+# Models that nothing is loaded into: (name, world, what 1F1B is told, what a V is told instead).
+INITIAL = [
+    ('pp2', 2, {**MODELS['mhc']}, EVEN_4),
+    ('pp2-experts', 2, {**MODELS['moe'], 'layers': 8}, 'Ett|tt|tt|ttL'),
+    ('pp4', 4, MODELS['deep'], EVEN_8),
+    ('pp2-pattern', 2, {**MODELS['hybrid-mhc'], 'pattern': '*-M*|E-EM'}, '*-|M*|E-|EM'),
 ]
 EVALUATIONS = [
     on_v('eval', 'mhc-4', 2, 'dualpipev', **EVAL),
@@ -243,6 +264,16 @@ def runs(tmp_path_factory):
         base = known[reference][1]
         config = {**base.get('config', {}), **changes['config']}
         by_world[world].append({**base, **changes, 'config': config, 'name': f'{name}-{reference}'})
+    for name, world, case, stages in INITIAL:
+        pp, config = 4 if name == 'pp4' else 2, case.get('config', {})
+        case = {**case, 'initial': True}
+        v = {**case, 'layout': {'pp': pp, 'vpp': 2}, 'schedule': {'schedule': 'v-half'}}
+        if 'pattern' in case:
+            v['pattern'] = stages
+        else:
+            v['config'] = {**config, 'pipeline_model_parallel_layout': stages}
+        by_world[world].append({**case, 'name': f'{name}-line', 'layout': {'pp': pp}})
+        by_world[world].append({**v, 'name': f'{name}-v'})
     results = {}
     for world, cases in by_world.items():
         results.update(launch(world, cases, folder))
@@ -290,6 +321,17 @@ def test_evaluation_has_the_losses_of_training(runs, name, reference):
     _, results = runs
     flat = [loss for rank in results[f'{name}-{reference}']['losses'] for loss in rank]
     assert flat == results[reference]['losses'][0]
+
+
+@pytest.mark.parametrize('name', [name for name, *_ in INITIAL])
+def test_a_v_begins_with_the_weights_of_1f1b(runs, tensors, name):
+    """And goes on with its random numbers."""
+    folder, results = runs
+    line, v = tensors(folder / f'{name}-line'), tensors(folder / f'{name}-v')
+    assert line.keys() == v.keys()
+    assert all(torch.equal(v[key], value) for key, value in line.items())
+    assert len(set(results[f'{name}-v']['next'])) == len(results[f'{name}-v']['next'])
+    assert results[f'{name}-v']['next'] == results[f'{name}-line']['next']
 
 
 @pytest.mark.parametrize(('name', 'reference'), ids(BOUNDED))

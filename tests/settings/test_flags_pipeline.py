@@ -103,6 +103,21 @@ def test_a_bound_on_what_is_in_flight(parse, capsys):
     assert 'at most 3.5 microbatches in flight on a rank' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ('flags', 'layout'),
+    [
+        ('--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3', 'Et|tttL'),
+        ('--decoder-last-pipeline-num-layers 2', 'Ett|ttL'),
+        ('--num-layers-per-virtual-pipeline-stage 2', 'Ett|ttL'),
+    ],
+)
+def test_layers_of_the_ends_are_those_of_the_end_stages(parse, flags, layout):
+    args = parse(*V.split(), *flags.split())
+    first, last = layout.split('|')
+    assert args.pipeline_model_parallel_layout == '|'.join([first, *['tt'] * 6, last])
+    assert args.decoder_first_pipeline_num_layers is None
+
+
 def test_weight_gradients_after_the_slot_is_dualpipev_w(parse):
     args = parse(*V.split(), '--pipeline-w-placement', 'after')
     assert pipeline_config_from_args(args).schedule == 'dualpipev-w'
@@ -129,8 +144,8 @@ REFUSED = {
     f'{V} --num-layers 18': "-layout 'Ett|tt|tt|ttt|ttt|tt|tt|ttL'",
     f'{V} --num-layers 6': 'use at most 3 pipeline ranks',
     f'{V} --pipeline-model-parallel-size 1': '--pipeline-model-parallel-size 1 cannot be combined',
-    f'{V} {DIST} --overlap-param-gather': '--overlap-grad-reduce works',
-    f'{V} --recompute-granularity full': 'use --recompute-granularity selective',
+    f'{V} {DIST} --overlap-param-gather --overlap-param-gather-with-optimizer-step': 'updates one '
+    'chunk ahead of the other',
     f'{V} --fp8-format hybrid': '--fp8-recipe delayed cannot be combined',
     f'{V} --fp8-format e4m3 --fp8-recipe delayed': 'use --fp8-recipe tensorwise',
     f'{V} --use-transformer-engine-op-fuser': '--use-transformer-engine-op-fuser',
@@ -139,7 +154,10 @@ REFUSED = {
     f'{V} --fine-grained-activation-offloading': 'fetched in the order of the stock schedules',
     f'{V} --ckpt-format torch': 'use --ckpt-format torch_dist',
     f'{V} --num-virtual-stages-per-pipeline-rank 4': 'a V has two chunks a rank',
-    f'{V} --decoder-first-pipeline-num-layers 2': '--pipeline-model-parallel-layout',
+    f'{V} --decoder-first-pipeline-num-layers 3': '13 layers do not divide evenly into the other 7 '
+    'stages of a V; change them, or name the layers with --pipeline-model-parallel-layout',
+    f'{V} --decoder-last-pipeline-num-layers 2 --account-for-loss-in-pipeline-split': 'one or the',
+    f'{V} --num-layers-per-virtual-pipeline-stage 4': 'a V has two chunks a rank',
     f'{V} --use-megatron-fsdp': 'use --use-distributed-optimizer',
     f'{V} --mhc-recompute-layer-num stage': 'no effect with --residual-type standard',
     f'{V} {MHC} --mhc-recompute-stream high': 'without --mhc-recompute-layer-num',
@@ -164,9 +182,9 @@ REFUSED = {
     f'{PATTERN} *-*-*-*- --mtp-num-layers 1': "0 parts behind '/', but --mtp-num-layers 1",
     f'{PATTERN} *-*-*-*- --pipeline-model-parallel-layout {LAST}': 'says itself which layers',
     f'{PP4} --pipeline-schedule v-bound --pipeline-live-bound 1': '--pipeline-live-bound 1: no '
-    'schedule without idle ranks holds at most 1 microbatches in flight on 4 ranks, as one needs 2',
+    'schedule without idle ranks holds at most 1 microbatches in flight on 4 ranks, as one ne',
     f'{PP4} --pipeline-schedule zb-v --pipeline-live-bound 3': 'it belongs to v-bound; drop it or',
-    f'{PP4} --pipeline-schedule v-bound --pipeline-live-bound 0': 'a finite number above 0, at most',
+    f'{PP4} --pipeline-schedule v-bound --pipeline-live-bound 0': 'a finite number above 0,',
     f'{ZB_H1} --num-virtual-stages-per-pipeline-rank 2': 'zb-h1 has one chunk a rank; drop the',
     f'{ZB_H1} --pipeline-model-parallel-layout {LAST}': 'or | of the layout or --hybrid-layer-patt',
     f'{ZB_H1} --overlap-moe-expert-parallel-comm': 'merges passes in an order of its own; drop the',
