@@ -18,6 +18,7 @@ from megatron_mhc.patches.param_groups import PARAM_GROUPS_PATCHES
 from megatron_mhc.patches.pipeline_schedule import PIPELINE_SCHEDULE_PATCHES
 from megatron_mhc.patches.run_start import RUN_START_PATCH
 from megatron_mhc.patches.save_checkpoint import SAVE_CHECKPOINT_PATCH
+from megatron_mhc.patches.skipped_iterations import SKIPPED_ITERATIONS_PATCH
 from megatron_mhc.patches.tied_embedding import TIED_EMBEDDING_PATCH
 from megatron_mhc.settings.pipeline import PipelineConfig
 
@@ -39,7 +40,7 @@ SCHEDULE_PATCHES = (
 )
 LINE_PATCHES = (*MODEL_PATCHES, *PIPELINE_SCHEDULE_PATCHES)
 # Beside them where Megatron's training loop runs.
-SCHEDULE_TRAINING_PATCHES = (RUN_START_PATCH, SAVE_CHECKPOINT_PATCH)
+SCHEDULE_TRAINING_PATCHES = (RUN_START_PATCH, SAVE_CHECKPOINT_PATCH, SKIPPED_ITERATIONS_PATCH)
 _ORDERED = (
     DATASET_HELPERS_PATCH,
     ARGUMENTS_PATCH,

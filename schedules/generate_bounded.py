@@ -72,7 +72,7 @@ def _searched(pp: int, chunks: int) -> Block:
 def _blocks(pp: int) -> tuple[tuple[int, Block], ...]:
     """All blocks in which no operations coincide, with the activations that a rank holds."""
     found = []
-    for strides in itertools.product(_STRIDES, repeat=4):
+    for strides in itertools.product(_STRIDES, _STRIDES, _STRIDES, _STRIDES):
         for turns in itertools.product(_TURNS, _LOSSES, _TURNS):
             block = Block(strides, turns)
             grains = grains_of(block, pp)

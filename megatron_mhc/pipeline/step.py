@@ -94,6 +94,7 @@ def run_pipeline_step(
     with _timed(config):
         if forward_only:
             return passes.run(iterators, False, False)
+        gather_parameters(config, model)
         with gradient_sync_off(model):
             if verifies_next_step(model[0], pipeline):
                 losses = run_twice(passes.run, model, iterators)
@@ -163,7 +164,6 @@ class _Passes:
     ) -> list[Any]:
         """All of them; returns the loss records."""
         losses: list[Any] = []
-        gather_parameters(self.config, self.model)
         for chunk in range(len(self.model)):
             stage = stage_at(self.rank, chunk, self.plan.pp, 'v' if len(self.model) > 1 else 'line')
             is_last = stage == self.plan.stages - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 
 from megatron_mhc.inputs.refusal import announce, is_first_rank
 from megatron_mhc.inputs.values import flag_of
@@ -204,28 +205,33 @@ def _lay_out(args: argparse.Namespace) -> str:
         )
     first, last = 'E', 'm' * predicted + 'L'
     # Megatron counts embedding and loss as a layer each where these flags are set.
-    extra = (args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split)
+    embedding = args.account_for_embedding_in_pipeline_split
+    loss = args.account_for_loss_in_pipeline_split
     args.account_for_embedding_in_pipeline_split = False
     args.account_for_loss_in_pipeline_split = False
     ends = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
-    if any(extra) and ends != (None, None):
+    if (embedding or loss) and ends != (None, None):
         raise ValueError(
             '--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split '
             'count layers, --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-'
             'layers set them; use one or the other'
         )
-    layout = even_layout(args.num_layers, ranks, first, last, *map(int, extra), *ends)
+    counted = int(embedding), int(loss)
+    layout = even_layout(args.num_layers, ranks, first, last, *counted, *ends)
     args.pipeline_model_parallel_layout = layout
     return layout
 
 
 def _microbatch_counts(args: argparse.Namespace) -> list[int]:
-    """Microbatches of a step: with a batch size that ramps up, of the smallest one too."""
+    """Microbatches of a step: of every batch size, or the smallest one too where it ramps up."""
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     model *= getattr(args, 'context_parallel_size', 1)
     replicas = max(1, int(os.environ.get('WORLD_SIZE', '1')) // model)
     batches = [args.global_batch_size or args.micro_batch_size * replicas]
     if getattr(args, 'rampup_batch_size', None):
         batches.insert(0, int(args.rampup_batch_size[0]))
+    steps = getattr(args, 'step_batch_size_schedule', None) or ''
+    # ``0:768 250B:1536``; what is no such thing, Megatron refuses.
+    batches = [int(size) for size in re.findall(r':([1-9]\d{0,8})(?!\d)', steps)] or batches
     return [max(1, batch // (args.micro_batch_size * replicas)) for batch in batches]
