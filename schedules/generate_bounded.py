@@ -39,7 +39,9 @@ def v_bound(
 ) -> tuple[Op, ...]:
     """The building block with the least bubble that holds at most ``live_bound`` microbatches."""
     bound = default_bound(pp) if live_bound is None else live_bound
-    return operations(_searched(pp, int(bound * CHUNKS)), rank, pp, microbatches)
+    # No block that is searched holds more than this.
+    chunks = int(min(bound, CHUNKS * pp + CHUNKS) * CHUNKS)
+    return operations(_searched(pp, chunks), rank, pp, microbatches)
 
 
 def default_bound(pp: int) -> float:

@@ -41,12 +41,6 @@ _ROWS = (
         'use --use-distributed-optimizer',
     ),
     Constraint(
-        '--fp8-recipe delayed',
-        lambda get: bool(get('fp8')) and get('fp8_recipe') in (None, 'delayed'),
-        'amax histories follow the order in which the stock schedules run microbatches',
-        'use --fp8-recipe tensorwise, blockwise or mxfp8',
-    ),
-    Constraint(
         '--overlap-param-gather-with-optimizer-step',
         lambda get: bool(get('overlap_param_gather_with_optimizer_step')),
         'it updates one chunk ahead of the other, the one that the stock schedule begins with',
@@ -123,6 +117,12 @@ _ROWS = (
 )
 # Of two chunks a rank alone.
 _ON_V = (
+    Constraint(
+        '--fp8-recipe delayed',
+        lambda get: bool(get('fp8')) and get('fp8_recipe') in (None, 'delayed'),
+        'a pass of one chunk moves the amax histories of both on, so scales depend on the order',
+        'use --fp8-recipe tensorwise, blockwise or mxfp8',
+    ),
     Constraint(
         '--num-layers-per-virtual-pipeline-stage',
         _other_than_two_chunks,

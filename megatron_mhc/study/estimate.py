@@ -8,6 +8,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
+from megatron_mhc.settings.names import PLANNED_SCHEDULES
 from megatron_mhc.settings.residual import ResidualConfig
 from megatron_mhc.sizing.flops import step_flops
 from megatron_mhc.sizing.memory import USABLE, Layout, edge_bytes, rank_memory
@@ -26,7 +27,7 @@ Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], obj
 STANDARD = ResidualConfig('standard')
 _NOT_IN_A_V = Reason(
     100,
-    'full recomputation does not run under a V schedule, whose backward is split',
+    'full recomputation is not modelled where a plan splits the backward and keeps what W needs',
     'choose --schedule 1f1b or interleaved, or another --segments',
 )
 
@@ -106,7 +107,8 @@ def variants(shape: ModelShape, sweep: Sweep) -> list[ModelShape]:
 
 
 def _runs(shape: ModelShape, layout: Layout) -> bool:
-    return not (shape.full_recompute and layout.placement == 'v')
+    planned = layout.pp > 1 and layout.schedule in PLANNED_SCHEDULES
+    return not (shape.full_recompute and planned)
 
 
 def _seconds(step: Step, once: RankCosts) -> float:

@@ -113,6 +113,7 @@ TABLE = (
     (EngramConfig, 'seed', (-1, 1.5, 'x', None, True, 2**63), '--engram-seed'),
     (PipelineConfig, 'verify_steps', (-1, 1.5, 'x', None, True, 10**20), '--pipeline-verify-steps'),
     (PipelineConfig, 'schedule', WRONG_NAMES, '--pipeline-schedule'),
+    (PipelineConfig, 'live_bound', (0, -1, math.nan, math.inf, 'x', True, (1,)), '--pipeline-live'),
     *(
         (op, name, values, name)
         for op in ('mapping', 'read', 'write_read')

@@ -142,11 +142,10 @@ def placed(name: str, reference: str, world: int, schedule: str, pp: int, case: 
 
 # Less in flight; the bound on four ranks is in whole ranks and lies between two of what there is.
 BOUNDED = [
-    *(on_v('2', 'mhc-4', 2, schedule) for schedule in ('v-half', 'v-min', 'v-bound')),
+    *(on_v('2', 'mhc-4', 2, schedule) for schedule in ('v-half', 'v-bound')),
     on_v('4', 'deep-12', 4, 'v-half'),
     on_v('4', 'deep-mhc-12', 4, 'v-min'),
     on_v('4', 'deep-mhc-12', 4, 'v-bound', settings={'live_bound': 3.7}),
-    on_v('4', 'deep-12', 4, 'zb-v'),
     on_line('2', 'mhc-4', 2),
     on_line('2-tp2', 'standard-tp2', 4, config={}, parallel={'vpp': None, **TP}),
     on_line('4', 'deep-mhc-12', 4, 4),
@@ -216,7 +215,6 @@ BITWISE = [
     on_line('gather', 'mhc-step', 4, **DIST, **OVERLAP, gather='together'),
     # Layers that run again in their backward, which is split.
     on_v('full', 'mhc-4', 2, 'zb-v', config=FULL),
-    on_v('full', 'hc-4', 2, 'dualpipev-w', config=FULL | {'recompute_method': 'block'}),
     on_v('full', 'moe-4', 2, 'dualpipev', config=FULL),
     on_v('full-blocks', 'mhc-8', 2, 'v-half', config=FULL, **REBUILT),
     on_line('full', 'mhc-4', 2, config=FULL),

@@ -136,7 +136,7 @@ def test_full_recomputation_keeps_the_input_of_a_layer():
 def test_full_recomputation_has_no_v(command):
     line = '27b --gpus 64 --tp 1 --pp 4 --ep 8 --recompute full'
     status, out, _ = command(line)
-    assert status == 0 and 'does not run under a V schedule' in out
+    assert status == 0 and 'is not modelled where a plan splits the backward' in out
     assert '--recompute-granularity full --recompute-method uniform' in out
     assert '--mhc-post-stream' not in out and '--mhc-recompute-layer-num' not in out
     found = json.loads(command(f'{line} --residual-type standard --json')[1])

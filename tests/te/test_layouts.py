@@ -18,6 +18,7 @@ MODELS = {
     'mhc': MHC,
     'moe': {**MHC, 'config': {**MOE, 'moe_grouped_gemm': True}},
     'fp8': {**MHC, 'config': FP8},
+    'fp8-delayed': {**MHC, 'config': FP8 | {'fp8_recipe': 'delayed'}},
 }
 V = {'layout': {'pp': 2, 'vpp': 2}, 'config': {'pipeline_model_parallel_layout': 'Et|t|t|tL'}}
 
@@ -26,10 +27,12 @@ def on_v(schedule: str) -> dict:
     return {**V, 'schedule': {'schedule': schedule}}
 
 
+ON_LINE = {'layout': {'pp': 2}, 'schedule': {'schedule': 'zb-h1'}}
 # model, what is different from one process
 PIPELINES = [
     ('mhc', {'layout': {'pp': 2}}),
-    *((model, on_v(schedule)) for model in MODELS for schedule in ('zb-v', 'dualpipev-w')),
+    *((m, on_v(schedule)) for m in list(MODELS)[:-1] for schedule in ('zb-v', 'dualpipev-w')),
+    *((model, ON_LINE) for model in ('mhc', 'fp8-delayed')),
 ]
 TENSOR = [('mhc', {'layout': {'tp': 2}}), ('mhc', {'layout': {'tp': 2, 'sp': True}})]
 
