@@ -26,7 +26,9 @@ class PipelineConfig:
         '--pipeline-schedule',
         choices=PIPELINE_SCHEDULES,
         said="Megatron's flags",
-        help='`1f1b` and `interleaved` are stock Megatron, the others run from a plan',
+        metavar='NAME',
+        help='`1f1b` and `interleaved` are stock Megatron; '
+        f'{", ".join(f"`{name}`" for name in PLANNED_SCHEDULES)} run from a plan',
     )
     verify_steps: int = setting(
         0,

@@ -14,6 +14,7 @@ from megatron_mhc.settings.constraint import (
 )
 from megatron_mhc.settings.engram import ROW_BLOCKS, EngramConfig
 from megatron_mhc.settings.hybrid_stages import first_stage_layers, main_pattern
+from megatron_mhc.settings.names import V_SCHEDULES
 
 _ROWS = (
     Constraint(
@@ -44,13 +45,14 @@ _ROWS = (
         f'use a divisor of {ROW_BLOCKS}',
     ),
     Constraint(
-        '--pipeline-schedule zb-v / dualpipev / dualpipev-w',
+        f'--pipeline-schedule {" / ".join(V_SCHEDULES)}',
         lambda get: (
-            get('pipeline_schedule') not in (None, '1f1b', 'interleaved')
-            or get('pipeline_config') is not None
+            get('pipeline_schedule') in V_SCHEDULES
+            or bool(getattr(get('pipeline_config'), 'on_v', get('pipeline_config')))
         ),
-        'fused slots run two microbatches in turn, and each has token ids of its own',
-        'use --pipeline-schedule 1f1b or interleaved',
+        'the layers of its first stage are not told by rank, and fused slots run two microbatches '
+        'in turn, each with token ids of its own',
+        'use --pipeline-schedule 1f1b, zb-h1 or interleaved',
     ),
     Constraint(
         '--mhc-post-stream high',

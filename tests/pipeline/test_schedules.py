@@ -16,6 +16,7 @@ from megatron_mhc.schedules.validator import live_activations
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 SINGLE = {**MHC, 'single_pass': True}
+ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 HC = {'residual_type': 'hc'}
@@ -46,6 +47,7 @@ MODELS = {
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
     'moe': {'residual': MHC, 'config': MOE},
+    'engram': {'residual': MHC, 'engram': ENGRAM},
     'hybrid-standard': MIXED_LAYERS,
     'hybrid-hc': {'residual': HC, **MIXED_LAYERS},
     'hybrid-mhc': {'residual': MHC, **MIXED_LAYERS},
@@ -95,6 +97,7 @@ ALONE = [
     ('deep-2', 'deep', 1, 2, {}),
     ('odd-5', 'odd', 1, 5, {}),
     ('moe-4', 'moe', 1, 4, {}),
+    ('engram-4', 'engram', 1, 4, {}),
     ('mhc-dp2', 'mhc', 2, 8, {}),
     ('standard-dp2', 'standard', 2, 8, {}),
     ('mhc-tp2-sp', 'mhc', 2, 4, {'layout': SP}),
@@ -176,6 +179,7 @@ BITWISE = [
     *MATRIX,
     *BOUNDED,
     on_line('hybrid', 'hybrid-mhc-4', 2, pattern='*-M*|E-EM'),
+    on_line('memory', 'engram-4', 2),
     *HYBRID,
     # Fewer microbatches than twice the ranks, and than ranks.
     on_v('few', 'mhc-3', 2, 'zb-v'),
