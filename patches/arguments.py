@@ -71,6 +71,7 @@ def accept(
 ) -> None:
     """Validate the parsed flags and apply the patches that they need."""
     # Imported here: the patches import megatron.core, which --help does not need.
+    from megatron_mhc.patches.combined_passes import COMBINED_PASSES_PATCHES
     from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
     from megatron_mhc.patches.monitor import MONITOR_PATCHES
     from megatron_mhc.patches.registry import (
@@ -107,6 +108,8 @@ def accept(
     check_embedding_copies(namespace, patched=ours)
     if residual.enabled:
         apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
+        if namespace.overlap_moe_expert_parallel_comm:
+            apply(COMBINED_PASSES_PATCHES)
     if engram is not None:
         apply(ENGRAM_PATCHES + TRAINING_PATCHES)
     if pipeline is not None:

@@ -16,6 +16,7 @@ from megatron.core.utils import is_te_min_version
 
 from megatron_mhc.engram.memory import attach, prepare_engram
 from megatron_mhc.mudd.layer import connect_densely
+from megatron_mhc.patches.combined_passes import require_lanes
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import check_ring_of_two, negotiate_shapes_if_needed
@@ -153,6 +154,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             # The communicator and the optimizer read it from the config they share with the model.
             RESIDUAL.attach(config, residual)
             negotiate_shapes_if_needed(config)
+            require_lanes(config)
             # Ahead of every chunk: tied embeddings are reduced across stages while they are built.
             if not bound.arguments.get('vp_stage'):
                 agree_on_edges(config, residual)

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_mhc.compat import core_version
 from megatron_mhc.engram.memory import prepare_engram
+from megatron_mhc.patches.combined_passes import require_lanes
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, applied
 from megatron_mhc.patches.gpt_model import (
@@ -64,6 +65,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             bound.arguments[spec_name] = with_residual(bound.arguments[spec_name], residual)
             # The communicator and the optimizer read it from the config they share with the model.
             RESIDUAL.attach(config, residual)
+            require_lanes(config)
             if not vp_stage:
                 agree_on_edges(config, residual)
         engram = engram_of(config)

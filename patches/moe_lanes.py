@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.schedules.executor_lanes import in_lanes, yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import launch, side_stream
-from megatron_mhc.settings.model_config import PIPELINE
+from megatron_mhc.settings.model_config import PIPELINE, RESIDUAL
 from megatron_mhc.settings.names import FUSED_SCHEDULES
 
 _MOVED: ContextVar[bool] = ContextVar('megatron_mhc_moe_moved', default=False)
@@ -52,7 +52,15 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 def _backward_may_be_in_lanes(config: Any) -> bool:
     """Whether microbatches of this model meet in fused slots, at the latest in their backward."""
     pipeline = PIPELINE.peek(config)
-    return pipeline is not None and pipeline.schedule in FUSED_SCHEDULES and torch.is_grad_enabled()
+    fused = pipeline is not None and pipeline.schedule in FUSED_SCHEDULES
+    return (fused or combines(config)) and torch.is_grad_enabled()
+
+
+def combines(config: Any) -> bool:
+    """Whether stock schedules are to combine passes of layers that are not Megatron's own."""
+    residual = RESIDUAL.peek(config)
+    asked = getattr(config, 'overlap_moe_expert_parallel_comm', False)
+    return residual is not None and residual.enabled and bool(asked)
 
 
 def _with_memory_of_its_own(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_mhc.patches.arguments import ARGUMENTS_PATCH
+from megatron_mhc.patches.combined_passes import COMBINED_PASSES_PATCHES
 from megatron_mhc.patches.dataset_helpers import DATASET_HELPERS_PATCH
 from megatron_mhc.patches.engine import Patch
 from megatron_mhc.patches.float_parameters import FLOAT_PARAMETER_PATCHES
@@ -48,6 +49,7 @@ _ORDERED = (
     *TRAINING_PATCHES,
     *SCHEDULE_PATCHES,
     *SCHEDULE_TRAINING_PATCHES,
+    *COMBINED_PASSES_PATCHES,
     *MONITOR_PATCHES,
     LR_STEPS_PATCH,
 )

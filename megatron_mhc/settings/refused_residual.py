@@ -40,10 +40,10 @@ _ROWS = (
     ),
     LAYOUT_BESIDE_PATTERN,
     Constraint(
-        '--overlap-moe-expert-parallel-comm',
-        lambda get: bool(get('overlap_moe_expert_parallel_comm')),
-        'its schedule calls parts of a layer by hand and adds the residual itself',
-        'drop the flag',
+        '--delay-wgrad-compute with --overlap-moe-expert-parallel-comm',
+        lambda get: bool(get('delay_wgrad_compute') and get('overlap_moe_expert_parallel_comm')),
+        'layers with n streams run whole, and their weight gradients with them',
+        'drop --delay-wgrad-compute, or use --pipeline-schedule dualpipev-w',
     ),
     Constraint(
         '--cuda-graph-impl / --enable-cuda-graph',

@@ -67,11 +67,13 @@ from megatron.core.transformer.transformer_config import (  # noqa: E402
 
 from megatron_mhc.monitor.collect import Monitor  # noqa: E402
 from megatron_mhc.monitor.reduce import gather  # noqa: E402
-from megatron_mhc.patches import engine  # noqa: E402
+from megatron_mhc.patches import combined_passes, engine  # noqa: E402
+from megatron_mhc.patches.combined_passes import COMBINED_PASSES_PATCHES  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
 from megatron_mhc.patches.registry import RESIDUAL_PATCHES, schedule_patches  # noqa: E402
 from megatron_mhc.pipeline.chunk_stage import ChunkStage  # noqa: E402
 from megatron_mhc.pipeline.tied_embedding import has_second_copy  # noqa: E402
+from megatron_mhc.schedules.executor_lanes import _Lanes  # noqa: E402
 from megatron_mhc.settings.engram import EngramConfig  # noqa: E402
 from megatron_mhc.settings.flags_monitor import MonitorConfig  # noqa: E402
 from megatron_mhc.settings.pipeline import PipelineConfig  # noqa: E402
@@ -141,6 +143,8 @@ def settings(case: dict, sizes: dict) -> TransformerConfig:
             setattr(config, f'{name}_config', kind(**case[name]))
     if case.get('schedule'):
         config.pipeline_config = PipelineConfig(**case['schedule'])
+    # Not in the call, which asks for bf16 beside it.
+    config.overlap_moe_expert_parallel_comm = case.get('combined', False)
     config.mhc_post_stream = case.get('post_stream', 'compute')
     return config
 
@@ -234,6 +238,13 @@ def forward_step(iterator, model):
 
 def run(case: dict, folder: pathlib.Path) -> dict:
     """One case; one with a schedule is run from a plan."""
+    if case.get('combined'):
+        engine.apply(COMBINED_PASSES_PATCHES)
+        try:
+            with counted_lanes() as counts:
+                return {**step(case, folder), 'lanes': counts}
+        finally:
+            engine.revert(COMBINED_PASSES_PATCHES)
     if not case.get('schedule'):
         return step(case, folder)
     patches = schedule_patches(PipelineConfig(**case['schedule']))
@@ -247,6 +258,26 @@ def run(case: dict, folder: pathlib.Path) -> dict:
     in_flight = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(in_flight, held[0] / (case['layout'].get('vpp') or 1))
     return {**result, 'in_flight': in_flight}
+
+
+@contextlib.contextmanager
+def counted_lanes():
+    """How often passes run at once on this rank, and how often they hand over."""
+    counts, run_lanes, hand_over = [0, 0], combined_passes.run_lanes, _Lanes.hand_over
+
+    def counted(*passes):
+        counts[0] += 1
+        return run_lanes(*passes)
+
+    def handed(lanes):
+        counts[1] += 1
+        return hand_over(lanes)
+
+    combined_passes.run_lanes, _Lanes.hand_over = counted, handed
+    try:
+        yield counts
+    finally:
+        combined_passes.run_lanes, _Lanes.hand_over = run_lanes, hand_over
 
 
 @contextlib.contextmanager

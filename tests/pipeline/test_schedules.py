@@ -136,6 +136,12 @@ def on_line(name: str, reference: str, world: int, pp: int = 2, **changes):
     return placed(name, reference, world, 'zb-h1', pp, case)
 
 
+def combined(name: str, layout: dict, **changes):
+    """Stock schedules that run a forward and a backward at once; experts on two ranks."""
+    case = {'layout': {**layout, **EP}, 'combined': True, 'config': {}}
+    return name, 'moe-ep2', 4 if layout else 2, {**case, **changes}
+
+
 def placed(name: str, reference: str, world: int, schedule: str, pp: int, case: dict):
     parallel = {**(V4 if pp == 4 else V2), **case.pop('parallel', {})}
     settings = {'schedule': schedule, **case.pop('settings', {})}
@@ -180,6 +186,9 @@ BITWISE = [
     *BOUNDED,
     on_line('hybrid', 'hybrid-mhc-4', 2, pattern='*-M*|E-EM'),
     on_line('memory', 'engram-4', 2),
+    combined('combined', {}),
+    combined('combined-interleaved', V2),
+    combined('combined-p2p', V2, config={'overlap_p2p_comm': True}),
     *HYBRID,
     # Fewer microbatches than twice the ranks, and than ranks.
     on_v('few', 'mhc-3', 2, 'zb-v'),
@@ -350,6 +359,16 @@ def test_what_stages_keep_is_what_the_plan_has_in_flight(runs, name, reference):
         in_flight = in_flight[::-1]
     ranks_of_each = len(result['in_flight']) // pp
     assert result['in_flight'] == [n for n in in_flight for _ in range(ranks_of_each)]
+
+
+@pytest.mark.parametrize(
+    ('name', 'slots', 'layers'),
+    [('combined', 3, 4), ('combined-interleaved', 3, 1), ('combined-p2p', 3, 1)],
+)
+def test_combined_passes_hand_over_where_experts_communicate(runs, name, slots, layers):
+    """Dispatch and combine of every layer, in the forward and in the backward."""
+    ran, handed = runs[1][f'{name}-moe-ep2']['lanes']
+    assert (ran, handed) == (slots, slots * layers * 4)
 
 
 def test_no_case_leaves_threads_to_the_next(runs):

@@ -119,8 +119,8 @@ REFUSED = {
     '--optimizer adam or sgd cannot be combined',
     '--residual-type mhc --mhc-mapping-optimizer scalar --optimizer muon --decoupled-lr 1': ''
     '--decoupled-lr with --mhc-mapping-optimizer scalar cannot be combined',
-    '--residual-type mhc --overlap-moe-expert-parallel-comm': '--overlap-moe-expert-parallel-comm '
-    'cannot be combined',
+    '--residual-type mhc --overlap-moe-expert-parallel-comm --delay-wgrad-compute': ''
+    '--overlap-moe-expert-parallel-comm cannot be combined',
     '--residual-type mhc --cuda-graph-impl local': '--cuda-graph-impl',
     '--residual-type hc --cuda-graph-impl transformer_engine': '--cuda-graph-impl',
     '--residual-type mhc --cuda-graph-impl full_iteration': '--cuda-graph-impl',
