@@ -75,8 +75,8 @@ def queues(point: Point, hardware: Hardware) -> str:
     if not point.one_queue:
         return setting
     out = 'a layout with --tp 1 has more queues, and so has a GPU from Blackwell on (b200)'
-    if point.layout.ep > 1 and not point.residual.enabled:
-        # Megatron only warns of it, and of FSDP; n streams take neither.
+    if point.layout.ep > 1:
+        # Megatron only warns of it, and of FSDP, which n streams do not take.
         out += '; with --overlap-moe-expert-parallel-comm and a stock schedule it may be 32 too'
     return (
         f'{setting}, which Megatron 0.17 to 0.19 demands of tensor parallelism on {hardware.name}: '
