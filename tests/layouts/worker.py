@@ -7,13 +7,11 @@ optimizer step) as a distributed checkpoint again, so that any two layouts can b
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
 import pathlib
 import sys
-import weakref
 
 from megatron_mhc import ResidualConfig
 from megatron_mhc.runtime import cpu_device
@@ -31,6 +29,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / 'contract'))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from counters import counted_activations, counted_lanes  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
@@ -67,13 +66,11 @@ from megatron.core.transformer.transformer_config import (  # noqa: E402
 
 from megatron_mhc.monitor.collect import Monitor  # noqa: E402
 from megatron_mhc.monitor.reduce import gather  # noqa: E402
-from megatron_mhc.patches import combined_passes, engine  # noqa: E402
+from megatron_mhc.patches import engine  # noqa: E402
 from megatron_mhc.patches.combined_passes import COMBINED_PASSES_PATCHES  # noqa: E402
 from megatron_mhc.patches.cpu_device import CPU_DEVICE_PATCHES  # noqa: E402
 from megatron_mhc.patches.registry import RESIDUAL_PATCHES, schedule_patches  # noqa: E402
-from megatron_mhc.pipeline.chunk_stage import ChunkStage  # noqa: E402
 from megatron_mhc.pipeline.tied_embedding import has_second_copy  # noqa: E402
-from megatron_mhc.schedules.executor_lanes import _Lanes  # noqa: E402
 from megatron_mhc.settings.engram import EngramConfig  # noqa: E402
 from megatron_mhc.settings.flags_monitor import MonitorConfig  # noqa: E402
 from megatron_mhc.settings.pipeline import PipelineConfig  # noqa: E402
@@ -258,44 +255,6 @@ def run(case: dict, folder: pathlib.Path) -> dict:
     in_flight = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(in_flight, held[0] / (case['layout'].get('vpp') or 1))
     return {**result, 'in_flight': in_flight}
-
-
-@contextlib.contextmanager
-def counted_lanes():
-    """How often passes run at once on this rank, and how often they hand over."""
-    counts, run_lanes, hand_over = [0, 0], combined_passes.run_lanes, _Lanes.hand_over
-
-    def counted(*passes):
-        counts[0] += 1
-        return run_lanes(*passes)
-
-    def handed(lanes):
-        counts[1] += 1
-        return hand_over(lanes)
-
-    combined_passes.run_lanes, _Lanes.hand_over = counted, handed
-    try:
-        yield counts
-    finally:
-        combined_passes.run_lanes, _Lanes.hand_over = run_lanes, hand_over
-
-
-@contextlib.contextmanager
-def counted_activations():
-    """The most microbatches whose graph or weight gradients the stages of this rank have kept."""
-    held, stages, forward = [0], weakref.WeakSet(), ChunkStage.forward
-
-    def counted(stage, microbatch, x):
-        result = forward(stage, microbatch, x)
-        stages.add(stage)
-        held[0] = max(held[0], sum(len(one._kept) + len(one._weights) for one in stages))
-        return result
-
-    ChunkStage.forward = counted
-    try:
-        yield held
-    finally:
-        ChunkStage.forward = forward
 
 
 def step(case: dict, folder: pathlib.Path) -> dict:

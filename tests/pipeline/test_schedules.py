@@ -235,7 +235,7 @@ BITWISE = [
 # Two copies of a weight have their gradients summed at the end, one copy as they come.
 CLOSE = [
     on_v('tied', 'tied-4', 2, 'dualpipev-w'),
-    on_line('tied', 'tied-4', 2),
+    on_line('tied-mtp', 'mtp-tied-4', 2),
     on_v('mtp', 'mtp-4', 2, 'dualpipev', 'Et|t|t|tmL'),
     on_v('mtp', 'mtp-tied-4', 2, 'dualpipev-w', 'Et|t|t|tmL'),
     # The final norm lies before the last stage, so the last edge is one stream wide.
@@ -256,6 +256,7 @@ INITIAL = [
 EVALUATIONS = [
     on_v('eval', 'mhc-4', 2, 'dualpipev', **EVAL),
     on_v('eval', 'deep-12', 4, 'zb-v', **EVAL),
+    on_line('eval', 'mhc-4', 2, **EVAL),
     in_pattern('eval', 'mhc-4', 2, 'dualpipev', UNEVEN, **EVAL, **HIGH),
 ]
 
