@@ -41,6 +41,7 @@ OWN_FLAGS = (
     '--mhc-',
     '--hc-',
     '--mudd-',
+    '--gated-residual-',
     '--engram-',
     '--pipeline-schedule',
     '--pipeline-w-placement',

@@ -11,7 +11,9 @@ from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
 
 from megatron_mhc.residual import single_pass
+from megatron_mhc.residual.gated import GatedMerge
 from megatron_mhc.residual.hyper_connection import HyperConnection
+from megatron_mhc.residual.norms import leave_out_final_norm
 from megatron_mhc.residual.recompute_choice import choose_segment_size
 from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
 from megatron_mhc.residual.sublayer import ChainedLayer
@@ -85,18 +87,22 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     mark_ends(block)
     norm = final_norm_of(block)
     if norm is not None:
-        block.stream_merge = StreamMerge(
-            block.config.hidden_size,
-            residual,
-            block.config.sequence_parallel,
-            block.config.layernorm_epsilon,
-        )
+        block.stream_merge = _merge_of(block.config, residual)
+        if residual.norms_streams:
+            norm = leave_out_final_norm(block)
         norm.register_forward_pre_hook(functools.partial(_merge_first, block))
     elif block.post_process and not block.config.mtp_num_layers:
         raise ValueError(
             'the last pipeline stage has no final norm, before which the residual streams are '
             'merged: build the block with post_layer_norm=True or use --residual-type standard'
         )
+
+
+def _merge_of(config: TransformerConfig, residual: ResidualConfig) -> nn.Module:
+    common = config.hidden_size, residual, config.sequence_parallel, config.layernorm_epsilon
+    if residual.residual_type == 'gated':
+        return GatedMerge(*common, config.init_method_std)
+    return StreamMerge(*common)
 
 
 def mark_ends(block: TransformerBlock) -> None:

@@ -10,6 +10,7 @@ from megatron_mhc.settings.constraint import (
     shards_parameters,
 )
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN, main_pattern
+from megatron_mhc.settings.names import RESIDUAL_TYPES
 
 
 def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
@@ -118,5 +119,5 @@ _ROWS = (
     ),
 )
 RESIDUAL = Refusals(
-    '--residual-type {}', 'use --residual-type standard', _ROWS, ('hc', 'mhc', 'mudd')
+    '--residual-type {}', 'use --residual-type standard', _ROWS, RESIDUAL_TYPES[1:]
 )

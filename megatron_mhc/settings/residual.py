@@ -11,6 +11,7 @@ from megatron_mhc.inputs.values import (
     MOST_LAYERS,
     MOST_SEED,
     MOST_STREAMS,
+    MOST_WIDTH,
     check_integer,
 )
 from megatron_mhc.kernels.defaults import BACKENDS, PRECISIONS
@@ -20,19 +21,27 @@ from megatron_mhc.kernels.numerics import PAPER as PAPER
 from megatron_mhc.kernels.numerics import takes_triton
 from megatron_mhc.manifolds.registry import manifold_names, num_logits
 from megatron_mhc.settings.flag import ON_OFF, check, refuse_stray, setting, structure
-from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS, RESIDUAL_TYPES, STREAM_TYPES
+from megatron_mhc.settings.names import (
+    MAPPED_TYPES,
+    RECOMPUTE_SEGMENTS,
+    RESIDUAL_TYPES,
+    STREAM_TYPES,
+)
 
 MAPPINGS = ('pre', 'post', 'res')
 # The values of them: megatron_mhc/residual/start.py, which needs torch.
 INITS = ('identity', 'uniform', 'equal-writes', 'prenorm')
+GATED_INITS = ('normal', 'prenorm')
 PAPER_NORM_EPS = 1e-20
 """mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
 # Smaller ones are no normal numbers in fp32, in which the norm is computed.
 LEAST_NORM_EPS = 1.2e-38
 
 # With which residual type, and manifold, a setting has an effect.
-_STREAMS = {'residual_type': STREAM_TYPES}
-_HC, _MHC, _MUDD = ({'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd'))
+_STREAMS, _MAPPED = {'residual_type': STREAM_TYPES}, {'residual_type': MAPPED_TYPES}
+_HC, _MHC, _MUDD, _GATED = (
+    {'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd', 'gated')
+)
 # The fused ops contain Sinkhorn-Knopp.
 _SINKHORN = {**_MHC, 'manifold': ('sinkhorn',)}
 # Those that read and write in one pass compute as the paper does.
@@ -57,7 +66,8 @@ class ResidualConfig:
         choices=RESIDUAL_TYPES,
         structural=True,
         help='residual connection of every decoder layer: `standard` (x + F(x)), `hc` (arXiv '
-        '2409.19606), `mhc` (arXiv 2512.24880) or `mudd` (arXiv 2502.12170, one stream)',
+        '2409.19606), `mhc` (arXiv 2512.24880), `gated` (as Qwen4-Exp) or `mudd` (arXiv '
+        '2502.12170, one stream)',
         absent='standard',
         source='stock Megatron',
     )
@@ -117,7 +127,7 @@ class ResidualConfig:
         least=LEAST_NORM_EPS,
         most=1.0,
         why='it is added to a mean square in fp32',
-        only=_STREAMS,
+        only=_MAPPED,
         structural=True,
         metavar='EPS',
         help="added to the mean square of a token's streams before its root divides them, in the "
@@ -132,7 +142,7 @@ class ResidualConfig:
         '--mhc-init-gating-factor',
         float,
         most=MOST_FACTOR,
-        only=_STREAMS,
+        only=_MAPPED,
         metavar='ALPHA',
         help='initial alpha, the factor on the token-dependent part of each map',
         source='both papers',
@@ -153,7 +163,7 @@ class ResidualConfig:
         None,
         '--mhc-stream-merge',
         choices=('mean', 'sum', 'learned'),
-        only=_STREAMS,
+        only=_MAPPED,
         structural=True,
         said='`sum` for hc, `mean` for mhc',
         help='how n streams become one before the final norm: `mean`, `sum` (which also divides '
@@ -174,7 +184,7 @@ class ResidualConfig:
         '--mhc-fixed-mappings',
         many=True,
         choices=MAPPINGS,
-        only=_STREAMS,
+        only=_MAPPED,
         structural=True,
         metavar='MAP',
         help='maps held at their ablation values: `pre` at 1/n, `post` at 1, `res` at I (mHC, '
@@ -205,6 +215,27 @@ class ResidualConfig:
         structural=True,
         help='whether weights of the dense connections depend on the token (`dynamic`) or not '
         '(`static`)',
+    )
+    gated_rank: int = setting(
+        320,
+        '--gated-residual-rank',
+        int,
+        least=1,
+        most=MOST_WIDTH,
+        only=_GATED,
+        structural=True,
+        metavar='R',
+        help='rank of the gates, which weigh every channel of every stream by itself',
+        source='Qwen4-Exp',
+    )
+    gated_init: str = setting(
+        'normal',
+        '--gated-residual-init',
+        choices=GATED_INITS,
+        only=_GATED,
+        help='where the gates start: `normal` (all projections as linear layers, gains 1) or '
+        '`prenorm` (as exactly a pre-norm network at step 0)',
+        source='Qwen4-Exp in transformers',
     )
     mapping_weight_decay: bool = setting(
         True,
@@ -322,7 +353,7 @@ class ResidualConfig:
                     'deepseek-v4 or paper'
                 )
             object.__setattr__(self, 'stream_merge', 'pre')
-        elif self.stream_merge is None and self.residual_type != 'mudd':
+        elif self.stream_merge is None and self._takes_merge:
             merge = theirs or ('sum' if self.residual_type == 'hc' else 'mean')
             object.__setattr__(self, 'stream_merge', merge)
         elif theirs not in (None, self.stream_merge):
@@ -335,7 +366,7 @@ class ResidualConfig:
     def _resolve_norm_eps(self) -> None:
         rules = NUMERICS[self.numerics]
         if self.norm_eps is None:
-            if self.residual_type != 'mudd':
+            if self._takes_merge:
                 object.__setattr__(self, 'norm_eps', rules.norm_eps)
         elif rules.norm_eps_fixed and self.norm_eps != rules.norm_eps:
             raise ValueError(
@@ -398,6 +429,16 @@ class ResidualConfig:
     def has_streams(self) -> bool:
         """Whether the residual stream is n streams, with maps between them."""
         return self.residual_type in STREAM_TYPES
+
+    @property
+    def _takes_merge(self) -> bool:
+        # ``standard`` has one too: what is not resolved could be asked for in vain.
+        return self.residual_type in ('standard', *MAPPED_TYPES)
+
+    @property
+    def norms_streams(self) -> bool:
+        """Whether reads are normed already, so that sublayers have no norm in front of them."""
+        return self.residual_type == 'gated'
 
     @property
     def streams(self) -> int:
