@@ -118,6 +118,4 @@ _ROWS = (
         'keep one of the two flags',
     ),
 )
-RESIDUAL = Refusals(
-    '--residual-type {}', 'use --residual-type standard', _ROWS, RESIDUAL_TYPES[1:]
-)
+RESIDUAL = Refusals('--residual-type {}', 'use --residual-type standard', _ROWS, RESIDUAL_TYPES[1:])

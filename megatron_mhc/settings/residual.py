@@ -18,8 +18,7 @@ from megatron_mhc.kernels.defaults import BACKENDS, PRECISIONS
 from megatron_mhc.kernels.defaults import NORM_EPS as NORM_EPS
 from megatron_mhc.kernels.numerics import NUMERICS as NUMERICS
 from megatron_mhc.kernels.numerics import PAPER as PAPER
-from megatron_mhc.kernels.numerics import takes_triton
-from megatron_mhc.manifolds.registry import manifold_names, num_logits
+from megatron_mhc.manifolds.registry import manifold_names
 from megatron_mhc.settings.flag import ON_OFF, check, refuse_stray, setting, structure
 from megatron_mhc.settings.names import (
     MAPPED_TYPES,
@@ -27,6 +26,7 @@ from megatron_mhc.settings.names import (
     RESIDUAL_TYPES,
     STREAM_TYPES,
 )
+from megatron_mhc.settings.residual_rules import resolve
 
 MAPPINGS = ('pre', 'post', 'res')
 # The values of them: megatron_mhc/residual/start.py, which needs torch.
@@ -39,9 +39,7 @@ LEAST_NORM_EPS = 1.2e-38
 
 # With which residual type, and manifold, a setting has an effect.
 _STREAMS, _MAPPED = {'residual_type': STREAM_TYPES}, {'residual_type': MAPPED_TYPES}
-_HC, _MHC, _MUDD, _GATED = (
-    {'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd', 'gated')
-)
+_HC, _MHC, _MUDD, _GATED = ({'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd', 'gated'))
 # The fused ops contain Sinkhorn-Knopp.
 _SINKHORN = {**_MHC, 'manifold': ('sinkhorn',)}
 # Those that read and write in one pass compute as the paper does.
@@ -331,89 +329,7 @@ class ResidualConfig:
         check_integer('--seed', self.seed, 0, MOST_SEED, 'it seeds the mappings, use 1234')
         if self.enabled:
             refuse_stray(self)
-        self._resolve_merge()
-        self._resolve_norm_eps()
-        self._check_manifold()
-        self._check_backend()
-        self._resolve_recompute()
-
-    def _resolve_merge(self) -> None:
-        if self.single_pass and self.stream_merge is not None:
-            raise ValueError(
-                f'--mhc-stream-merge {self.stream_merge} has no effect with --mhc-single-pass, '
-                "where the last sublayer's H_pre merges the streams; drop one of the two"
-            )
-        theirs = NUMERICS[self.numerics].merge
-        if self.single_pass:
-            # That of DeepSeek-V4.1, which computes as V4 does.
-            if self.numerics not in (PAPER, 'deepseek-v4'):
-                raise ValueError(
-                    f'--mhc-numerics {self.numerics} with --mhc-single-pass: that project has no '
-                    'single pass, so nothing tells how it would compute one; use --mhc-numerics '
-                    'deepseek-v4 or paper'
-                )
-            object.__setattr__(self, 'stream_merge', 'pre')
-        elif self.stream_merge is None and self._takes_merge:
-            merge = theirs or ('sum' if self.residual_type == 'hc' else 'mean')
-            object.__setattr__(self, 'stream_merge', merge)
-        elif theirs not in (None, self.stream_merge):
-            raise ValueError(
-                f'--mhc-stream-merge {self.stream_merge} contradicts --mhc-numerics '
-                f'{self.numerics}, whose merge is {theirs}; leave it out or use --mhc-numerics '
-                'paper'
-            )
-
-    def _resolve_norm_eps(self) -> None:
-        rules = NUMERICS[self.numerics]
-        if self.norm_eps is None:
-            if self._takes_merge:
-                object.__setattr__(self, 'norm_eps', rules.norm_eps)
-        elif rules.norm_eps_fixed and self.norm_eps != rules.norm_eps:
-            raise ValueError(
-                f'--mhc-norm-eps {self.norm_eps:g} contradicts --mhc-numerics {self.numerics}, '
-                f'where it is {rules.norm_eps:g}; leave it out or use --mhc-numerics paper'
-            )
-        elif self.enabled and not self.takes_norm_eps and self.norm_eps != NORM_EPS:
-            raise ValueError(
-                f'--mhc-norm-eps {self.norm_eps:g} has no effect with --residual-type hc except '
-                'with --mhc-stream-merge learned: the maps of hc use the eps of the model '
-                '(--norm-epsilon); drop it'
-            )
-
-    def _check_backend(self) -> None:
-        if self.kernel_backend == 'triton' and not takes_triton(self.numerics, 'mapping'):
-            raise ValueError(
-                f'--mhc-kernel-backend triton: the kernels compute as --mhc-numerics {PAPER} does, '
-                f'not as {self.numerics} does; use auto, which then takes torch for the mapping'
-            )
-
-    def _check_manifold(self) -> None:
-        if self.manifold == 'sinkhorn':
-            return
-        if 'res' in self.fixed_mappings:
-            raise ValueError(
-                f'--mhc-manifold {self.manifold} has no effect with --mhc-fixed-mappings res, '
-                'which holds H_res at I; drop one of the two'
-            )
-        try:
-            num_logits(self.manifold, self.num_residual_streams)
-        except ValueError as error:
-            raise ValueError(f'--mhc-manifold {self.manifold}: {error}') from error
-
-    def _resolve_recompute(self) -> None:
-        segments, stream = self.recompute_layer_num, self.recompute_stream
-        if segments == 'none' and stream is not None:
-            raise ValueError(
-                f'--mhc-recompute-stream {stream} has no effect without --mhc-recompute-layer-num: '
-                'nothing is rebuilt; drop it or add --mhc-recompute-layer-num auto'
-            )
-        if segments != 'none' and self.single_pass:
-            raise ValueError(
-                f'--mhc-recompute-layer-num {segments} with --mhc-single-pass: a segment rebuilds '
-                'its reads from the streams alone; drop one of the two'
-            )
-        if segments != 'none':
-            object.__setattr__(self, 'recompute_stream', stream or 'compute')
+        resolve(self)
 
     @property
     def enabled(self) -> bool:
@@ -431,8 +347,8 @@ class ResidualConfig:
         return self.residual_type in STREAM_TYPES
 
     @property
-    def _takes_merge(self) -> bool:
-        # ``standard`` has one too: what is not resolved could be asked for in vain.
+    def takes_merge(self) -> bool:
+        """Whether a flag says how streams are merged; ``standard`` keeps the defaults of mhc."""
         return self.residual_type in ('standard', *MAPPED_TYPES)
 
     @property

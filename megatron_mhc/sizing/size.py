@@ -100,9 +100,7 @@ def layer_parameters(shape: ModelShape, layer: int) -> Counter[str]:
 def _sublayer(shape: ModelShape, symbol: str) -> Counter[str]:
     """A sublayer with the norm before it and its maps."""
     hidden, experts = shape.hidden, shape.experts
-    parts = Counter(
-        norms=_norm_parameters(shape), mhc=mapping_parameters(shape.residual, hidden)
-    )
+    parts = Counter(norms=_norm_parameters(shape), mhc=mapping_parameters(shape.residual, hidden))
     if symbol in (ATTENTION, LATENT):
         parts['attention'] = _attention(shape)
     elif symbol == MLP:

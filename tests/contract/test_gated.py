@@ -51,6 +51,13 @@ def test_prenorm_starts_as_the_plain_model(build, step, kind):
     assert not torch.allclose(writes[0], writes[1], rtol=1e-2)
 
 
+def test_a_memory_starts_without_an_effect(build, step):
+    engram = {'layers': (2,), 'heads': 2, 'table_size': 50, 'dim': 16}
+    wanted, got = step(build(GATED, **RMS)), step(build(GATED, engram=engram, **RMS))
+    assert torch.equal(got[0], wanted[0])
+    assert all(torch.equal(got[1][name], gradient) for name, gradient in wanted[1].items())
+
+
 def read(x, gates, n, norm_eps=1e-5):
     """The equations for one token at a time, each stream by itself."""
     hidden = x.shape[-1] // n
@@ -154,3 +161,24 @@ def test_flags_belong_to_it(parse, refused):
         check_residual(SimpleNamespace(normalization='LayerNorm'), ResidualConfig('gated'))
     one, other = (ResidualConfig('gated', gated_rank=rank) for rank in (4, 5))
     assert not same_structure(one, other) and not same_structure(one, ResidualConfig('mhc'))
+
+
+def test_trains_and_is_told_from_others(tmp_path, refused):
+    """The loss falls, monitors say nothing bad, and the checkpoint is held to its rank."""
+    flags = (
+        '--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --lr 1e-2 '
+        '--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --mock-data '
+        '--tokenizer-type NullTokenizer --vocab-size 255 --lr-decay-style constant --num-workers 0 '
+        '--eval-iters 0 --eval-interval 99 --log-interval 1 --split 98,1,1 --hidden-dropout 0.1 '
+        f'--normalization RMSNorm --residual-type gated --gated-residual-rank 4 --save {tmp_path} '
+        f'--save-interval 20 --train-iters 20 --mhc-monitor --tensorboard-dir {tmp_path}/tb'
+    ).split()
+    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *flags)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    losses = [float(loss) for loss in re.findall(r'lm loss: (\S+)', done.stdout)]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+    same = f'{LOCAL}--normalization RMSNorm --load {tmp_path} --gated-residual-rank '
+    line = refused(same + '5')
+    assert 'gated_rank=4' in line and 'gated_rank=5' in line
+    line = refused(f'--residual-type mhc --load {tmp_path}')
+    assert 'residual_type=gated' in line and 'leave out --load' in line
