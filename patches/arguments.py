@@ -42,6 +42,7 @@ OWN_FLAGS = (
     '--hc-',
     '--mudd-',
     '--gated-residual-',
+    '--attention-residual-',
     '--engram-',
     '--pipeline-schedule',
     '--pipeline-w-placement',

@@ -24,6 +24,8 @@ VECTORS = (
     '*hyper_connection.alpha*',
     '*hyper_connection.gates.gain',
     '*stream_merge.gain',
+    '*hyper_connection.reader.query',
+    '*stream_merge.query',
     '*stream_merge.bias',
     '*stream_merge.alpha*',
 )

@@ -96,6 +96,12 @@ class HyperConnectionLayerMixin(ChainedLayer, _Host):
 
         def connection(sublayer: nn.Module, place: int) -> HyperConnection | None:
             if isinstance(sublayer, IdentityOp):
+                if residual.residual_type == 'attention' and sublayers == 2:
+                    raise ValueError(
+                        f'--residual-type attention: layer {self.layer_number} has no '
+                        f'{("attention", "MLP")[place]}, and blocks count both of every layer; use '
+                        'layers with both, a hybrid model, or --residual-type mhc'
+                    )
                 return None
             before = self.layer_number - 1
             number = before if sublayers == 1 else 2 * before + place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd', 'gated')
+RESIDUAL_TYPES = ('standard', 'hc', 'mhc', 'mudd', 'gated', 'attention')
 # Those with n streams.
 STREAM_TYPES = ('hc', 'mhc', 'gated')
 # Those whose streams are mixed by an H_res, and merged as a flag says.

@@ -39,7 +39,9 @@ LEAST_NORM_EPS = 1.2e-38
 
 # With which residual type, and manifold, a setting has an effect.
 _STREAMS, _MAPPED = {'residual_type': STREAM_TYPES}, {'residual_type': MAPPED_TYPES}
-_HC, _MHC, _MUDD, _GATED = ({'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd', 'gated'))
+_HC, _MHC, _MUDD, _GATED, _ATTENTION = (
+    {'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd', 'gated', 'attention')
+)
 # The fused ops contain Sinkhorn-Knopp.
 _SINKHORN = {**_MHC, 'manifold': ('sinkhorn',)}
 # Those that read and write in one pass compute as the paper does.
@@ -64,8 +66,8 @@ class ResidualConfig:
         choices=RESIDUAL_TYPES,
         structural=True,
         help='residual connection of every decoder layer: `standard` (x + F(x)), `hc` (arXiv '
-        '2409.19606), `mhc` (arXiv 2512.24880), `gated` (as Qwen4-Exp) or `mudd` (arXiv '
-        '2502.12170, one stream)',
+        '2409.19606), `mhc` (arXiv 2512.24880), `gated` (as Qwen4-Exp), '
+        '`attention` (arXiv 2603.15031, by blocks) or `mudd` (arXiv 2502.12170)',
         absent='standard',
         source='stock Megatron',
     )
@@ -235,6 +237,21 @@ class ResidualConfig:
         '`prenorm` (as exactly a pre-norm network at step 0)',
         source='Qwen4-Exp in transformers',
     )
+    attention_block_size: int = setting(
+        24,
+        '--attention-residual-block-size',
+        int,
+        least=1,
+        most=2 * MOST_LAYERS,
+        why='it counts sublayers, attention and MLP separately',
+        only=_ATTENTION,
+        structural=True,
+        metavar='N',
+        help='sublayers, attention and MLP each one, whose outputs add up to one source of the '
+        'softmax',
+        more='Inkling2 has 12',
+        source='Kimi K3',
+    )
     mapping_weight_decay: bool = setting(
         True,
         '--mhc-mapping-weight-decay',
@@ -355,6 +372,15 @@ class ResidualConfig:
     def norms_streams(self) -> bool:
         """Whether reads are normed already, so that sublayers have no norm in front of them."""
         return self.residual_type == 'gated'
+
+    @property
+    def wraps_sublayers(self) -> bool:
+        """Whether every sublayer has a connection of its own in place of the stock residual."""
+        return self.has_streams or self.residual_type == 'attention'
+
+    def block_sums(self, sublayers: int) -> int:
+        """Sums of Attention Residuals after so many sublayers, the embedding's included."""
+        return 1 + -(-sublayers // self.attention_block_size)
 
     @property
     def streams(self) -> int:

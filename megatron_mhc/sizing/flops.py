@@ -80,6 +80,7 @@ def residual_flops(
 
     Dense connections (mudd): ``mudd.sizes``. Gated residual: 4 n C R for the gates, 2 n C each for
     the norm and for u, once more before the output layer; 2 n^2 C for H_post, 2 n C to write.
+    Attention Residuals: 2 C each for norm, logit and sum of a source of a read, 2 C to write.
 
     Per sublayer, and the merge of streams once::
 
@@ -101,6 +102,9 @@ def residual_flops(
         return mudd_flops(hidden, layers, residual.mudd_variant == 'dynamic')
     if not residual.enabled:
         return 0
+    if residual.residual_type == 'attention':
+        sources = sum(residual.block_sums(done) for done in range(sublayers + 1))
+        return 6 * hidden * sources + 2 * hidden * sublayers
     n, wide = residual.num_residual_streams, residual.num_residual_streams * hidden
     if residual.residual_type == 'gated':
         read = 4 * wide * residual.gated_rank + 4 * wide

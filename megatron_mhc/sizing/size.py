@@ -128,9 +128,11 @@ def mapping_parameters(residual: ResidualConfig, hidden: int) -> int:
 
     mHC: phi n C x (K + 2n), b, three alphas, with K = n^2 logits of H_res for Sinkhorn; where K is
     0, one alpha less. HC: C x (n + 2), b, two scales; static: b only. Gated: gain n C, n C x 2R for
-    the gates, n C x n for the writes.
+    the gates, n C x n for the writes. Attention Residuals: a query C.
     """
     n = residual.num_residual_streams
+    if residual.residual_type == 'attention':
+        return hidden
     if not residual.has_streams or set(residual.fixed_mappings) == set(MAPPINGS):
         return 0
     if residual.residual_type == 'mhc':
@@ -147,6 +149,8 @@ def merge_parameters(residual: ResidualConfig, hidden: int) -> int:
     """Parameters of the n -> 1 merge before the final norm: of the learned and the gated one."""
     if residual.residual_type == 'gated':
         return residual.num_residual_streams * hidden * (1 + 2 * residual.gated_rank)
+    if residual.residual_type == 'attention':
+        return hidden
     if not residual.has_streams or residual.stream_merge != 'learned':
         return 0
     n = residual.num_residual_streams
