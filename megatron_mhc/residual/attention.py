@@ -109,8 +109,9 @@ class Reader(KeepFP32):
             RuntimeError: a running sum came without the others.
         """
         if x.shape[-1] == self.places * self.hidden_size:
-            *ended, running = x.split(self.hidden_size, -1)[: self.ended + 1]
-            BLOCK_SUMS.attach(running, tuple(ended))
+            sums: tuple[Tensor, ...] = x.split(self.hidden_size, -1)[: self.ended + 1]
+            running = sums[-1]
+            BLOCK_SUMS.attach(running, sums[:-1])
             return running
         if self.ended and BLOCK_SUMS.peek(x) is None:
             raise RuntimeError(

@@ -56,9 +56,11 @@ def gates(
         return a, normed, 2 * torch.sigmoid(F.linear(v, write) / n)
 
 
-def _read(*inputs: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
-    a, normed, h_post = gates(*inputs, norm_eps=norm_eps)
-    return (a * normed).mean(-2).to(inputs[0].dtype), h_post
+def _read(
+    x: Tensor, gain: Tensor, down: Tensor, up: Tensor, write: Tensor, norm_eps: float
+) -> tuple[Tensor, Tensor]:
+    a, normed, h_post = gates(x, gain, down, up, write, norm_eps)
+    return (a * normed).mean(-2).to(x.dtype), h_post
 
 
 class Gates(KeepFP32):
@@ -104,7 +106,9 @@ class Gates(KeepFP32):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Streams ``[..., n*C]`` -> u ``[..., C]`` in their type, and H_post ``[..., n]`` fp32."""
-        return rerun(functools.partial(_read, norm_eps=self.norm_eps), x, *self._weights())
+        read = functools.partial(_read, norm_eps=self.norm_eps)
+        u, h_post = rerun(read, x, *self._weights())
+        return u, h_post
 
     def mean_gates(self, x: Tensor) -> Tensor:
         """``[..., n]``: what a stream weighs in u, on average over its channels."""

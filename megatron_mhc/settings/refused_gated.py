@@ -12,13 +12,6 @@ _ROWS = (
         'add --normalization RMSNorm',
     ),
     Constraint(
-        '--transformer-impl transformer_engine',
-        # Of the command line alone: a model config says so by default, whatever the layer spec has.
-        lambda get: get('residual_type') and get('transformer_impl') == 'transformer_engine',
-        'its norm is part of the projection behind it, and would norm what the gates have weighed',
-        'add --transformer-impl local',
-    ),
-    Constraint(
         '--fp32-residual-connection',
         lambda get: bool(get('fp32_residual_connection')),
         'the norm that brings fp32 streams to the type of the weights is left out',

@@ -120,17 +120,29 @@ def test_parameters_and_operations_are_counted_exactly(build):
     assert residual_flops(residual, 32, 6) == 7 * read + 6 * (2 * wide * n + 2 * wide)
 
 
-def test_a_norm_inside_a_projection_is_refused(megatron):
-    """As Transformer Engine has it: an identity stands where the norm would."""
+def test_fused_norms_are_left_out_and_unknown_ones_refused(megatron):
+    """Transformer Engine has an identity where the norm would stand."""
+    from megatron.core.extensions import transformer_engine as te
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
     from megatron.core.transformer.identity_op import IdentityOp
 
     from megatron_mhc.residual.norms import norms_left_out
 
+    for kind, sublayer, projection in (
+        ('mamba', 'mixer', 'in_proj'),
+        ('attention', 'self_attention', 'linear_qkv'),
+        ('mlp', 'mlp', 'linear_fc1'),
+    ):
+        stock = getattr(mamba_stack_spec.submodules, f'{kind}_layer').submodules
+        left_out = norms_left_out(stock)
+        assert set(left_out) == {sublayer}
+        parts = getattr(left_out[sublayer], 'keywords', vars(left_out[sublayer]))['submodules']
+        assert getattr(parts, projection) is te.TEColumnParallelLinear
     submodules = get_gpt_layer_local_spec().submodules
     assert set(norms_left_out(submodules)) == {'input_layernorm', 'pre_mlp_layernorm'}
     submodules.pre_mlp_layernorm = IdentityOp
-    with pytest.raises(ValueError, match='no pre_mlp_layernorm of its own in front of its mlp'):
+    with pytest.raises(ValueError, match='no pre_mlp_layernorm in front of its mlp'):
         norms_left_out(submodules)
 
 
