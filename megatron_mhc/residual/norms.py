@@ -59,7 +59,7 @@ def _without_fused_norm(sublayer: Any) -> Any:
     """The spec with a plain first projection; None where that has no norm."""
     # By release, an MLP is a ModuleSpec or a partial of its class.
     partial = isinstance(sublayer, functools.partial)
-    parts = (
+    parts: Any = (
         sublayer.keywords.get('submodules') if partial else getattr(sublayer, 'submodules', None)
     )
     fused = [

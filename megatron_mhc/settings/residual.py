@@ -30,7 +30,7 @@ from megatron_mhc.settings.residual_rules import resolve
 
 MAPPINGS = ('pre', 'post', 'res')
 # The values of them: megatron_mhc/residual/start.py, which needs torch.
-INITS = ('identity', 'uniform', 'equal-writes', 'prenorm')
+INITS = ('identity', 'uniform', 'equal-writes', 'prenorm', 'mean-reads')
 GATED_INITS = ('normal', 'prenorm')
 PAPER_NORM_EPS = 1e-20
 """mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
@@ -154,8 +154,8 @@ class ResidualConfig:
         only=_MHC,
         help='initial biases of the maps: `identity` (H_res near I, one home stream per sublayer), '
         '`uniform` (all zero, as in Megatron-LM: H_pre 1/2, H_post 1, H_res 1/n), `equal-writes` '
-        '(`identity` with H_post 1) or `prenorm` (`equal-writes` as exactly a pre-norm network at '
-        'step 0: phi 0)',
+        '(`identity` with H_post 1), `prenorm` (`equal-writes` as exactly a pre-norm network at '
+        'step 0: phi 0) or `mean-reads` (H_pre and a learned merge 1/n, H_post 1, as Hy4)',
         more='with identity, H_res learns from the start; the mHC paper does not say; megatron-mhc '
         'docs initial-values has the comparison',
     )
