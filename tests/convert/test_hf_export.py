@@ -201,6 +201,8 @@ def test_a_tokenizer_that_is_damaged_or_has_code_is_told_of(run, tmp_path, damag
 
 REFUSED = {
     'mudd_variant': ({'residual_type': 'mudd'}, '--residual-type mudd'),
+    'gated': ({'residual_type': 'gated'}, '--residual-type gated, for which'),
+    'attention': ({'residual_type': 'attention'}, '--residual-type attention, for which'),
     'window': ({'window_size': (8, 0)}, r'--window-size \(8, 0\)'),
     'gate': ({'attention_output_gate': True}, '--attention-output-gate, for which'),
     'memory': ({'engram_layers': [2]}, r'--engram-layers \[2\]'),
