@@ -90,9 +90,9 @@ class ResidualConfig:
         only=_MHC,
         structural=True,
         metavar='NAME',
-        help='what H_res is kept on: `sinkhorn`, `permutation` or `kronecker` (doubly stochastic, '
-        'by iteration or exactly), `orthogonal` (rotations), `diagonal` (n sigmoids), `identity`, '
-        'or an entry point of the group `megatron_mhc.manifolds`',
+        help='what H_res is kept on: `sinkhorn`, `permutation`, `kronecker` or `orthostochastic` '
+        '(doubly stochastic, by iteration or exactly), `orthogonal` (rotations), `diagonal` (n '
+        'sigmoids), `identity`, or an entry point of the group `megatron_mhc.manifolds`',
         source='the mHC paper',
     )
     sinkhorn_iterations: int = setting(

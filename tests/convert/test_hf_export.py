@@ -208,6 +208,7 @@ REFUSED = {
     'memory': ({'engram_layers': [2]}, r'--engram-layers \[2\]'),
     'sink': ({'softmax_type': 'learnable'}, '--softmax-type learnable'),
     'manifold': ({'mhc_manifold': 'mine'}, '--mhc-manifold mine'),
+    'squares': ({'mhc_manifold': 'orthostochastic'}, '--mhc-manifold orthostochastic, for which'),
     'hybrid': ({'hybrid_layer_pattern': 'M*-'}, r'--hybrid-layer-pattern M\*-.*keep.*stays hybrid'),
     'hybrid twin': (
         {'hybrid_layer_pattern': '*-|*E/*E'},
