@@ -293,8 +293,6 @@ BAD = {
     ),
     'hc': (lambda f: edit(f, residual_type='hc'), DEV, 'connections of type hc, which no other'),
     'mudd': (lambda f: edit(f, residual_type='mudd'), DEV, 'of type mudd, which no other layout'),
-    'gated': (lambda f: edit(f, residual_type='gated'), DEV, 'of type gated, which no other'),
-    'attention': (lambda f: edit(f, residual_type='attention'), DEV, 'of type attention, which no'),
     'a memory': (lambda f: edit(f, engram_layers=[2]), DEV, r'a memory \(--engram-layers\)'),
     'single pass': (
         lambda f: edit(f, mhc_single_pass=True, mhc_stream_merge='pre'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from types import SimpleNamespace
 
 import pytest
@@ -51,3 +52,13 @@ def test_gates_stay_fp32_and_reads_have_the_type_of_the_streams(random_seed):
     assert u.dtype == torch.bfloat16 and carried.h_post.dtype == torch.float32
     torch.testing.assert_close(u, truth.bfloat16(), rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(carried.h_post.double(), wanted.h_post, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['gated', 'attention'])
+def test_no_other_layout_has_it(kind):
+    from megatron_mhc.convert.saved_args import describe
+
+    args = argparse.Namespace(residual_type=kind)
+    source = SimpleNamespace(args=args, format='torch_dist', folder='iter_1')
+    with pytest.raises(ValueError, match=f'of type {kind}, which no other layout has'):
+        describe(source)
