@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_mhc.settings.refused_attention import ATTENTION
 from megatron_mhc.settings.refused_engram import ENGRAM
+from megatron_mhc.settings.refused_gated import GATED
 from megatron_mhc.settings.refused_mudd import MUDD
 from megatron_mhc.settings.refused_pipeline import INVERTED_V, ON_LINE
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
@@ -10,7 +12,10 @@ from megatron_mhc.settings.refused_residual import RESIDUAL
 from megatron_mhc.settings.refused_single_pass import SINGLE_PASS
 from megatron_mhc.settings.residual import ResidualConfig
 
-REFUSALS = (RESIDUAL, MUDD, SINGLE_PASS, INVERTED_V, ON_LINE, POST_STREAM, ENGRAM)
+REFUSALS = (
+    *(RESIDUAL, MUDD, GATED, ATTENTION, SINGLE_PASS),
+    *(INVERTED_V, ON_LINE, POST_STREAM, ENGRAM),
+)
 
 
 def check_residual(settings: object, residual: ResidualConfig) -> None:
@@ -23,7 +28,8 @@ def check_residual(settings: object, residual: ResidualConfig) -> None:
     if not residual.enabled:
         return
     RESIDUAL.check(settings, residual.residual_type)
-    if residual.residual_type == 'mudd':
-        MUDD.check(settings, residual.residual_type)
+    for own in (MUDD, GATED, ATTENTION):
+        if residual.residual_type in own.values:
+            own.check(settings, residual.residual_type)
     if residual.single_pass:
         SINGLE_PASS.check(settings)

@@ -10,6 +10,7 @@ from megatron_mhc.settings.constraint import (
     shards_parameters,
 )
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN, main_pattern
+from megatron_mhc.settings.names import RESIDUAL_TYPES
 
 
 def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
@@ -132,6 +133,4 @@ _ROWS = (
         'keep one of the two flags',
     ),
 )
-RESIDUAL = Refusals(
-    '--residual-type {}', 'use --residual-type standard', _ROWS, ('hc', 'mhc', 'mudd')
-)
+RESIDUAL = Refusals('--residual-type {}', 'use --residual-type standard', _ROWS, RESIDUAL_TYPES[1:])
