@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_mhc.settings.refused_cuda_graphs import ASKED, UNASKED
 from megatron_mhc.settings.refused_engram import ENGRAM
 from megatron_mhc.settings.refused_mudd import MUDD
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
@@ -10,7 +11,7 @@ from megatron_mhc.settings.refused_residual import RESIDUAL
 from megatron_mhc.settings.refused_single_pass import SINGLE_PASS
 from megatron_mhc.settings.residual import ResidualConfig
 
-REFUSALS = (RESIDUAL, MUDD, SINGLE_PASS, INVERTED_V, POST_STREAM, ENGRAM)
+REFUSALS = (RESIDUAL, UNASKED, ASKED, MUDD, SINGLE_PASS, INVERTED_V, POST_STREAM, ENGRAM)
 
 
 def check_residual(settings: object, residual: ResidualConfig) -> None:
@@ -23,6 +24,9 @@ def check_residual(settings: object, residual: ResidualConfig) -> None:
     if not residual.enabled:
         return
     RESIDUAL.check(settings, residual.residual_type)
+    if residual.has_streams:
+        graphs = ASKED if residual.cuda_graphs else UNASKED
+        graphs.check(settings, residual.residual_type)
     if residual.residual_type == 'mudd':
         MUDD.check(settings, residual.residual_type)
     if residual.single_pass:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import (
-    Constraint,
-    Refusals,
-    Setting,
-    cuda_graphs,
-    shards_parameters,
-)
+from megatron_mhc.settings.constraint import Constraint, Refusals, Setting, shards_parameters
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN, main_pattern
 
 
@@ -44,12 +38,6 @@ _ROWS = (
         lambda get: bool(get('overlap_moe_expert_parallel_comm')),
         'its schedule calls parts of a layer by hand and adds the residual itself',
         'drop the flag',
-    ),
-    Constraint(
-        '--cuda-graph-impl / --enable-cuda-graph',
-        cuda_graphs,
-        'captured layers use static inputs of one stream',
-        'use --cuda-graph-impl none',
     ),
     Constraint(
         '--transformer-impl inference_optimized / --inference-fuse-tp-communication',

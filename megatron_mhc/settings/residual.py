@@ -290,6 +290,14 @@ class ResidualConfig:
         help='stream on which a schedule run from a plan rebuilds the segment that the backward '
         'begins with: `compute`, or `high`, one of high priority',
     )
+    cuda_graphs: bool = setting(
+        False,
+        '--mhc-cuda-graphs',
+        bool,
+        only=_STREAMS,
+        help='let Megatron capture layers or iterations of n streams (`--cuda-graph-impl`), which '
+        'no GPU has run yet',
+    )
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -305,6 +313,7 @@ class ResidualConfig:
         self._check_manifold()
         self._check_backend()
         self._resolve_recompute()
+        self._check_graphs()
 
     def _resolve_merge(self) -> None:
         if self.single_pass and self.stream_merge is not None:
@@ -383,6 +392,20 @@ class ResidualConfig:
             )
         if segments != 'none':
             object.__setattr__(self, 'recompute_stream', stream or 'compute')
+
+    def _check_graphs(self) -> None:
+        if not self.cuda_graphs:
+            return
+        if self.single_pass:
+            raise ValueError(
+                '--mhc-single-pass with --mhc-cuda-graphs: H_pre travels from layer to layer '
+                'beside the tensor that a graph has as its input; drop one of the two'
+            )
+        if self.recompute_layer_num != 'none':
+            raise ValueError(
+                f'--mhc-recompute-layer-num {self.recompute_layer_num} with --mhc-cuda-graphs: it '
+                'frees memory that a graph takes to stay where it was; drop one of the two'
+            )
 
     @property
     def enabled(self) -> bool:

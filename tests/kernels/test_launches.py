@@ -27,7 +27,11 @@ def kernel_names() -> set[str]:
     }
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    'path',
+    [*SOURCES, *(KERNELS / 'reference').glob('*.py')],
+    ids=lambda path: f'{path.parent.name}/{path.name}',
+)
 def test_no_atomics_and_nothing_read_back(path):
     for node in ast.walk(ast.parse(path.read_text())):
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node, 'id', '')

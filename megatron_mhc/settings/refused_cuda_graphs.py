@@ -1,0 +1,65 @@
+"""CUDA graphs over n streams: behind a flag until a GPU has run them, and what they cannot capture.
+
+A replay runs kernels, no Python. So whatever a sublayer does in Python beside starting kernels, and
+whatever travels from layer to layer as an attribute of a tensor, is refused or left out.
+"""
+
+from __future__ import annotations
+
+from megatron_mhc.settings.constraint import (
+    Constraint,
+    Refusals,
+    Setting,
+    captured_parts,
+    cuda_graphs,
+)
+
+FLAG = '--mhc-cuda-graphs'
+_GRAPHS = '--cuda-graph-impl / --enable-cuda-graph'
+
+UNASKED = Refusals(
+    '--residual-type {}',
+    'use --residual-type standard',
+    (
+        Constraint(
+            _GRAPHS,
+            cuda_graphs,
+            'no GPU has captured n streams yet, although nothing known stands against it',
+            f'use --cuda-graph-impl none, or be the first with {FLAG}',
+        ),
+    ),
+    ('hc', 'mhc'),
+)
+
+
+def _parts_of_moe(get: Setting) -> bool:
+    parts = {'moe_router', 'moe_preprocess'}
+    return cuda_graphs(get) and bool(parts & captured_parts(get))
+
+
+ASKED = Refusals(
+    FLAG,
+    f'drop {FLAG} and the graphs',
+    (
+        Constraint(
+            f'{FLAG} without --cuda-graph-impl',
+            # Of the command line alone: a checkpoint's model is also built without its graphs.
+            lambda get: bool(get('residual_type')) and not cuda_graphs(get),
+            'there is no graph',
+            'add --cuda-graph-impl local, transformer_engine or full_iteration',
+        ),
+        Constraint(
+            '--cuda-graph-modules moe_router or moe_preprocess',
+            _parts_of_moe,
+            'the end of an MoE layer would be a graph of its own, whose bias and dropout '
+            'F_post,res gets from Python',
+            'leave them out of the modules',
+        ),
+        Constraint(
+            '--mhc-monitor / --mhc-alarm',
+            lambda get: bool(get('mhc_monitor')) or get('mhc_alarm') not in (None, 'off'),
+            'samples are taken by Python in the forward, which a replay does not run',
+            'drop the flag',
+        ),
+    ),
+)
