@@ -64,8 +64,12 @@ def test_gradients_are_those_of_differences(n, random_seed):
     assert torch.autograd.gradcheck(lambda *given: run(*given), leaves, fast_mode=True)
 
 
+# n, T, C: any n, of which the kernels have 1, 2, 4 and 8; one value a stream.
+SHAPES = [(1, 5, 3), (2, 4, 1), (3, 7, 5), (4, 40, 37)] + [(n, 3, 5) for n in (5, 6, 7, 8, 16)]
+
+
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('shape', [(1, 5, 3), (3, 7, 5), (4, 40, 37), (8, 3, 19)], ids=str)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_sublayer_against_fp64(shape, dtype, random_seed):
     n, *_ = shape
     tensors, mask = tensors_of(*shape, dtype), (0.2, seed_tensor(CPU))
