@@ -85,8 +85,8 @@ def sinkhorn_gradient(logits: Tensor, grad: Tensor, iterations: int) -> Tensor:
             a, m = _next_pass(m)
             steps.append((a, m))
         if last:
-            # dL/dlog M from here on
-            grad, last = grad * m, False
+            # dL/dlog M from here on; in the order of m in memory, for all the passes
+            grad, last = grad.contiguous() * m, False
         for a, m in reversed(steps):
             grad = _through_pass(grad, a, m)
     return _through_pass(grad, columns, first)
