@@ -3,8 +3,8 @@
 ``python tests/cpu_loop_driver.py CASES.json OUT.json`` in a torchrun-like environment. CASES is a
 list of ``[name, [argument, ...]]``; OUT receives name -> ``[loss, gradient norm]`` per iteration at
 full precision, written by the last rank because losses exist on the last pipeline stage only.
-``--with-float-parameters`` among the arguments is ours, see ``add_float_parameters``. The flags of
-the package are there too, and its patches are taken back after a case that used them.
+``--with-float-parameters`` and ``--with-frozen-base`` are ours, see ``CHANGED``.
+The flags of the package are there too, and its patches are taken back after a case that used them.
 """
 
 import functools
@@ -16,7 +16,6 @@ import pathlib
 import sys
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-WITH_FLOAT = '--with-float-parameters'
 # Left when a case has ended: each process group has three of gloo's.
 MOST_THREADS = 30
 
@@ -66,6 +65,31 @@ def add_float_parameters(model_provider):
     return provide
 
 
+def freeze_base(model_provider):
+    """Train hyper-connections alone, as one may after a standard checkpoint was converted."""
+
+    def provide(*args, **kwargs):
+        model = model_provider(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_('hyper_connection' in name)
+        return model
+
+    return provide
+
+
+# Flag of a case -> what it does to the function that builds the model.
+CHANGED = {'--with-float-parameters': add_float_parameters, '--with-frozen-base': freeze_base}
+
+
+def read_docstrings_once():
+    """Parse the source of each of Megatron's configuration classes once, not in every case."""
+    from megatron.training import argument_utils
+
+    factory = argument_utils.ArgumentGroupFactory
+    read = functools.cache(functools.partial(factory._get_field_docstrings, factory))
+    factory._get_field_docstrings = staticmethod(read)
+
+
 def main(cases_path, out_path):
     from megatron_mhc.runtime import cpu_device
 
@@ -83,6 +107,7 @@ def main(cases_path, out_path):
     import torch
     from megatron.training import training
 
+    read_docstrings_once()
     script = load_script(REPOSITORY / 'examples' / 'pretrain_gpt.py')
     train_step, provider = training.train_step, script.model_provider
     store = torch.distributed.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
@@ -97,9 +122,10 @@ def main(cases_path, out_path):
         meeting = torch.distributed.PrefixStore(str(number), store)
         script.pretrain = functools.partial(training.pretrain, store=meeting)
         training.train_step = recording(train_step, results.setdefault(name, []), chunks)
-        with_float = WITH_FLOAT in arguments
-        script.model_provider = add_float_parameters(provider) if with_float else provider
-        sys.argv = [script.__file__, *(a for a in arguments if a != WITH_FLOAT)]
+        script.model_provider = provider
+        for change in CHANGED.keys() & arguments:
+            script.model_provider = CHANGED[change](script.model_provider)
+        sys.argv = [script.__file__, *(a for a in arguments if a not in CHANGED)]
         script.main()
         torch.distributed.barrier()
         training.destroy_global_state()

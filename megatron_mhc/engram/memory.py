@@ -54,12 +54,25 @@ class EngramMemory(MegatronModule):
             self.add_module(f'layer_{number}', layer)
         self._noted: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def note(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
-        """Hash the n-grams of a microbatch for all layers: both ``[b, s]``."""
+    def note(
+        self, input_ids: Tensor, position_ids: Tensor | None, bounds: Tensor | None = None
+    ) -> None:
+        """Hash the n-grams of a microbatch for all layers, and keep them inside of documents.
+
+        Args:
+            input_ids: ``[b, s]``.
+            position_ids: ``[b, s]``; they may begin again with every document.
+            bounds: of packed documents, ``[documents + 1]``: where each begins and the last ends.
+        """
         ids = self.token_map[input_ids]
-        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        # Ids that begin again with every document keep n-grams and convolution inside of it.
-        positions = places if position_ids is None else position_ids.minimum(places)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if bounds is not None:
+            # What follows the last document is padding, and one more of them.
+            bounds = bounds.to(positions.dtype)
+            document = torch.searchsorted(bounds, positions.contiguous(), right=True) - 1
+            positions = positions - bounds[document]
+        elif position_ids is not None:
+            positions = position_ids.minimum(positions)
         own = positions.t()
         if self.config.sequence_parallel:
             own = own.chunk(self.tp_group.size())[self.tp_group.rank()]
@@ -135,17 +148,17 @@ def _note(
             '--engram-layers: inference with a KV cache passes on the newest tokens only, and the '
             'n-grams need those before; call the model on whole sequences, without a context'
         )
-    if given.get('packed_seq_params') is not None:
-        raise NotImplementedError(
-            '--engram-layers: packed sequences are not tested; pass them unpacked, with '
-            '--reset-position-ids to keep n-grams within documents'
-        )
     if given.get('input_ids') is None:
         raise ValueError(
             '--engram-layers: the model was called without input_ids, whose n-grams it looks up; '
             'pass them beside decoder_input'
         )
-    memory.note(given['input_ids'], given.get('position_ids'))
+    packed = given.get('packed_seq_params')
+    bounds = None
+    if packed is not None:
+        padded = packed.cu_seqlens_q_padded
+        bounds = packed.cu_seqlens_q if padded is None else padded
+    memory.note(given['input_ids'], given.get('position_ids'), bounds)
 
 
 def _add(

@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ class HyperConnectionBlockMixin(_Host):
             if isinstance(hidden_states, WrappedTensor):
                 hidden_states = hidden_states.unwrap()
             hidden_states = expand_streams(hidden_states, self.num_streams)
+            if self.config.recompute_granularity and torch.is_grad_enabled():
+                # Those of a frozen embedding do not, and what Megatron recomputes from inputs
+                # without a gradient gets none.
+                hidden_states.requires_grad_()
             if self.single_pass:
                 alone = not self.layers or (_recomputes(self.config) and self.training)
                 hidden_states = single_pass.start(hidden_states, self.num_streams, alone)

@@ -77,12 +77,6 @@ _ROWS = (
         'use --transformer-impl transformer_engine or local',
     ),
     Constraint(
-        '--sft / --dataloader-inter-document-masking',
-        lambda get: bool(get('sft') or get('dataloader_inter_document_masking')),
-        'packed sequences are not tested',
-        'use --reset-position-ids, which keeps n-grams within documents',
-    ),
-    Constraint(
         '--cpu-offloading-num-layers / --fine-grained-activation-offloading',
         offloads,
         'offloaded activations are not tested with what the memory adds',

@@ -19,6 +19,14 @@ def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
     return interleaved and get('pipeline_model_parallel_size') == 2 and bool(batched)
 
 
+def _recomputes_biased_mlp(get: Setting) -> bool:
+    """A dense MLP with biases, recomputed by itself."""
+    experts = get('num_experts') or get('num_moe_experts')
+    dense = not experts or get('moe_layer_freq') not in (None, 1)
+    chosen = get('recompute_granularity') == 'selective' and get('recompute_modules') or ()
+    return bool(dense and 'mlp' in chosen and get('add_bias_linear'))
+
+
 DECOUPLED = '--decoupled-lr with --mhc-mapping-optimizer scalar'
 WHY_NOT_DECOUPLED = (
     "the only mark by which Megatron keeps a matrix from Muon is the embedding's, and marked phi "
@@ -53,6 +61,13 @@ _ROWS = (
         lambda get: bool(get('fused_residual_rmsnorm')),
         'it fuses the single-stream residual add into the norm',
         'drop the flag',
+    ),
+    Constraint(
+        '--recompute-modules mlp without --disable-bias-linear',
+        _recomputes_biased_mlp,
+        'the bias that a recomputed MLP returns leads back to it, and the backward never ends, '
+        'in a standard model either',
+        'add --disable-bias-linear, or recompute other modules',
     ),
     Constraint(
         '--cpu-offloading-num-layers',

@@ -282,15 +282,27 @@ def test_layers_that_run_without_token_ids_say_so(with_memory):
         model(torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None], None)
 
 
-def test_inference_with_a_cache_and_packed_sequences_are_refused(with_memory):
+def test_packed_documents_are_told_apart_by_their_bounds(with_memory):
+    memory = with_memory().decoder.engram
+    tokens = torch.randint(0, 64, (1, 16))
+    found = []
+    for positions, bounds in (
+        ([*range(16)], torch.tensor([0, 5, 6, 13], dtype=torch.int32)),
+        ([*range(5), 0, *range(7), *range(3)], None),
+    ):
+        memory.note(tokens, torch.tensor([positions]), bounds)
+        found.append(memory._noted)
+    for number in (2, 3):
+        for packed, restarted in zip(*(noted[number] for noted in found), strict=True):
+            assert torch.equal(packed, restarted)
+
+
+def test_inference_with_a_cache_is_refused(with_memory):
     from megatron.core.inference.contexts import StaticInferenceContext
-    from megatron.core.packed_seq_params import PackedSeqParams
 
     model = with_memory()
     tokens, positions = torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None]
     with pytest.raises(NotImplementedError, match='--engram-layers: inference with a KV cache'):
         model(tokens, positions, None, inference_context=StaticInferenceContext(1, 16))
-    with pytest.raises(NotImplementedError, match='--engram-layers: packed sequences'):
-        model(tokens, positions, None, packed_seq_params=PackedSeqParams())
     with pytest.raises(ValueError, match='without input_ids'):
         model(None, positions, None, decoder_input=torch.zeros(16, 1, 32))

@@ -27,6 +27,9 @@ OPTIMIZERS = {
     'muon': '--optimizer muon --muon-momentum 0.95 --dist-ckpt-optim-fully-reshardable ',
     'scalar': '--optimizer muon --mhc-mapping-optimizer scalar '
     '--dist-ckpt-optim-fully-reshardable ',
+    'frozen': '--with-frozen-base --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce '
+    '--overlap-param-gather --recompute-granularity full --recompute-method uniform '
+    '--recompute-num-layers 1 ',
 }
 PHI = 'decoder.layers.mlp_hyper_connection.mapping_proj.weight'
 BIAS = 'decoder.layers.mlp_hyper_connection.bias'
@@ -74,3 +77,15 @@ def test_the_optimizer_holds_the_models_own_fp32_parameters(runs, tensors, name)
             assert torch.equal(own[key], state[parameter]), key
         for key in moments:
             assert has_fp32_bits(own[key]), key
+
+
+def test_a_frozen_base_stays_while_maps_learn(runs, tensors):
+    folder, _ = runs
+    before, after = (tensors(folder / 'frozen' / f'iter_000000{i}') for i in (3, 5))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    models = {key for key in before if key.startswith(('decoder.', 'embedding.', 'output_layer.'))}
+    assert {key for key in models if 'hyper_connection' in key} >= {PHI, BIAS}
+    assert changed & models == {key for key in models if 'hyper_connection' in key}
+    # Nothing is kept for what does not train.
+    moments = {key for key in before if key.startswith('optimizer.') and 'exp_avg' in key}
+    assert moments and all('hyper_connection' in key for key in moments)

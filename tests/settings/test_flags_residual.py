@@ -87,6 +87,7 @@ def test_a_factor_other_than_the_optimizer_states_is_refused(parse, tmp_path, ca
 PP2 = '--pipeline-model-parallel-size 2'
 VPP = f'{PP2} --num-layers-per-virtual-pipeline-stage 1'
 GRAPHS = '--mhc-cuda-graphs --cuda-graph-impl local'
+MLP = '--recompute-granularity selective --recompute-modules mlp'
 REFUSED = {
     '--residual-type residual': "argument --residual-type: invalid choice: 'residual'",
     '--residual-type mhc --mhc-num-residual-streams 0': '--mhc-num-residual-streams 0: wanted',
@@ -138,6 +139,8 @@ REFUSED = {
     f'--residual-type hc {GRAPHS} --cuda-graph-scope moe_router': '--cuda-graph-modules moe_router',
     '--residual-type mhc --inference-fuse-tp-communication': '--inference-fuse-tp-communication',
     '--residual-type mhc --fused-residual-rmsnorm': '--fused-residual-rmsnorm',
+    f'--residual-type hc {MLP}': '--recompute-modules mlp without --disable-bias-linear',
+    f'--residual-type mhc {MLP} --num-experts 2 --moe-layer-freq 2': 'recompute other modules',
     '--residual-type hc --cpu-offloading-num-layers 1': '--cpu-offloading-num-layers',
     '--residual-type mhc --fine-grained-activation-offloading': '--fine-grained-activation',
     '--residual-type hc --transformer-impl inference_optimized': 'inference_optimized',
@@ -160,6 +163,11 @@ REFUSED = {
     f'--residual-type mhc --no-overlap-p2p-communication --hybrid-layer-pattern *|-|*|- {PP2}': ''
     '--no-overlap-p2p-communication',
 }
+
+
+@pytest.mark.parametrize('others', ['--disable-bias-linear', '--num-experts 2'])
+def test_an_mlp_that_returns_no_bias_may_be_recomputed(parse, others):
+    assert parse(*f'--residual-type mhc {MLP} {others}'.split()).recompute_modules == ['mlp']
 
 
 @pytest.mark.parametrize('flags', REFUSED)
