@@ -123,4 +123,5 @@ def _each(alpha: Tensor, n: int) -> Tensor:
 
 def _res(logits: Tensor, n: int) -> Tensor:
     """Of H_res, ``[n, n, ...]``: tokens last, so that sums over streams run along them."""
-    return logits[..., 2 * n :].unflatten(-1, (n, n)).movedim((-2, -1), (0, 1)).contiguous()
+    matrices: Tensor = logits[..., 2 * n :].unflatten(-1, (n, n))
+    return matrices.movedim((-2, -1), (0, 1)).contiguous()

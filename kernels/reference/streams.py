@@ -155,7 +155,7 @@ def _written(
     scale = None
     if dropout > 0:
         assert seed is not None
-        scale = dropout_scale_ref(*wide.shape, dropout, seed).to(like.dtype)
+        scale = dropout_scale_ref(wide.shape[0], wide.shape[1], dropout, seed).to(like.dtype)
         wide = wide * scale
     return wide.unsqueeze(1), scale
 

@@ -86,7 +86,6 @@ def test_a_factor_other_than_the_optimizer_states_is_refused(parse, tmp_path, ca
 
 PP2 = '--pipeline-model-parallel-size 2'
 VPP = f'{PP2} --num-layers-per-virtual-pipeline-stage 1'
-GRAPHS = '--mhc-cuda-graphs --cuda-graph-impl local'
 MLP = '--recompute-granularity selective --recompute-modules mlp'
 REFUSED = {
     '--residual-type residual': "argument --residual-type: invalid choice: 'residual'",
@@ -128,15 +127,6 @@ REFUSED = {
     '--residual-type mhc --cuda-graph-impl full_iteration': '--cuda-graph-impl',
     '--residual-type mhc --enable-cuda-graph': '--enable-cuda-graph',
     '--residual-type mhc --external-cuda-graph': '--enable-cuda-graph',
-    '--residual-type mudd --transformer-impl local --cuda-graph-impl local': 'the outputs of '
-    'earlier layers travel beside the tensor',
-    '--residual-type mudd --mhc-cuda-graphs': '--mhc-cuda-graphs has no effect with',
-    '--residual-type mhc --mhc-cuda-graphs': 'there is no graph; add --cuda-graph-impl local',
-    f'--residual-type mhc {GRAPHS} --mhc-alarm warn': '--mhc-monitor / --mhc-alarm cannot be',
-    f'--residual-type mhc {GRAPHS} --mhc-single-pass': '--mhc-single-pass with --mhc-cuda-graphs',
-    f'--residual-type hc {GRAPHS} --mhc-recompute-layer-num 2': '2 with --mhc-cuda-graphs',
-    f'--residual-type hc {GRAPHS} --mhc-post-stream high': 'a replayed layer does not wait for',
-    f'--residual-type hc {GRAPHS} --cuda-graph-scope moe_router': '--cuda-graph-modules moe_router',
     '--residual-type mhc --inference-fuse-tp-communication': '--inference-fuse-tp-communication',
     '--residual-type mhc --fused-residual-rmsnorm': '--fused-residual-rmsnorm',
     f'--residual-type hc {MLP}': '--recompute-modules mlp without --disable-bias-linear',
@@ -173,12 +163,6 @@ def test_an_mlp_that_returns_no_bias_may_be_recomputed(parse, others):
 @pytest.mark.parametrize('flags', REFUSED)
 def test_refusals_are_one_line_and_name_the_flag(refused, flags):
     assert REFUSED[flags] in refused(flags)
-
-
-@pytest.mark.parametrize('impl', ['local', 'transformer_engine', 'full_iteration'])
-def test_graphs_of_streams_are_asked_for(parse, impl):
-    args = parse(*f'--residual-type hc --mhc-cuda-graphs --cuda-graph-impl {impl}'.split())
-    assert args.mhc_cuda_graphs and args.cuda_graph_impl == impl
 
 
 @pytest.mark.parametrize(('local_rank', 'said'), [('0', 1), ('3', 0)])
