@@ -118,6 +118,14 @@ def test_each_replay_draws_its_own_dropout(build):
         assert torch.equal(got, want)
 
 
+def test_transformer_engine_captures_both_sublayers(build):
+    """Megatron calls them by hand where Transformer Engine makes the graph of a layer."""
+    layer = build(RESIDUALS[0], num_layers=1).decoder.layers[0]
+    x, mask, _ = inputs_of(layer, 3)
+    (captured,) = layer._te_cuda_graph_capture(x, attention_mask=mask)
+    assert torch.equal(captured, layer(x, attention_mask=mask)[0])
+
+
 def test_static_inputs_have_all_streams(build):
     """As ``make_graphed_callables`` of Transformer Engine gets them, in bf16."""
     block = build(RESIDUALS[0], num_layers=1).decoder
