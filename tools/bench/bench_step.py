@@ -30,14 +30,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('--hidden-size', type=integer(16, MOST_WIDTH), default=256, help='C, a multiple of 16')
+    add('--hidden-size', type=integer(16, MOST_WIDTH), default=256, help='C, a multiple of 64')
     add('--num-layers', type=integer(1, 64), default=2)
     add('--seq-length', type=integer(1, 4096), default=128)
     add('--micro-batch-size', type=integer(1, 64), default=4)
     add('--residual-type', choices=['hc', 'mhc'], default='mhc')
     add('--num-streams', type=integer(1, 16), default=4)
     add('--samples', type=integer(1, 1000), default=7, help='steps of each, after one to warm up')
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.hidden_size > 64 and options.hidden_size % 64:
+        parser.error(
+            f'--hidden-size {options.hidden_size}: attention has heads of 64; give a multiple of 64'
+        )
+    return options
 
 
 def build(options: argparse.Namespace, residual: str | None) -> Any:

@@ -43,7 +43,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add('--seq-length', type=integer(1, 100_000), default=1024)
     add('--train-iters', type=integer(2 * EAGER, 10_000), default=12)
     add('--residual-type', choices=['hc', 'mhc'], default='mhc')
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.hidden_size > 64 and options.hidden_size % 64:
+        parser.error(
+            f'--hidden-size {options.hidden_size}: attention has heads of 64; give a multiple of 64'
+        )
+    return options
 
 
 def flags(options: argparse.Namespace, graphs: str, engine: bool) -> list[str]:
