@@ -23,7 +23,7 @@ from megatron_mhc.recipes.answer import describe, verdict
 from megatron_mhc.recipes.beyond import layout_beyond
 from megatron_mhc.recipes.recipe import LAYOUTS, RECIPES, recipe_flags, scaled_down
 from megatron_mhc.recipes.script import LAUNCHER, bash_script, mock_data, torchrun_flags
-from megatron_mhc.settings.names import STREAM_TYPES
+from megatron_mhc.settings.names import MAPPED_TYPES
 from megatron_mhc.settings.queues import CONNECTIONS, connections, one_queue
 
 PRETRAIN = {
@@ -41,7 +41,7 @@ def parse(argv):
     parser.add_argument(
         '--gpus', type=integer(65, MOST_RANKS), metavar='N', help='more than 64, from 64gpu on'
     )
-    parser.add_argument('--residual-type', choices=('standard', *STREAM_TYPES), default='mhc')
+    parser.add_argument('--residual-type', choices=('standard', *MAPPED_TYPES), default='mhc')
     parser.add_argument(
         '--gpus-per-node', type=integer(1, 1024), default=8, metavar='N', help='(default: 8)'
     )

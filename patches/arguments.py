@@ -41,6 +41,8 @@ OWN_FLAGS = (
     '--mhc-',
     '--hc-',
     '--mudd-',
+    '--gated-residual-',
+    '--attention-residual-',
     '--engram-',
     '--pipeline-schedule',
     '--pipeline-w-placement',

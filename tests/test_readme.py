@@ -72,7 +72,9 @@ def test_flag_table():
     flags = {option for action in parser._actions for option in action.option_strings}
     assert documented(FLAGS) == {action.option_strings[0] for action in parser._actions}
     # Wherever else a page names a flag of ours, it is spelt as the parser has it.
-    ours = re.compile(r'(?<![\w-])--(?:residual|mhc|hc|mudd|engram|lr-step)(?:-[a-z]+)+')
+    ours = re.compile(
+        r'(?<![\w-])--(?:residual|mhc|hc|mudd|gated|attention-residual|engram|lr-step)(?:-[a-z]+)+'
+    )
     for page in (ROOT / 'README.md', *DOCS.glob('*.md')):
         assert set(ours.findall(page.read_text())) <= flags, page
     assert '--residual-type' in ours.findall(README)

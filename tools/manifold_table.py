@@ -12,7 +12,7 @@ from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import MOST_SEED, MOST_STREAMS, integer, number
 from megatron_mhc.manifolds.registry import load, manifold_names
 
-ROW = '| {:<11} | {:>6} | {:>9} | {:>12} | {:>11} | {:>10} | {:>9} |'
+ROW = '| {:<15} | {:>6} | {:>9} | {:>12} | {:>11} | {:>10} | {:>9} |'
 TITLES = 'manifold,logits,row error,column error,least entry,2-norm - 1,gradient'.split(',')
 
 

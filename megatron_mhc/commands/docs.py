@@ -29,6 +29,7 @@ PAGES = {
     'numerics': 'what DeepSeek-V4, Megatron-LM and GLM-5.3 compute otherwise',
     'initial-values': 'where the maps of mHC start: what was compared',
     'manifolds': 'what H_res is kept on',
+    'residuals': 'the gated residual, Attention Residuals',
     'mudd': 'dense connections',
     'engram': 'conditional memory',
     'study': 'the fastest layout of ranks, and what the estimate leaves out',

@@ -40,6 +40,21 @@ from megatron_mhc.convert.source import (
 )
 
 SHARD_BYTES = 4 << 30
+# What tensors of weights have, as the format calls it.
+SAFETENSORS = {
+    torch.float64: 'F64',
+    torch.float32: 'F32',
+    torch.bfloat16: 'BF16',
+    torch.float16: 'F16',
+    torch.float8_e4m3fn: 'F8_E4M3',
+    torch.float8_e5m2: 'F8_E5M2',
+    torch.int64: 'I64',
+    torch.int32: 'I32',
+    torch.int16: 'I16',
+    torch.int8: 'I8',
+    torch.uint8: 'U8',
+    torch.bool: 'BOOL',
+}
 
 
 class Written(Protocol):
@@ -180,7 +195,6 @@ def write_shards(
     root: pathlib.Path, entries: dict[str, Entry], value: Callable[[str], Tensor]
 ) -> None:
     """Safetensors of ``SHARD_BYTES`` at most, where tensors allow it, with their index."""
-    library = require('safetensors', 'safetensors.torch')
     hub = require('huggingface_hub', 'huggingface_hub')
     split = hub.split_state_dict_into_shards_factory(
         entries,
@@ -189,15 +203,45 @@ def write_shards(
         max_shard_size=SHARD_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: value(name) for name in names}
-        try:
-            library.save_file(tensors, root / file, metadata={'format': 'pt'})
-        except require('safetensors', 'safetensors').SafetensorError as error:
-            # Of a full disk too, which every other writer has an OSError for.
-            raise OSError(f'{root / file} cannot be written ({error})') from error
+        _write_shard(root / file, {name: entries[name] for name in names}, value)
     if split.is_sharded:
         index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
         (root / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write_shard(
+    path: pathlib.Path, entries: dict[str, Entry], value: Callable[[str], Tensor]
+) -> None:
+    """One file of safetensors, of which one tensor at a time is in memory.
+
+    The library writes what it has as a whole. The format: the length of the header in eight bytes,
+    the header, a JSON object padded to eight, and the tensors one after the other, here widest
+    dtypes first, so that each is aligned (https://github.com/huggingface/safetensors#format).
+    """
+    # How long opaque states are is known once they are read; they are a few bytes.
+    opaque = {name: value(name) for name, entry in entries.items() if entry.shape is None}
+    entries = entries | {name: whole(read) for name, read in opaque.items()}
+    order = sorted(entries, key=lambda name: -_dtype(entries[name]).itemsize)
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    end = 0
+    for name in order:
+        entry, start = entries[name], end
+        end += entry.nbytes
+        kind = SAFETENSORS[_dtype(entry)]
+        header[name] = {'dtype': kind, 'shape': entry.shape, 'data_offsets': (start, end)}
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
+    with path.open('wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for name in order:
+            read = opaque[name] if name in opaque else value(name)
+            assert whole(read)[:2] == entries[name][:2], name
+            file.write(memoryview(read.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+
+def _dtype(entry: Entry) -> torch.dtype:
+    assert entry.dtype is not None
+    return entry.dtype
 
 
 def _as_tensor(value: Tensor | io.BytesIO | None) -> Tensor:

@@ -72,7 +72,7 @@ def describe(source: Source, origin: str = 'auto') -> Described:
             f'--from {origin}: {source.folder} is a {said} checkpoint by its saved arguments; '
             'leave out --from'
         )
-    if name in ('hc', 'mudd'):
+    if name in ('hc', 'mudd', 'gated', 'attention'):
         raise ValueError(
             f'{source.folder} has residual connections of type {name}, which no other layout has; '
             'only standard and mhc checkpoints are converted'

@@ -18,6 +18,7 @@ BUILT_IN = {
     'sinkhorn': 'Sinkhorn',
     'permutation': 'Permutation',
     'kronecker': 'Kronecker',
+    'orthostochastic': 'Orthostochastic',
     'orthogonal': 'Orthogonal',
     'diagonal': 'Diagonal',
     'identity': 'Identity',

@@ -10,6 +10,8 @@ INIT_PRESETS = ('uniform', 'identity')
 
 # 5! = 120 rows of phi; 6! would be 720 for 25 degrees of freedom.
 LARGEST_PERMUTED = 5
+# s of orthostochastic matrices: rows, and columns, of the blocks whose squares are summed.
+SQUARED_BLOCK = 2
 
 
 def permutations(n: int) -> int:
@@ -43,11 +45,16 @@ def factor_permutations(n: int) -> int:
     return sum(map(permutations, factors))
 
 
+def _planes(dimensions: int) -> int:
+    return dimensions * (dimensions - 1) // 2
+
+
 NUM_LOGITS: dict[str, Callable[[int], int]] = {
     'sinkhorn': lambda n: n * n,
     'permutation': permutations,
     'kronecker': factor_permutations,
-    'orthogonal': lambda n: n * (n - 1) // 2,
+    'orthostochastic': lambda n: _planes(SQUARED_BLOCK * n),
+    'orthogonal': lambda n: _planes(n),
     'diagonal': lambda n: n,
     'identity': lambda n: 0,
 }
@@ -61,6 +68,7 @@ def matrix_flops(name: str, n: int, sinkhorn_iterations: int) -> int:
         sinkhorn      4 t n^2                 t column and row passes: sums and divisions
         permutation   3 n! + 2 n! n^2         softmax, sum over the permutations
         kronecker     the same of each factor, and the products
+        orthostochastic  as orthogonal of 2n, and 8 n^2 for the squares
         orthogonal    6 n per rotation        n (n - 1) / 2 rotations of two rows
         diagonal      3 n                     sigmoids
     """
@@ -74,5 +82,8 @@ def matrix_flops(name: str, n: int, sinkhorn_iterations: int) -> int:
             size *= factor
             flops += permutations(factor) * (3 + 2 * factor * factor) + size * size
         return flops
+    if name == 'orthostochastic':
+        wide = SQUARED_BLOCK * n
+        return 6 * wide * NUM_LOGITS[name](n) + 2 * wide * wide
     of_one_logit = {'orthogonal': 6 * n, 'diagonal': 3}
     return of_one_logit[name] * NUM_LOGITS[name](n) if name in of_one_logit else 0

@@ -19,7 +19,7 @@ from megatron_mhc.monitor.names import (
     WRITE_SHARE,
     sublayer_name,
 )
-from megatron_mhc.monitor.runs import Run, is_hc, own
+from megatron_mhc.monitor.runs import Run, is_gated, is_hc, own
 from megatron_mhc.settings.flags_monitor import PAPER_GAIN, MonitorConfig
 
 # A bf16 number has 8 bits: what is added and has less than 2^-9 of its size is rounded off. The
@@ -170,7 +170,7 @@ def streams(run: Run, settings: MonitorConfig) -> Iterable[Finding]:
         value = float(numpy.nanmax(last))
         text = (
             f'collapsed streams: equal before every sublayer, effective rank at most {value:.4f}'
-            f'{mean}, {equal.when}; H_res gets no gradient'
+            f'{mean}, {equal.when}{"" if is_gated(run) else "; H_res gets no gradient"}'
         )
         yield Finding('streams', SICK, text, value, least, *place(equal, None))
     else:

@@ -191,3 +191,8 @@ def own(run: Run, name: str) -> dict[int, float]:
 def is_hc(run: Run) -> bool:
     """Whether H_res is not constrained; runs that do not say are taken for mHC."""
     return run.options.get('residual_type') == 'hc'
+
+
+def is_gated(run: Run) -> bool:
+    """Whether its H_res is the identity, with nothing to learn."""
+    return run.options.get('residual_type') == 'gated'

@@ -12,10 +12,20 @@ from megatron_mhc.optim.group_rules import Overrides, Rule, laid_on_top, scaled_
 from megatron_mhc.settings.refused_residual import DECOUPLED, WHY_NOT_DECOUPLED
 from megatron_mhc.settings.residual import ResidualConfig
 
-PHI = ('*hyper_connection.mapping_proj.weight', '*stream_merge.mapping_proj.weight')
+# The gated residual has three matrices for phi.
+_MATRICES = ('mapping_proj.weight', 'down.weight', 'up.weight', 'write.weight')
+PHI = tuple(
+    f'*{place}.{matrix}'
+    for place in ('hyper_connection', 'hyper_connection.gates', 'stream_merge')
+    for matrix in _MATRICES
+)
 VECTORS = (
     '*hyper_connection.bias',
     '*hyper_connection.alpha*',
+    '*hyper_connection.gates.gain',
+    '*stream_merge.gain',
+    '*hyper_connection.reader.query',
+    '*stream_merge.query',
     '*stream_merge.bias',
     '*stream_merge.alpha*',
 )

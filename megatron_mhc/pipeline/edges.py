@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_mhc.residual.attention import sublayers_of
 from megatron_mhc.schedules.executor_channels import Transport
 from megatron_mhc.schedules.plan import Plan
 from megatron_mhc.settings.flags_residual import parsed_arguments
@@ -47,17 +48,24 @@ def transport_for(
 def edge_width(config: Any) -> int:
     """Values a token in a message between two stages: n*C, and what a topology sends with them."""
     residual = RESIDUAL.peek(config)
-    streams = 1 if residual is None else residual.streams
+    streams = 1 if residual is None else _streams(config, residual)
     width: int = streams * config.hidden_size
     if residual is not None and residual.single_pass:
         width += residual.edge_values(config.pipeline_dtype.itemsize)
     return width
 
 
+def _streams(config: Any, residual: ResidualConfig) -> int:
+    if residual.residual_type == 'attention':
+        return residual.block_sums(sublayers_of(config))
+    return residual.streams
+
+
 def describe_edge(config: Any, residual: ResidualConfig) -> str:
     """What such a message has, in words."""
     beside = ' and H_pre' if residual.single_pass else ''
-    return f'{residual.streams} streams of {config.hidden_size}{beside}'
+    what = 'block sums' if residual.residual_type == 'attention' else 'streams'
+    return f'{_streams(config, residual)} {what} of {config.hidden_size}{beside}'
 
 
 def default_timeout() -> datetime.timedelta:

@@ -7,7 +7,7 @@ import argparse
 from megatron_mhc.inputs.options import CP, EP, MICRO_BATCH, PP, TP, add_option
 from megatron_mhc.inputs.values import MOST_RANKS, flag_of, integer
 from megatron_mhc.recipes.names import LAYOUT_NAMES, MODELS, SIZES
-from megatron_mhc.settings.names import STREAM_TYPES
+from megatron_mhc.settings.names import MAPPED_TYPES
 
 _WORDS = {'tp': TP, 'cp': CP, 'pp': PP, 'ep': EP, 'micro_batch': MICRO_BATCH}
 _SIZES = {
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument('name', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
     show.add_argument(
         '--residual-type',
-        choices=('standard', *STREAM_TYPES),
+        choices=('standard', *MAPPED_TYPES),
         default='mhc',
         help='(default: mhc)',
     )

@@ -94,5 +94,10 @@ IN_FLIGHT: Attached[Launched[Tensor]] = Attached('mhc_in_flight', 'residual.post
 # from the sublayer before, not from the values. On what a checkpoint returns it has no gradient.
 NEXT_PRE: Attached[Tensor] = Attached('mhc_next_pre', 'residual.single_pass', _needs_gradient)
 
+# Attention Residuals: the sums of ended blocks, ``[s, b, C]`` each, on the running one.
+BLOCK_SUMS: Attached[tuple[Tensor, ...]] = Attached(
+    'mhc_block_sums', 'residual.attention', _needs_gradient
+)
+
 # mudd: stays, because a layer's norm reads it as well as the layer.
 DENSE_WAYS: Attached[DenseWays] = Attached('mhc_dense_ways', 'mudd.layer')

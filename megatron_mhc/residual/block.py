@@ -10,9 +10,13 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megatron_mhc.residual import single_pass
+from megatron_mhc.residual.attention import AttentionMerge, sublayers_of
+from megatron_mhc.residual.gated import GatedMerge
 from megatron_mhc.residual.hyper_connection import HyperConnection
+from megatron_mhc.residual.norms import leave_out_final_norm
 from megatron_mhc.residual.recompute_choice import choose_segment_size
 from megatron_mhc.residual.stream_merge import StreamMerge, expand_streams
 from megatron_mhc.residual.sublayer import ChainedLayer
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
         pre_process: bool
         num_streams: int
         single_pass: bool
+        block_sums: int
         layers: nn.ModuleList
 else:
     _Host = object
@@ -61,6 +66,10 @@ class HyperConnectionBlockMixin(_Host):
             if self.single_pass:
                 alone = not self.layers or (_recomputes(self.config) and self.training)
                 hidden_states = single_pass.start(hidden_states, self.num_streams, alone)
+            if self.block_sums and not self.layers:
+                # Of what leaves a stage without layers.
+                missing = (self.block_sums - 1) * self.config.hidden_size
+                hidden_states = F.pad(hidden_states, (0, missing))
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -79,8 +88,10 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     """
     block_class: type = type(block)
     block.__class__ = hyper_connection_block(block_class)
-    block.num_streams = residual.num_residual_streams
+    block.num_streams = residual.streams
     block.single_pass = residual.single_pass
+    attends = residual.residual_type == 'attention'
+    block.block_sums = residual.block_sums(sublayers_of(block.config)) if attends else 0
     size = choose_segment_size(block, residual)
     for layer in block.layers:
         layer.recompute_segment_size = size
@@ -90,18 +101,24 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     mark_ends(block)
     norm = final_norm_of(block)
     if norm is not None:
-        block.stream_merge = StreamMerge(
-            block.config.hidden_size,
-            residual,
-            block.config.sequence_parallel,
-            block.config.layernorm_epsilon,
-        )
+        block.stream_merge = _merge_of(block.config, residual)
+        if residual.norms_streams:
+            norm = leave_out_final_norm(block)
         norm.register_forward_pre_hook(functools.partial(_merge_first, block))
     elif block.post_process and not block.config.mtp_num_layers:
         raise ValueError(
             'the last pipeline stage has no final norm, before which the residual streams are '
             'merged: build the block with post_layer_norm=True or use --residual-type standard'
         )
+
+
+def _merge_of(config: TransformerConfig, residual: ResidualConfig) -> nn.Module:
+    common = config.hidden_size, residual, config.sequence_parallel, config.layernorm_epsilon
+    if residual.residual_type == 'gated':
+        return GatedMerge(*common, config.init_method_std)
+    if residual.residual_type == 'attention':
+        return AttentionMerge(*common[:2], sublayers_of(config), *common[2:])
+    return StreamMerge(*common)
 
 
 def mark_ends(block: TransformerBlock) -> None:

@@ -125,7 +125,7 @@ class HyperConnection(KeepFP32):
             )
         self.hidden_size = hidden_size
         self.residual = residual
-        self.num_streams = residual.num_residual_streams
+        self.num_streams = residual.streams
         self.sublayer = sublayer
         # Whether a pipeline stage, or layers that are recomputed as one, end behind this sublayer.
         self.ends_stage = self.ends_checkpoint = False

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.kernels.profiler_names import POST_RANGE
 from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
+from megatron_mhc.residual.norms import norms_left_out
 from megatron_mhc.residual.sublayer import (
     ChainedLayer,
     build_hyper_connection,
@@ -90,11 +91,19 @@ class HyperConnectionLayerMixin(ChainedLayer, _Host):
             name: without_residual(name, getattr(submodules, name))
             for name in ('self_attn_bda', 'mlp_bda')
         }
+        if residual.norms_streams:
+            replaced |= norms_left_out(submodules)
         with output_projections_rescaled(config, residual):
             super().__init__(config, dataclasses.replace(submodules, **replaced), *args, **kwargs)
 
         def connection(sublayer: nn.Module, place: int) -> HyperConnection | None:
             if isinstance(sublayer, IdentityOp):
+                if residual.residual_type == 'attention' and sublayers == 2:
+                    raise ValueError(
+                        f'--residual-type attention: layer {self.layer_number} has no '
+                        f'{("attention", "MLP")[place]}, and blocks count both of every layer; use '
+                        'layers with both, a hybrid model, or --residual-type mhc'
+                    )
                 return None
             before = self.layer_number - 1
             number = before if sublayers == 1 else 2 * before + place

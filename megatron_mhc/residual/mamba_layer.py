@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from megatron_mhc.residual.norms import norms_left_out
 from megatron_mhc.residual.sublayer import (
     ChainedLayer,
     build_hyper_connection,
@@ -51,8 +52,10 @@ class HyperConnectionMambaLayerMixin(ChainedLayer, _Host):
         **kwargs: object,
     ) -> None:
         del sublayers
-        replaced = without_residual('mamba_bda', submodules.mamba_bda)
-        submodules = dataclasses.replace(submodules, mamba_bda=replaced)
+        replaced = {'mamba_bda': without_residual('mamba_bda', submodules.mamba_bda)}
+        if residual.norms_streams:
+            replaced |= norms_left_out(submodules)
+        submodules = dataclasses.replace(submodules, **replaced)
         with output_projections_rescaled(config, residual):
             super().__init__(config, submodules, *args, **kwargs)
         before = self.layer_number - 1

@@ -12,7 +12,6 @@ from megatron_mhc.residual.layer import hyper_connection_layer
 from megatron_mhc.residual.mamba_layer import HyperConnectionMambaLayerMixin
 from megatron_mhc.residual.stack import HyperConnectionStackMixin, is_stack
 from megatron_mhc.residual.sublayer import n_stream_class
-from megatron_mhc.settings.names import STREAM_TYPES
 from megatron_mhc.settings.residual import ResidualConfig
 
 type Spec = ModuleSpec | TransformerBlockSubmodules
@@ -24,13 +23,14 @@ def with_residual(spec: Spec, residual: ResidualConfig, sublayers: int = 2) -> S
     Args:
         spec: a ``ModuleSpec`` of any ``TransformerLayer`` (local or TE, dense or MoE, MLA), a
             ``TransformerBlockSubmodules``, or a ``ModuleSpec`` of a block or of a hybrid stack.
-        residual: the settings. Without n streams the spec itself is returned.
+        residual: the settings. Without connections of sublayers the spec itself is
+            returned.
         sublayers: of each layer of the model; 1 in a hybrid stack.
 
     Raises:
         ValueError: the spec names no transformer layer.
     """
-    if residual.residual_type not in STREAM_TYPES:
+    if not residual.wraps_sublayers:
         return spec
     if isinstance(spec, TransformerBlockSubmodules):
         layers = [with_residual(layer, residual) for layer in spec.layer_specs or ()]

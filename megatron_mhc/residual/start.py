@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,14 @@ class Start(NamedTuple):
         res: the preset of the manifold that H_res is kept on.
         exact: phi = 0, and the reads of all streams sum to 1. With equal writes every stream then
             is that of a pre-norm residual network, until the first step.
+        mean: H_pre is 1/n for every stream, by logits -ln(n - 1), and so is a learned merge (Hy4).
     """
 
     pre: float = 0.0
     post: float = 0.0
     res: str = 'uniform'
     exact: bool = False
+    mean: bool = False
 
     def bias(self, home: int, manifold: Manifold) -> Tensor:
         """Logits of pre | post | res, ``[2n + K]`` fp32, of a sublayer with this home stream."""
@@ -38,7 +41,14 @@ class Start(NamedTuple):
         if self.exact and n > 1:
             elsewhere = torch.arange(n, device='cpu') != home
             pre[elsewhere] = torch.logit((1 - pre[home].sigmoid()) / (n - 1))
+        if self.mean:
+            pre = torch.full((n,), mean_logit(n), device='cpu')
         return torch.cat([pre, self.post * sign, manifold.bias(self.res)])
+
+
+def mean_logit(n: int) -> float:
+    """The logit at which sigma is 1/n; for one stream 0, as Hy4 has it."""
+    return -math.log(max(n - 1, 1))
 
 
 STARTS = {
@@ -47,4 +57,5 @@ STARTS = {
     'uniform': Start(),
     'equal-writes': Start(pre=3.0, res='identity'),
     'prenorm': Start(pre=3.0, res='identity', exact=True),
+    'mean-reads': Start(res='identity', mean=True),
 }

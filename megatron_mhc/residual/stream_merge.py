@@ -16,6 +16,7 @@ from megatron_mhc.residual.hyper_connection import (
     require_width,
 )
 from megatron_mhc.residual.single_pass import opened, pre_for
+from megatron_mhc.residual.start import STARTS, mean_logit
 from megatron_mhc.settings.residual import ResidualConfig
 
 
@@ -59,11 +60,15 @@ class StreamMerge(KeepFP32):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """phi Xavier-uniform, b = 0, alpha = ``init_gating_factor``: about half the sum."""
+        """phi Xavier-uniform, b = 0, alpha = ``init_gating_factor``: about half the sum.
+
+        Under ``--mhc-init mean-reads`` b is the logit of 1/n: about the mean.
+        """
         # Sublayers count upwards from seed << 20, so the number below it is nobody else's.
         generator = torch.Generator(device='cpu').manual_seed((self.residual.seed << 20) - 1)
         self.mapping_proj.reset_parameters(generator)
-        self.bias.zero_()
+        start = STARTS[self.residual.init]
+        self.bias.fill_(mean_logit(self.num_streams) if start.mean else 0.0)
         self.alpha.fill_(self.residual.init_gating_factor)
 
     def forward(self, x: Tensor) -> Tensor:

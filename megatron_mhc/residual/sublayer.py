@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from megatron_mhc import ops
 from megatron_mhc.residual.attached import READ_AHEAD, ReadAhead
+from megatron_mhc.residual.attention import BlockAttention, sublayers_of
+from megatron_mhc.residual.gated import GatedConnection
 from megatron_mhc.residual.hc import UnconstrainedHyperConnection
 from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
@@ -114,6 +116,24 @@ def build_hyper_connection(
             sublayer,
             config.sequence_parallel,
             normalization=config.normalization,
+            norm_eps=config.layernorm_epsilon,
+        )
+    if residual.residual_type == 'gated':
+        return GatedConnection(
+            config.hidden_size,
+            residual,
+            sublayer,
+            config.sequence_parallel,
+            norm_eps=config.layernorm_epsilon,
+            std=config.init_method_std,
+        )
+    if residual.residual_type == 'attention':
+        return BlockAttention(
+            config.hidden_size,
+            residual,
+            sublayer,
+            config.sequence_parallel,
+            sublayers=sublayers_of(config),
             norm_eps=config.layernorm_epsilon,
         )
     connection = SinglePassHyperConnection if residual.single_pass else ManifoldHyperConnection

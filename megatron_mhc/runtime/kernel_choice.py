@@ -59,6 +59,8 @@ def announce_kernels(args: argparse.Namespace, residual: ResidualConfig) -> None
 
 def ops_of(residual: ResidualConfig) -> tuple[str, ...]:
     """The ops of ``megatron_mhc.ops`` that the sublayers call."""
+    if residual.residual_type == 'gated':
+        return ('post_res',)
     if residual.residual_type == 'hc' or set(residual.fixed_mappings) == set(MAPPINGS):
         return 'pre', 'post_res'
     if residual.manifold != 'sinkhorn':

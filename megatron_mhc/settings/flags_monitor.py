@@ -12,7 +12,7 @@ from megatron_mhc.settings.flag import check, flags_of, given, setting
 # By type: mHC's composite gain was at most 1.6 in the paper and cannot exceed n; HC's grows with
 # depth from the start and was 3000 where the paper's run had become unstable.
 PAPER_GAIN = 1.6
-ALARM_GAINS = {'mhc': 3.0, 'hc': 100.0}
+ALARM_GAINS = {'mhc': 3.0, 'hc': 100.0, 'gated': 3.0}
 # Gains are fp32: above this an alarm could not be raised.
 GREATEST_GAIN = 1e38
 
@@ -147,10 +147,10 @@ def monitor_config_from_args(args: argparse.Namespace) -> MonitorConfig | None:
     if thresholds and not alarm:
         flag = flags_of(MonitorConfig)[thresholds[0]].name
         raise ValueError(f'{flag} has no effect without an alarm; add --mhc-alarm warn')
-    if 'alarm_saturation' in values and residual_type == 'hc':
+    if 'alarm_saturation' in values and residual_type in ('hc', 'gated'):
         raise ValueError(
-            '--mhc-alarm-saturation has no effect with --residual-type hc, whose H_res has no '
-            'logits; drop it or set --residual-type mhc'
+            f'--mhc-alarm-saturation has no effect with --residual-type {residual_type}, whose '
+            'H_res has no logits; drop it or set --residual-type mhc'
         )
     return MonitorConfig(
         **{'interval': args.log_interval, 'alarm_gain': ALARM_GAINS[residual_type], **values},

@@ -32,7 +32,8 @@ RESIDUAL_FLAGS = Group(
     'residual connections',
     'Hyper-connections (HC, arXiv 2409.19606) and manifold-constrained hyper-connections (mHC, '
     'arXiv 2512.24880): n parallel residual streams of the hidden size. Multiway dynamic dense '
-    'connections (MUDD, arXiv 2502.12170): sums of the outputs of all earlier layers.',
+    'connections (MUDD, arXiv 2502.12170): sums of the outputs of all earlier layers. Gated '
+    'residual (Qwen4-Exp): a gate for every channel. Attention Residuals (arXiv 2603.15031).',
     (ResidualConfig,),
 )
 ENGRAM_FLAGS = Group(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.refused_cuda_graphs import ASKED, UNASKED
+from megatron_mhc.settings.refused_attention import ATTENTION
+from megatron_mhc.settings.refused_cuda_graphs import ASKED, NEVER, UNASKED
 from megatron_mhc.settings.refused_engram import ENGRAM
+from megatron_mhc.settings.refused_gated import GATED
 from megatron_mhc.settings.refused_mudd import MUDD
 from megatron_mhc.settings.refused_pipeline import INVERTED_V
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
@@ -11,7 +13,18 @@ from megatron_mhc.settings.refused_residual import RESIDUAL
 from megatron_mhc.settings.refused_single_pass import SINGLE_PASS
 from megatron_mhc.settings.residual import ResidualConfig
 
-REFUSALS = (RESIDUAL, UNASKED, ASKED, MUDD, SINGLE_PASS, INVERTED_V, POST_STREAM, ENGRAM)
+GRAPHS = (NEVER, UNASKED, ASKED)
+REFUSALS = (
+    RESIDUAL,
+    *GRAPHS,
+    MUDD,
+    GATED,
+    ATTENTION,
+    SINGLE_PASS,
+    INVERTED_V,
+    POST_STREAM,
+    ENGRAM,
+)
 
 
 def check_residual(settings: object, residual: ResidualConfig) -> None:
@@ -24,10 +37,8 @@ def check_residual(settings: object, residual: ResidualConfig) -> None:
     if not residual.enabled:
         return
     RESIDUAL.check(settings, residual.residual_type)
-    if residual.has_streams:
-        graphs = ASKED if residual.cuda_graphs else UNASKED
-        graphs.check(settings, residual.residual_type)
-    if residual.residual_type == 'mudd':
-        MUDD.check(settings, residual.residual_type)
+    for own in (ASKED if residual.cuda_graphs else UNASKED, NEVER, MUDD, GATED, ATTENTION):
+        if residual.residual_type in own.values:
+            own.check(settings, residual.residual_type)
     if residual.single_pass:
         SINGLE_PASS.check(settings)

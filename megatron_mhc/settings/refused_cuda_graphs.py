@@ -13,10 +13,24 @@ from megatron_mhc.settings.constraint import (
     captured_parts,
     cuda_graphs,
 )
+from megatron_mhc.settings.names import MAPPED_TYPES, RESIDUAL_TYPES
 
 FLAG = '--mhc-cuda-graphs'
 _GRAPHS = '--cuda-graph-impl / --enable-cuda-graph'
 
+NEVER = Refusals(
+    '--residual-type {}',
+    'use --residual-type standard',
+    (
+        Constraint(
+            _GRAPHS,
+            cuda_graphs,
+            'its layers have not been fitted to the static inputs of a graph',
+            'use --cuda-graph-impl none',
+        ),
+    ),
+    tuple(kind for kind in RESIDUAL_TYPES[1:] if kind not in MAPPED_TYPES),
+)
 UNASKED = Refusals(
     '--residual-type {}',
     'use --residual-type standard',
@@ -28,7 +42,7 @@ UNASKED = Refusals(
             f'use --cuda-graph-impl none, or be the first with {FLAG}',
         ),
     ),
-    ('hc', 'mhc'),
+    MAPPED_TYPES,
 )
 
 
@@ -62,4 +76,5 @@ ASKED = Refusals(
             'drop the flag',
         ),
     ),
+    MAPPED_TYPES,
 )

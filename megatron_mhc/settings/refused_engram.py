@@ -38,6 +38,15 @@ _ROWS = (
         'use --residual-type mhc, hc or standard',
     ),
     Constraint(
+        '--residual-type attention',
+        lambda get: (
+            'attention'
+            in (get('residual_type'), getattr(get('residual_config'), 'residual_type', ''))
+        ),
+        'layers read sums of earlier outputs, to which nothing is added from beside them',
+        'use --residual-type mhc, hc or standard',
+    ),
+    Constraint(
         '--tensor-model-parallel-size',
         lambda get: ROW_BLOCKS % (get('tensor_model_parallel_size') or 1) != 0,
         f'the rows of the tables, a multiple of {ROW_BLOCKS}, are shared evenly',

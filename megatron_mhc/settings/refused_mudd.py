@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
-    cuda_graphs,
     full_recompute,
     predicts,
 )
@@ -69,12 +68,6 @@ _ROWS = (
         ),
         'the norm before attention has three inputs',
         'leave layernorm out of the modules',
-    ),
-    Constraint(
-        '--cuda-graph-impl / --enable-cuda-graph',
-        cuda_graphs,
-        'the outputs of earlier layers travel beside the tensor that a graph has as its input',
-        'use --cuda-graph-impl none',
     ),
     Constraint(
         '--mhc-post-stream high',

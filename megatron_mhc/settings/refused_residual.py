@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_mhc.settings.constraint import Constraint, Refusals, Setting, shards_parameters
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN, main_pattern
+from megatron_mhc.settings.names import RESIDUAL_TYPES
 
 
 def _batched_p2p_on_two_virtual_stages(get: Setting) -> bool:
@@ -120,6 +121,4 @@ _ROWS = (
         'keep one of the two flags',
     ),
 )
-RESIDUAL = Refusals(
-    '--residual-type {}', 'use --residual-type standard', _ROWS, ('hc', 'mhc', 'mudd')
-)
+RESIDUAL = Refusals('--residual-type {}', 'use --residual-type standard', _ROWS, RESIDUAL_TYPES[1:])

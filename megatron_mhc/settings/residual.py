@@ -11,28 +11,37 @@ from megatron_mhc.inputs.values import (
     MOST_LAYERS,
     MOST_SEED,
     MOST_STREAMS,
+    MOST_WIDTH,
     check_integer,
 )
 from megatron_mhc.kernels.defaults import BACKENDS, PRECISIONS
 from megatron_mhc.kernels.defaults import NORM_EPS as NORM_EPS
 from megatron_mhc.kernels.numerics import NUMERICS as NUMERICS
 from megatron_mhc.kernels.numerics import PAPER as PAPER
-from megatron_mhc.kernels.numerics import takes_triton
-from megatron_mhc.manifolds.registry import manifold_names, num_logits
+from megatron_mhc.manifolds.registry import manifold_names
 from megatron_mhc.settings.flag import ON_OFF, check, refuse_stray, setting, structure
-from megatron_mhc.settings.names import RECOMPUTE_SEGMENTS, RESIDUAL_TYPES, STREAM_TYPES
+from megatron_mhc.settings.names import (
+    MAPPED_TYPES,
+    RECOMPUTE_SEGMENTS,
+    RESIDUAL_TYPES,
+    STREAM_TYPES,
+)
+from megatron_mhc.settings.residual_rules import resolve
 
 MAPPINGS = ('pre', 'post', 'res')
 # The values of them: megatron_mhc/residual/start.py, which needs torch.
-INITS = ('identity', 'uniform', 'equal-writes', 'prenorm')
+INITS = ('identity', 'uniform', 'equal-writes', 'prenorm', 'mean-reads')
+GATED_INITS = ('normal', 'prenorm')
 PAPER_NORM_EPS = 1e-20
 """mHC, Table 5; what was trained before ``norm_eps`` could be set has it."""
 # Smaller ones are no normal numbers in fp32, in which the norm is computed.
 LEAST_NORM_EPS = 1.2e-38
 
 # With which residual type, and manifold, a setting has an effect.
-_STREAMS = {'residual_type': STREAM_TYPES}
-_HC, _MHC, _MUDD = ({'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd'))
+_STREAMS, _MAPPED = {'residual_type': STREAM_TYPES}, {'residual_type': MAPPED_TYPES}
+_HC, _MHC, _MUDD, _GATED, _ATTENTION = (
+    {'residual_type': (name,)} for name in ('hc', 'mhc', 'mudd', 'gated', 'attention')
+)
 # The fused ops contain Sinkhorn-Knopp.
 _SINKHORN = {**_MHC, 'manifold': ('sinkhorn',)}
 # Those that read and write in one pass compute as the paper does.
@@ -57,7 +66,8 @@ class ResidualConfig:
         choices=RESIDUAL_TYPES,
         structural=True,
         help='residual connection of every decoder layer: `standard` (x + F(x)), `hc` (arXiv '
-        '2409.19606), `mhc` (arXiv 2512.24880) or `mudd` (arXiv 2502.12170, one stream)',
+        '2409.19606), `mhc` (arXiv 2512.24880), `gated` (as Qwen4-Exp), '
+        '`attention` (arXiv 2603.15031, by blocks) or `mudd` (arXiv 2502.12170)',
         absent='standard',
         source='stock Megatron',
     )
@@ -80,9 +90,9 @@ class ResidualConfig:
         only=_MHC,
         structural=True,
         metavar='NAME',
-        help='what H_res is kept on: `sinkhorn`, `permutation` or `kronecker` (doubly stochastic, '
-        'by iteration or exactly), `orthogonal` (rotations), `diagonal` (n sigmoids), `identity`, '
-        'or an entry point of the group `megatron_mhc.manifolds`',
+        help='what H_res is kept on: `sinkhorn`, `permutation`, `kronecker` or `orthostochastic` '
+        '(doubly stochastic, by iteration or exactly), `orthogonal` (rotations), `diagonal` (n '
+        'sigmoids), `identity`, or an entry point of the group `megatron_mhc.manifolds`',
         source='the mHC paper',
     )
     sinkhorn_iterations: int = setting(
@@ -117,7 +127,7 @@ class ResidualConfig:
         least=LEAST_NORM_EPS,
         most=1.0,
         why='it is added to a mean square in fp32',
-        only=_STREAMS,
+        only=_MAPPED,
         structural=True,
         metavar='EPS',
         help="added to the mean square of a token's streams before its root divides them, in the "
@@ -132,7 +142,7 @@ class ResidualConfig:
         '--mhc-init-gating-factor',
         float,
         most=MOST_FACTOR,
-        only=_STREAMS,
+        only=_MAPPED,
         metavar='ALPHA',
         help='initial alpha, the factor on the token-dependent part of each map',
         source='both papers',
@@ -144,8 +154,8 @@ class ResidualConfig:
         only=_MHC,
         help='initial biases of the maps: `identity` (H_res near I, one home stream per sublayer), '
         '`uniform` (all zero, as in Megatron-LM: H_pre 1/2, H_post 1, H_res 1/n), `equal-writes` '
-        '(`identity` with H_post 1) or `prenorm` (`equal-writes` as exactly a pre-norm network at '
-        'step 0: phi 0)',
+        '(`identity` with H_post 1), `prenorm` (`equal-writes` as exactly a pre-norm network at '
+        'step 0: phi 0) or `mean-reads` (H_pre and a learned merge 1/n, H_post 1, as Hy4)',
         more='with identity, H_res learns from the start; the mHC paper does not say; megatron-mhc '
         'docs initial-values has the comparison',
     )
@@ -153,7 +163,7 @@ class ResidualConfig:
         None,
         '--mhc-stream-merge',
         choices=('mean', 'sum', 'learned'),
-        only=_STREAMS,
+        only=_MAPPED,
         structural=True,
         said='`sum` for hc, `mean` for mhc',
         help='how n streams become one before the final norm: `mean`, `sum` (which also divides '
@@ -174,7 +184,7 @@ class ResidualConfig:
         '--mhc-fixed-mappings',
         many=True,
         choices=MAPPINGS,
-        only=_STREAMS,
+        only=_MAPPED,
         structural=True,
         metavar='MAP',
         help='maps held at their ablation values: `pre` at 1/n, `post` at 1, `res` at I (mHC, '
@@ -205,6 +215,42 @@ class ResidualConfig:
         structural=True,
         help='whether weights of the dense connections depend on the token (`dynamic`) or not '
         '(`static`)',
+    )
+    gated_rank: int = setting(
+        320,
+        '--gated-residual-rank',
+        int,
+        least=1,
+        most=MOST_WIDTH,
+        only=_GATED,
+        structural=True,
+        metavar='R',
+        help='rank of the gates, which weigh every channel of every stream by itself',
+        source='Qwen4-Exp',
+    )
+    gated_init: str = setting(
+        'normal',
+        '--gated-residual-init',
+        choices=GATED_INITS,
+        only=_GATED,
+        help='where the gates start: `normal` (all projections as linear layers, gains 1) or '
+        '`prenorm` (as exactly a pre-norm network at step 0)',
+        source='Qwen4-Exp in transformers',
+    )
+    attention_block_size: int = setting(
+        24,
+        '--attention-residual-block-size',
+        int,
+        least=1,
+        most=2 * MOST_LAYERS,
+        why='it counts sublayers, attention and MLP separately',
+        only=_ATTENTION,
+        structural=True,
+        metavar='N',
+        help='sublayers, attention and MLP each one, whose outputs add up to one source of the '
+        'softmax',
+        more='Inkling2 has 12',
+        source='Kimi K3',
     )
     mapping_weight_decay: bool = setting(
         True,
@@ -294,7 +340,7 @@ class ResidualConfig:
         False,
         '--mhc-cuda-graphs',
         bool,
-        only=_STREAMS,
+        only=_MAPPED,
         help='let Megatron capture layers or iterations of n streams (`--cuda-graph-impl`), which '
         'no GPU has run yet',
     )
@@ -308,104 +354,7 @@ class ResidualConfig:
         check_integer('--seed', self.seed, 0, MOST_SEED, 'it seeds the mappings, use 1234')
         if self.enabled:
             refuse_stray(self)
-        self._resolve_merge()
-        self._resolve_norm_eps()
-        self._check_manifold()
-        self._check_backend()
-        self._resolve_recompute()
-        self._check_graphs()
-
-    def _resolve_merge(self) -> None:
-        if self.single_pass and self.stream_merge is not None:
-            raise ValueError(
-                f'--mhc-stream-merge {self.stream_merge} has no effect with --mhc-single-pass, '
-                "where the last sublayer's H_pre merges the streams; drop one of the two"
-            )
-        theirs = NUMERICS[self.numerics].merge
-        if self.single_pass:
-            # That of DeepSeek-V4.1, which computes as V4 does.
-            if self.numerics not in (PAPER, 'deepseek-v4'):
-                raise ValueError(
-                    f'--mhc-numerics {self.numerics} with --mhc-single-pass: that project has no '
-                    'single pass, so nothing tells how it would compute one; use --mhc-numerics '
-                    'deepseek-v4 or paper'
-                )
-            object.__setattr__(self, 'stream_merge', 'pre')
-        elif self.stream_merge is None and self.residual_type != 'mudd':
-            merge = theirs or ('sum' if self.residual_type == 'hc' else 'mean')
-            object.__setattr__(self, 'stream_merge', merge)
-        elif theirs not in (None, self.stream_merge):
-            raise ValueError(
-                f'--mhc-stream-merge {self.stream_merge} contradicts --mhc-numerics '
-                f'{self.numerics}, whose merge is {theirs}; leave it out or use --mhc-numerics '
-                'paper'
-            )
-
-    def _resolve_norm_eps(self) -> None:
-        rules = NUMERICS[self.numerics]
-        if self.norm_eps is None:
-            if self.residual_type != 'mudd':
-                object.__setattr__(self, 'norm_eps', rules.norm_eps)
-        elif rules.norm_eps_fixed and self.norm_eps != rules.norm_eps:
-            raise ValueError(
-                f'--mhc-norm-eps {self.norm_eps:g} contradicts --mhc-numerics {self.numerics}, '
-                f'where it is {rules.norm_eps:g}; leave it out or use --mhc-numerics paper'
-            )
-        elif self.enabled and not self.takes_norm_eps and self.norm_eps != NORM_EPS:
-            raise ValueError(
-                f'--mhc-norm-eps {self.norm_eps:g} has no effect with --residual-type hc except '
-                'with --mhc-stream-merge learned: the maps of hc use the eps of the model '
-                '(--norm-epsilon); drop it'
-            )
-
-    def _check_backend(self) -> None:
-        if self.kernel_backend == 'triton' and not takes_triton(self.numerics, 'mapping'):
-            raise ValueError(
-                f'--mhc-kernel-backend triton: the kernels compute as --mhc-numerics {PAPER} does, '
-                f'not as {self.numerics} does; use auto, which then takes torch for the mapping'
-            )
-
-    def _check_manifold(self) -> None:
-        if self.manifold == 'sinkhorn':
-            return
-        if 'res' in self.fixed_mappings:
-            raise ValueError(
-                f'--mhc-manifold {self.manifold} has no effect with --mhc-fixed-mappings res, '
-                'which holds H_res at I; drop one of the two'
-            )
-        try:
-            num_logits(self.manifold, self.num_residual_streams)
-        except ValueError as error:
-            raise ValueError(f'--mhc-manifold {self.manifold}: {error}') from error
-
-    def _resolve_recompute(self) -> None:
-        segments, stream = self.recompute_layer_num, self.recompute_stream
-        if segments == 'none' and stream is not None:
-            raise ValueError(
-                f'--mhc-recompute-stream {stream} has no effect without --mhc-recompute-layer-num: '
-                'nothing is rebuilt; drop it or add --mhc-recompute-layer-num auto'
-            )
-        if segments != 'none' and self.single_pass:
-            raise ValueError(
-                f'--mhc-recompute-layer-num {segments} with --mhc-single-pass: a segment rebuilds '
-                'its reads from the streams alone; drop one of the two'
-            )
-        if segments != 'none':
-            object.__setattr__(self, 'recompute_stream', stream or 'compute')
-
-    def _check_graphs(self) -> None:
-        if not self.cuda_graphs:
-            return
-        if self.single_pass:
-            raise ValueError(
-                '--mhc-single-pass with --mhc-cuda-graphs: H_pre travels from layer to layer '
-                'beside the tensor that a graph has as its input; drop one of the two'
-            )
-        if self.recompute_layer_num != 'none':
-            raise ValueError(
-                f'--mhc-recompute-layer-num {self.recompute_layer_num} with --mhc-cuda-graphs: it '
-                'frees memory that a graph takes to stay where it was; drop one of the two'
-            )
+        resolve(self)
 
     @property
     def enabled(self) -> bool:
@@ -421,6 +370,25 @@ class ResidualConfig:
     def has_streams(self) -> bool:
         """Whether the residual stream is n streams, with maps between them."""
         return self.residual_type in STREAM_TYPES
+
+    @property
+    def takes_merge(self) -> bool:
+        """Whether a flag says how streams are merged; ``standard`` keeps the defaults of mhc."""
+        return self.residual_type in ('standard', *MAPPED_TYPES)
+
+    @property
+    def norms_streams(self) -> bool:
+        """Whether reads are normed already, so that sublayers have no norm in front of them."""
+        return self.residual_type == 'gated'
+
+    @property
+    def wraps_sublayers(self) -> bool:
+        """Whether every sublayer has a connection of its own in place of the stock residual."""
+        return self.has_streams or self.residual_type == 'attention'
+
+    def block_sums(self, sublayers: int) -> int:
+        """Sums of Attention Residuals after so many sublayers, the embedding's included."""
+        return 1 + -(-sublayers // self.attention_block_size)
 
     @property
     def streams(self) -> int:

@@ -78,7 +78,9 @@ def residual_flops(
 ) -> int:
     """Forward FLOPs of one token in all that n streams add to a model (mHC, Eqs 3 and 7 to 9).
 
-    Dense connections (mudd): ``mudd.sizes``.
+    Dense connections (mudd): ``mudd.sizes``. Gated residual: 4 n C R for the gates, 2 n C each for
+    the norm and for u, once more before the output layer; 2 n^2 C for H_post, 2 n C to write.
+    Attention Residuals: 2 C each for norm, logit and sum of a source of a read, 2 C to write.
 
     Per sublayer, and the merge of streams once::
 
@@ -100,7 +102,13 @@ def residual_flops(
         return mudd_flops(hidden, layers, residual.mudd_variant == 'dynamic')
     if not residual.enabled:
         return 0
+    if residual.residual_type == 'attention':
+        sources = sum(residual.block_sums(done) for done in range(sublayers + 1))
+        return 6 * hidden * sources + 2 * hidden * sublayers
     n, wide = residual.num_residual_streams, residual.num_residual_streams * hidden
+    if residual.residual_type == 'gated':
+        read = 4 * wide * residual.gated_rank + 4 * wide
+        return sublayers * (read + 2 * wide * n + 2 * wide) + read
     mapping = 0
     # Maps that are all constants, or static, are read, not computed.
     if set(residual.fixed_mappings) != set(MAPPINGS):

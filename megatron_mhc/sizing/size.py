@@ -80,7 +80,7 @@ def ends(shape: ModelShape, *, first: bool, last: bool) -> Counter[str]:
     if first:
         parts['embedding'] = matrix + shape.learned_positions * shape.hidden
     if last:
-        parts['norms'] = shape.norm_vectors * shape.hidden
+        parts['norms'] = _norm_parameters(shape)
         parts['mhc'] = merge_parameters(shape.residual, shape.hidden)
         parts['head'] = matrix
     return parts
@@ -100,9 +100,7 @@ def layer_parameters(shape: ModelShape, layer: int) -> Counter[str]:
 def _sublayer(shape: ModelShape, symbol: str) -> Counter[str]:
     """A sublayer with the norm before it and its maps."""
     hidden, experts = shape.hidden, shape.experts
-    parts = Counter(
-        norms=shape.norm_vectors * hidden, mhc=mapping_parameters(shape.residual, hidden)
-    )
+    parts = Counter(norms=_norm_parameters(shape), mhc=mapping_parameters(shape.residual, hidden))
     if symbol in (ATTENTION, LATENT):
         parts['attention'] = _attention(shape)
     elif symbol == MLP:
@@ -120,25 +118,39 @@ def _sublayer(shape: ModelShape, symbol: str) -> Counter[str]:
     return parts
 
 
+def _norm_parameters(shape: ModelShape) -> int:
+    """Of a norm before a sublayer, or before the output layer."""
+    return 0 if shape.residual.norms_streams else shape.norm_vectors * shape.hidden
+
+
 def mapping_parameters(residual: ResidualConfig, hidden: int) -> int:
     """Parameters of one sublayer's maps.
 
     mHC: phi n C x (K + 2n), b, three alphas, with K = n^2 logits of H_res for Sinkhorn; where K is
-    0, one alpha less. HC: C x (n + 2), b, two scales; static: b only.
+    0, one alpha less. HC: C x (n + 2), b, two scales; static: b only. Gated: gain n C, n C x 2R for
+    the gates, n C x n for the writes. Attention Residuals: a query C.
     """
     n = residual.num_residual_streams
+    if residual.residual_type == 'attention':
+        return hidden
     if not residual.has_streams or set(residual.fixed_mappings) == set(MAPPINGS):
         return 0
     if residual.residual_type == 'mhc':
         logits = num_logits(residual.manifold, n)
         outputs = logits + 2 * n
         return outputs * n * hidden + outputs + 2 + (logits > 0)
+    if residual.residual_type == 'gated':
+        return merge_parameters(residual, hidden) + n * n * hidden
     outputs = n * n + 2 * n
     return outputs + (residual.hc_variant == 'dynamic') * ((n + 2) * hidden + 2)
 
 
 def merge_parameters(residual: ResidualConfig, hidden: int) -> int:
-    """Parameters of the n -> 1 merge before the final norm; only the learned one has any."""
+    """Parameters of the n -> 1 merge before the final norm: of the learned and the gated one."""
+    if residual.residual_type == 'gated':
+        return residual.num_residual_streams * hidden * (1 + 2 * residual.gated_rank)
+    if residual.residual_type == 'attention':
+        return hidden
     if not residual.has_streams or residual.stream_merge != 'learned':
         return 0
     n = residual.num_residual_streams

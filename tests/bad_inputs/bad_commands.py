@@ -93,6 +93,8 @@ LINES = (
     Row(('study', '3b', '--set', 'name=H100\ntouch x'), ('hardware name', 'H100')),
     said('study 3b --output /dev/null', '/dev/null'),
     said('study 3b --residual-type mudd', '--residual-type', 'mudd'),
+    said('study 3b --residual-type gated', '--residual-type', 'gated'),
+    said('recipe show 3b --residual-type attention', '--residual-type', 'attention'),
     said('recompute --sublayers 3', '--sublayers', '3'),
     said('recompute --sublayers 4 7', '--sublayers', '7'),
     said('recompute --hidden-size 6', '--hidden-size', '6'),

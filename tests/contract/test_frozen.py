@@ -8,6 +8,13 @@ from block_models import assert_equal, plain_step
 
 STREAMS = 2
 MHC = {'residual_type': 'mhc', 'kernel_backend': 'torch', 'init': 'identity'}
+# Streams as by default, where they have no effect.
+ATTENTION = {
+    'residual_type': 'attention',
+    'attention_block_size': 3,
+    'num_residual_streams': 4,
+}
+GATED = {'residual_type': 'gated', 'gated_rank': 3}
 FULL = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 1}
 SELECTIVE = {'recompute_granularity': 'selective', 'recompute_modules': ['layernorm', 'core_attn']}
 MODELS = {
@@ -22,6 +29,9 @@ MODELS = {
     'selective': (MHC, SELECTIVE),
     'full': (MHC, FULL),
     'single-pass-full': (MHC | {'single_pass': True}, FULL),
+    'gated': (GATED, {'normalization': 'RMSNorm'}),
+    'attention': (ATTENTION, {}),
+    'attention-full': (ATTENTION, FULL),
     'mudd': ({'residual_type': 'mudd', 'num_residual_streams': 4}, {}),
 }
 OURS = ('hyper_connection', 'stream_merge', 'dense_aggregate')

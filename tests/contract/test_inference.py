@@ -13,6 +13,7 @@ RESIDUALS = {
     'mhc-kernels': {'kernel_backend': 'triton'},
     'mhc-single-pass': {'residual_type': 'mhc', 'single_pass': True},
     'mudd': {'residual_type': 'mudd'},
+    'gated': {'residual_type': 'gated', 'gated_rank': 3},
     'mhc-learned': {'residual_type': 'mhc', 'stream_merge': 'learned'},
     'mamba-mhc': {'residual_type': 'mhc', 'init': 'identity', 'kernel_backend': 'torch'},
     'hybrid-mhc': {'residual_type': 'mhc', 'init': 'identity', 'kernel_backend': 'torch'},
@@ -38,7 +39,8 @@ def model(request, build, random_seed):
 
         model = hybrid_model(PATTERNS[request.param], RESIDUALS[request.param], **MAMBA)
     else:
-        model = build(RESIDUALS[request.param])
+        norm = {'normalization': 'RMSNorm'} if request.param == 'gated' else {}
+        model = build(RESIDUALS[request.param], **norm)
     generator = torch.Generator().manual_seed(random_seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -54,6 +54,8 @@ RESIDUALS = {
     'mhc fixed': {'residual-type': 'mhc', 'mhc-fixed-mappings': ('pre', 'post', 'res')},
     'hc': {'residual-type': 'hc'},
     'hc static': {'residual-type': 'hc', 'hc-variant': 'static'},
+    'gated': {'residual-type': 'gated', 'gated-residual-rank': 5},
+    'attention': {'residual-type': 'attention'},
 }
 
 

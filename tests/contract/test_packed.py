@@ -24,6 +24,8 @@ MODELS = {
     'full': (MHC, FULL),
     'single-pass-full': (MHC | {'single_pass': True}, FULL),
     'engram': (MHC, {'engram': ENGRAM}),
+    'gated': ({'residual_type': 'gated', 'gated_rank': 3}, {'normalization': 'RMSNorm'}),
+    'attention': ({'residual_type': 'attention', 'num_residual_streams': 4}, {}),
     'mudd': ({'residual_type': 'mudd', 'num_residual_streams': 4}, {}),
 }
 

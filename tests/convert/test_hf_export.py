@@ -201,11 +201,14 @@ def test_a_tokenizer_that_is_damaged_or_has_code_is_told_of(run, tmp_path, damag
 
 REFUSED = {
     'mudd_variant': ({'residual_type': 'mudd'}, '--residual-type mudd'),
+    'gated': ({'residual_type': 'gated'}, '--residual-type gated, for which'),
+    'attention': ({'residual_type': 'attention'}, '--residual-type attention, for which'),
     'window': ({'window_size': (8, 0)}, r'--window-size \(8, 0\)'),
     'gate': ({'attention_output_gate': True}, '--attention-output-gate, for which'),
     'memory': ({'engram_layers': [2]}, r'--engram-layers \[2\]'),
     'sink': ({'softmax_type': 'learnable'}, '--softmax-type learnable'),
     'manifold': ({'mhc_manifold': 'mine'}, '--mhc-manifold mine'),
+    'squares': ({'mhc_manifold': 'orthostochastic'}, '--mhc-manifold orthostochastic, for which'),
     'hybrid': ({'hybrid_layer_pattern': 'M*-'}, r'--hybrid-layer-pattern M\*-.*keep.*stays hybrid'),
     'hybrid twin': (
         {'hybrid_layer_pattern': '*-|*E/*E'},

@@ -24,6 +24,7 @@ STREAMS = {
     'sinkhorn': (1, 2, 3, 4, 7, 8),
     'permutation': (1, 2, 3, 4, 5),
     'kronecker': (1, 2, 3, 4, 5, 6, 8, 12, 16),
+    'orthostochastic': (1, 2, 3, 4, 8),
     'orthogonal': (1, 2, 3, 4, 7, 8),
     'diagonal': (1, 2, 3, 4, 8),
     'identity': (1, 2, 4, 8),
@@ -70,6 +71,13 @@ def rotations(logits, n):
     return total
 
 
+def squares(logits, n):
+    turn, total = rotations(logits, 2 * n), torch.zeros(n, n, dtype=logits.dtype)
+    for i, j in itertools.product(range(2 * n), repeat=2):
+        total[i // 2, j // 2] += turn[i, j] ** 2 / 2
+    return total
+
+
 def scaling(logits, n):
     matrix = logits.view(n, n).exp()
     for _ in range(20):
@@ -82,6 +90,7 @@ TRUTH = {
     'sinkhorn': scaling,
     'permutation': mixture,
     'kronecker': kronecker,
+    'orthostochastic': squares,
     'orthogonal': rotations,
     'diagonal': lambda logits, n: torch.eye(n, dtype=logits.dtype) / (1 + (-logits).exp()),
     'identity': lambda logits, n: torch.eye(n, dtype=logits.dtype),
@@ -332,6 +341,27 @@ def test_a_name_that_is_taken(offer):
         ResidualConfig(manifold='identity')
 
 
+@pytest.mark.parametrize(
+    ('name', 'preset', 'largest', 'smallest'),
+    [
+        ('sinkhorn', 'identity', 9.8e-3, 2.5e-3),
+        ('sinkhorn', 'uniform', 0.25, 0.25),
+        ('permutation', 'identity', 1.4e-2, 9.4e-4),
+        ('permutation', 'uniform', 0.12, 0.12),
+        ('orthostochastic', 'identity', 0.39, 3.3e-3),
+        ('orthostochastic', 'uniform', 1.3, 0.0),
+    ],
+)
+def test_how_far_logits_move_the_matrix_at_the_start(name, preset, largest, smallest):
+    """The figures of the page."""
+    manifold = registry.load(name, 4)
+    bias = manifold.bias(preset).double()
+    slope = torch.autograd.functional.jacobian(lambda x: manifold.matrix(x).flatten(), bias)
+    values = torch.linalg.svdvals(slope)[:9]
+    assert values[0].item() == pytest.approx(largest, rel=0.05)
+    assert values[8].item() == pytest.approx(smallest, rel=0.05, abs=1e-6)
+
+
 def test_sizes_need_no_torch():
     code = (
         'import sys; sys.modules["torch"] = None\n'
@@ -339,7 +369,7 @@ def test_sizes_need_no_torch():
         'print(*(num_logits(name, 4) for name in BUILT_IN))'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ['16', '24', '4', '6', '4', '0']
+    assert done.stdout.split() == ['16', '24', '4', '28', '6', '4', '0']
 
 
 def test_table_of_the_guide_can_be_made():

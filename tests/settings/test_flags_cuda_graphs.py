@@ -4,8 +4,9 @@ import pytest
 
 GRAPHS = '--mhc-cuda-graphs --cuda-graph-impl local'
 REFUSED = {
-    '--residual-type mudd --transformer-impl local --cuda-graph-impl local': 'the outputs of '
-    'earlier layers travel beside the tensor',
+    '--residual-type mudd --cuda-graph-impl local': 'its layers have not been fitted',
+    '--residual-type gated --cuda-graph-impl full_iteration': 'its layers have not been fitted',
+    '--residual-type attention --enable-cuda-graph': 'its layers have not been fitted',
     '--residual-type mudd --mhc-cuda-graphs': '--mhc-cuda-graphs has no effect with',
     '--residual-type mhc --mhc-cuda-graphs': 'there is no graph; add --cuda-graph-impl local',
     f'--residual-type mhc {GRAPHS} --mhc-alarm warn': '--mhc-monitor / --mhc-alarm cannot be',

@@ -39,7 +39,6 @@ REFUSED = {
     f'{MEMORY} --overlap-moe-expert-parallel-comm': '--overlap-moe-expert-parallel-comm cannot',
     f'{MEMORY} --cuda-graph-impl local': '--cuda-graph-impl / --enable-cuda-graph cannot be',
     f'{MEMORY} --transformer-impl inference_optimized': 'inference_optimized cannot be combined',
-    f'{MEMORY} --sft': '--sft / --dataloader-inter-document-masking cannot be combined',
     f'{MEMORY} --cpu-offloading-num-layers 1': '--cpu-offloading-num-layers / --fine-grained-act',
     f'{MEMORY} --use-torch-fsdp2': '--use-megatron-fsdp / --use-torch-fsdp2 cannot be combined',
     f'{MEMORY} --decoupled-lr 0.1': '--decoupled-lr cannot be combined with --engram-layers',
@@ -59,7 +58,6 @@ SETTINGS = {
     'cpu_offloading': '--cpu-offloading-num-layers / --fine',
     'export_kd_teacher_load': '--export-kd-teacher-load',
     'external_cuda_graph': '--cuda-graph-impl / --enable-cuda-graph',
-    'dataloader_inter_document_masking': '--sft / --dataloader-inter-document-masking',
     'pipeline_config': '--pipeline-schedule zb-v',
     'use_megatron_fsdp': '--use-megatron-fsdp',
 }

@@ -139,6 +139,21 @@ def assert_same(got, expected):
 # --- layers ---------------------------------------------------------------------------------------
 
 
+def same_as_local(residual, **settings):
+    te, local = build(residual, **settings), build(residual, te=False, **settings)
+    weights = dict(local.named_parameters())
+    for name, parameter in te.named_parameters():
+        assert torch.equal(parameter, weights[local_name(name)]), name
+    loss, gradients = step(te)
+    expected, others = step(local)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    whole = torch.stack([g.norm() for g in others.values()]).norm()
+    assert {local_name(name) for name in gradients} == others.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - others[local_name(name)]).norm() < 1e-6 * whole, name
+    return te
+
+
 def case_layers_are_those_of_the_local_spec():
     """Standard, HC and mHC: the same model of TE layers and of local ones, equal initial weights.
 
@@ -149,20 +164,20 @@ def case_layers_are_those_of_the_local_spec():
     torch.testing.assert_close(2 * summed[projection], plain[projection])
     for residual in (None, {'residual_type': 'mhc', 'init': 'identity'}, {'residual_type': 'hc'}):
         for settings in ({}, SWIGLU):
-            te, local = build(residual, **settings), build(residual, te=False, **settings)
-            weights = dict(local.named_parameters())
-            for name, parameter in te.named_parameters():
-                assert torch.equal(parameter, weights[local_name(name)]), name
-            loss, gradients = step(te)
-            expected, others = step(local)
-            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-            whole = torch.stack([g.norm() for g in others.values()]).norm()
-            assert {local_name(name) for name in gradients} == others.keys()
-            for name, gradient in gradients.items():
-                assert (gradient - others[local_name(name)]).norm() < 1e-6 * whole, name
+            te = same_as_local(residual, **settings)
     layer = te.decoder.layers[0]
     assert type(layer.self_attention.linear_qkv) is extension.TELayerNormColumnParallelLinear
     assert type(layer.self_attention.core_attention) is extension.TEDotProductAttention
+
+
+def case_other_residuals():
+    """Gated: a fused norm is left out, with the projection behind it as it was."""
+    gated = {'residual_type': 'gated', 'gated_rank': 3}
+    assert step(build(gated, **LATENT))[0].isfinite().all()
+    for settings in (SWIGLU, {**MOE, 'moe_grouped_gemm': False}):
+        te = same_as_local(gated, **settings)
+        assert not any('layer_norm' in name for name, _ in te.decoder.layers.named_parameters())
+        same_as_local({'residual_type': 'attention', 'attention_block_size': 3}, **settings)
 
 
 def constant_maps_are_the_standard_model(**settings):
