@@ -235,13 +235,10 @@ def read(
     require_mapping(x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps, precision)
     x = _values_in_line(x)
     if not _on_kernels(backend, 'read', x, n):
-        h_pre, h_post, h_res = reference.mapping_ref(
-            *(x, weight, bias, alpha),
-            num_streams=n,
-            sinkhorn_iterations=sinkhorn_iterations,
-            norm_eps=norm_eps,
+        u, h_post, h_res, carried = reference.read_ref(
+            x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps
         )
-        return reference.pre_ref(x, h_pre), Carried(x, h_post, h_res, fused=False)
+        return u, Carried(carried, h_post, h_res, fused=False)
     from megatron_mhc.kernels.autograd.fused_edge import Read
     from megatron_mhc.kernels.autograd.ops import MappingSettings
 

@@ -12,6 +12,7 @@ from megatron_mhc.kernels.reference.conventions import (
     sinkhorn_as,
 )
 from megatron_mhc.kernels.reference.mapping import mapping_ref, scaled_projection_ref
+from megatron_mhc.kernels.reference.read import read_ref
 from megatron_mhc.kernels.reference.sinkhorn import sinkhorn_ref
 from megatron_mhc.kernels.reference.streams import post_res_ref, pre_ref
 
@@ -22,6 +23,7 @@ __all__ = [
     'post_res_as',
     'post_res_ref',
     'pre_ref',
+    'read_ref',
     'scaled_projection_ref',
     'sinkhorn_as',
     'sinkhorn_ref',

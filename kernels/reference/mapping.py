@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,16 +30,15 @@ def scaled_projection_ref(
         value first it would be finite; to find that one is another read of the streams.
     """
     with without_autocast(x.device):
-        # Contiguous, so that a view has the bits of its copy: the order of sums follows strides.
-        v = at_least_fp32(x).contiguous()
+        dtype = torch.promote_types(x.dtype, torch.float32)
         h: Tensor = _ScaledProjection.apply(
-            v, *(t.to(v.dtype) for t in (weight, bias, scale)), norm_eps
+            x, *(t.to(dtype) for t in (weight, bias, scale)), norm_eps
         )
         return h
 
 
 class _ScaledProjection(Function):
-    """``scaled_projection_ref`` of one dtype.
+    """``scaled_projection_ref`` with parameters of the dtype of its result. Saves x as it is.
 
     The gradient reads and writes the streams once where autograd's of the mean square does so four
     times. With h = v phi: dL/dv = (g scale / r) phi^T - v * sum(g scale h) / (r^3 nC).
@@ -46,36 +46,70 @@ class _ScaledProjection(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, v: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, norm_eps: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, norm_eps: float
     ) -> Tensor:
-        # Eq 14: one projection for all maps
-        h = torch.nn.functional.linear(v, weight)
-        # Eq 15: r = ||v|| / sqrt(nC)
-        r = (v.square().mean(dim=-1, keepdim=True) + norm_eps).sqrt()
-        # A sum of squares beyond fp32: h / inf would pass for maps of the biases alone.
-        r = r.masked_fill(r.isinf(), torch.nan)
-        # Eq 16: scale after the matmul, bias after the division
-        h = h / r
-        ctx.save_for_backward(v, weight, scale, h, r)
+        normed, r = normed_projection(x, weight, norm_eps)
+        ctx.save_for_backward(x, weight, scale, normed, r)
         ctx.bias_shape = bias.shape
-        return h * scale + bias
+        # Eq 16: scale after the matmul, bias after the division
+        return normed * scale + bias
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        v, weight, scale, normed, r = ctx.saved_tensors
-        of_normed = grad * scale
-        of_h = of_normed / r
-        of_v = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_square = (of_normed * normed).sum(-1, keepdim=True) / (-v.shape[-1] * r * r)
-            of_v = (of_h @ weight).addcmul_(v, of_square)
-        if ctx.needs_input_grad[1]:
-            # One token of shape ``[nC]`` has no dimensions to flatten.
-            of_weight = of_h.reshape(-1, of_h.shape[-1]).mT @ v.reshape(-1, v.shape[-1])
+        x, weight, scale, normed, r = ctx.saved_tensors
+        of_x, of_weight = projection_gradient(
+            grad * scale, x, weight, normed, r, None, ctx.needs_input_grad[:2]
+        )
         of_bias = grad.sum_to_size(ctx.bias_shape)
         of_scale = (grad * normed).sum_to_size(scale.shape)
-        return of_v, of_weight, of_bias, of_scale, None
+        return of_x, of_weight, of_bias, of_scale, None
+
+
+def normed_projection(x: Tensor, weight: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
+    """h / r ``[..., M]`` and r ``[..., 1]`` of x ``[..., K]`` and weight ``[M, K]``."""
+    v = _wide(x)
+    # Eq 14: one projection for all maps
+    h = torch.nn.functional.linear(v, weight)
+    # Eq 15: r = ||v|| / sqrt(nC)
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    r = (norm.square() / v.shape[-1] + norm_eps).sqrt()
+    # A sum of squares beyond fp32: h / inf would pass for maps of the biases alone.
+    r = r.masked_fill(r.isinf(), torch.nan)
+    return h / r, r
+
+
+def projection_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    normed: Tensor,
+    r: Tensor,
+    of_x: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """dL/dx ``[..., K]`` and dL/dweight from ``grad`` = dL/dnormed, where they are ``needed``.
+
+    ``of_x`` is added to the former: what another use of x has as its gradient.
+    """
+    v = _wide(x)
+    of_h = (grad / r).view(-1, grad.shape[-1])
+    of_v = of_weight = None
+    if needed[0]:
+        if of_x is None:
+            of_v = of_h @ weight
+        else:
+            of_v = torch.addmm(_wide(of_x).view(-1, v.shape[-1]), of_h, weight)
+        of_square = (grad * normed).sum(-1, keepdim=True) / (-v.shape[-1] * r * r)
+        of_v = of_v.view(v.shape).addcmul_(v, of_square)
+    if needed[1]:
+        of_weight = of_h.mT @ v.view(-1, v.shape[-1])
+    return of_v, of_weight
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Contiguous, so that a view has the bits of its copy: the order of sums follows strides."""
+    return at_least_fp32(x).contiguous()
 
 
 def mapping_ref(

@@ -56,30 +56,40 @@ class _Sinkhorn(Function):
     def forward(ctx: Any, logits: Tensor, iterations: int) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.iterations = iterations
-        _, m, log_m = _first_pass(logits)
-        *_, (m, passes) = _stretches(m, log_m, iterations - 1)
-        for _ in range(passes):
-            _, m = _next_pass(m)
-        return m
+        return sinkhorn_passes(logits, iterations)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
-        columns, first, log_m = _first_pass(logits)
-        stretches = list(_stretches(first, log_m, ctx.iterations - 1))
-        last = True
-        for m, passes in reversed(stretches):
-            steps = []
-            for _ in range(passes):
-                a, m = _next_pass(m)
-                steps.append((a, m))
-            if last:
-                # dL/dlog M from here on
-                grad, last = grad * m, False
-            for a, m in reversed(steps):
-                grad = _through_pass(grad, a, m)
-        return _through_pass(grad, columns, first), None
+        return sinkhorn_gradient(logits, grad, ctx.iterations), None
+
+
+def sinkhorn_passes(logits: Tensor, iterations: int) -> Tensor:
+    """H_res of logits, both ``[n, n, ...]`` in fp32 or fp64."""
+    _, m, log_m = _first_pass(logits)
+    *_, (m, passes) = _stretches(m, log_m, iterations - 1)
+    for _ in range(passes):
+        _, m = _next_pass(m)
+    return m
+
+
+def sinkhorn_gradient(logits: Tensor, grad: Tensor, iterations: int) -> Tensor:
+    """dL/dlogits from ``grad`` = dL/dH_res, all ``[n, n, ...]``."""
+    columns, first, log_m = _first_pass(logits)
+    stretches = list(_stretches(first, log_m, iterations - 1))
+    last = True
+    for m, passes in reversed(stretches):
+        steps = []
+        for _ in range(passes):
+            a, m = _next_pass(m)
+            steps.append((a, m))
+        if last:
+            # dL/dlog M from here on; in the order of m in memory, for all the passes
+            grad, last = grad.contiguous() * m, False
+        for a, m in reversed(steps):
+            grad = _through_pass(grad, a, m)
+    return _through_pass(grad, columns, first)
 
 
 def _first_pass(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +132,6 @@ def _stretches(m: Tensor, log_m: Tensor, passes: int) -> Iterator[tuple[Tensor, 
 
 
 def _through_pass(grad: Tensor, a: Tensor, m: Tensor) -> Tensor:
-    """dL/dlog of what went into a pass from dL/dlog of its result m; a is T_c of the former."""
-    grad = grad - m * grad.sum(ROWS, keepdim=True)
-    return grad - a * grad.sum(COLUMNS, keepdim=True)
+    """dL/dlog of what went into a pass, in place of that of its result m; a: after its T_c."""
+    grad.addcmul_(m, grad.sum(ROWS, keepdim=True), value=-1)
+    return grad.addcmul_(a, grad.sum(COLUMNS, keepdim=True), value=-1)

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
             **kwargs: object,
         ) -> None: ...
 
+        def _get_submodules_under_cudagraphs(self) -> list[nn.Module]: ...
+
         def _forward_attention(
             self, hidden_states: Tensor, *args: object, **kwargs: object
         ) -> tuple[Any, ...]: ...
@@ -113,6 +115,16 @@ class HyperConnectionLayerMixin(ChainedLayer, _Host):
         self.mlp_hyper_connection = connection(self.mlp, 1)
         # A ``PostStream``: where the MLP's F_post,res runs if not on the current stream.
         self.post_stream: PostStream | None = None
+
+    def _get_submodules_under_cudagraphs(self) -> list[nn.Module]:
+        """With the connections of the sublayers: a replay runs no hook that gathers parameters."""
+        captured: list[nn.Module] = super()._get_submodules_under_cudagraphs()
+        pairs = (
+            (self.self_attention, self.self_attention_hyper_connection),
+            (self.mlp, self.mlp_hyper_connection),
+        )
+        inside = [c for sublayer, c in pairs if c and any(m is sublayer for m in captured)]
+        return [*captured, *inside]
 
     def _forward_attention(
         self, hidden_states: Tensor, *args: object, **kwargs: object

@@ -30,6 +30,7 @@ from megatron_mhc.residual.hyper_connection import HyperConnection, Pending
 from megatron_mhc.residual.mhc import ManifoldHyperConnection
 from megatron_mhc.residual.recompute import RecomputedSegment, Written, segment_of
 from megatron_mhc.residual.single_pass import SinglePassHyperConnection
+from megatron_mhc.settings.constraint import graphs_of_layers
 from megatron_mhc.settings.residual import ResidualConfig
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
         """What the mixin needs of the layer class behind it."""
 
         config: TransformerConfig
+
+        def get_layer_static_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]: ...
 else:
     _Host = object
 
@@ -175,10 +178,22 @@ class ChainedLayer(_Host):
         """Let the last F_post,res join the first mapping of ``layer``."""
         own = (child for child in layer.children() if isinstance(child, HyperConnection))
         connection = next(own, None)
-        # A recomputed layer starts from its input alone: what was read ahead would be lost.
-        if connection is not None and self.config.recompute_granularity != 'full':
+        # A recomputed or captured layer starts from its input alone: what was read ahead would be
+        # lost.
+        alone = self.config.recompute_granularity == 'full' or graphs_of_layers(
+            lambda name: getattr(self.config, name, None)
+        )
+        if connection is not None and not alone:
             # In a tuple, or it would be registered as a child of this layer too.
             self.following = (connection,)
+
+    def get_layer_static_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What a captured layer has as its input, of n streams ``[s, b, n*C]``."""
+        inputs: dict[str, Tensor] = super().get_layer_static_inputs(*args, **kwargs)
+        streams = [c.num_streams for c in self.children() if isinstance(c, HyperConnection)]
+        narrow = inputs['hidden_states']
+        wide = narrow.detach().repeat(1, 1, streams[0] if streams else 1)
+        return inputs | {'hidden_states': wide.requires_grad_(narrow.requires_grad)}
 
     def run_sublayer(
         self,

@@ -61,6 +61,21 @@ def cuda_graphs(get: Setting) -> bool:
     return get('cuda_graph_impl') not in (None, 'none') or bool(older)
 
 
+def captured_parts(get: Setting) -> set[str]:
+    """Names of what graphs capture: modules, by the names of every release; empty for all."""
+    names = 'cuda_graph_modules', 'cuda_graph_scope', 'cuda_graph_scope_deprecated'
+    given = [get(name) for name in names]
+    listed = [part for parts in given for part in (parts if isinstance(parts, list) else [parts])]
+    return {str(getattr(part, 'name', part)) for part in listed if part is not None}
+
+
+def graphs_of_layers(get: Setting) -> bool:
+    """Whether single layers are captured, rather than a whole iteration."""
+    # Core 0.17 has the iteration as a scope, later ones as an implementation.
+    iteration = {get('cuda_graph_impl'), *captured_parts(get)}
+    return cuda_graphs(get) and 'full_iteration' not in iteration
+
+
 def offloads(get: Setting) -> bool:
     whole_layers = get('cpu_offloading') or get('cpu_offloading_num_layers')
     return bool(whole_layers or get('fine_grained_activation_offloading'))

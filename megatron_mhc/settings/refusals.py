@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_mhc.settings.refused_attention import ATTENTION
+from megatron_mhc.settings.refused_cuda_graphs import ASKED, NEVER, UNASKED
 from megatron_mhc.settings.refused_engram import ENGRAM
 from megatron_mhc.settings.refused_gated import GATED
 from megatron_mhc.settings.refused_mudd import MUDD
@@ -12,9 +13,18 @@ from megatron_mhc.settings.refused_residual import RESIDUAL
 from megatron_mhc.settings.refused_single_pass import SINGLE_PASS
 from megatron_mhc.settings.residual import ResidualConfig
 
+GRAPHS = (NEVER, UNASKED, ASKED)
 REFUSALS = (
-    *(RESIDUAL, MUDD, GATED, ATTENTION, SINGLE_PASS),
-    *(INVERTED_V, ON_LINE, POST_STREAM, ENGRAM),
+    RESIDUAL,
+    *GRAPHS,
+    MUDD,
+    GATED,
+    ATTENTION,
+    SINGLE_PASS,
+    INVERTED_V,
+    ON_LINE,
+    POST_STREAM,
+    ENGRAM,
 )
 
 
@@ -28,7 +38,7 @@ def check_residual(settings: object, residual: ResidualConfig) -> None:
     if not residual.enabled:
         return
     RESIDUAL.check(settings, residual.residual_type)
-    for own in (MUDD, GATED, ATTENTION):
+    for own in (ASKED if residual.cuda_graphs else UNASKED, NEVER, MUDD, GATED, ATTENTION):
         if residual.residual_type in own.values:
             own.check(settings, residual.residual_type)
     if residual.single_pass:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import (
-    Constraint,
-    Refusals,
-    Setting,
-    cuda_graphs,
-    shards_parameters,
-)
+from megatron_mhc.settings.constraint import Constraint, Refusals, Setting, shards_parameters
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN, main_pattern
 from megatron_mhc.settings.names import RESIDUAL_TYPES
 
@@ -53,12 +47,6 @@ _ROWS = (
         lambda get: bool(get('delay_wgrad_compute') and get('overlap_moe_expert_parallel_comm')),
         'layers with n streams run whole, and their weight gradients with them',
         'drop --delay-wgrad-compute, or use --pipeline-schedule dualpipev-w',
-    ),
-    Constraint(
-        '--cuda-graph-impl / --enable-cuda-graph',
-        cuda_graphs,
-        'captured layers use static inputs of one stream',
-        'use --cuda-graph-impl none',
     ),
     Constraint(
         '--transformer-impl inference_optimized / --inference-fuse-tp-communication',

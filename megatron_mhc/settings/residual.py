@@ -336,6 +336,14 @@ class ResidualConfig:
         help='stream on which a schedule run from a plan rebuilds the segment that the backward '
         'begins with: `compute`, or `high`, one of high priority',
     )
+    cuda_graphs: bool = setting(
+        False,
+        '--mhc-cuda-graphs',
+        bool,
+        only=_MAPPED,
+        help='let Megatron capture layers or iterations of n streams (`--cuda-graph-impl`), which '
+        'no GPU has run yet',
+    )
     seed: int = 1234
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ def resolve(config: ResidualConfig) -> None:
     _check_manifold(config)
     _check_backend(config)
     _resolve_recompute(config)
+    _check_graphs(config)
 
 
 def _resolve_merge(config: ResidualConfig) -> None:
@@ -106,3 +107,18 @@ def _resolve_recompute(config: ResidualConfig) -> None:
         )
     if segments != 'none':
         object.__setattr__(config, 'recompute_stream', stream or 'compute')
+
+
+def _check_graphs(config: ResidualConfig) -> None:
+    if not config.cuda_graphs:
+        return
+    if config.single_pass:
+        raise ValueError(
+            '--mhc-single-pass with --mhc-cuda-graphs: H_pre travels from layer to layer beside '
+            'the tensor that a graph has as its input; drop one of the two'
+        )
+    if config.recompute_layer_num != 'none':
+        raise ValueError(
+            f'--mhc-recompute-layer-num {config.recompute_layer_num} with --mhc-cuda-graphs: it '
+            'frees memory that a graph takes to stay where it was; drop one of the two'
+        )

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from truth import parameters, streams
 
 pytest.importorskip('triton')
 
-from megatron_mhc import ops  # noqa: E402
-from megatron_mhc.kernels import shipped  # noqa: E402
+from megatron_mhc import ResidualConfig, ops  # noqa: E402
+from megatron_mhc.kernels import backend, shipped  # noqa: E402
 from megatron_mhc.kernels.triton import projection, read_backward  # noqa: E402
 from megatron_mhc.kernels.triton.launch import record_launches  # noqa: E402
+from megatron_mhc.residual.hyper_connection import Pending  # noqa: E402
+from megatron_mhc.residual.mhc import ManifoldHyperConnection  # noqa: E402
 
 KERNELS = Path(__file__).resolve().parents[2] / 'kernels'
 SOURCES = sorted([*(KERNELS / 'triton').glob('*.py'), *(KERNELS / 'autograd').glob('*.py')])
@@ -27,7 +30,11 @@ def kernel_names() -> set[str]:
     }
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    'path',
+    [*SOURCES, *(KERNELS / 'reference').glob('*.py')],
+    ids=lambda path: f'{path.parent.name}/{path.name}',
+)
 def test_no_atomics_and_nothing_read_back(path):
     for node in ast.walk(ast.parse(path.read_text())):
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node, 'id', '')
@@ -140,3 +147,53 @@ def test_recording_starts_nothing(device, random_seed):
     assert [launch.name for launch in launches] == ['pre_forward_kernel']
     assert projection.resolved_precision('auto', torch.bfloat16) == 'bf16x2'
     assert projection.resolved_precision('auto', torch.float32) == 'tf32x3'
+
+
+# Of torch: what neither computes nor copies.
+FREE = {'view', 'detach', 'slice', 'split', 'select', 'expand', 't', 'transpose', 'alias'} | {
+    'empty', 'new_empty', 'empty_like', 'empty_strided', 'as_strided', '_unsafe_view', 'unsqueeze'
+}  # fmt: skip
+
+
+class Computing(TorchDispatchMode):
+    """Names of the torch operations that start something of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_a_sublayer_starts_few_kernels(n, monkeypatch):
+    """Forward and backward of a layer's two sublayers, as the modules call them, on meta tensors.
+
+    A sublayer: pack, projection with F_post,res of the one before, maps and F_pre; their backward
+    with that of F_post,res. Of torch: alpha in one tensor, and sums of the gradients of phi, b and
+    alpha over programs.
+    """
+    monkeypatch.setattr(backend, '_platform_obstacle', lambda device: None)
+    tokens, channels = 4096, 256
+    settings = ResidualConfig(num_residual_streams=n, kernel_backend='triton')
+    first, second = (
+        ManifoldHyperConnection(channels, settings, sublayer).to('meta') for sublayer in range(2)
+    )
+    wide, narrow = (
+        torch.empty(tokens, size, dtype=torch.bfloat16, device='meta', requires_grad=True)
+        for size in (n * channels, channels)
+    )
+    with record_launches() as launches, Computing() as torch_own:
+        _, u1, carried = first(wide)
+        _, u2, carried = second(Pending(narrow, carried))
+        out = second.post(narrow, carried)
+        torch.autograd.backward([u1, u2, out], [torch.empty_like(t) for t in (u1, u2, out)])
+    # The first write and the last one are no edge: one kernel more for both sublayers.
+    assert len(launches) <= 2 * 8 + 1, [launch.name for launch in launches]
+    # The gradient of ``narrow``, which has two uses here, is an addition.
+    own = [name for name in torch_own.names if not name.startswith('add')]
+    assert len(own) <= 2 * 4, own

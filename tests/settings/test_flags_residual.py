@@ -120,6 +120,8 @@ REFUSED = {
     '--optimizer adam or sgd cannot be combined',
     '--residual-type mhc --mhc-mapping-optimizer scalar --optimizer muon --decoupled-lr 1': ''
     '--decoupled-lr with --mhc-mapping-optimizer scalar cannot be combined',
+    '--residual-type mhc --mhc-cuda-graphs --cuda-graph-impl local '
+    '--overlap-moe-expert-parallel-comm': 'passes hand over in Python',
     '--residual-type mhc --overlap-moe-expert-parallel-comm --delay-wgrad-compute': ''
     '--overlap-moe-expert-parallel-comm cannot be combined',
     '--residual-type mhc --cuda-graph-impl local': '--cuda-graph-impl',

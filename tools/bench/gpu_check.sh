@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in the order in which a failure makes the rest pointless:
-# accuracy, tests on the device, memory and race checks, speed, and where a layer's time goes.
+# accuracy, tests on the device, memory and race checks, speed, where a layer's time goes, graphs.
 #
 #   tools/bench/gpu_check.sh [FOLDER]     about 20 minutes; BENCH_MINUTES=4 shortens the bench
 #
@@ -45,6 +45,13 @@ fi
 check bench "$python" tools/bench/bench.py --budget-minutes "${BENCH_MINUTES:-10}" \
     --output "$out/bench"
 check profile "$python" tools/bench/profile_layer.py
+# What --mhc-cuda-graphs waits for; Megatron's loop needs Megatron-Core.
+if "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("megatron.core"))' \
+    2>/dev/null; then
+    check graphs "$python" tools/bench/graph_check.py
+else
+    absent graphs
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf '\nfailed: %s (see %s)\n' "${failed[*]}" "$out"
