@@ -3,6 +3,7 @@
 
     python tools/kernel_record.py
     python tools/kernel_record.py --predictions    # what the model says, alone and sooner
+    python tools/kernel_record.py --kernel post_res_backward    # what begins like this, alone
 
 Versions are laid beside the environment, one folder ``triton-<version>`` each, and fetched with pip
 where they are missing. Nothing is written if a kernel spills or is out of bounds otherwise. The
@@ -87,6 +88,19 @@ def predicted(reports: list[dict]) -> dict:
     return {'gpu': gpu, **shape, 'kernels': dict(sorted(percents.items()))}
 
 
+def renewed(record: dict, reports: list[dict], options: argparse.Namespace) -> dict:
+    """The record with what the reports found; rows that they were not asked for stay."""
+    before = record if options.kernel else {'predicted': {'kernels': {}}, 'kernels': {}}
+    shares, kernels = predicted(reports), merged(reports)
+    shares['kernels'] = dict(
+        sorted({**before['predicted']['kernels'], **shares['kernels']}.items())
+    )
+    record = record | {'triton': [*VERSIONS], 'predicted': shares}
+    if options.predictions:
+        return record
+    return record | {'kernels': dict(sorted({**before['kernels'], **kernels}.items()))}
+
+
 def lines(rows: dict, indent: str) -> str:
     """One entry a line."""
     return f',\n{indent}'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in rows.items())
@@ -112,20 +126,24 @@ def main() -> None:
     add = parser.add_argument
     add('--overlays', type=Path, default=ROOT / '.cache', help='folder of the Triton folders')
     add('--predictions', action='store_true', help='leave all but the predictions as it is')
+    add('--kernel', nargs='+', default=[], help='leave all but rows that begin like this as it is')
     options = parser.parse_args()
     record = json.loads(RECORD.read_text())
-    short = ('--roofline', '--num-streams', str(RECORDED_STREAMS)) if options.predictions else ()
+    if options.kernel and record['triton'] != [*VERSIONS]:
+        parser.error(
+            f'argument --kernel: {" ".join(options.kernel)}: the record is of Triton '
+            f'{" ".join(record["triton"])}, not {" ".join(VERSIONS)}; record all kernels'
+        )
+    short = ['--roofline', '--num-streams', str(RECORDED_STREAMS)] if options.predictions else []
+    if options.kernel:
+        short += ['--kernel', *options.kernel]
     with tempfile.NamedTemporaryFile('w', suffix='.json') as file:
         json.dump(record | {'triton': [], 'kernels': {}}, file)
         file.flush()
         name = Path(file.name)
         folder = options.overlays
         reports = [report(overlay(folder, v), v, name, *short) for v in VERSIONS]
-    record['triton'] = [*VERSIONS]
-    record['predicted'] = predicted(reports)
-    if not options.predictions:
-        record['kernels'] = merged(reports)
-    RECORD.write_text(text(record))
+    RECORD.write_text(text(renewed(record, reports, options)))
 
 
 if __name__ == '__main__':

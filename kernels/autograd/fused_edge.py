@@ -24,7 +24,7 @@ from megatron_mhc.kernels.triton.maps import maps_backward, maps_forward
 from megatron_mhc.kernels.triton.post_res import post_res_backward, post_res_forward
 from megatron_mhc.kernels.triton.pre import pre_backward, pre_forward
 from megatron_mhc.kernels.triton.projection import post_res_project, project
-from megatron_mhc.kernels.triton.read_backward import read_backward
+from megatron_mhc.kernels.triton.read_backward import backward_precision, read_backward
 
 
 class Read(Function):
@@ -149,11 +149,13 @@ def _read_backward(
         dpre, _ = pre_backward(du, x, None)
     dpost = proj.new_zeros(tokens, n) if dpost is None else dpost.contiguous()
     dres = torch.zeros_like(h_res) if dres is None else dres.contiguous()
+    precision = backward_precision(settings.precision, x.dtype, n)
     h_pre, dproj, dnorm, dbias, dalpha = maps_backward(
-        *(dpre, dpost, dres, proj, inv, bias, alpha, x.shape[1], settings.sinkhorn_iterations)
+        *(dpre, dpost, dres, proj, inv, bias, alpha, x.shape[1]),
+        *(settings.sinkhorn_iterations, precision),
     )
     dx, dweight = read_backward(
-        x, weight, dproj, dnorm, settings.precision, g, h_res if g is not None else None,
+        x, weight, dproj, dnorm, precision, g, h_res if g is not None else None,
         du, h_pre if du is not None else None,
     )  # fmt: skip
     return dx, dweight, dbias, dalpha

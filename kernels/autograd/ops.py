@@ -13,7 +13,7 @@ from megatron_mhc.kernels.triton.maps import maps_backward, maps_forward
 from megatron_mhc.kernels.triton.post_res import post_res_backward, post_res_forward
 from megatron_mhc.kernels.triton.pre import pre_backward, pre_forward
 from megatron_mhc.kernels.triton.projection import project
-from megatron_mhc.kernels.triton.read_backward import read_backward
+from megatron_mhc.kernels.triton.read_backward import backward_precision, read_backward
 from megatron_mhc.kernels.triton.sinkhorn import sinkhorn_backward, sinkhorn_forward
 
 
@@ -63,11 +63,12 @@ class Mapping(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, alpha, proj, inv = ctx.saved_tensors
         dpre, dpost, dres = (grad.contiguous() for grad in grads)
-        iterations = ctx.settings.sinkhorn_iterations
+        n, iterations, _, precision = ctx.settings
+        precision = backward_precision(precision, x.dtype, n)
         _, dproj, dnorm, dbias, dalpha = maps_backward(
-            dpre, dpost, dres, proj, inv, bias, alpha, x.shape[1], iterations
+            dpre, dpost, dres, proj, inv, bias, alpha, x.shape[1], iterations, precision
         )
-        dx, dweight = read_backward(x, weight, dproj, dnorm, ctx.settings.precision)
+        dx, dweight = read_backward(x, weight, dproj, dnorm, precision)
         return dx, dweight, dbias, dalpha, None
 
 

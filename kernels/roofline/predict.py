@@ -29,8 +29,7 @@ class Work:
 
     ``grid`` blocks of ``warps`` warps, of which an SM holds ``resident`` at a time (from verdict).
     ``dram_bytes`` are those of every tensor once, ``l2_bytes`` what is read again and comes from
-    L2. ``passes`` is how often a program goes through each loop, inner loops per pass of the outer;
-    ``stages`` how many copies to shared memory are under way, less one.
+    L2. ``passes`` is how often a program goes through each loop, inner loops per pass of the outer.
     """
 
     grid: int
@@ -39,7 +38,6 @@ class Work:
     dram_bytes: int
     l2_bytes: int
     passes: tuple[float, ...]
-    stages: int
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ def predict(sections: Sequence[Section], work: Work, gpu: Gpu) -> Prediction:
         share = 1 if pipe == 'lsu' else QUARTERS
         bounds[pipe] = warps * spent.get(pipe, 0.0) / share / gpu.clock
     alone = STARTED + sum(
-        weight * _pass(section, work, gpu)
-        for section, weight in zip(sections, weights, strict=True)
+        weight * section.latency for section, weight in zip(sections, weights, strict=True)
     )
     bounds['latency'] = alone * math.ceil(blocks / work.resident) / gpu.clock
     under_way = _in_flight(sections, weights, alone, gpu)
@@ -123,13 +120,6 @@ def _sums(
             issued[pipe] = issued.get(pipe, 0.0) + weight * count
             spent[pipe] = spent.get(pipe, 0.0) + weight * section.cycles[pipe]
     return spent, issued
-
-
-def _pass(section: Section, work: Work, gpu: Gpu) -> float:
-    """Cycles of one pass; copies that run ahead must still arrive once a stage."""
-    if section.copied:
-        return max(section.latency, gpu.dram_cycles / max(1, work.stages - 1))
-    return section.latency
 
 
 def _in_flight(sections: Sequence[Section], weights: list[float], cycles: float, gpu: Gpu) -> float:

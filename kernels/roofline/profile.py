@@ -61,7 +61,7 @@ def _section(body: list[Instruction], gpu: Gpu, passes: int, inside: int | None)
         cycles=dict(spent),
         issued=dict(issued),
         latency=walk(body, gpu, passes),
-        loaded=sum(i.bytes for i in body if wide(i)),
+        loaded=sum(i.bytes for i in body if i.head in LOADS and wide(i)),
         copied=sum(i.bytes for i in body if i.head in ASYNC),
         memory=any(i.head in LOADS | ASYNC | STORES for i in body),
         inside=inside,

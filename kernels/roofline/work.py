@@ -37,7 +37,6 @@ def work_of(launch: Launch, sections: Sequence[Section], resident: int) -> Work:
         dram_bytes=sum(launch_bytes_by_kind(launch).values()),
         l2_bytes=_again(launch),
         passes=tuple(_passes(launch, sections[1:])),
-        stages=launch.options['num_stages'],
     )
 
 

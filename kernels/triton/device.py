@@ -56,6 +56,16 @@ def join(streams, FIRST: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def split(value, PRECISION: tl.constexpr):
+    """fp32 -> high and low part in bf16; otherwise the value, twice."""
+    if PRECISION == 'bf16x2':
+        high = value.to(tl.bfloat16)
+        return high, (value - high.to(tl.float32)).to(tl.bfloat16)
+    else:
+        return value, value
+
+
+@triton.jit
 def fold(tile, VEC: tl.constexpr):
     """Sum of VEC neighbours, which one thread holds: the cheap part of a sum over channels."""
     return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // VEC, VEC]), 2)

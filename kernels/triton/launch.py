@@ -19,6 +19,9 @@ from megatron_mhc.kernels.triton.alignment import Kernel, say_what_is_slow
 
 # A thread can have so many; as a cap it keeps the assembler from squeezing.
 MOST_REGISTERS = 255
+# Programs that fill the largest GPU; the SMs of H100 and H200; and what the start of a program and
+# its partial sum cost, in blocks.
+PROGRAMS, SMS, ENDS = 512, 132, 4
 _RECORD: ContextVar[list[Launch] | None] = ContextVar('megatron_mhc_launches', default=None)
 
 
@@ -109,6 +112,26 @@ def fitted(tile: Tile, channels: int) -> Tile:
     width = max(16, min(tile.channels, power_of_two(channels)))
     cap = tile.registers and (MOST_REGISTERS if channels % width else tile.registers)
     return replace(tile, channels=width, registers=cap)
+
+
+def span_of(programs: int, blocks: int, most: int) -> int:
+    """Blocks for each part, where ``programs`` x parts share the work; at most ``most`` parts.
+
+    Of the numbers of parts that fill the largest GPU, the one that keeps the busiest SM for the
+    shortest time: a last wave of few programs takes as long as a full one. The same on every GPU:
+    partial sums, and with them the bits of the result, follow from the shapes alone.
+    """
+    most = min(most, blocks)
+    fewest = cdiv(PROGRAMS, programs)
+    if fewest > most:
+        # No number of parts makes that many programs: nearly the most parts will do.
+        fewest = cdiv(3 * most, 4)
+
+    def busiest(span: int) -> tuple[int, int]:
+        of_one_sm = cdiv(programs * cdiv(blocks, span), SMS)
+        return of_one_sm * (span + ENDS), -span
+
+    return min((cdiv(blocks, parts) for parts in range(fewest, most + 1)), key=busiest)
 
 
 def cdiv(a: int, b: int) -> int:

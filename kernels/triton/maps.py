@@ -8,11 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_mhc.kernels.triton.device import split
 from megatron_mhc.kernels.triton.launch import MOST_REGISTERS, Tile, cdiv, launch, power_of_two
 from megatron_mhc.kernels.triton.sinkhorn import matrix_offsets, sinkhorn, sinkhorn_gradient
 
 FORWARD = {1: Tile(128), 2: Tile(128), 4: Tile(64, num_warps=2), 8: Tile(16)}
 BACKWARD = {1: Tile(128), 2: Tile(128, registers=MOST_REGISTERS), 4: Tile(32), 8: Tile(8)}
+# Of the loop over partial projections: those of four streams have most splits.
+STAGES = {1: 1, 2: 1, 4: 3, 8: 1}
 
 
 def map_columns(n: int) -> int:
@@ -31,10 +34,22 @@ def map_offsets(t, STRIDE: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def store_dproj(ptr, at, value, mask, MP: tl.constexpr, SPLIT: tl.constexpr):
+    """The value, or its two parts in bf16, MP columns apart."""
+    if SPLIT:
+        high, low = split(value, 'bf16x2')
+        tl.store(ptr + at, high, mask=mask)
+        tl.store(ptr + at + MP, low, mask=mask)
+    else:
+        tl.store(ptr + at, value, mask=mask)
+
+
+@triton.jit
 def maps_forward_kernel(
     partial_ptr, squares_ptr, bias_ptr, alpha_ptr, pre_ptr, post_ptr, res_ptr, proj_ptr, inv_ptr,
     T, splits, width, norm_eps,
     ITERATIONS: tl.constexpr, N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = N * N + 2 * N
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -47,7 +62,7 @@ def maps_forward_kernel(
     res = tl.zeros([BT, N, N], tl.float32)
     # Not T.to(int64): for T = 1 the compiler sees a plain number.
     slice_size = tl.full([], MP, tl.int64) * T
-    for _ in range(splits):
+    for _ in tl.range(0, splits, num_stages=STAGES):
         squares += tl.load(squares_ptr + t, mask=rows, other=0.0)
         pre += tl.load(partial_ptr + at_pre, mask=tails, other=0.0)
         post += tl.load(partial_ptr + at_post, mask=tails, other=0.0)
@@ -79,6 +94,7 @@ def maps_backward_kernel(
     dpre_ptr, dpost_ptr, dres_ptr, proj_ptr, inv_ptr, bias_ptr, alpha_ptr,
     pre_ptr, dproj_ptr, dnorm_ptr, dbias_ptr, dalpha_ptr, T, width,
     ITERATIONS: tl.constexpr, N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = N * N + 2 * N
     pid = tl.program_id(0)
@@ -117,13 +133,15 @@ def maps_backward_kernel(
     tl.store(dalpha_ptr + 1, tl.sum(g_post))
     tl.store(dalpha_ptr + 2, tl.sum(g_res))
     # dproj = dlogits * alpha / r, padded with zeros to MP columns
+    WIDTH: tl.constexpr = 2 * MP if SPLIT else MP
     m = tl.arange(0, MP)
-    padding = tails & (m >= M)[None, :]
-    tl.store(dproj_ptr + t[:, None] * MP + m[None, :], tl.zeros([BT, MP], tl.float32), mask=padding)
-    tl.store(dproj_ptr + map_offsets(t, MP, 0, N), d_pre * (a_pre * inv)[:, None], mask=tails)
-    tl.store(dproj_ptr + map_offsets(t, MP, N, N), d_post * (a_post * inv)[:, None], mask=tails)
-    at_res = matrix_offsets(t, MP, N) + 2 * N
-    tl.store(dproj_ptr + at_res, d_res * (a_res * inv)[:, None, None], mask=square)
+    padding, nothing = tails & (m >= M)[None, :], tl.zeros([BT, MP], tl.float32)
+    store_dproj(dproj_ptr, t[:, None] * WIDTH + m[None, :], nothing, padding, MP, SPLIT)
+    at_pre, at_post = map_offsets(t, WIDTH, 0, N), map_offsets(t, WIDTH, N, N)
+    store_dproj(dproj_ptr, at_pre, d_pre * (a_pre * inv)[:, None], tails, MP, SPLIT)
+    store_dproj(dproj_ptr, at_post, d_post * (a_post * inv)[:, None], tails, MP, SPLIT)
+    at_res = matrix_offsets(t, WIDTH, N) + 2 * N
+    store_dproj(dproj_ptr, at_res, d_res * (a_res * inv)[:, None, None], square, MP, SPLIT)
     # Through r: dx += dnorm * x with dnorm = -(1/r)^2 / (nC) * sum_m dlogit[m] alpha[m] proj[m] / r
     dnorm = -inv * inv / width * (a_pre * g_pre + a_post * g_post + a_res * g_res)
     tl.store(dnorm_ptr + t, dnorm, mask=rows)
@@ -160,6 +178,7 @@ def maps_forward(
         N=n,
         MP=columns,
         BT=tile.tokens,
+        STAGES=STAGES[n],
     )
     return pre, post, res, proj, inv
 
@@ -174,18 +193,26 @@ def maps_backward(
     alpha: torch.Tensor,
     width: int,
     iterations: int,
+    precision: str,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of the maps -> those of the projection, the norm, b and alpha.
 
+    ``precision`` is that of the products in ``read_backward``, which take dproj.
+
     Returns:
         h_pre ``[T, n]`` again, dproj ``[T, MP]``, dnorm ``[T]`` (dx += dnorm * x), dbias
-        ``[n*n + 2n]``, dalpha ``[3]``, all fp32.
+        ``[n*n + 2n]``, dalpha ``[3]``, all fp32; but dproj of ``bf16x2`` is ``[T, 2 MP]`` in bf16,
+        the high parts before the low ones.
     """
     tokens, n = dpre.shape
     tile, columns = BACKWARD[n], map_columns(n)
     programs = cdiv(tokens, tile.tokens)
-    pre, dproj = torch.empty_like(dpre), proj.new_empty(tokens, columns)
-    dnorm = torch.empty_like(inv)
+    pre, dnorm = torch.empty_like(dpre), torch.empty_like(inv)
+    parts = precision == 'bf16x2'
+    if parts:
+        dproj = proj.new_empty(tokens, 2 * columns, dtype=torch.bfloat16)
+    else:
+        dproj = proj.new_empty(tokens, columns)
     dbias, dalpha = proj.new_empty(programs, proj.shape[1]), proj.new_empty(programs, 3)
     launch(
         maps_backward_kernel,
@@ -197,5 +224,6 @@ def maps_backward(
         N=n,
         MP=columns,
         BT=tile.tokens,
+        SPLIT=parts,
     )
     return pre, dproj, dnorm, dbias.sum(0), dalpha.sum(0)

@@ -22,6 +22,10 @@ from megatron_mhc.kernels.triton.launch import Tile, cdiv, fitted, launch
 
 FORWARD = {1: Tile(4, 256), 2: Tile(4, 256), 4: Tile(4, 256), 8: Tile(2, 256, num_warps=2)}
 BACKWARD = {1: Tile(4, 256), 2: Tile(4, 256), 4: Tile(4, 256), 8: Tile(1, 512)}
+# Backward copies the next block of four streams ahead; left alone, newer Tritons put loads behind
+# uses of earlier ones. Fewer streams need no such help, and eight were not compiled with it.
+# Channels that fill no tile do without: masks take the registers, and in fp32 they would spill.
+STAGES = {1: 1, 2: 1, 4: 2, 8: 1}
 
 
 @triton.jit
@@ -58,7 +62,7 @@ def post_res_backward_kernel(
     g_ptr, x_ptr, y_ptr, bias_ptr, seed_ptr, post_ptr, res_ptr,
     dx_ptr, dy_ptr, dpost_ptr, dres_ptr, threshold, scale, T, C,
     N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, WRITE_DX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, WRITE_DX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     rows = t < T
@@ -70,7 +74,7 @@ def post_res_backward_kernel(
         dpost = dpost + (tl.zeros([BT, BC // VEC], tl.float32),)
     for _ in tl.static_range(N * N):
         dres = dres + (tl.zeros([BT, BC // VEC], tl.float32),)
-    for c0 in range(0, C, BC):
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
         c = c0 + tl.arange(0, BC)
         mask = rows[:, None] if EVEN else rows[:, None] & (c < C)[None, :]
         at = t[:, None] * (N * C) + c[None, :]
@@ -165,5 +169,6 @@ def post_res_backward(
         HAS_BIAS=bias is not None,
         DROPOUT=dropout > 0,
         WRITE_DX=dx is not None,
+        STAGES=1 if channels % tile.channels else STAGES[n],
     )
     return dy, dpost, dres, dx

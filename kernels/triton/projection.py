@@ -9,6 +9,8 @@ channels may be split over programs; each writes its own partial sums, which ``m
 adds in order.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,15 @@ from megatron_mhc.kernels.triton.device import (
     sublayer_output,
     widened,
 )
-from megatron_mhc.kernels.triton.launch import Tile, cdiv, fitted, interpreted, launch
+from megatron_mhc.kernels.triton.launch import (
+    MOST_REGISTERS,
+    Tile,
+    cdiv,
+    fitted,
+    interpreted,
+    launch,
+    span_of,
+)
 from megatron_mhc.kernels.triton.maps import map_columns
 from megatron_mhc.kernels.triton.post_res import post_res
 
@@ -31,7 +41,7 @@ from megatron_mhc.kernels.triton.post_res import post_res
 TILE = {
     1: Tile(32, 64),
     2: Tile(64, 32, num_warps=8, num_stages=3, registers=128),
-    4: Tile(64, 32, num_warps=8, num_stages=3),
+    4: Tile(128, 16, num_warps=8, num_stages=3),
     8: Tile(32, 16, num_warps=8),
 }
 # Streams of more than 8 bits of mantissa go through three-term TF32, which takes twice the
@@ -45,9 +55,6 @@ WIDE_TILE = {
 # Of bf16 streams that are read value by value, which takes registers: these spill with ``TILE``.
 NARROW_TILE = {**TILE, 1: WIDE_TILE[1], 4: WIDE_TILE[4]}
 PACK = Tile(0, 32, num_warps=8)
-# Enough programs to fill the largest GPU, and the same number on every GPU: partial sums, and with
-# them the bits of the result, follow from the shapes alone.
-PROGRAMS = 512
 MOST_SPLITS = 8
 
 PRECISIONS = ('bf16x2', 'tf32', 'tf32x3', 'ieee')
@@ -210,10 +217,13 @@ def _project(
     precision = resolved_precision(precision, x.dtype)
     narrow = NARROW_TILE if channels % DIVISOR else TILE
     tile = fitted((narrow if precision == 'bf16x2' else WIDE_TILE)[n], channels)
+    if mixing is None and n == 4 and precision == 'bf16x2':
+        # Without a cap the assembler of Triton 3.6 squeezes it to 64 for sm_120, and spills.
+        tile = replace(tile, registers=MOST_REGISTERS)
     high, low = pack_weight(weight, n, precision)
     programs = cdiv(tokens, tile.tokens)
     blocks = cdiv(channels, tile.channels)
-    span = cdiv(blocks, max(1, min(cdiv(PROGRAMS, programs), MOST_SPLITS, blocks)))
+    span = span_of(programs, blocks, MOST_SPLITS)
     splits = cdiv(blocks, span)
     partial = x.new_empty(splits, tokens, columns, dtype=torch.float32)
     squares = x.new_empty(splits, tokens, dtype=torch.float32)

@@ -12,17 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_mhc.kernels.triton.device import load_maps, load_streams, mix
-from megatron_mhc.kernels.triton.launch import Tile, cdiv, fitted, interpreted, launch
-from megatron_mhc.kernels.triton.projection import PROGRAMS, resolved_precision
+from megatron_mhc.kernels.triton.device import load_maps, load_streams, mix, split
+from megatron_mhc.kernels.triton.launch import Tile, cdiv, fitted, interpreted, launch, span_of
+from megatron_mhc.kernels.triton.maps import map_columns
+from megatron_mhc.kernels.triton.projection import resolved_precision
 
 # Few tokens a step: in the layout of the matrix product a thread holds rows of several of them.
 TILE = {
     1: Tile(16, 128, num_warps=8, num_stages=3),
     2: Tile(16, 64, num_stages=3, registers=168),
-    4: Tile(16, 64, num_warps=8, num_stages=3),
+    4: Tile(16, 64, num_stages=3),
     8: Tile(16, 16, num_warps=8),
 }
+# Of channels that fill no tile, whose masks take registers.
+NARROW_TILE = {**TILE, 4: Tile(16, 64, num_warps=8, num_stages=3)}
 # Operands in fp32 take twice the room; these fit the 99 KiB of the smallest GPUs, but for n = 8.
 WIDE_TILE = {
     1: Tile(16, 64),
@@ -31,16 +34,6 @@ WIDE_TILE = {
     8: Tile(16, 16, num_warps=8, num_stages=1),
 }
 MOST_SEGMENTS = 16
-
-
-@triton.jit
-def split(value, PRECISION: tl.constexpr):
-    """fp32 -> high and low part in bf16; otherwise the value, twice."""
-    if PRECISION == 'bf16x2':
-        high = value.to(tl.bfloat16)
-        return high, (value - high.to(tl.float32)).to(tl.bfloat16)
-    else:
-        return value, value
 
 
 @triton.jit
@@ -62,6 +55,26 @@ def product(
         if not EXACT_B:
             acc = tl.dot(a_high, b_low, acc)
     return acc
+
+
+@triton.jit
+def load_dproj(ptr, t, rows, MP: tl.constexpr, PRECISION: tl.constexpr):
+    """High and low part of dproj ``[BT, MP]``, and both transposed.
+
+    In bf16 each is read twice and copied ahead to where its product wants it: turned here, it would
+    keep all warps waiting for memory and for each other.
+    """
+    m = tl.arange(0, MP)
+    if PRECISION == 'bf16x2':
+        at, at_t = t[:, None] * (2 * MP) + m[None, :], m[:, None] + t[None, :] * (2 * MP)
+        high = tl.load(ptr + at, mask=rows[:, None], other=0.0)
+        low = tl.load(ptr + at + MP, mask=rows[:, None], other=0.0)
+        high_t = tl.load(ptr + at_t, mask=rows[None, :], other=0.0)
+        low_t = tl.load(ptr + at_t + MP, mask=rows[None, :], other=0.0)
+        return high, low, high_t, low_t
+    else:
+        value = tl.load(ptr + t[:, None] * MP + m[None, :], mask=rows[:, None], other=0.0)
+        return value, value, tl.trans(value), tl.trans(value)
 
 
 @triton.jit
@@ -91,8 +104,7 @@ def read_backward_kernel(
         mask = rows[:, None] if EVEN else rows[:, None] & inside[None, :]
         at = t[:, None] * (N * C) + c[None, :]
         x = load_streams(x_ptr, at, C, mask, N)
-        dproj = tl.load(dproj_ptr + t[:, None] * MP + m[None, :], mask=rows[:, None], other=0.0)
-        d_high, d_low = split(dproj, PRECISION)
+        d_high, d_low, d_high_t, d_low_t = load_dproj(dproj_ptr, t, rows, MP, PRECISION)
         dnorm = tl.load(dnorm_ptr + t, mask=rows, other=0.0)[:, None]
         if HAS_U:
             pre = load_maps(pre_ptr, t, rows, N)
@@ -113,12 +125,19 @@ def read_backward_kernel(
             tl.store(dx_ptr + at + j * C, dx, mask=mask)
             # dphi[m, j] = sum_t dproj[t, m] x[t, j]
             v = x[j] if PRECISION == 'bf16x2' else x[j].to(tl.float32)
-            acc = product(tl.trans(d_high), tl.trans(d_low), v, v, dphi[j], PRECISION, True, UPCAST)
+            acc = product(d_high_t, d_low_t, v, v, dphi[j], PRECISION, True, UPCAST)
             sums = sums + (acc,)
         dphi = sums
     dweight_ptr += segment.to(tl.int64) * M * N * C
     for j in tl.static_range(N):
         tl.store(dweight_ptr + phi_at + j * C, dphi[j], mask=phi_mask)
+
+
+def backward_precision(precision: str, dtype: torch.dtype, n: int) -> str:
+    """That of both products here, for which ``maps_backward`` stores its gradient."""
+    precision = resolved_precision(precision, dtype)
+    # 80 columns a stream: both parts of phi and its gradient do not fit the registers.
+    return 'tf32' if n == 8 and precision == 'bf16x2' else precision
 
 
 def read_backward(
@@ -135,7 +154,8 @@ def read_backward(
     """What ``maps_backward`` left, with the gradients of the streams' other uses -> dx and dphi.
 
     Args:
-        x: ``[T, n*C]``; weight: fp32 ``[n*n + 2n, n*C]``; dproj: ``[T, MP]``; dnorm: ``[T]``.
+        x: ``[T, n*C]``; weight: fp32 ``[n*n + 2n, n*C]``; dproj: as ``maps_backward`` stored it for
+            ``backward_precision``; dnorm: ``[T]``; precision: what that gave.
         g: ``[T, n*C]``, gradient of the streams that F_post,res made with ``h_res``, or None.
         du: ``[T, C]``, gradient of the sublayer input that F_pre made with ``h_pre``, or None.
 
@@ -145,13 +165,12 @@ def read_backward(
     tokens, width = x.shape
     n = next(n for n in TILE if n * n + 2 * n == weight.shape[0])
     channels = width // n
-    precision = resolved_precision(precision, x.dtype)
-    tile = fitted((TILE if precision == 'bf16x2' else WIDE_TILE)[n], channels)
-    if n == 8 and precision == 'bf16x2':
-        # 80 columns a stream: both parts of phi and its gradient do not fit the registers.
-        precision, tile = 'tf32', fitted(TILE[n], channels)
+    narrow = precision == 'bf16x2' or (n == 8 and x.dtype == torch.bfloat16)
+    tile = fitted((TILE if narrow else WIDE_TILE)[n], channels)
+    if precision == 'bf16x2' and channels % tile.channels:
+        tile = fitted(NARROW_TILE[n], channels)
     slabs, blocks = cdiv(channels, tile.channels), cdiv(tokens, tile.tokens)
-    span = cdiv(blocks, max(1, min(cdiv(PROGRAMS, slabs), MOST_SEGMENTS, blocks)))
+    span = span_of(slabs, blocks, MOST_SEGMENTS)
     segments = cdiv(blocks, span)
     dx, dweight = torch.empty_like(x), weight.new_empty(segments, *weight.shape)
     launch(
@@ -161,7 +180,7 @@ def read_backward(
         *(tokens, channels, span * tile.tokens),
         tile=tile,
         N=n,
-        MP=dproj.shape[1],
+        MP=map_columns(n),
         BT=tile.tokens,
         BC=tile.channels,
         EVEN=channels % tile.channels == 0,

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ pytest.importorskip('triton')
 from megatron_mhc import ResidualConfig, ops  # noqa: E402
 from megatron_mhc.kernels import backend, shipped  # noqa: E402
 from megatron_mhc.kernels.triton import projection, read_backward  # noqa: E402
-from megatron_mhc.kernels.triton.launch import record_launches  # noqa: E402
+from megatron_mhc.kernels.triton.launch import record_launches, span_of  # noqa: E402
 from megatron_mhc.residual.hyper_connection import Pending  # noqa: E402
 from megatron_mhc.residual.mhc import ManifoldHyperConnection  # noqa: E402
 
@@ -76,8 +77,8 @@ def test_offsets_beyond_32_bits(n, kernels, interpreter, monkeypatch):
     from addresses import touched
 
     # One block of tokens a program, so that the last program need not walk far.
-    for module, name in ((read_backward, 'MOST_SEGMENTS'), (read_backward, 'PROGRAMS')):
-        monkeypatch.setattr(module, name, 2**40)
+    monkeypatch.setattr(read_backward, 'MOST_SEGMENTS', 2**40)
+    monkeypatch.setattr('megatron_mhc.kernels.triton.launch.PROGRAMS', 2**40)
     tokens, channels = TALL
     launches = shipped.shipped_launches(n, channels, tokens, torch.bfloat16)
     seen = set()
@@ -138,6 +139,33 @@ def test_what_is_kept_for_backward(n, dtype, device, random_seed):
     kept = sum(storages.values()) - sum(t.untyped_storage().nbytes() for t in known)
     maps = 2 * ((n * n + 2 * n) + 1 + n * n + n)
     assert kept == tokens * (2 * (n + 1) * channels * dtype.itemsize + maps * 4)
+
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+@pytest.mark.parametrize('channels', [2560, 4096, 7168])
+@pytest.mark.parametrize('tokens', [4096, 8192, 12288, 16384])
+def test_the_last_wave_is_full(n, channels, tokens):
+    """Kernels that split their work keep every SM of an H100 busy nine tenths of the time."""
+    launches = shipped.op_launches(n, channels, tokens, torch.bfloat16)
+    split = [one for one in launches if one.name.startswith(('projection', 'read_backward'))]
+    assert len(split) == 2
+    for one in split:
+        waves = one.grid[0] * one.grid[1] / 132
+        assert waves / math.ceil(waves) >= 0.9, (one.name, one.grid)
+
+
+@pytest.mark.parametrize(
+    ('programs', 'blocks', 'most', 'parts'),
+    [
+        (64, 512, 16, 8),  # as many as fill the GPU: 3.9 waves
+        (112, 512, 16, 7),  # 5 would do, in 4.2 waves; 7 take 5.9
+        (1, 3, 16, 3),  # never more parts than blocks
+        (1056, 512, 16, 1),  # nor a cut where the programs alone fill 8 waves
+        (20, 512, 16, 13),  # 16 take 2.4 waves and are the most; 13 fill 2
+    ],
+)
+def test_parts_of_the_work(programs, blocks, most, parts):
+    assert math.ceil(blocks / span_of(programs, blocks, most)) == parts
 
 
 def test_recording_starts_nothing(device, random_seed):

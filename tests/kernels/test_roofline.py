@@ -73,16 +73,43 @@ def test_what_waits_behind_a_use_is_not_under_way():
     assert together.latency == 4 + DRAM + 1
     # Load, sum, one cycle more, load, sum.
     assert apart.latency == DRAM + 1 + DRAM + 1
-    work = Work(132, 8, 1, 1000, 0, (), 1)
+    work = Work(132, 8, 1, 1000, 0, ())
     wide, narrow = (predict((code,), work, H200).in_flight for code in (together, apart))
     assert wide == pytest.approx(8 * 1024 * DRAM / (400 + 1195))
     assert narrow == pytest.approx(8 * 1024 * DRAM / (400 + 2382))
 
 
+# A copy, and a wait for all groups of copies but the last few.
+COPIES = """
+.L_x_1:
+        /*0000*/ DEPBAR.LE SB0, {left} ;
+        /*0010*/ FADD R0, R0, R1 ;
+        /*0020*/ LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
+        /*0030*/ LDGDEPBAR ;
+        /*0040*/ @P0 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ('left', 'wanted'),
+    [
+        # From the copy to the wait at the head of the next pass; FADD, and the next copy.
+        ('0x0', DRAM + 1 + 1),
+        # Two passes for the same, so that each takes half.
+        ('0x1', (DRAM + 1 + 1) / 2),
+        ('0x3', (DRAM + 1 + 1) / 4),
+    ],
+)
+def test_copies_that_run_ahead_must_still_arrive(left, wanted):
+    _, loop = profile(COPIES.format(left=left), H200)
+    assert loop.latency == pytest.approx(wanted, abs=12)
+    assert (loop.loaded, loop.copied) == (0, 512)
+
+
 def test_bounds_counted_by_hand():
     """Two blocks of four warps for each of 132 SMs, ten passes of the loop, 43 MB."""
     moved = 43_000_000
-    work = Work(264, 4, 2, moved, 0, (10.0,), 2)
+    work = Work(264, 4, 2, moved, 0, (10.0,))
     seen = predict(profile(LOOP, H200), work, H200)
     clock, warps = 1.7e9, 8
     wanted = {
@@ -106,7 +133,7 @@ def test_bounds_counted_by_hand():
     assert seen.in_flight == pytest.approx(2 * under_way)
     assert seen.per_kilobyte['fma'] == pytest.approx(264 * 4 * 20 / 43_000)
     # One block at a time: twice the latency, half the bytes under way.
-    alone = predict(profile(LOOP, H200), Work(264, 4, 1, moved, 0, (10.0,), 2), H200)
+    alone = predict(profile(LOOP, H200), Work(264, 4, 1, moved, 0, (10.0,)), H200)
     assert alone.bounds['latency'] == pytest.approx(2 * wanted['latency'])
     assert (alone.in_flight, alone.bound) == (pytest.approx(under_way), 'latency')
 
@@ -148,7 +175,7 @@ def test_loops_inside_loops():
     assert [i.guard for i in code.own(code.loops[0])] == ['', 'P1']
     sections = profile(text, H200)
     assert [section.inside for section in sections] == [None, None, 1]
-    work = Work(132, 4, 1, 1000, 0, (3.0, 5.0), 1)
+    work = Work(132, 4, 1, 1000, 0, (3.0, 5.0))
     seen = predict(sections, work, H200)
     # 3 additions and 3 x 5 products of 4 warps on 4 quarters.
     assert seen.bounds['fma'] == pytest.approx((3 + 15) / 1.7e9)
@@ -177,7 +204,7 @@ def test_passes_of_our_loops():
     assert passes('post_res_backward', walk) == (16.0,)
     assert passes('projection mix', walk) == (32.0,)
     assert passes('read_backward g u', walk) == (64.0,)
-    assert passes('maps_forward', walk, section()) == (4.0, 19.0)
+    assert passes('maps_forward', walk, section()) == (8.0, 19.0)
     parts = [section(), section(inside=1), section(), section(inside=3)]
     assert passes('maps_backward', *parts) == (4.75, 2.0, 4.75, 2.0)
     assert passes('maps_backward', section(), *[section(), section(inside=2)]) == (5.0, 4.75, 2.0)
