@@ -74,3 +74,20 @@ def plain_step(model, seed=1):
     loss = forward(model, seed)
     loss.backward()
     return {'loss': loss.detach(), **taken(model)}
+
+
+def assert_follows(model, step, reference_loss):
+    """Loss and gradients of a model in fp64, its norms and maps in fp32 or wider, to rounding.
+
+    Args:
+        step: the fixture; reference_loss: tokens ``[2, 17]`` to the loss of each, written apart.
+    """
+    loss, gradients = step(model, seed=1)
+    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
+    expected = reference_loss(tokens)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    expected.mean().backward()
+    whole = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    for name, parameter in model.named_parameters():
+        error = (gradients[name] - parameter.grad).norm() / whole
+        assert error < 1e-7, (name, error)
