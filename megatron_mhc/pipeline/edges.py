@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mhc.residual.attention import sublayers_of
+from megatron_mhc.residual.attention import block_sums_of
 from megatron_mhc.schedules.executor_channels import Transport
 from megatron_mhc.schedules.plan import Plan
 from megatron_mhc.settings.flags_residual import parsed_arguments
@@ -56,9 +56,7 @@ def edge_width(config: Any) -> int:
 
 
 def _streams(config: Any, residual: ResidualConfig) -> int:
-    if residual.residual_type == 'attention':
-        return residual.block_sums(sublayers_of(config))
-    return residual.streams
+    return block_sums_of(config, residual) or residual.streams
 
 
 def describe_edge(config: Any, residual: ResidualConfig) -> str:

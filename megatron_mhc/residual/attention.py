@@ -15,6 +15,7 @@ one pipeline stage, or recomputed part, to the next.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,20 @@ def sublayers_of(config: TransformerConfig) -> int:
     """Sublayers of the whole model: in a hybrid one each layer is one."""
     number: int = config.num_layers
     return number if getattr(config, 'is_hybrid_model', False) else 2 * number
+
+
+def block_sums_of(config: TransformerConfig, residual: ResidualConfig) -> int:
+    """Sums in a message between two stages of this model; 0 of another topology."""
+    if residual.residual_type != 'attention':
+        return 0
+    return residual.block_sums(sublayers_of(config))
+
+
+def message(sums: Sequence[Tensor], places: int) -> Tensor:
+    """All sums, ``[..., places * C]``, with zeros for the blocks that have yet to begin."""
+    given = torch.cat([*sums], -1)
+    missing = (places - len(sums)) * sums[0].shape[-1]
+    return F.pad(given, (0, missing)) if missing else given
 
 
 def attend(query: Tensor, *sums: Tensor, norm_eps: float) -> tuple[Tensor]:
@@ -127,12 +142,6 @@ class Reader(KeepFP32):
         (u,) = rerun(functools.partial(attend, norm_eps=self.norm_eps), self.query, *ended, x)
         return u, ended
 
-    def message(self, x: Tensor, ended: tuple[Tensor, ...]) -> Tensor:
-        """All sums, ``[..., places * C]``, with zeros for the blocks that have yet to begin."""
-        given = torch.cat([*ended, x], -1)
-        missing = self.places * self.hidden_size - given.shape[-1]
-        return F.pad(given, (0, missing)) if missing else given
-
 
 class BlockAttention(HyperConnection):
     """What a sublayer reads of the block sums, and where it is added.
@@ -183,7 +192,7 @@ class BlockAttention(HyperConnection):
     def hand_over(self, x: Tensor, carried: ops.Carried) -> Tensor:
         assert isinstance(carried, _CarriedWithSums)
         if self.ends_stage or (self.ends_checkpoint and self.training):
-            return self.reader.message(x, carried.ended)
+            return message((*carried.ended, x), self.reader.places)
         BLOCK_SUMS.attach(x, carried.ended)
         return x
 

@@ -10,10 +10,14 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import WrappedTensor
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron_mhc.residual import single_pass
-from megatron_mhc.residual.attention import AttentionMerge, sublayers_of
+from megatron_mhc.residual.attention import (
+    AttentionMerge,
+    block_sums_of,
+    message,
+    sublayers_of,
+)
 from megatron_mhc.residual.gated import GatedMerge
 from megatron_mhc.residual.hyper_connection import HyperConnection
 from megatron_mhc.residual.norms import leave_out_final_norm
@@ -68,8 +72,7 @@ class HyperConnectionBlockMixin(_Host):
                 hidden_states = single_pass.start(hidden_states, self.num_streams, alone)
             if self.block_sums and not self.layers:
                 # Of what leaves a stage without layers.
-                missing = (self.block_sums - 1) * self.config.hidden_size
-                hidden_states = F.pad(hidden_states, (0, missing))
+                hidden_states = message((hidden_states,), self.block_sums)
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -90,8 +93,7 @@ def widen_block(block: TransformerBlock, residual: ResidualConfig) -> None:
     block.__class__ = hyper_connection_block(block_class)
     block.num_streams = residual.streams
     block.single_pass = residual.single_pass
-    attends = residual.residual_type == 'attention'
-    block.block_sums = residual.block_sums(sublayers_of(block.config)) if attends else 0
+    block.block_sums = block_sums_of(block.config, residual)
     size = choose_segment_size(block, residual)
     for layer in block.layers:
         layer.recompute_segment_size = size

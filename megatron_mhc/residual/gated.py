@@ -110,10 +110,10 @@ class Gates(KeepFP32):
         u, h_post = rerun(read, x, *self._weights())
         return u, h_post
 
-    def mean_gates(self, x: Tensor) -> Tensor:
-        """``[..., n]``: what a stream weighs in u, on average over its channels."""
-        a, _, _ = gates(x, *self._weights(), norm_eps=self.norm_eps)
-        return a.mean(-1) / self.num_streams
+    def mean_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[..., n]``: what a stream weighs in u, on average over its channels; and H_post."""
+        a, _, h_post = gates(x, *self._weights(), norm_eps=self.norm_eps)
+        return a.mean(-1) / self.num_streams, h_post
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         down = self.down()
@@ -153,7 +153,7 @@ class GatedConnection(HyperConnection):
 
     def maps(self, x: Tensor) -> Maps:
         """For the monitors: the gates' means over the channels in place of H_pre."""
-        return self.gates.mean_gates(x), self.gates(x)[1], self._h_res(x)
+        return *self.gates.mean_gates(x), self._h_res(x)
 
     def _h_res(self, x: Tensor) -> Tensor:
         n = self.num_streams

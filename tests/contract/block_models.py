@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import re
 
 import torch
+from launch import launch
 
+SCRIPT = pathlib.Path(__file__).parents[2] / 'examples' / 'pretrain_gpt.py'
 SEQUENCE, BATCH = 4, 2
 # Of any model here.
 SMALL = {
@@ -91,3 +95,18 @@ def assert_follows(model, step, reference_loss):
     for name, parameter in model.named_parameters():
         error = (gradients[name] - parameter.grad).norm() / whole
         assert error < 1e-7, (name, error)
+
+
+def train(folder, flags):
+    """Train a small GPT by the launcher, 20 iterations with dropout, and save; its loss falls."""
+    common = (
+        '--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --lr 1e-2 '
+        '--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --mock-data '
+        '--tokenizer-type NullTokenizer --vocab-size 255 --lr-decay-style constant --num-workers 0 '
+        '--eval-iters 0 --eval-interval 99 --log-interval 1 --split 98,1,1 --hidden-dropout 0.1 '
+        f'--save {folder} --save-interval 20 --train-iters 20 '
+    )
+    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *(common + flags).split())
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    losses = [float(loss) for loss in re.findall(r'lm loss: (\S+)', done.stdout)]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5

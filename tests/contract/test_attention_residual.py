@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from block_models import assert_follows
-from launch import launch
+from block_models import assert_follows, train
 from test_gpt_model import MOE, SWIGLU
 
 from megatron_mhc import ResidualConfig
@@ -21,7 +18,6 @@ from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.sizing.flops import residual_flops
 from megatron_mhc.sizing.size import mapping_parameters, merge_parameters
 
-SCRIPT = pathlib.Path(__file__).parents[2] / 'examples' / 'pretrain_gpt.py'
 # Norms then know no scale, and the mean of all sums is their sum.
 NO_EPS = {'layernorm_epsilon': 1e-20}
 KINDS = {'dense': {}, 'tied': {'tied': True}, 'swiglu': SWIGLU, 'moe': MOE}
@@ -168,17 +164,6 @@ def test_flags_belong_to_it(parse, refused):
 
 def test_trains_and_is_told_from_others(tmp_path, refused):
     """The loss falls, and the checkpoint is held to its block size."""
-    flags = (
-        '--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --lr 1e-2 '
-        '--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --mock-data '
-        '--tokenizer-type NullTokenizer --vocab-size 255 --lr-decay-style constant --num-workers 0 '
-        '--eval-iters 0 --eval-interval 99 --log-interval 1 --split 98,1,1 --hidden-dropout 0.1 '
-        f'--residual-type attention --attention-residual-block-size 3 --save {tmp_path} '
-        '--save-interval 20 --train-iters 20'
-    ).split()
-    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *flags)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r'lm loss: (\S+)', done.stdout)]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+    train(tmp_path, '--residual-type attention --attention-residual-block-size 3')
     line = refused(f'{KIND}--load {tmp_path} --attention-residual-block-size 4')
     assert 'attention_block_size=3' in line and 'attention_block_size=4' in line

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from block_models import assert_follows
-from launch import launch
+from block_models import assert_follows, train
 from test_gpt_model import MOE, SWIGLU
 
 from megatron_mhc import ResidualConfig
@@ -18,7 +15,6 @@ from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.sizing.flops import residual_flops
 from megatron_mhc.sizing.size import mapping_parameters, merge_parameters
 
-SCRIPT = pathlib.Path(__file__).parents[2] / 'examples' / 'pretrain_gpt.py'
 GATED = {'residual_type': 'gated', 'gated_rank': 3}
 PRENORM = {**GATED, 'gated_init': 'prenorm'}
 RMS = {'normalization': 'RMSNorm'}
@@ -170,18 +166,11 @@ def test_flags_belong_to_it(parse, refused):
 
 def test_trains_and_is_told_from_others(tmp_path, refused):
     """The loss falls, monitors say nothing bad, and the checkpoint is held to its rank."""
-    flags = (
-        '--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --lr 1e-2 '
-        '--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --mock-data '
-        '--tokenizer-type NullTokenizer --vocab-size 255 --lr-decay-style constant --num-workers 0 '
-        '--eval-iters 0 --eval-interval 99 --log-interval 1 --split 98,1,1 --hidden-dropout 0.1 '
-        f'--normalization RMSNorm --residual-type gated --gated-residual-rank 4 --save {tmp_path} '
-        f'--save-interval 20 --train-iters 20 --mhc-monitor --tensorboard-dir {tmp_path}/tb'
-    ).split()
-    done = launch(1, '-m', 'megatron_mhc.run', SCRIPT, *flags)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r'lm loss: (\S+)', done.stdout)]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+    train(
+        tmp_path,
+        '--normalization RMSNorm --residual-type gated --gated-residual-rank 4 --mhc-monitor '
+        f'--tensorboard-dir {tmp_path}/tb',
+    )
     same = f'{LOCAL}--normalization RMSNorm --load {tmp_path} --gated-residual-rank '
     line = refused(same + '5')
     assert 'gated_rank=4' in line and 'gated_rank=5' in line

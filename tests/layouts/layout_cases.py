@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import launch as ranks
+import torch
 
 WORKER = pathlib.Path(__file__).parent / 'worker.py'
 # fp32. A gating factor's gradient is one scalar in which thousands of terms cancel, so tensors are
@@ -62,3 +63,17 @@ def launch(world: int, cases: list[dict], folder: pathlib.Path, **environment: s
     done = ranks.launch(world, WORKER, description, folder, timeout=600, **environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((folder / f'results-{world}.json').read_text())
+
+
+def assert_stepped_alike(folder: pathlib.Path, tensors, model: str) -> None:
+    """A step of the distributed optimizer changed every weight, as the plain one did, bit for bit.
+
+    Args:
+        tensors: the fixture; model: of the cases ``plain-step-`` and ``dist-step-``.
+    """
+    plain, sharded = (tensors(folder / f'{kind}-step-{model}') for kind in ('plain', 'dist'))
+    before = tensors(folder / f'{model}-weights')
+    assert plain.keys() == sharded.keys()
+    for key, value in plain.items():
+        assert torch.equal(value, sharded[key]), key
+        assert not torch.equal(value, before[key]), key

@@ -18,6 +18,7 @@ from layout_cases import (
     OWN_NORM_TOLERANCE,
     SPARSE,
     SPLIT_SUM_TOLERANCE,
+    assert_stepped_alike,
     launch,
 )
 
@@ -301,13 +302,7 @@ def test_forward_only_equals_training_losses(runs, name):
 
 @pytest.mark.parametrize('model', STEPPED)
 def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
-    folder, _ = runs
-    plain, sharded = tensors(folder / f'plain-step-{model}'), tensors(folder / f'dist-step-{model}')
-    before = tensors(folder / f'{model}-weights')
-    assert plain.keys() == sharded.keys()
-    for key, value in plain.items():
-        assert torch.equal(value, sharded[key]), key
-        assert not torch.equal(value, before[key]), key
+    assert_stepped_alike(runs[0], tensors, model)
 
 
 def test_copies_of_the_embedding_on_one_rank_stay_equal(runs, tensors):

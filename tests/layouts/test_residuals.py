@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layout_cases import MIXERS, MOE, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import (
+    MIXERS,
+    MOE,
+    OWN_NORM_TOLERANCE,
+    SPLIT_SUM_TOLERANCE,
+    assert_stepped_alike,
+    launch,
+)
 
 RMS = {'normalization': 'RMSNorm'}
 LOCAL_STACK = {'is_hybrid_model': True, 'transformer_impl': 'local'}
@@ -115,10 +122,4 @@ def _learns(key: str) -> bool:
 
 @pytest.mark.parametrize('model', STEPPED)
 def test_distributed_optimizer_steps_as_the_plain_one(runs, tensors, model):
-    folder, _ = runs
-    plain, sharded = tensors(folder / f'plain-step-{model}'), tensors(folder / f'dist-step-{model}')
-    before = tensors(folder / f'{model}-weights')
-    assert plain.keys() == sharded.keys()
-    for key, value in plain.items():
-        assert torch.equal(value, sharded[key]), key
-        assert not torch.equal(value, before[key]), key
+    assert_stepped_alike(runs[0], tensors, model)
