@@ -4,9 +4,18 @@ from __future__ import annotations
 
 STANDARD = 'standard'
 # Names of ``LAYOUTS``.
-TARGETS = ('mhc', 'megatron-main', 'megatron-dev', 'deepseek-v4')
+TARGETS = (
+    'mhc',
+    'megatron-main',
+    'megatron-dev',
+    'megatron-bridge',
+    'deepseek-v4',
+    'deepseek-v4.1',
+    'glm-5.3',
+    'hy4',
+)
 # How what is made ``mhc`` may compute: as we do, or as a layout does.
-NUMERICS = ('paper', *TARGETS[1:])
+NUMERICS = ('paper', 'megatron-main', 'megatron-dev', 'deepseek-v4', 'glm-5.3', 'hy4')
 # The class of the model, whatever its connections are.
 MODEL_CLASSES = ('hybrid', 'gpt')
 OWN = 'own'

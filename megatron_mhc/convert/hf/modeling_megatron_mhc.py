@@ -354,17 +354,18 @@ class Experts(nn.Module):
         return scores.topk(k, dim=-1).indices
 
 
-# Of each convention: Sinkhorn-Knopp; eps added to H_pre; whether eps of the norm stands outside the
-# root; whether parameters and maps are in the dtype of the streams; which maps are rounded to it
-# before they are applied; whether both terms of the mix are; eps added to the gates of the merge,
-# 'model' that of the model's norms.
+# Of each convention: Sinkhorn-Knopp; eps added to H_pre, and to H_post; whether eps of the norm
+# stands outside the root; whether parameters and maps are in the dtype of the streams; which maps
+# are rounded to it before they are applied; whether both terms of the mix are; eps added to the
+# gates of the merge, 'model' that of the model's norms.
 EPS = 1e-6
 NUMERICS = {
-    'paper': ('exact', 0, False, False, (), False, 0),
-    'deepseek-v4': ('added', EPS, False, False, (), False, EPS),
-    'megatron-dev': ('added', EPS, True, False, ('pre', 'post', 'res'), False, 'model'),
-    'megatron-main': ('clamped', 0, True, True, (), True, 0),
-    'glm-5.3': ('added', EPS, False, False, ('post', 'res'), True, 0),
+    'paper': ('exact', 0, 0, False, False, (), False, 0),
+    'deepseek-v4': ('added', EPS, 0, False, False, (), False, EPS),
+    'megatron-dev': ('added', EPS, 0, True, False, ('pre', 'post', 'res'), False, 'model'),
+    'megatron-main': ('clamped', 0, 0, True, True, (), True, 0),
+    'glm-5.3': ('added', EPS, 0, False, False, ('post', 'res'), True, 0),
+    'hy4': ('exact', EPS, EPS, False, False, (), False, EPS),
 }
 
 
@@ -506,7 +507,7 @@ class HyperConnection(nn.Module):
         alphas = [self.alpha_pre, self.alpha_post, getattr(self, 'alpha_res', self.alpha_post)]
         scale = torch.cat([alpha.expand(size) for alpha, size in zip(alphas, sizes, strict=True)])
         eps, rules = self.config.residual_norm_eps, NUMERICS[self.config.numerics]
-        kind, pre_eps, outside, narrow, rounded, _, _ = rules
+        kind, pre_eps, post_eps, outside, narrow, rounded, _, _ = rules
         if narrow:
             logits = self.narrow_logits(x, scale, eps)
         else:
@@ -519,7 +520,8 @@ class HyperConnection(nn.Module):
             h_res = sinkhorn(res, self.config.sinkhorn_iterations, kind).float()
         else:
             h_res = MANIFOLDS[self.config.manifold][1](res, n)
-        maps = {'pre': pre.sigmoid() + pre_eps, 'post': 2 * post.sigmoid(), 'res': h_res}
+        pre, post = pre.sigmoid() + pre_eps, 2 * post.sigmoid() + post_eps
+        maps = {'pre': pre, 'post': post, 'res': h_res}
         for name in ('pre', 'post') if narrow else rounded:
             maps[name] = maps[name].to(x.dtype).float()
         return maps['pre'], maps['post'], maps['res']
@@ -582,7 +584,7 @@ class MegatronMhcLayer(GradientCheckpointingLayer):
     def __init__(self, config, index):
         super().__init__()
         self.single_pass = config.single_pass
-        self.rounds = NUMERICS[config.numerics][5]
+        self.rounds = NUMERICS[config.numerics][6]
         self.input_layernorm = Norm(config, config.hidden_size)
         attention = LatentAttention if config.kv_lora_rank else Attention
         self.self_attn = attention(config, index)
