@@ -6,7 +6,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from megatron_mhc.convert.choices import HF
+from megatron_mhc.convert.choices import FLAGS, HF
 from megatron_mhc.convert.conversion import Converted, Progress, convert
 from megatron_mhc.convert.layouts import SINKHORN
 from megatron_mhc.convert.told import Told, tell_verified
@@ -16,6 +16,11 @@ from megatron_mhc.kernels.numerics import NUMERICS, PAPER
 
 def answer(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> Told:
     """Convert; ``given`` are options of new streams."""
+    if vain := [FLAGS[name] for name in ('gated_rank', 'attention_block_size') if name in given]:
+        raise ValueError(
+            f'{vain[0]}: no effect with --to {options.to}; use --to gated or attention, or leave '
+            'it out'
+        )
     report = convert(
         options.source,
         options.destination,

@@ -760,7 +760,7 @@ class MegatronMhcModel(MegatronMhcPreTrainedModel):
         output_hidden_states=None,
         **kwargs,
     ):
-        """``hidden_states`` of the output, if asked for, are what each layer gets: n*C wide, or k*C."""
+        """``hidden_states``, if asked for, are what each layer gets: n*C wide, or k*C."""
         config, cache = self.config, take_cache(kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = config.use_cache if use_cache is None else use_cache
