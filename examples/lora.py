@@ -8,10 +8,11 @@ are repeated. Checkpoints of this run have the weights of the base under their o
 adapters beside them; ``ADAPTERS`` gets the adapters alone at the end, in PEFT's format.
 
 PEFT 0.21 has a class for Megatron's layers (``LoraConfig.megatron_config``), but choosing it fails,
-and it takes what they return, a pair, for a tensor. So here is one that does not, in the place that PEFT has for custom
-layers. Data parallelism is Megatron's own. Refused: tensor and pipeline parallelism, for an adapter
-here is whole and numbered as its rank numbers layers; layers of Transformer Engine, most of which
-norm their input within, so that an adapter beside them would read what is not normed.
+and it takes what they return, a pair, for a tensor. So here is one that does not, in the place that
+PEFT has for custom layers. Data parallelism is Megatron's own. Refused: tensor and pipeline
+parallelism, for an adapter here is whole and numbered as its rank numbers layers; layers of
+Transformer Engine, most of which norm their input within, so that an adapter beside them would read
+what is not normed.
 """
 
 import argparse
