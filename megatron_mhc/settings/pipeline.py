@@ -13,9 +13,10 @@ from megatron_mhc.settings.names import PIPELINE_SCHEDULES, PLANNED_SCHEDULES, V
 class PipelineConfig:
     """A pipeline schedule that is run from a plan.
 
-    All but ``zb-h1`` are on the inverted V: rank r of P holds stages P - 1 - r and P + r. ``zb-v``,
-    ``v-half`` and ``v-min`` are of arXiv 2405.15362; the fused slots of ``dualpipev-w`` leave the
-    weight gradients until after the slot, so that both hops start earlier.
+    All but ``1f1b-overlap`` and ``zb-h1`` are on the inverted V: rank r of P holds stages P - 1 - r
+    and P + r. ``zb-v``, ``v-half`` and ``v-min`` are of arXiv 2405.15362; the fused slots of
+    ``dualpipev-w`` leave the weight gradients until after the slot, so that both hops start
+    earlier.
 
     Raises:
         ValueError: a value is out of range; the message names the flag that sets it.

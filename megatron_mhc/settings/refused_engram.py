@@ -61,7 +61,7 @@ _ROWS = (
         ),
         'the layers of its first stage are not told by rank, and fused slots run two microbatches '
         'in turn, each with token ids of its own',
-        'use --pipeline-schedule 1f1b, zb-h1 or interleaved',
+        'use --pipeline-schedule 1f1b, 1f1b-overlap, zb-h1 or interleaved',
     ),
     Constraint(
         '--mhc-post-stream high',

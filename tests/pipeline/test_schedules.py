@@ -15,6 +15,7 @@ from megatron_mhc.schedules.validator import live_activations
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
+HIDDEN = '1f1b-overlap'
 SINGLE = {**MHC, 'single_pass': True}
 ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
@@ -130,10 +131,15 @@ def in_pattern(name: str, reference: str, world: int, schedule: str, pattern: st
     return placed(name, f'hybrid-{reference}', world, schedule, pp, case | changes)
 
 
-def on_line(name: str, reference: str, world: int, pp: int = 2, **changes):
+def on_line(name: str, reference: str, world: int, pp: int = 2, schedule: str = 'zb-h1', **changes):
     """One chunk a rank, where Megatron has it for 1F1B."""
     case = {'config': {}, 'parallel': {'vpp': None}, **changes}
-    return placed(name, reference, world, 'zb-h1', pp, case)
+    return placed(name, reference, world, schedule, pp, case)
+
+
+def stock(reference: str, pp: int):
+    """Megatron's own 1F1B, which the plans on a line are put beside."""
+    return f'1f1b-{pp}', reference, pp, {'layout': {'pp': pp}, 'config': {}}
 
 
 def combined(name: str, layout: dict, **changes):
@@ -161,7 +167,12 @@ BOUNDED = [
     on_line('moe', 'moe-4', 2),
     on_line('rebuilt', 'mhc-8', 2, **rebuilt('stage', **MHC)),
     on_line('dp2-overlap', 'mhc-dp2', 4, **OVERLAP),
+    on_line('2', 'mhc-4', 2, schedule=HIDDEN),
+    on_line('4', 'deep-mhc-12', 4, 4, HIDDEN),
+    on_line('rebuilt-high', 'mhc-8', 2, schedule=HIDDEN, **REBUILT, **HIGH),
+    on_line('dp2-overlap', 'mhc-dp2', 4, schedule=HIDDEN, **OVERLAP),
 ]
+STOCK = [stock('mhc-4', 2), stock('deep-mhc-12', 4)]
 MATRIX = [
     *(on_v(f'2-{m}-{r}', f'{r}-{m}', 2, s) for s in SCHEDULES for m in (4, 8) for r in MIXED),
     *(on_v(f'4-{m}-{r}', f'{r}-{m}', 4, s) for s in SCHEDULES for m in (8, 12) for r in DEEP),
@@ -182,6 +193,7 @@ HYBRID = [
     in_pattern('step-overlap', 'step', 4, 'zb-v', LOSS_ALONE, **DIST, **OVERLAP),
 ]
 BITWISE = [
+    *STOCK,
     *MATRIX,
     *BOUNDED,
     on_line('hybrid', 'hybrid-mhc-4', 2, pattern='*-M*|E-EM'),
