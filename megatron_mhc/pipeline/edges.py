@@ -40,9 +40,14 @@ def transport_for(
         group,
         lambda op: None if negotiated else shape,
         config.pipeline_dtype,
-        torch.device(torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'),
+        own_device(),
         timeout=default_timeout(),
     )
+
+
+def own_device() -> torch.device:
+    """Where this process has its tensors."""
+    return torch.device(torch.cuda.current_device() if torch.cuda.is_available() else 'cpu')
 
 
 def edge_width(config: Any) -> int:

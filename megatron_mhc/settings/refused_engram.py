@@ -14,7 +14,7 @@ from megatron_mhc.settings.constraint import (
 )
 from megatron_mhc.settings.engram import ROW_BLOCKS, EngramConfig
 from megatron_mhc.settings.hybrid_stages import first_stage_layers, main_pattern
-from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.names import TWO_CHUNK_SCHEDULES
 
 _ROWS = (
     Constraint(
@@ -54,10 +54,10 @@ _ROWS = (
         f'use a divisor of {ROW_BLOCKS}',
     ),
     Constraint(
-        f'--pipeline-schedule {" / ".join(V_SCHEDULES)}',
+        f'--pipeline-schedule {" / ".join(TWO_CHUNK_SCHEDULES)}',
         lambda get: (
-            get('pipeline_schedule') in V_SCHEDULES
-            or bool(getattr(get('pipeline_config'), 'on_v', get('pipeline_config')))
+            get('pipeline_schedule') in TWO_CHUNK_SCHEDULES
+            or bool(getattr(get('pipeline_config'), 'two_chunks', get('pipeline_config')))
         ),
         'the layers of its first stage are not told by rank, and fused slots run two microbatches '
         'in turn, each with token ids of its own',

@@ -93,7 +93,8 @@ def _lowered(
     only: Collection[int] | None = None,
 ) -> Plan:
     if evaluating:
-        placement = placement_of(SCHEDULES[schedule].placement, ranks)
+        # Of two copies of the model, one does.
+        placement = placement_of(SCHEDULES[schedule].placement, ranks)[:1]
         return lower(forward_only(placement, microbatches, only=only), reduce=False)
     plan = make_plan(schedule, ranks, microbatches, only=only, live_bound=live_bound)
     return lower(plan, recompute=recompute)

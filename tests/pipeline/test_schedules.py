@@ -11,6 +11,7 @@ import torch
 from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
 from megatron_mhc.schedules.catalog import make_plan
+from megatron_mhc.schedules.mirrored import doubled
 from megatron_mhc.schedules.validator import live_activations
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
@@ -101,6 +102,10 @@ ALONE = [
     ('engram-4', 'engram', 1, 4, {}),
     ('mhc-dp2', 'mhc', 2, 8, {}),
     ('standard-dp2', 'standard', 2, 8, {}),
+    ('moe-dp2', 'moe', 2, 8, {}),
+    ('tied-dp2', 'tied', 2, 8, {}),
+    ('mhc-dp4', 'mhc', 4, 16, {}),
+    ('mhc-tp2-sp-dp2', 'mhc', 4, 8, {'layout': SP}),
     ('mhc-tp2-sp', 'mhc', 2, 4, {'layout': SP}),
     ('standard-tp2', 'standard', 2, 4, {'layout': TP}),
     ('moe-ep2', 'moe', 2, 8, {'layout': EP}),
@@ -135,6 +140,13 @@ def on_line(name: str, reference: str, world: int, pp: int = 2, schedule: str = 
     """One chunk a rank, where Megatron has it for 1F1B."""
     case = {'config': {}, 'parallel': {'vpp': None}, **changes}
     return placed(name, reference, world, schedule, pp, case)
+
+
+def copies(name: str, reference: str, world: int, pp: int = 2, **changes):
+    """Two copies of the model: one stage of each on a rank."""
+    layout = doubled(EVEN_4 if pp == 4 else 'Ett|ttL')
+    config = {'pipeline_model_parallel_layout': layout, **changes.pop('config', {})}
+    return placed(name, reference, world, 'dualpipe', pp, {'config': config, **changes})
 
 
 def stock(reference: str, pp: int):
@@ -192,8 +204,20 @@ HYBRID = [
     in_pattern('step', 'step', 4, 'dualpipev', UNEVEN, **DIST),
     in_pattern('step-overlap', 'step', 4, 'zb-v', LOSS_ALONE, **DIST, **OVERLAP),
 ]
+# Beside two data-parallel replicas of the model.
+MIRRORED = [
+    *(copies('2', f'{model}-dp2', 2) for model in (*MIXED, 'moe')),
+    copies('4', 'mhc-dp2', 4, 4),
+    copies('verified', 'standard-dp2', 2, settings={'verify_steps': 1}),
+    copies('rebuilt-high', 'mhc-dp2', 2, **REBUILT, **HIGH),
+    copies('full', 'mhc-dp2', 2, config=FULL),
+    copies('tp2-sp', 'mhc-tp2-sp-dp2', 4, parallel=SP),
+    copies('step', 'mhc-step', 2, **PLAIN),
+    copies('step-4', 'mhc-step', 4, 4, **DIST, **OVERLAP),
+]
 BITWISE = [
     *STOCK,
+    *MIRRORED,
     *MATRIX,
     *BOUNDED,
     on_line('hybrid', 'hybrid-mhc-4', 2, pattern='*-M*|E-EM'),
@@ -246,6 +270,9 @@ BITWISE = [
 ]
 # Two copies of a weight have their gradients summed at the end, one copy as they come.
 CLOSE = [
+    copies('tied', 'tied-dp2', 2),
+    # Four replicas, summed in another order.
+    copies('dp2-overlap', 'mhc-dp4', 4, **OVERLAP),
     on_v('tied', 'tied-4', 2, 'dualpipev-w'),
     on_line('tied-mtp', 'mtp-tied-4', 2),
     on_v('mtp', 'mtp-4', 2, 'dualpipev', 'Et|t|t|tmL'),
@@ -263,12 +290,14 @@ INITIAL = [
     ('pp2', 2, {**MODELS['mhc']}, EVEN_4),
     ('pp2-experts', 2, {**MODELS['moe'], 'layers': 8}, 'Ett|tt|tt|ttL'),
     ('pp4', 4, MODELS['deep'], EVEN_8),
+    ('pp2-copies', 2, {**MODELS['moe'], 'layers': 8}, doubled('Etttt|ttttL')),
     ('pp2-pattern', 2, {**MODELS['hybrid-mhc'], 'pattern': '*-M*|E-EM'}, '*-|M*|E-|EM'),
 ]
 EVALUATIONS = [
     on_v('eval', 'mhc-4', 2, 'dualpipev', **EVAL),
     on_v('eval', 'deep-12', 4, 'zb-v', **EVAL),
     on_line('eval', 'mhc-4', 2, **EVAL),
+    copies('eval', 'mhc-4', 2, **EVAL),
     in_pattern('eval', 'mhc-4', 2, 'dualpipev', UNEVEN, **EVAL, **HIGH),
 ]
 
@@ -291,7 +320,8 @@ def runs(tmp_path_factory):
     for name, world, case, stages in INITIAL:
         pp, config = 4 if name == 'pp4' else 2, case.get('config', {})
         case = {**case, 'initial': True}
-        v = {**case, 'layout': {'pp': pp, 'vpp': 2}, 'schedule': {'schedule': 'v-half'}}
+        schedule = 'dualpipe' if name.endswith('copies') else 'v-half'
+        v = {**case, 'layout': {'pp': pp, 'vpp': 2}, 'schedule': {'schedule': schedule}}
         if 'pattern' in case:
             v['pattern'] = stages
         else:
@@ -305,7 +335,13 @@ def runs(tmp_path_factory):
 
 
 def losses(results: dict, case: str) -> list[float]:
-    return sorted(loss for rank in results[case]['losses'] for loss in rank)
+    ranks = results[case]['losses']
+    if case.startswith('dualpipe-'):
+        # Both ends of the pipeline tell them all.
+        ends = [rank for rank in ranks if rank]
+        assert len(ends) % 2 == 0 and ends[: len(ends) // 2] == ends[len(ends) // 2 :]
+        ranks = ends[len(ends) // 2 :]
+    return sorted(loss for rank in ranks for loss in rank)
 
 
 def ids(cases: list) -> list:
@@ -319,6 +355,7 @@ def test_bitwise_as_without_a_pipeline(runs, tensors, name, reference):
     folder, results = runs
     case = f'{name}-{reference}'
     assert losses(results, case) == losses(results, reference) != []
+    assert results[case]['equal_copies']
     got, wanted = tensors(folder / case), tensors(folder / reference)
     assert got.keys() == wanted.keys()
     for key, value in wanted.items():
@@ -343,8 +380,9 @@ def test_as_without_a_pipeline_but_for_the_order_of_sums(runs, tensors, name, re
 @pytest.mark.parametrize(('name', 'reference'), ids(EVALUATIONS))
 def test_evaluation_has_the_losses_of_training(runs, name, reference):
     _, results = runs
-    flat = [loss for rank in results[f'{name}-{reference}']['losses'] for loss in rank]
-    assert flat == results[reference]['losses'][0]
+    ranks = results[f'{name}-{reference}']['losses']
+    told = ranks[-1:] if name.startswith('dualpipe-') else ranks
+    assert [loss for rank in told for loss in rank] == results[reference]['losses'][0]
 
 
 @pytest.mark.parametrize('name', [name for name, *_ in INITIAL])
@@ -355,6 +393,7 @@ def test_a_v_begins_with_the_weights_of_1f1b(runs, tensors, name):
     assert line.keys() == v.keys()
     assert all(torch.equal(v[key], value) for key, value in line.items())
     assert len(set(results[f'{name}-v']['next'])) == len(results[f'{name}-v']['next'])
+    assert results[f'{name}-v']['equal_copies']
     assert results[f'{name}-v']['next'] == results[f'{name}-line']['next']
 
 
