@@ -241,10 +241,13 @@ def stages_of(
 def edge_bytes(shape: ModelShape, layout: Layout) -> int:
     """Bytes from one stage to the next and back, each way, per microbatch.
 
-    n C values a token, and what a topology sends beside them: single pass the n of H_pre.
+    n C values a token, and what is sent beside them: by single pass the n of H_pre, and token ids
+    for a memory.
     """
     residual, width = shape.residual, shape.value_bytes
     values = residual.streams * shape.hidden + residual.edge_values(width)
+    if shape.engram is not None:
+        values += shape.engram.edge_values(width)
     return width * _tokens(shape, layout) * values
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from layout_cases import MOE
 
+from megatron_mhc.settings.engram import EngramConfig
+
 SMALL = {'ngram_orders': (2, 3), 'heads': 2, 'table_size': 50, 'dim': 16}
 KINDS = {
     'standard': None,
@@ -283,6 +285,8 @@ def test_layers_that_run_without_token_ids_say_so(with_memory):
 
 
 def test_packed_documents_are_told_apart_by_their_bounds(with_memory):
+    from megatron_mhc.engram.tokens import placed
+
     memory = with_memory().decoder.engram
     tokens = torch.randint(0, 64, (1, 16))
     found = []
@@ -290,11 +294,33 @@ def test_packed_documents_are_told_apart_by_their_bounds(with_memory):
         ([*range(16)], torch.tensor([0, 5, 6, 13], dtype=torch.int32)),
         ([*range(5), 0, *range(7), *range(3)], None),
     ):
-        memory.note(tokens, torch.tensor([positions]), bounds)
+        memory.note(placed(memory.token_map[tokens], torch.tensor([positions]), bounds))
         found.append(memory._noted)
     for number in (2, 3):
         for packed, restarted in zip(*(noted[number] for noted in found), strict=True):
             assert torch.equal(packed, restarted)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_survive_the_way_to_the_next_stage(dtype, random_seed):
+    from megatron_mhc.engram import tokens
+
+    group, engram = Ranks(0, 1), EngramConfig((2,))
+    x = torch.randn(7, 2, 12, dtype=dtype, requires_grad=True)
+    ids = torch.randint(1, tokens.LARGEST_ID, (2, 7))
+    given = tokens.Tokens(ids, torch.arange(7).expand(2, -1))
+    message = tokens.sent(x, given, group, False)
+    assert message.shape == (7, 2, 12 + engram.edge_values(dtype.itemsize))
+    assert message.isfinite().all()
+    arrived = message.detach().requires_grad_()
+    streams, found = tokens.received(arrived, engram, group, False)
+    assert torch.equal(streams, x)
+    for got, expected in zip(found, given, strict=True):
+        assert torch.equal(got, expected)
+    gradient = torch.randn_like(x)
+    streams.backward(gradient)
+    message.backward(arrived.grad)
+    assert torch.equal(x.grad, gradient)
 
 
 def test_inference_with_a_cache_is_refused(with_memory):

@@ -41,7 +41,8 @@ def test_mhc_trains_on_two_ranks_and_goes_on_on_one(tmp_path):
     assert more[6] < losses[1]
 
 
-def test_standard_trains():
-    losses, printed = train(1, '--log-throughput')
+def test_standard_trains_on_two_stages():
+    """With token ids in bf16 messages."""
+    losses, printed = train(2, '--bf16', '--pipeline-model-parallel-size', '2', '--log-throughput')
     assert sorted(losses) == list(range(1, 7)) and losses[6] < losses[1]
     assert 'throughput per GPU' in printed
