@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,7 +34,7 @@ class EngramLayer(MegatronModule):
         layer: decoder layer, from 1.
         num_streams: n.
         config: of the model.
-        tp_group: the tensor-parallel ranks.
+        groups: its ranks.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class EngramLayer(MegatronModule):
         layer: int,
         num_streams: int,
         config: TransformerConfig,
-        tp_group: torch.distributed.ProcessGroup,
+        groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
-        self.engram, self.tp_group = engram, tp_group
+        self.engram, self.tp_group = engram, groups.tp
         self.streams = (num_streams, config.hidden_size)
         wide, dtype = num_streams * config.hidden_size, config.params_dtype
-        self.table = EngramTable(engram, layer, config, tp_group)
+        self.table = EngramTable(engram, layer, config, groups)
         self.key = nn.Parameter(torch.empty(wide, engram.dim, dtype=dtype))
         self.value = nn.Parameter(torch.zeros(config.hidden_size, engram.dim, dtype=dtype))
         self.hidden_norm = nn.Parameter(torch.ones(wide, dtype=dtype))

@@ -50,7 +50,8 @@ class EngramMemory(MegatronModule):
         own = {layer.layer_number for layer in model.decoder.layers}.intersection(engram.layers)
         self.addresses = {n: addresses(engram, n, model.vocab_size) for n in sorted(own)}
         for number in self.addresses:
-            layer = EngramLayer(engram, number, num_streams, model.config, self.tp_group)
+            groups = model.decoder.pg_collection
+            layer = EngramLayer(engram, number, num_streams, model.config, groups)
             self.add_module(f'layer_{number}', layer)
         self.tokens: Tokens | None = None
         self._noted: dict[int, tuple[Tensor, Tensor]] = {}
@@ -129,7 +130,7 @@ def attach(model: LanguageModule, engram: EngramConfig, num_streams: int) -> Non
 
 
 def _take_over(
-    memory: EngramMemory, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    memory: EngramMemory, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Tokens of the stage before; behind the final norm, where C values arrive, there are none."""
     del args, kwargs

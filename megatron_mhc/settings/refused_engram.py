@@ -7,6 +7,7 @@ from typing import Any
 from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
+    Setting,
     cuda_graphs,
     full_recompute,
     offloads,
@@ -14,6 +15,14 @@ from megatron_mhc.settings.constraint import (
 )
 from megatron_mhc.settings.engram import ROW_BLOCKS, EngramConfig
 from megatron_mhc.settings.hybrid_stages import main_pattern
+
+
+def _sharing_experts(get: Setting) -> int:
+    """Ranks that share the experts of a layer; 1 where each has them all."""
+    ranks: int = get('expert_model_parallel_size') or 1
+    of_one = get('expert_tensor_parallel_size') or get('tensor_model_parallel_size') or 1
+    return 1 if ranks == 1 else ranks * of_one
+
 
 _ROWS = (
     Constraint(
@@ -51,6 +60,12 @@ _ROWS = (
         lambda get: ROW_BLOCKS % (get('tensor_model_parallel_size') or 1) != 0,
         f'the rows of the tables, a multiple of {ROW_BLOCKS}, are shared evenly',
         f'use a divisor of {ROW_BLOCKS}',
+    ),
+    Constraint(
+        '--expert-model-parallel-size x --expert-tensor-parallel-size',
+        lambda get: ROW_BLOCKS % _sharing_experts(get) != 0,
+        f'the rows of the tables, a multiple of {ROW_BLOCKS}, are shared evenly',
+        f'let their product be a divisor of {ROW_BLOCKS}',
     ),
     Constraint(
         '--cuda-graph-impl / --enable-cuda-graph',

@@ -212,7 +212,7 @@ def _rank_parameters(shape: ModelShape, pp: int, placement: str, chunks: int) ->
 
 def sharing(part: str, layout: Layout) -> tuple[int, int]:
     """How many ranks divide a part of a stage's parameters, and the replicas of each share."""
-    if part == 'routed_experts':
+    if part in ('routed_experts', 'engram_tables'):
         return layout.tp * layout.ep, layout.expert_dp
     return 1 if part in REPLICATED else layout.tp, layout.replicas
 

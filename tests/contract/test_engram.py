@@ -239,6 +239,7 @@ class Ranks:
 
     def __init__(self, rank, size):
         self.rank, self.size = (lambda: rank), (lambda: size)
+        self.tp = self
 
 
 def test_tables_start_alike_on_any_number_of_ranks(with_memory):

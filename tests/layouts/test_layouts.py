@@ -161,7 +161,10 @@ CASES = [
     ('pp2-tp2-sp', 'engram', 4, {'layout': {'pp': 2, 'tp': 2, 'sp': True}}, False),
     ('tp2', 'engram-standard', 2, {'layout': {'tp': 2}}, False),
     ('tp2-sp', 'engram', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    # Tables shared as experts are, also by ranks of both kinds.
     ('ep2', 'engram-moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
+    ('tp2-sp-ep4', 'engram-moe', 4, {'layout': {'tp': 2, 'sp': True, 'ep': 4}}, False),
+    ('pp2-ep2', 'engram-moe', 4, {'layout': {'pp': 2, 'ep': 2}}, False),
     ('ep2', 'moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('pp2', 'hybrid', 2, {'layout': {'pp': 2}, 'pattern': '*-*-*|-*-'}, True),
     ('pp2-vpp2', 'hybrid-hc', 2, {'layout': VPP2, 'pattern': '*-*|-|*-*|-'}, True),

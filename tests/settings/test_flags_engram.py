@@ -33,6 +33,7 @@ REFUSED = {
     f'{MEMORY} --context-parallel-size 2': '--context-parallel-size cannot be combined',
     f'{MEMORY} --recompute-granularity full': '--recompute-granularity full cannot be combined',
     f'{MEMORY} --tensor-model-parallel-size 5': '--tensor-model-parallel-size cannot be combined',
+    f'{MEMORY} --expert-model-parallel-size 5': '--expert-tensor-parallel-size cannot be combined',
     f'{MEMORY} --cuda-graph-impl local': '--cuda-graph-impl / --enable-cuda-graph cannot be',
     f'{MEMORY} --transformer-impl inference_optimized': 'inference_optimized cannot be combined',
     f'{MEMORY} --cpu-offloading-num-layers 1': '--cpu-offloading-num-layers / --fine-grained-act',
