@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_mhc.engram.generation import LayerCache
 from megatron_mhc.engram.table import EngramTable
 from megatron_mhc.kernels.reference.precision import shown_overflow
 from megatron_mhc.settings.engram import CONVOLUTION_WIDTH, EngramConfig
@@ -71,13 +72,16 @@ class EngramLayer(MegatronModule):
         values = torch.empty(self.key.shape, device='cpu')
         self.key.copy_(values.normal_(0.0, self.config.init_method_std, generator=generator))
 
-    def forward(self, x: Tensor, found: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, found: Tensor, positions: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
         """The streams with what was retrieved added.
 
         Args:
             x: streams ``[s, b, n*C]``, with sequence parallelism this rank's share of s.
             found: rows of the tables, ``[b, s, tables]``, of the whole sequence.
             positions: place of each token of ``x`` in its document, ``[s, b]``.
+            cache: in inference, where earlier tokens are in it alone.
         """
         retrieved = self.table(found)
         value = functional.linear(retrieved, self.value).unsqueeze(-2)
@@ -86,7 +90,7 @@ class EngramLayer(MegatronModule):
         gate = torch.sigmoid(match.sum(-1, keepdim=True) / math.sqrt(self.streams[1]))
         gated = gate * value
         normed = self._norm(gated, self.convolution_norm).to(value.dtype)
-        added = gated + functional.silu(self._convolve(normed, positions))
+        added = gated + functional.silu(self._convolve(normed, positions, cache))
         return x + added.flatten(-2).to(x.dtype)
 
     def _by_stream(self, x: Tensor) -> Tensor:
@@ -98,10 +102,14 @@ class EngramLayer(MegatronModule):
         normed = functional.rms_norm(wide, x.shape[-1:], eps=self.config.layernorm_epsilon)
         return shown_overflow(normed, wide) * self._by_stream(gain)
 
-    def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, positions: Tensor, cache: LayerCache | None) -> Tensor:
         """``out[t] = sum_j taps[j] x[t - j * dilation]`` within the document of t."""
         reach = self.engram.reach
-        before, length = torch.cat([self._preceding(x), x]), x.shape[0]
+        read = None if cache is None else cache.read
+        preceding = self._preceding(x) if read is None else self._by_stream(read)
+        before, length = torch.cat([preceding, x]), x.shape[0]
+        if cache is not None:
+            cache.keep(before[-reach:].flatten(-2))
         total = self.convolution[0] * x
         for tap in range(1, CONVOLUTION_WIDTH):
             back = tap * self.engram.dilation

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mhc.engram.addresses import addresses
+from megatron_mhc.engram.generation import LayerCache, check_inference
 from megatron_mhc.engram.hashing import hash_ngrams
 from megatron_mhc.engram.layer import EngramLayer
 from megatron_mhc.engram.token_map import current_tokenizer, token_map
@@ -54,21 +55,27 @@ class EngramMemory(MegatronModule):
             layer = EngramLayer(engram, number, num_streams, model.config, groups)
             self.add_module(f'layer_{number}', layer)
         self.tokens: Tokens | None = None
-        self._noted: dict[int, tuple[Tensor, Tensor]] = {}
+        self._noted: dict[int, tuple[Tensor, Tensor, LayerCache | None]] = {}
 
     @property
     def on_share(self) -> tuple[torch.distributed.ProcessGroup, bool]:
         """The tensor-parallel ranks, and whether each has its share of the sequence."""
         return self.tp_group, self.config.sequence_parallel
 
-    def note(self, tokens: Tokens) -> None:
-        """Hash the n-grams of a microbatch for all layers, and keep them inside of documents."""
-        self.tokens = tokens
+    def note(self, tokens: Tokens, context: Any = None) -> None:
+        """Hash the n-grams of a microbatch for all layers, and keep them inside of documents.
+
+        Args:
+            tokens: of the whole sequence, or of the next step of inference.
+            context: of inference.
+        """
+        self.tokens, self._noted = tokens, {}
         own = own_share(tokens.positions.t(), *self.on_share)
-        self._noted = {
-            number: (hash_ngrams(*tokens, self.engram, where), own)
-            for number, where in self.addresses.items()
-        }
+        for number, where in self.addresses.items():
+            cache = None if context is None else LayerCache(context, number, tokens.ids)
+            earlier = None if cache is None else cache.earlier
+            found = hash_ngrams(*tokens, self.engram, where, earlier)
+            self._noted[number] = found, own, cache
 
     def add_to(self, x: Tensor, number: int) -> Tensor:
         """The streams before layer ``number``, with what its memory adds."""
@@ -157,11 +164,9 @@ def _note(
     memory: EngramMemory, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-    if given.get('inference_context') or given.get('inference_params'):
-        raise NotImplementedError(
-            '--engram-layers: inference with a KV cache passes on the newest tokens only, and the '
-            'n-grams need those before; call the model on whole sequences, without a context'
-        )
+    context = given.get('inference_context') or given.get('inference_params')
+    if context is not None:
+        check_inference(context, memory.config)
     if given.get('input_ids') is None:
         raise ValueError(
             '--engram-layers: the model was called without input_ids, whose n-grams it looks up; '
@@ -173,7 +178,8 @@ def _note(
         padded = packed.cu_seqlens_q_padded
         bounds = packed.cu_seqlens_q if padded is None else padded
     ids = memory.token_map[given['input_ids']]
-    memory.note(placed(ids, given.get('position_ids'), bounds))
+    start = 0 if context is None else context.sequence_len_offset
+    memory.note(placed(ids, given.get('position_ids'), bounds, start), context)
 
 
 def _add(

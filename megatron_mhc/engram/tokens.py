@@ -31,15 +31,18 @@ class Tokens(NamedTuple):
     positions: Tensor
 
 
-def placed(ids: Tensor, position_ids: Tensor | None, bounds: Tensor | None) -> Tokens:
+def placed(
+    ids: Tensor, position_ids: Tensor | None, bounds: Tensor | None, start: int = 0
+) -> Tokens:
     """Tokens within their documents.
 
     Args:
         ids: compressed ids, ``[b, s]``.
         position_ids: ``[b, s]``; they may begin again with every document.
         bounds: of packed documents, ``[documents + 1]``: where each begins and the last ends.
+        start: tokens that came before these.
     """
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
     if bounds is not None:
         # What follows the last document is padding, and one more of them.
         bounds = bounds.to(positions.dtype)

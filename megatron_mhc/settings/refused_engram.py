@@ -76,7 +76,7 @@ _ROWS = (
     Constraint(
         '--transformer-impl inference_optimized',
         lambda get: get('transformer_impl') == 'inference_optimized',
-        'inference with a KV cache does not keep the tokens that n-grams need',
+        'its dynamic batches do not keep the tokens before the newest ones, which n-grams need',
         'use --transformer-impl transformer_engine or local',
     ),
     Constraint(

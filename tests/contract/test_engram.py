@@ -298,7 +298,7 @@ def test_packed_documents_are_told_apart_by_their_bounds(with_memory):
         memory.note(placed(memory.token_map[tokens], torch.tensor([positions]), bounds))
         found.append(memory._noted)
     for number in (2, 3):
-        for packed, restarted in zip(*(noted[number] for noted in found), strict=True):
+        for packed, restarted in zip(*(noted[number][:2] for noted in found), strict=True):
             assert torch.equal(packed, restarted)
 
 
@@ -324,12 +324,43 @@ def test_tokens_survive_the_way_to_the_next_stage(dtype, random_seed):
     assert torch.equal(x.grad, gradient)
 
 
-def test_inference_with_a_cache_is_refused(with_memory):
+def test_inference_that_cannot_be_followed_is_refused(with_memory):
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    model = with_memory()
+    model = with_memory().eval()
     tokens, positions = torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None]
-    with pytest.raises(NotImplementedError, match='--engram-layers: inference with a KV cache'):
-        model(tokens, positions, None, inference_context=StaticInferenceContext(1, 16))
+    context = StaticInferenceContext(1, 32)
+    context.sequence_len_offset = 3
+    with pytest.raises(RuntimeError, match='begins with token 3 of 1 sequences, and the tokens'):
+        model(tokens, positions, None, inference_context=context)
+    context.is_static_batching = lambda: False
+    with pytest.raises(NotImplementedError, match='--engram-layers: dynamic batches do not keep'):
+        model(tokens, positions, None, inference_context=context)
+    for name in ('pipeline_model_parallel_size', 'tensor_model_parallel_size'):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(NotImplementedError) as raised:
+            patch.setattr(model.config, name, 2)
+            patch.setattr(model.config, 'sequence_parallel', True)
+            model(tokens, positions, None, inference_context=StaticInferenceContext(1, 16))
+        assert str(raised.value).startswith('--engram-layers: inference with --')
     with pytest.raises(ValueError, match='without input_ids'):
         model(None, positions, None, decoder_input=torch.zeros(16, 1, 32))
+
+
+def test_beam_search_takes_what_is_kept_along(with_memory):
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    model = with_memory(KINDS['hc']).eval()
+    randomise(model)
+    tokens, positions = torch.randint(0, 64, (2, 7)), torch.arange(7).expand(2, -1)
+    mask = torch.ones(6, 6).triu(1).bool()[None, None]
+    following = []
+    for order in ([0, 1], [1, 0]):
+        context = StaticInferenceContext(2, 16)
+        with torch.no_grad():
+            model(tokens[:, :6], positions[:, :6], mask, inference_context=context)
+            context.sequence_len_offset = 6
+            context.enable_decode_mode()
+            context.swap_key_value_dict(torch.tensor(order))
+            step = tokens[order, 6:], positions[:, 6:], None
+            following.append(model(*step, inference_context=context))
+    assert torch.equal(following[1], following[0][[1, 0]])
