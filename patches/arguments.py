@@ -110,10 +110,10 @@ def accept(
     check_embedding_copies(namespace, patched=ours)
     if residual.enabled:
         apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
-        if namespace.overlap_moe_expert_parallel_comm:
-            apply(COMBINED_PASSES_PATCHES)
     if engram is not None:
         apply(ENGRAM_PATCHES + TRAINING_PATCHES)
+    if (residual.enabled or engram is not None) and namespace.overlap_moe_expert_parallel_comm:
+        apply(COMBINED_PASSES_PATCHES)
     if pipeline is not None:
         apply(schedule_patches(pipeline) + SCHEDULE_TRAINING_PATCHES)
     if takes_steps(namespace):

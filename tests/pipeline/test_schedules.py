@@ -18,7 +18,7 @@ MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 HIDDEN = '1f1b-overlap'
 SINGLE = {**MHC, 'single_pass': True}
-ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
+ENGRAM = {'layers': (2, 3), 'heads': 2, 'table_size': 50, 'dim': 16}
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 HC = {'residual_type': 'hc'}
@@ -34,7 +34,7 @@ BEFORE, ALONE_BEHIND = '*|-M|*|E-/*E', '*-|M*|E-|/*E'
 PREDICTED = {'layers': 6, 'pattern': '*-M*E-/*E', 'config': {**STACK, **MTP}}
 
 TIED = ('tied', 'mtp', 'mtp-tied')
-HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', *TIED)
+HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', 'engram', *TIED)
 
 # model -> what distinguishes it
 MODELS = {
@@ -50,6 +50,7 @@ MODELS = {
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
     'moe': {'residual': MHC, 'config': MOE},
     'engram': {'residual': MHC, 'engram': ENGRAM},
+    'engram-moe': {'engram': ENGRAM, 'config': MOE},
     'hybrid-standard': MIXED_LAYERS,
     'hybrid-hc': {'residual': HC, **MIXED_LAYERS},
     'hybrid-mhc': {'residual': MHC, **MIXED_LAYERS},
@@ -59,6 +60,7 @@ MODELS = {
     'hybrid-mtp': {'residual': MHC, **PREDICTED},
     'hybrid-mtp-tied': {'residual': HC, **PREDICTED, 'tied': True},
     'hybrid-mtp-standard': PREDICTED,
+    'hybrid-engram': {'engram': ENGRAM, 'layers': 4, 'pattern': '*-M-', 'config': LOCAL},
     'hybrid-mamba': {'residual': HC, 'layers': 6, 'pattern': 'MMMMMM', 'config': LOCAL},
 }
 EVEN_4 = 'Et|t|t|tL'
@@ -100,6 +102,7 @@ ALONE = [
     ('odd-5', 'odd', 1, 5, {}),
     ('moe-4', 'moe', 1, 4, {}),
     ('engram-4', 'engram', 1, 4, {}),
+    ('engram-moe-ep2', 'engram-moe', 2, 8, {'layout': EP}),
     ('mhc-dp2', 'mhc', 2, 8, {}),
     ('standard-dp2', 'standard', 2, 8, {}),
     ('moe-dp2', 'moe', 2, 8, {}),
@@ -154,10 +157,10 @@ def stock(reference: str, pp: int):
     return f'1f1b-{pp}', reference, pp, {'layout': {'pp': pp}, 'config': {}}
 
 
-def combined(name: str, layout: dict, **changes):
+def combined(name: str, layout: dict, reference: str = 'moe-ep2', **changes):
     """Stock schedules that run a forward and a backward at once; experts on two ranks."""
     case = {'layout': {**layout, **EP}, 'combined': True, 'config': {}}
-    return name, 'moe-ep2', 4 if layout else 2, {**case, **changes}
+    return name, reference, 4 if layout else 2, {**case, **changes}
 
 
 def placed(name: str, reference: str, world: int, schedule: str, pp: int, case: dict):
@@ -221,8 +224,14 @@ BITWISE = [
     *MATRIX,
     *BOUNDED,
     on_line('hybrid', 'hybrid-mhc-4', 2, pattern='*-M*|E-EM'),
-    on_line('memory', 'engram-4', 2),
+    # Token ids cross from stage to stage.
+    on_line('2', 'engram-4', 2),
+    *(on_v('2', 'engram-4', 2, schedule) for schedule in ('zb-v', 'v-half', 'v-min')),
+    on_v('high', 'engram-4', 2, 'dualpipev', **HIGH),
+    in_pattern('2', 'engram-4', 2, 'dualpipev-w', '*|-|M|-'),
+    on_v('ep2', 'engram-moe-ep2', 4, 'dualpipev-w', parallel=EP),
     combined('combined', {}),
+    combined('combined', V2, 'engram-moe-ep2'),
     combined('combined-interleaved', V2),
     combined('combined-p2p', V2, config={'overlap_p2p_comm': True}),
     *HYBRID,
