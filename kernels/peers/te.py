@@ -176,7 +176,7 @@ class TransformerEngine(Contender):
         h_pre, h_post, h_res = self._maps(x, params, buffer)
         n = self.case.streams
         u = load()[0].mhc_fused_aggregate(x, h_pre, n, fused_grad_x_acc_buffer=buffer)
-        return u, (x, h_post, h_res, *([buffer] if self.buffer else []))
+        return u, (x, h_post, h_res, *([] if buffer is None else [buffer]))
 
     def write(self, y: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         x, h_post, h_res, *buffer = state
