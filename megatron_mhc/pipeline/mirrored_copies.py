@@ -8,8 +8,8 @@ sides, so copies that begin equal stay equal, bit for bit, under every optimizer
 gradients alone.
 
 They begin equal because a stage is built from the random numbers of the rank that has it under
-1F1B. Copy 1 counts in no norm (``shared``, as Megatron marks copies of an embedding), and is not written
-to checkpoints.
+1F1B. Copy 1 counts in no norm (``shared``, as Megatron marks copies of an embedding), and is not
+written to checkpoints.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def mark_copy(chunk: nn.Module, group: dist.ProcessGroup, number: int) -> None:
     for parameter in chunk.parameters():
         # ``shared`` is Megatron's word.
         parameter.shared = True  # type: ignore[attr-defined]
-    written = functools.partial(_as_replica, chunk.sharded_state_dict)
-    chunk.sharded_state_dict = written  # type: ignore[assignment]
+    model: Any = chunk
+    model.sharded_state_dict = functools.partial(_as_replica, model.sharded_state_dict)
 
 
-def _as_replica(original: Callable[..., Any], *args, **kwargs) -> Any:
+def _as_replica(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The sharded state of a chunk of which another rank writes the same."""
     return dict_list_map_inplace(_not_main, original(*args, **kwargs))
 
@@ -113,7 +113,7 @@ def split_batches(
     for chunk, source in enumerate(iterators):
         copy = copy_of(group.rank(), chunk, group.size())
         # The others are read as well, so that the next step begins where this one ends.
-        batches = None if source is None else list(itertools.islice(source, microbatches))
+        batches = None if source is None else [next(source) for _ in range(microbatches)]
         split.append(None if batches is None else iter(batches[copy::2]))
     return split
 
@@ -129,7 +129,8 @@ def sum_copies(model: list[nn.Module], group: dist.ProcessGroup) -> None:
         group: the pipeline-parallel group.
     """
     peer = dist.get_global_rank(group, mirror_of(group.rank(), group.size()))
-    for chunk in model:
+    wrapped: list[Any] = model
+    for chunk in wrapped:
         for values in _summed(chunk):
             for piece in values.view(-1).split(_PIECE):
                 other = torch.empty_like(piece)

@@ -20,6 +20,8 @@ HIDDEN = '1f1b-overlap'
 SINGLE = {**MHC, 'single_pass': True}
 ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
+# Routers that count tokens over the batch, and move by it.
+BIASED = {'moe_router_enable_expert_bias': True, 'moe_router_score_function': 'sigmoid'}
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 HC = {'residual_type': 'hc'}
 # Hybrid models of local layers.
@@ -49,6 +51,7 @@ MODELS = {
     'mtp': {'residual': MHC, 'config': MTP},
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
     'moe': {'residual': MHC, 'config': MOE},
+    'bias': {'residual': MHC, 'config': {**MOE, **BIASED}},
     'engram': {'residual': MHC, 'engram': ENGRAM},
     'hybrid-standard': MIXED_LAYERS,
     'hybrid-hc': {'residual': HC, **MIXED_LAYERS},
@@ -103,7 +106,10 @@ ALONE = [
     ('mhc-dp2', 'mhc', 2, 8, {}),
     ('standard-dp2', 'standard', 2, 8, {}),
     ('moe-dp2', 'moe', 2, 8, {}),
+    ('bias-dp2', 'bias', 2, 8, {}),
     ('tied-dp2', 'tied', 2, 8, {}),
+    ('mtp-dp2', 'mtp', 2, 8, {}),
+    ('mtp-tied-dp2', 'mtp-tied', 2, 8, {}),
     ('mhc-dp4', 'mhc', 4, 16, {}),
     ('mhc-tp2-sp-dp2', 'mhc', 4, 8, {'layout': SP}),
     ('mhc-tp2-sp', 'mhc', 2, 4, {'layout': SP}),
@@ -142,9 +148,9 @@ def on_line(name: str, reference: str, world: int, pp: int = 2, schedule: str = 
     return placed(name, reference, world, schedule, pp, case)
 
 
-def copies(name: str, reference: str, world: int, pp: int = 2, **changes):
+def copies(name: str, reference: str, world: int, pp: int = 2, stages: str = '', **changes):
     """Two copies of the model: one stage of each on a rank."""
-    layout = doubled(EVEN_4 if pp == 4 else 'Ett|ttL')
+    layout = doubled(stages or (EVEN_4 if pp == 4 else 'Ett|ttL'))
     config = {'pipeline_model_parallel_layout': layout, **changes.pop('config', {})}
     return placed(name, reference, world, 'dualpipe', pp, {'config': config, **changes})
 
@@ -208,6 +214,7 @@ HYBRID = [
 MIRRORED = [
     *(copies('2', f'{model}-dp2', 2) for model in (*MIXED, 'moe')),
     copies('4', 'mhc-dp2', 4, 4),
+    copies('4', 'bias-dp2', 4, 4),
     copies('verified', 'standard-dp2', 2, settings={'verify_steps': 1}),
     copies('rebuilt-high', 'mhc-dp2', 2, **REBUILT, **HIGH),
     copies('full', 'mhc-dp2', 2, config=FULL),
@@ -271,6 +278,8 @@ BITWISE = [
 # Two copies of a weight have their gradients summed at the end, one copy as they come.
 CLOSE = [
     copies('tied', 'tied-dp2', 2),
+    copies('mtp', 'mtp-dp2', 2, stages='Ett|ttmL'),
+    copies('mtp', 'mtp-tied-dp2', 4, 4, stages='Et|t|t|tmL'),
     # Four replicas, summed in another order.
     copies('dp2-overlap', 'mhc-dp4', 4, **OVERLAP),
     on_v('tied', 'tied-4', 2, 'dualpipev-w'),

@@ -34,7 +34,7 @@ REFUSED = {
     f'{MEMORY} --context-parallel-size 2': '--context-parallel-size cannot be combined',
     f'{MEMORY} --recompute-granularity full': '--recompute-granularity full cannot be combined',
     f'{MEMORY} --tensor-model-parallel-size 5': '--tensor-model-parallel-size cannot be combined',
-    f'{MEMORY} --pipeline-schedule zb-v': 'v-bound / dualpipev / dualpipev-w cannot be combined',
+    f'{MEMORY} --pipeline-schedule zb-v': 'dualpipev-w / dualpipe cannot be combined',
     f'{MEMORY} --mhc-post-stream high': '--mhc-post-stream high cannot be combined',
     f'{MEMORY} --overlap-moe-expert-parallel-comm': '--overlap-moe-expert-parallel-comm cannot',
     f'{MEMORY} --cuda-graph-impl local': '--cuda-graph-impl / --enable-cuda-graph cannot be',
