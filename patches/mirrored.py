@@ -52,7 +52,7 @@ def _layout_of_two_copies(original: Callable[..., Any]) -> Callable[..., Any]:
 
 # On one name there is one seam, so what the inverted V rebinds too is its patch with another wrap.
 _ON_V = {patch.id: patch for patch in INVERTED_V_PATCHES}
-_LIKE_A_V = {
+_LIKE_A_V: dict[str, Callable[..., Any]] = {
     'v-first-stage': functools.partial(_end, chunk=0),
     'v-first-rank': _end_rank,
     'v-layout': _layout_of_two_copies,

@@ -67,8 +67,13 @@ def drawn_as_copies(group: dist.ProcessGroup, chunk: int) -> Iterator[None]:
 
 
 def mark_copy(chunk: nn.Module, group: dist.ProcessGroup, number: int) -> None:
-    """Leave chunk ``number`` of this rank, as it is built, out of norms and checkpoints if it is
-    of copy 1."""
+    """Leave a chunk that was just built out of norms and checkpoints, if it is of copy 1.
+
+    Args:
+        chunk: the model.
+        group: the pipeline-parallel group.
+        number: which of the chunks of this rank.
+    """
     if copy_of(group.rank(), number, group.size()) == 0:
         return
     for parameter in chunk.parameters():
@@ -88,8 +93,8 @@ def _not_main(entry: Any) -> Any:
     if replica is None:
         return entry
     # (pipeline, tensor, data): the one of zeros is written, and copies count as pipeline ranks.
-    pipeline, *others = (replica,) if isinstance(replica, int) else replica
-    entry.replica_id = pipeline + 1 if isinstance(replica, int) else (pipeline + 1, *others)
+    whole = isinstance(replica, int)
+    entry.replica_id = replica + 1 if whole else (replica[0] + 1, *replica[1:])
     return entry
 
 
