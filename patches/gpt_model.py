@@ -20,6 +20,7 @@ from megatron_mhc.patches.combined_passes import require_lanes
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import check_ring_of_two, negotiate_shapes_if_needed
+from megatron_mhc.pipeline.edges import is_stock
 from megatron_mhc.pipeline.embedding_copies import check_embedding_group, one_rank_holds_all
 from megatron_mhc.pipeline.initial_weights import drawn_as_on_a_line
 from megatron_mhc.pipeline.mirrored_copies import drawn_as_copies, mark_copy
@@ -163,14 +164,15 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             )
             # The communicator and the optimizer read it from the config they share with the model.
             RESIDUAL.attach(config, residual)
+        engram = engram_of(config)
+        if engram is not None:
+            prepare_engram(config, engram)
+        if not is_stock(config):
             negotiate_shapes_if_needed(config)
             require_lanes(config)
             # Ahead of every chunk: tied embeddings are reduced across stages while they are built.
             if not bound.arguments.get('vp_stage'):
-                agree_on_edges(config, residual)
-        engram = engram_of(config)
-        if engram is not None:
-            prepare_engram(config, engram)
+                agree_on_edges(config)
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:

@@ -99,9 +99,10 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     for microbatches in _microbatch_counts(args):
         step_plan.check_numbers(pipeline.schedule, ranks, microbatches, pipeline.live_bound)
         # No rank begins a step without the first one, which has proved the plan by then.
+        numbers = ranks, microbatches, False, recompute, pipeline.live_bound
         if is_first_rank():
-            numbers = pipeline.schedule, ranks, microbatches, False, recompute
-            step_plan.prove(*numbers, pipeline.live_bound)
+            step_plan.prove(pipeline.schedule, *numbers)
+        step_plan.promise(pipeline.schedule, *numbers)
     if is_first_rank():
         live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS, pipeline.live_bound)
         announce(

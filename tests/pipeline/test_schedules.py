@@ -8,62 +8,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from schedule_models import HC, MHC, MODELS, TIED
 
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.mirrored import doubled
 from megatron_mhc.schedules.validator import live_activations
 
-MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 HIDDEN = '1f1b-overlap'
-SINGLE = {**MHC, 'single_pass': True}
-ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
-# Routers that count tokens over the batch, and move by it.
-BIASED = {'moe_router_enable_expert_bias': True, 'moe_router_score_function': 'sigmoid'}
-MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
-HC = {'residual_type': 'hc'}
-# Hybrid models of local layers.
-LOCAL = {'is_hybrid_model': True, 'transformer_impl': 'local', **MIXERS}
-STACK = {**MOE, **LOCAL}
-MIXED_LAYERS = {'layers': 8, 'pattern': '*-M*E-EM', 'config': STACK}
+HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', 'engram', *TIED)
 # Stages of attention, MLP and Mamba alone beside longer ones; and one of the loss alone.
 UNEVEN, LOSS_ALONE = '*|-|M*E-E|M', '*-M*|E-|EM|'
 # A prediction layer behind a layer of the last stage, and in a stage of its own.
 BEFORE, ALONE_BEHIND = '*|-M|*|E-/*E', '*-|M*|E-|/*E'
-
-PREDICTED = {'layers': 6, 'pattern': '*-M*E-/*E', 'config': {**STACK, **MTP}}
-
-TIED = ('tied', 'mtp', 'mtp-tied')
-HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', *TIED)
-
-# model -> what distinguishes it
-MODELS = {
-    'standard': {},
-    'mhc': {'residual': MHC},
-    'hc': {'residual': HC},
-    'single': {'residual': SINGLE},
-    'deep': {'layers': 8},
-    'deep-mhc': {'residual': MHC, 'layers': 8},
-    'odd': {'residual': MHC, 'layers': 6},
-    'tied': {'residual': MHC, 'tied': True},
-    'mtp': {'residual': MHC, 'config': MTP},
-    'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
-    'moe': {'residual': MHC, 'config': MOE},
-    'bias': {'residual': MHC, 'config': {**MOE, **BIASED}},
-    'engram': {'residual': MHC, 'engram': ENGRAM},
-    'hybrid-standard': MIXED_LAYERS,
-    'hybrid-hc': {'residual': HC, **MIXED_LAYERS},
-    'hybrid-mhc': {'residual': MHC, **MIXED_LAYERS},
-    'hybrid-single': {'residual': SINGLE, **MIXED_LAYERS},
-    'hybrid-tied': {'residual': MHC, 'layers': 4, 'pattern': '*-M-', 'tied': True, 'config': LOCAL},
-    'hybrid-local': {'residual': MHC, 'layers': 6, 'pattern': '*-*E*E', 'config': STACK},
-    'hybrid-mtp': {'residual': MHC, **PREDICTED},
-    'hybrid-mtp-tied': {'residual': HC, **PREDICTED, 'tied': True},
-    'hybrid-mtp-standard': PREDICTED,
-    'hybrid-mamba': {'residual': HC, 'layers': 6, 'pattern': 'MMMMMM', 'config': LOCAL},
-}
 EVEN_4 = 'Et|t|t|tL'
 EVEN_8 = 'Et|t|t|t|t|t|t|tL'
 
@@ -103,10 +62,12 @@ ALONE = [
     ('odd-5', 'odd', 1, 5, {}),
     ('moe-4', 'moe', 1, 4, {}),
     ('engram-4', 'engram', 1, 4, {}),
+    ('engram-moe-ep2', 'engram-moe', 2, 8, {'layout': EP}),
     ('mhc-dp2', 'mhc', 2, 8, {}),
     ('standard-dp2', 'standard', 2, 8, {}),
     ('moe-dp2', 'moe', 2, 8, {}),
     ('bias-dp2', 'bias', 2, 8, {}),
+    ('engram-dp2', 'engram', 2, 8, {}),
     ('tied-dp2', 'tied', 2, 8, {}),
     ('mtp-dp2', 'mtp', 2, 8, {}),
     ('mtp-tied-dp2', 'mtp-tied', 2, 8, {}),
@@ -160,10 +121,10 @@ def stock(reference: str, pp: int):
     return f'1f1b-{pp}', reference, pp, {'layout': {'pp': pp}, 'config': {}}
 
 
-def combined(name: str, layout: dict, **changes):
+def combined(name: str, layout: dict, reference: str = 'moe-ep2', **changes):
     """Stock schedules that run a forward and a backward at once; experts on two ranks."""
     case = {'layout': {**layout, **EP}, 'combined': True, 'config': {}}
-    return name, 'moe-ep2', 4 if layout else 2, {**case, **changes}
+    return name, reference, 4 if layout else 2, {**case, **changes}
 
 
 def placed(name: str, reference: str, world: int, schedule: str, pp: int, case: dict):
@@ -215,6 +176,7 @@ MIRRORED = [
     *(copies('2', f'{model}-dp2', 2) for model in (*MIXED, 'moe')),
     copies('4', 'mhc-dp2', 4, 4),
     copies('4', 'bias-dp2', 4, 4),
+    copies('memory', 'engram-dp2', 2),
     copies('verified', 'standard-dp2', 2, settings={'verify_steps': 1}),
     copies('rebuilt-high', 'mhc-dp2', 2, **REBUILT, **HIGH),
     copies('full', 'mhc-dp2', 2, config=FULL),
@@ -228,8 +190,14 @@ BITWISE = [
     *MATRIX,
     *BOUNDED,
     on_line('hybrid', 'hybrid-mhc-4', 2, pattern='*-M*|E-EM'),
-    on_line('memory', 'engram-4', 2),
+    # Token ids cross from stage to stage.
+    on_line('2', 'engram-4', 2),
+    *(on_v('2', 'engram-4', 2, schedule) for schedule in ('zb-v', 'v-half', 'v-min')),
+    on_v('high', 'engram-4', 2, 'dualpipev', **HIGH),
+    in_pattern('2', 'engram-4', 2, 'dualpipev-w', '*|-|M|-'),
+    on_v('ep2', 'engram-moe-ep2', 4, 'dualpipev-w', parallel=EP),
     combined('combined', {}),
+    combined('combined', V2, 'engram-moe-ep2'),
     combined('combined-interleaved', V2),
     combined('combined-p2p', V2, config={'overlap_p2p_comm': True}),
     *HYBRID,

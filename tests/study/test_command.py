@@ -47,8 +47,9 @@ BENCH = Path(__file__).resolve().parents[2] / 'tools' / 'bench'
 def measured(tmp_path, monkeypatch):
     """``measured(us, **changes)``: a CSV as the bench writes it."""
     monkeypatch.setattr(sys, 'path', [str(BENCH), *sys.path])
-    from bench_cases import Case as Shape
     from bench_measure import COLUMNS, status_row
+
+    from megatron_mhc.kernels.peers.contender import Case as Shape
 
     def write(us: dict[str, float], **changes) -> Path:
         path = tmp_path / 'results.csv'

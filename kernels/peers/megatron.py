@@ -17,9 +17,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from bench_cases import Case
-from bench_contender import EPS, Contender, transposed_square
 from torch import Tensor
+
+from megatron_mhc.kernels.peers.contender import EPS, Case, Contender, transposed_square
 
 MODULE = 'megatron.core.fusions.fused_mhc_kernels'
 
@@ -52,10 +52,11 @@ class Megatron(Contender):
 
     name = 'megatron'
 
-    def __init__(self, case: Case):
-        super().__init__(case)
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.transposed = _applies_transposed(device)
+    def __init__(self, case: Case, device: str | None = None):
+        super().__init__(case, device)
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        # Only numbers can tell; what it launches does not depend on it.
+        self.transposed = device == 'meta' or _applies_transposed(device)
         self.rows_first = not self.transposed
 
     @classmethod
