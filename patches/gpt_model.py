@@ -126,7 +126,7 @@ def prepare_embeddings(
     tied = arguments.get('share_embeddings_and_output_weights', False)
     if pipeline is not None and pipeline.mirrored:
         # Each end has both stages that hold one, of different copies.
-        return bool(tied)
+        return bool(tied or config.mtp_num_layers)
     layout = getattr(config, 'pipeline_model_parallel_layout', None)
     on_v = pipeline is not None and pipeline.on_v
     together = one_rank_holds_all(layout, tied, inverted_v=on_v)

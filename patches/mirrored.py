@@ -7,6 +7,7 @@ are mine?" get another answer, and both ends need tokens as well as labels.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from megatron_mhc.patches.engine import Patch, on_every_release
-from megatron_mhc.patches.inverted_v import BATCH_PATCHES, EMBEDDING_RANKS_PATCH
+from megatron_mhc.patches.inverted_v import BATCH_PATCHES, INVERTED_V_PATCHES
 from megatron_mhc.pipeline.layer_layout import MirroredLayout
 
 
@@ -49,38 +50,31 @@ def _layout_of_two_copies(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_str
 
 
+# On one name there is one seam, so what the inverted V rebinds too is its patch with another wrap.
+_ON_V = {patch.id: patch for patch in INVERTED_V_PATCHES}
+_LIKE_A_V: dict[str, Callable[..., Any]] = {
+    'v-first-stage': functools.partial(_end, chunk=0),
+    'v-first-rank': _end_rank,
+    'v-layout': _layout_of_two_copies,
+}
 MIRRORED_PATCHES = (
     *BATCH_PATCHES,
-    *(
-        Patch(
-            id=f'copies-{end}-stage',
-            target=f'megatron.core.parallel_state:is_pipeline_{end}_stage',
-            wrap=functools.partial(_end, chunk=chunk),
-            reason='scripts, data sets and losses ask it where the ends of the model are',
-            fingerprints=on_every_release('cb07ec55'),
-            reads=('ignore_virtual', 'vp_stage'),
-        )
-        for chunk, end in enumerate(('first', 'last'))
-    ),
-    *(
-        Patch(
-            id=f'copies-{end}-rank',
-            target=f'megatron.core.pipeline_parallel.utils:is_pp_{end}_stage',
-            wrap=_end_rank,
-            reason='mixed precision casts what enters the first stage and leaves the last one',
-            fingerprints=on_every_release('d7f1b2e1'),
-            reads=('pp_group',),
-        )
-        for end in ('first', 'last')
+    *(dataclasses.replace(_ON_V[id], wrap=wrap) for id, wrap in _LIKE_A_V.items()),
+    Patch(
+        id='copies-last-stage',
+        target='megatron.core.parallel_state:is_pipeline_last_stage',
+        wrap=functools.partial(_end, chunk=1),
+        reason='scripts, data sets and losses ask it where the output layer is',
+        fingerprints=on_every_release('cb07ec55'),
+        reads=('ignore_virtual', 'vp_stage'),
     ),
     Patch(
-        id='copies-layout',
-        target='megatron.core.transformer.pipeline_parallel_layer_layout:'
-        'PipelineParallelLayerLayout.from_str',
-        wrap=_layout_of_two_copies,
-        reason='the layout tells every chunk its layers and their numbers in the whole model',
-        fingerprints=on_every_release('0a59404f'),
-        reads=('layout', 'pipeline_model_parallel_size'),
+        id='copies-last-rank',
+        target='megatron.core.pipeline_parallel.utils:is_pp_last_stage',
+        wrap=_end_rank,
+        reason='mixed precision casts the outputs of the last stage',
+        fingerprints=on_every_release('d7f1b2e1'),
+        reads=('pp_group',),
     ),
-    EMBEDDING_RANKS_PATCH,
+    _ON_V['v-embedding-ranks'],
 )

@@ -14,6 +14,7 @@ from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
 from megatron_mhc.patches.monitor import MONITOR_PATCHES
 from megatron_mhc.patches.registry import (
     ALL_PATCHES,
+    COPIES_PATCHES,
     ENGRAM_PATCHES,
     RESIDUAL_PATCHES,
     SCHEDULE_PATCHES,
@@ -45,7 +46,7 @@ def _needed_by(patch: Patch) -> str:
     uses = {
         '--residual-type': RESIDUAL_PATCHES + TRAINING_PATCHES,
         '--engram-layers': ENGRAM_PATCHES + TRAINING_PATCHES,
-        '--pipeline-schedule': SCHEDULE_PATCHES + SCHEDULE_TRAINING_PATCHES,
+        '--pipeline-schedule': SCHEDULE_PATCHES + COPIES_PATCHES + SCHEDULE_TRAINING_PATCHES,
         '--mhc-monitor': MONITOR_PATCHES,
         '--lr-decay-style step': (LR_STEPS_PATCH,),
     }

@@ -45,7 +45,12 @@ def single(layout: str) -> str:
 
 
 def mirrored_layout(
-    layout: str | None, layers: int | None, ranks: int, first: int | None, last: int | None
+    layout: str | None,
+    layers: int | None,
+    ranks: int,
+    first: int | None = None,
+    last: int | None = None,
+    predicted: int = 0,
 ) -> str:
     """The layers of every stage of one copy, in Megatron's notation: ``Et|tt|tt|tL``.
 
@@ -55,6 +60,7 @@ def mirrored_layout(
         ranks: P, as many as stages.
         first: layers of the first stage, where it has a number of its own.
         last: of the last stage, likewise.
+        predicted: prediction layers, which go with the loss.
 
     Raises:
         ValueError: names the flag, what is wrong and a layout that works.
@@ -73,15 +79,16 @@ def mirrored_layout(
             f'--num-layers or {_FLAG}'
         )
     own = {0: first, ranks - 1: last}
-    counts = [own.get(stage) for stage in range(ranks)]
-    left = layers - sum(count or 0 for count in counts)
-    even = counts.count(None)
+    given = [own.get(stage) for stage in range(ranks)]
+    left = layers - sum(count or 0 for count in given)
+    even = given.count(None)
     if left < 0 or (left % even if even else left):
         raise ValueError(
             f'--num-layers {layers} does not divide evenly into the {ranks} stages of a copy; name '
             f"them, for example {_FLAG} '{_example(layers, ranks)}'"
         )
-    return written([left // even if count is None else count for count in counts])
+    counts = [left // even if count is None else count for count in given]
+    return written(counts, last='m' * predicted + 'L')
 
 
 def _example(layers: int, ranks: int) -> str:

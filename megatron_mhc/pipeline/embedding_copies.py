@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 from megatron_mhc.inputs.refusal import announce
-from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.names import MIRRORED_SCHEDULES, V_SCHEDULES
 
 LAYOUT = '--pipeline-model-parallel-layout'
 UNTIE = '--untie-embeddings-and-output-weights'
@@ -96,7 +96,11 @@ def check_embedding_copies(args: argparse.Namespace, patched: bool) -> None:
     ranks = getattr(args, 'pipeline_model_parallel_size', None) or 1
     if not getattr(args, 'mtp_num_layers', None) or ranks < 2:
         return
-    inverted_v = patched and getattr(args, 'pipeline_schedule', None) in V_SCHEDULES
+    schedule = getattr(args, 'pipeline_schedule', None)
+    if schedule in MIRRORED_SCHEDULES:
+        # Each end has the first stage and the last one, of different copies of the model.
+        return
+    inverted_v = patched and schedule in V_SCHEDULES
     layout = _layout_of(args.pipeline_model_parallel_layout, ranks, inverted_v)
     tied = not args.untie_embeddings_and_output_weights
     together = one_rank_holds_all(layout, tied, inverted_v)

@@ -8,8 +8,8 @@ sides, so copies that begin equal stay equal, bit for bit, under every optimizer
 gradients alone.
 
 They begin equal because a stage is built from the random numbers of the rank that has it under
-1F1B. Copy 1 counts in no norm (``shared``, as Megatron marks copies of an embedding), and is not written
-to checkpoints.
+1F1B. Copy 1 counts in no norm (``shared``, as Megatron marks copies of an embedding), and is not
+written to checkpoints.
 """
 
 from __future__ import annotations
@@ -67,18 +67,23 @@ def drawn_as_copies(group: dist.ProcessGroup, chunk: int) -> Iterator[None]:
 
 
 def mark_copy(chunk: nn.Module, group: dist.ProcessGroup, number: int) -> None:
-    """Leave chunk ``number`` of this rank, as it is built, out of norms and checkpoints if it is
-    of copy 1."""
+    """Leave a chunk that was just built out of norms and checkpoints, if it is of copy 1.
+
+    Args:
+        chunk: the model.
+        group: the pipeline-parallel group.
+        number: which of the chunks of this rank.
+    """
     if copy_of(group.rank(), number, group.size()) == 0:
         return
     for parameter in chunk.parameters():
         # ``shared`` is Megatron's word.
         parameter.shared = True  # type: ignore[attr-defined]
-    written = functools.partial(_as_replica, chunk.sharded_state_dict)
-    chunk.sharded_state_dict = written  # type: ignore[assignment]
+    model: Any = chunk
+    model.sharded_state_dict = functools.partial(_as_replica, model.sharded_state_dict)
 
 
-def _as_replica(original: Callable[..., Any], *args, **kwargs) -> Any:
+def _as_replica(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The sharded state of a chunk of which another rank writes the same."""
     return dict_list_map_inplace(_not_main, original(*args, **kwargs))
 
@@ -88,8 +93,8 @@ def _not_main(entry: Any) -> Any:
     if replica is None:
         return entry
     # (pipeline, tensor, data): the one of zeros is written, and copies count as pipeline ranks.
-    pipeline, *others = (replica,) if isinstance(replica, int) else replica
-    entry.replica_id = pipeline + 1 if isinstance(replica, int) else (pipeline + 1, *others)
+    whole = isinstance(replica, int)
+    entry.replica_id = replica + 1 if whole else (replica[0] + 1, *replica[1:])
     return entry
 
 
@@ -113,7 +118,7 @@ def split_batches(
     for chunk, source in enumerate(iterators):
         copy = copy_of(group.rank(), chunk, group.size())
         # The others are read as well, so that the next step begins where this one ends.
-        batches = None if source is None else list(itertools.islice(source, microbatches))
+        batches = None if source is None else [next(source) for _ in range(microbatches)]
         split.append(None if batches is None else iter(batches[copy::2]))
     return split
 
@@ -129,7 +134,8 @@ def sum_copies(model: list[nn.Module], group: dist.ProcessGroup) -> None:
         group: the pipeline-parallel group.
     """
     peer = dist.get_global_rank(group, mirror_of(group.rank(), group.size()))
-    for chunk in model:
+    wrapped: list[Any] = model
+    for chunk in wrapped:
         for values in _summed(chunk):
             for piece in values.view(-1).split(_PIECE):
                 other = torch.empty_like(piece)

@@ -90,9 +90,10 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     divided = ''
     if pipeline.on_v:
         divided = f'layers {_lay_out(args)} in stage order, '
-        advise_on_optimizer_state(args, 'will be saved')
     if pipeline.mirrored:
         divided = f'two copies of the layers {_double(args)}, '
+    if pipeline.two_chunks:
+        advise_on_optimizer_state(args, 'will be saved')
     ranks = args.pipeline_model_parallel_size
     recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
     for microbatches in _microbatch_counts(args):
@@ -172,10 +173,10 @@ def _advise_on_connections(args: argparse.Namespace) -> None:
 
 
 def advise_on_optimizer_state(args: argparse.Namespace, when: str) -> None:
-    """Say that optimizer state of a V is bound to its layout, unless a flag of Megatron's is set.
+    """Say that optimizer state of two chunks a rank is bound to its layout, without a flag.
 
     Args:
-        args: of a run on the inverted V.
+        args: of a run with two chunks a rank.
         when: what has become of the state, in words.
     """
     sharded = getattr(args, 'use_distributed_optimizer', False) and not args.no_save_optim
@@ -232,7 +233,8 @@ def _double(args: argparse.Namespace) -> str:
     ends = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
     ranks = args.pipeline_model_parallel_size
-    layout = mirrored_layout(args.pipeline_model_parallel_layout, args.num_layers, ranks, *ends)
+    predicted, named = args.mtp_num_layers or 0, args.pipeline_model_parallel_layout
+    layout = mirrored_layout(named, args.num_layers, ranks, *ends, predicted)
     args.pipeline_model_parallel_layout = doubled(layout)
     return layout
 

@@ -44,9 +44,9 @@ ENGRAM_FLAGS = Group(
 )
 PIPELINE_FLAGS = Group(
     'pipeline schedules',
-    'Schedules as data, proved before they run (megatron-mhc schedule shows them). All but 1f1b, '
-    '1f1b-overlap, zb-h1 and interleaved hold two chunks per rank in a V, with both ends of the '
-    'model on the last pipeline rank.',
+    'Schedules as data, proved before they run (megatron-mhc schedule shows them). 1f1b, '
+    '1f1b-overlap, zb-h1 and interleaved hold layers as Megatron does; dualpipe two copies of the '
+    'model; the others two chunks per rank in a V, with both ends of the model on the last rank.',
     (PipelineConfig, PipelineOptions),
 )
 LR_FLAGS = Group(

@@ -10,7 +10,6 @@ from megatron_mhc.settings.constraint import (
     cuda_graphs,
     hybrid_model,
     offloads,
-    predicts,
     shards_parameters,
 )
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN
@@ -173,15 +172,9 @@ _ON_MIRRORED = (
     Constraint(
         '--hybrid-layer-pattern',
         hybrid_model,
-        'a hybrid model picks the segment of a chunk by rank and virtual stage, and the copies '
-        'have each segment on two ranks',
+        'the number of layers follows from the pattern, which would have to name those of both '
+        'copies',
         'use --pipeline-schedule dualpipev-w, or a GPT model',
-    ),
-    Constraint(
-        '--mtp-num-layers',
-        predicts,
-        'the embedding would have four copies, two of them on each end',
-        'use --pipeline-schedule dualpipev-w',
     ),
     Constraint(
         '--moe-router-load-balancing-type global_aux_loss',

@@ -26,7 +26,12 @@ from megatron_mhc.inputs.values import (
     number,
 )
 from megatron_mhc.recipes.names import MODELS
-from megatron_mhc.settings.names import PIPELINE_SCHEDULES, RECOMPUTE_SEGMENTS, STUDIED_SCHEDULES
+from megatron_mhc.settings.names import (
+    MIRRORED_SCHEDULES,
+    PIPELINE_SCHEDULES,
+    RECOMPUTE_SEGMENTS,
+    STUDIED_SCHEDULES,
+)
 from megatron_mhc.study.names import (
     FULL,
     HARDWARE,
@@ -91,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ranks, EP, type=_COUNT, nargs='+', metavar='N', help='(default: divisors of the experts)'
     )
     ranks('--dp', type=_COUNT, nargs='+', metavar='N', help='keep only these (default: all)')
-    known = {'choices': PIPELINE_SCHEDULES, 'metavar': 'NAME'}
+    known = {'choices': _KNOWN, 'metavar': 'NAME'}
     add_option(ranks, SCHEDULE, nargs='+', help=_SCHEDULES, **known)
     add_option(ranks, MICRO_BATCH, type=_COUNT, nargs='+', metavar='B', help='(default: 1)')
     add_option(ranks, STREAMS, type=_STREAMS, nargs='+', metavar='N', help='n (default: 4)')
@@ -145,7 +150,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _TYPES = f'{STUDIED_WORDS} (default: mhc)'
-_SCHEDULES = f'{", ".join(PIPELINE_SCHEDULES)} (default: {" ".join(STUDIED_SCHEDULES)})'
+# Not modelled: memory and gradients of two copies.
+_KNOWN = tuple(name for name in PIPELINE_SCHEDULES if name not in MIRRORED_SCHEDULES)
+_SCHEDULES = f'{", ".join(_KNOWN)} (default: {" ".join(STUDIED_SCHEDULES)})'
 
 
 def _residual(text: str) -> str:

@@ -318,7 +318,7 @@ def copies_agree(chunks: list[torch.nn.Module]) -> bool:
 
 
 def mirrors_agree(case: dict, chunks: list[torch.nn.Module]) -> bool:
-    """Whether the two ranks that hold a stage each have it alike, where a schedule has two copies."""
+    """Whether the two ranks that hold a stage have it alike, where there are two copies."""
     if case.get('schedule', {}).get('schedule') != 'dualpipe':
         return True
     own = [digests(chunk) for chunk in chunks]

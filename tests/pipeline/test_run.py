@@ -64,6 +64,22 @@ def test_curve_and_checkpoints_of_1f1b(stock, tmp_path):
     assert back[6] == wanted[6] and back['test'] == wanted['test']
 
 
+def test_two_copies_are_two_replicas(stock, tmp_path):
+    """The curve of 1F1B with twice the data-parallel ranks; each stage is written once.
+
+    Both ends hold two copies of the tied embedding, of different copies of the model.
+    """
+    folder, _ = stock
+    resumed = f'--load {folder} --ckpt-step 3 '
+    wanted = train(f'--pipeline-schedule 1f1b {resumed}', world=4)
+    ours = train(f'--pipeline-schedule dualpipe {resumed} --save {tmp_path} --save-interval 5')
+    assert ours.keys() == wanted.keys() and (ours[4], ours[6]) == (wanted[4], wanted[6])
+    assert ours[5][1] == wanted[5][1]
+    assert (ours['validation'], ours['test']) == (wanted['validation'], wanted['test'])
+    back = train(f'--pipeline-schedule 1f1b --load {tmp_path} --ckpt-step 5', world=4)
+    assert back[6] == wanted[6] and back['test'] == wanted['test']
+
+
 def test_replicas_from_scratch_with_a_distributed_optimizer():
     """With all that overlaps, bf16, a batch size that ramps up and an iteration that is skipped.
 

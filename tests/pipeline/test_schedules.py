@@ -8,61 +8,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from layout_cases import MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
+from schedule_models import HC, MHC, MODELS, TIED
 
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.mirrored import doubled
 from megatron_mhc.schedules.validator import live_activations
 
-MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
 HIDDEN = '1f1b-overlap'
-SINGLE = {**MHC, 'single_pass': True}
-ENGRAM = {'layers': (2, 3), 'heads': 2, 'table_size': 50, 'dim': 16}
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
-MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
-HC = {'residual_type': 'hc'}
-# Hybrid models of local layers.
-LOCAL = {'is_hybrid_model': True, 'transformer_impl': 'local', **MIXERS}
-STACK = {**MOE, **LOCAL}
-MIXED_LAYERS = {'layers': 8, 'pattern': '*-M*E-EM', 'config': STACK}
+HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', 'engram', *TIED)
 # Stages of attention, MLP and Mamba alone beside longer ones; and one of the loss alone.
 UNEVEN, LOSS_ALONE = '*|-|M*E-E|M', '*-M*|E-|EM|'
 # A prediction layer behind a layer of the last stage, and in a stage of its own.
 BEFORE, ALONE_BEHIND = '*|-M|*|E-/*E', '*-|M*|E-|/*E'
-
-PREDICTED = {'layers': 6, 'pattern': '*-M*E-/*E', 'config': {**STACK, **MTP}}
-
-TIED = ('tied', 'mtp', 'mtp-tied')
-HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', 'engram', *TIED)
-
-# model -> what distinguishes it
-MODELS = {
-    'standard': {},
-    'mhc': {'residual': MHC},
-    'hc': {'residual': HC},
-    'single': {'residual': SINGLE},
-    'deep': {'layers': 8},
-    'deep-mhc': {'residual': MHC, 'layers': 8},
-    'odd': {'residual': MHC, 'layers': 6},
-    'tied': {'residual': MHC, 'tied': True},
-    'mtp': {'residual': MHC, 'config': MTP},
-    'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
-    'moe': {'residual': MHC, 'config': MOE},
-    'engram': {'residual': MHC, 'engram': ENGRAM},
-    'engram-moe': {'engram': ENGRAM, 'config': MOE},
-    'hybrid-standard': MIXED_LAYERS,
-    'hybrid-hc': {'residual': HC, **MIXED_LAYERS},
-    'hybrid-mhc': {'residual': MHC, **MIXED_LAYERS},
-    'hybrid-single': {'residual': SINGLE, **MIXED_LAYERS},
-    'hybrid-tied': {'residual': MHC, 'layers': 4, 'pattern': '*-M-', 'tied': True, 'config': LOCAL},
-    'hybrid-local': {'residual': MHC, 'layers': 6, 'pattern': '*-*E*E', 'config': STACK},
-    'hybrid-mtp': {'residual': MHC, **PREDICTED},
-    'hybrid-mtp-tied': {'residual': HC, **PREDICTED, 'tied': True},
-    'hybrid-mtp-standard': PREDICTED,
-    'hybrid-engram': {'engram': ENGRAM, 'layers': 4, 'pattern': '*-M-', 'config': LOCAL},
-    'hybrid-mamba': {'residual': HC, 'layers': 6, 'pattern': 'MMMMMM', 'config': LOCAL},
-}
 EVEN_4 = 'Et|t|t|tL'
 EVEN_8 = 'Et|t|t|t|t|t|t|tL'
 
@@ -106,7 +66,11 @@ ALONE = [
     ('mhc-dp2', 'mhc', 2, 8, {}),
     ('standard-dp2', 'standard', 2, 8, {}),
     ('moe-dp2', 'moe', 2, 8, {}),
+    ('bias-dp2', 'bias', 2, 8, {}),
+    ('engram-dp2', 'engram', 2, 8, {}),
     ('tied-dp2', 'tied', 2, 8, {}),
+    ('mtp-dp2', 'mtp', 2, 8, {}),
+    ('mtp-tied-dp2', 'mtp-tied', 2, 8, {}),
     ('mhc-dp4', 'mhc', 4, 16, {}),
     ('mhc-tp2-sp-dp2', 'mhc', 4, 8, {'layout': SP}),
     ('mhc-tp2-sp', 'mhc', 2, 4, {'layout': SP}),
@@ -145,9 +109,9 @@ def on_line(name: str, reference: str, world: int, pp: int = 2, schedule: str = 
     return placed(name, reference, world, schedule, pp, case)
 
 
-def copies(name: str, reference: str, world: int, pp: int = 2, **changes):
+def copies(name: str, reference: str, world: int, pp: int = 2, stages: str = '', **changes):
     """Two copies of the model: one stage of each on a rank."""
-    layout = doubled(EVEN_4 if pp == 4 else 'Ett|ttL')
+    layout = doubled(stages or (EVEN_4 if pp == 4 else 'Ett|ttL'))
     config = {'pipeline_model_parallel_layout': layout, **changes.pop('config', {})}
     return placed(name, reference, world, 'dualpipe', pp, {'config': config, **changes})
 
@@ -211,6 +175,8 @@ HYBRID = [
 MIRRORED = [
     *(copies('2', f'{model}-dp2', 2) for model in (*MIXED, 'moe')),
     copies('4', 'mhc-dp2', 4, 4),
+    copies('4', 'bias-dp2', 4, 4),
+    copies('memory', 'engram-dp2', 2),
     copies('verified', 'standard-dp2', 2, settings={'verify_steps': 1}),
     copies('rebuilt-high', 'mhc-dp2', 2, **REBUILT, **HIGH),
     copies('full', 'mhc-dp2', 2, config=FULL),
@@ -280,6 +246,8 @@ BITWISE = [
 # Two copies of a weight have their gradients summed at the end, one copy as they come.
 CLOSE = [
     copies('tied', 'tied-dp2', 2),
+    copies('mtp', 'mtp-dp2', 2, stages='Ett|ttmL'),
+    copies('mtp', 'mtp-tied-dp2', 4, 4, stages='Et|t|t|tmL'),
     # Four replicas, summed in another order.
     copies('dp2-overlap', 'mhc-dp4', 4, **OVERLAP),
     on_v('tied', 'tied-4', 2, 'dualpipev-w'),

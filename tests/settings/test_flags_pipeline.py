@@ -17,6 +17,7 @@ from megatron_mhc.schedules.inverted_v import (
     holder_of,
     stage_of,
 )
+from megatron_mhc.schedules.mirrored import doubled
 from megatron_mhc.settings import step_plan
 from megatron_mhc.settings.flags_pipeline import pipeline_config_from_args, resolve_pipeline
 
@@ -98,6 +99,22 @@ def test_a_schedule_on_a_line_leaves_the_layers_to_megatron(parse, capsys):
     assert not pipeline_config_from_args(own).on_v
 
 
+def test_two_copies_have_the_layers_of_1f1b_twice(parse, capsys):
+    refusal.announce.cache_clear()
+    args = parse(*COPIES.split())
+    assert args.pipeline_model_parallel_layout == doubled('Etttt|tttt|tttt|ttttL')
+    assert (
+        'two copies of the layers Etttt|tttt|tttt|ttttL, at most 5 micro' in capsys.readouterr().out
+    )
+    ends = (
+        '--decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 3 --num-layers 16'
+    )
+    args = parse(*COPIES.split(), *ends.split(), '--mtp-num-layers', '1')
+    assert args.pipeline_model_parallel_layout == doubled('Ettt|ttttt|ttttt|tttmL')
+    own = ('--pipeline-model-parallel-layout', 'Et|ttttttt|ttttttt|tL')
+    assert parse(*COPIES.split(), *own).pipeline_model_parallel_layout == doubled(own[1])
+
+
 def test_a_bound_on_what_is_in_flight(parse, capsys):
     refusal.announce.cache_clear()
     flags = f'{PP4} --pipeline-schedule v-bound --pipeline-live-bound 3.7'
@@ -129,6 +146,7 @@ def test_weight_gradients_after_the_slot_is_dualpipev_w(parse):
 # Copies of the word embedding: tied output layers and prediction layers.
 MTP = f'{PP4} --mtp-num-layers 1'
 ZB_H1 = f'{PP4} --pipeline-schedule zb-h1'
+COPIES = f'{PP4} --pipeline-schedule dualpipe'
 LAST, ALONE = 'Ett|tt|tt|tt|tt|tt|tt|tmL', 'Ett|tt|tt|tt|m|||L'
 UNTIED = '--untie-embeddings-and-output-weights'
 
@@ -191,7 +209,19 @@ REFUSED = {
     f'{ZB_H1} --num-virtual-stages-per-pipeline-rank 2': 'zb-h1 has one chunk a rank; drop the',
     f'{ZB_H1} --pipeline-model-parallel-layout {LAST}': 'or | of the layout or --hybrid-layer-patt',
     f'{ZB_H1} --overlap-moe-expert-parallel-comm': 'merges passes in an order of its own; drop the',
-    f'{PP4} --pipeline-schedule dualpipe': 'argument --pipeline-schedule: invalid choice',
+    f'{PP4} --pipeline-schedule gpipe': 'argument --pipeline-schedule: invalid choice',
+    f'{COPIES} --global-batch-size 9': 'dualpipe needs an even number of microbatches, got 9: use',
+    f'{COPIES} --global-batch-size 6': 'dualpipe needs at least 2 x pp = 8 microbatches, got 6',
+    f'{COPIES} --pipeline-model-parallel-size 3 --num-layers 15': 'an even number of ranks, got 3',
+    f'{COPIES} --num-layers 17': "for example --pipeline-model-parallel-layout 'Etttt|ttttt|tttt|",
+    f'{COPIES} --num-layers 2 --decoder-first-pipeline-num-layers 3': '--num-layers 2 does not div',
+    f'{COPIES} --pipeline-model-parallel-layout {LAST}': '8 stages, but each copy has one on',
+    f'{COPIES} --num-virtual-stages-per-pipeline-rank 2': 'a copy of the model has one stage',
+    f'{COPIES} --account-for-loss-in-pipeline-split': 'name the layers with --pipeline-model-paral',
+    f'{COPIES} --moe-router-load-balancing-type global_aux_loss': 'a copy sees half of the microb',
+    f'{COPIES} {MHC} --mhc-monitor --tensorboard-dir x': "one token's maps over all stages",
+    f'{COPIES} --ckpt-format torch': 'use --ckpt-format torch_dist',
+    f'{PATTERN.replace("zb-v", "dualpipe")} *-*-*-*-': 'would have to name those of both copies',
 }
 
 
@@ -409,6 +439,7 @@ def test_prediction_layers_stand_before_the_loss():
     ('line', 'wanted'),
     [
         ('x.py --pipeline-schedule dualpipev', True),
+        ('x.py --pipeline-schedule dualpipe', True),
         ('x.py --pipeline-schedule=zb-v --bf16', True),
         ('x.py --pipeline-schedule 1f1b', False),
         ('x.py --bf16', False),
