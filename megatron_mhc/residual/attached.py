@@ -37,15 +37,18 @@ class Attached[T]:
 
     def attach(self, x: Tensor, value: T) -> None:
         """Let ``x`` carry ``value``, in place of one that it carries."""
-        x.__dict__[self.name] = value, self._depends_on(x)
+        setattr(x, self.name, (value, self._depends_on(x)))
 
     def take(self, x: Tensor) -> T | None:
         """What ``x`` carries, once; None where nothing is, or no longer belongs to it."""
-        return self._valid(x, x.__dict__.pop(self.name, None))
+        found = getattr(x, self.name, None)
+        if found is not None:
+            delattr(x, self.name)
+        return self._valid(x, found)
 
     def peek(self, x: Tensor) -> T | None:
         """What ``x`` carries, and goes on carrying; None as for ``take``."""
-        return self._valid(x, x.__dict__.get(self.name))
+        return self._valid(x, getattr(x, self.name, None))
 
     def _valid(self, x: Tensor, found: tuple[T, object] | None) -> T | None:
         return found[0] if found is not None and found[1] == self._depends_on(x) else None

@@ -20,6 +20,9 @@ def rerun(function: Computed, *tensors: Tensor) -> tuple[Tensor, ...]:
         function: pure, without randomness; its other arguments are bound.
         tensors: all that may need a gradient.
     """
+    if torch.compiler.is_compiling():
+        # Which decides by itself what to keep, and cannot trace a backward within a backward.
+        return function(*tensors)
     results: tuple[Tensor, ...] = _Rerun.apply(function, *tensors)
     return results
 

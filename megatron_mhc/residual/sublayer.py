@@ -46,6 +46,8 @@ else:
 
 # Where the bias and dropout of the sublayer that is running are put: F_post,res applies them.
 _TAIL: ContextVar[dict[str, Any] | None] = ContextVar('megatron_mhc_tail', default=None)
+# The same while torch.compile traces, which cannot set a context variable; the innermost last.
+_TRACED: list[dict[str, Any]] = []
 
 
 @functools.cache
@@ -60,6 +62,11 @@ def n_stream_class(mixin: type, stock: type) -> type:
 def collected_tail() -> Iterator[dict[str, Any]]:
     """What ``bias_dropout`` was given inside the context, as arguments of F_post,res."""
     tail: dict[str, Any] = {}
+    if torch.compiler.is_compiling():
+        _TRACED.append(tail)
+        yield tail
+        _TRACED.pop()
+        return
     token = _TAIL.set(tail)
     try:
         yield tail
@@ -80,7 +87,7 @@ def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
         if bias is not None and bias.dim() > 1:
             # One bias a token, which some mixtures of experts have: no longer a parameter.
             x, bias = x + bias, None
-        tail = _TAIL.get()
+        tail = _TRACED[-1] if _TRACED else _TAIL.get()
         if tail is None:
             raise RuntimeError(
                 'bias and dropout of a hyper-connection layer outside its sublayers: they belong '
@@ -245,9 +252,9 @@ def write(
     that replaces, changes or observes the tensor gets the plain path. In inference mode, which
     does not count changes of a tensor, there is no other.
     """
-    if torch.is_inference_mode_enabled():
-        following = None
     if following is not None and not following.joins(pending.carried):
+        following = None
+    if following is not None and torch.is_inference_mode_enabled():
         following = None
     if segment is not None and segment.ends:
         # The next segment rebuilds its first read from the streams that it keeps.

@@ -78,7 +78,9 @@ def build(megatron, request):
         config = kind(**{'num_layers': 3, **SMALL, **settings})
         if residual is not None:
             # Where kernels are compared with torch: the interpreter takes its time for each pass.
-            compared = 'kernel_backend' in residual and residual.get('residual_type') != 'hc'
+            compared = (
+                'kernel_backend' in residual and residual.get('residual_type', 'mhc') == 'mhc'
+            )
             few = {'sinkhorn_iterations': 2} if compared else {}
             config.residual_config = ResidualConfig(**few | streams | residual)
         if engram is not None:

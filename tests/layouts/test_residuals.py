@@ -32,6 +32,7 @@ GATED = {'residual_type': 'gated', 'gated_rank': 3}
 ATTENTION = {'residual_type': 'attention', 'attention_block_size': 3}
 MODELS = {
     'attention': {'residual': ATTENTION},
+    'attention-moe': {'residual': ATTENTION, 'config': MOE},
     'attention-mtp': {'residual': ATTENTION, 'config': MTP},
     'attention-mixers': {'residual': ATTENTION, **MIXED, 'config': {**LOCAL_STACK, **MIXERS}},
     'gated': {'residual': GATED, 'config': RMS},
@@ -61,6 +62,7 @@ CASES = [
     ('pp2-vpp2', 'attention', 2, {'layout': VPP2, 'config': {**ENDS, **FREED}}, True),
     ('v', 'attention', 2, on_v('dualpipev-w', config=UNEVEN), True),
     ('tp2-sp', 'attention', 2, {'layout': SP}, False),
+    ('ep2', 'attention-moe', 2, {'layout': {'ep': 2}}, False),
     ('pp2', 'attention-mtp', 2, {'layout': PP2}, False),
     ('pp2', 'attention-mixers', 2, {'layout': PP2, 'pattern': 'MM|G*-G'}, True),
 ]
