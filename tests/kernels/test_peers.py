@@ -155,7 +155,8 @@ def test_peers_and_measured_times_in_the_report(tmp_path):
     assert f'a sublayer of each, forward + backward: {LABEL}' in text.stdout
     for line in ('te, n = 4: absent: not installed', 'liger, n = 4: absent', 'ours, n = 4: no sum'):
         assert line in text.stdout, text.stdout
-    (row,) = (line for line in text.stdout.splitlines() if line.startswith('pre_forward'))
+    # Of the resources, then of the times.
+    _, row = (line for line in text.stdout.splitlines() if line.startswith('pre_forward'))
     assert row.endswith('92 (made-up, Triton 3.8.0)'), row
     for result, words in (
         (wrong, ('--peers: flash', 'liger', 'megatron')),
