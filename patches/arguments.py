@@ -30,7 +30,7 @@ from megatron_mhc.settings.flags_monitor import resolve_monitor
 from megatron_mhc.settings.flags_pipeline import resolve_pipeline
 from megatron_mhc.settings.flags_residual import resolve_arguments
 from megatron_mhc.settings.groups import EVERY_GROUP
-from megatron_mhc.settings.megatron_sizes import check_sizes
+from megatron_mhc.settings.megatron_sizes import check_sizes, evaluate_at_the_end
 from megatron_mhc.settings.names import PLANNED_SCHEDULES
 from megatron_mhc.settings.refusals import check_residual
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
@@ -91,6 +91,7 @@ def accept(
         if token.startswith(OWN_FLAGS):
             raise ValueError(f'argument {token}: no such flag; --help lists residual connections')
     check_sizes(namespace)
+    evaluate_at_the_end(namespace)
     hand_over(namespace, shared)
     residual = resolve_arguments(namespace, shared)
     check_residual(namespace, residual)

@@ -44,7 +44,7 @@ LIMITS = {
         '--context-parallel-size',
         (1,),
         "context parallelism exists only in Transformer Engine's attention",
-        'use 1',
+        'use 1, or a --spec with an attention of your own',
     ),
     'fp8': ('--fp8-format', (None,), 'fp8 needs Transformer Engine', 'use --bf16 or fp32'),
     'fp4': ('--fp4-format', (None,), 'fp4 needs Transformer Engine', 'use --bf16 or fp32'),
@@ -79,7 +79,8 @@ def check_limits(namespace: argparse.Namespace, unknown: list[str]) -> None:
     """Raise ValueError, naming flag, reason and remedy, for what the CPU device cannot run."""
     for name, (flag, accepted, reason, remedy) in LIMITS.items():
         value = getattr(namespace, name, accepted[0])
-        if value not in accepted:
+        own_attention = name == 'context_parallel_size' and getattr(namespace, 'spec', None)
+        if value not in accepted and not own_attention:
             raise ValueError(f'{flag} {value}: not on the CPU device, {reason}; {remedy}.')
     pattern, split = (
         pattern_of(namespace) or '',

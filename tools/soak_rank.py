@@ -21,11 +21,11 @@ def resident() -> dict[str, int]:
     return {'rss': int(sizes['VmRSS'].split()[0]), 'anon': int(sizes['RssAnon'].split()[0])}
 
 
-def watched(train_step, folder: Path):
+def watched(train_step):
     """Megatron's ``train_step`` with what SOAK_FOLDER asks for around it."""
     from megatron.training import get_args
 
-    rank = int(os.environ['RANK'])
+    folder, rank = Path(os.environ['SOAK_FOLDER']), int(os.environ['RANK'])
     faults, record = Injector(folder, rank), (folder / f'rank-{rank}.jsonl').open('a')
 
     def step(*args, **kwargs):
@@ -45,12 +45,20 @@ def watched(train_step, folder: Path):
 
 
 def main() -> None:
-    from megatron.training import training
+    from megatron_mhc.patches import engine
 
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    training.train_step = watched(training.train_step, Path(os.environ['SOAK_FOLDER']))
+    patch = engine.Patch(
+        id='soak',
+        target='megatron.training.training:train_step',
+        wrap=watched,
+        reason='the loop looks it up in every iteration',
+        fingerprints=engine.on_every_release('387f34be'),
+        in_tree=False,
+    )
+    engine.apply((patch,))
     sys.argv[0] = str(SCRIPT)
     script.main()
 

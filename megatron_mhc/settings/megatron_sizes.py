@@ -47,6 +47,16 @@ SIZES = {
 }
 
 
+def evaluate_at_the_end(args: argparse.Namespace) -> None:
+    """Let a run without ``--eval-interval`` be what Megatron says of it: none during training.
+
+    Core 0.19 has no default for it, and divides the iterations by it all the same.
+    """
+    if getattr(args, 'eval_interval', 0) is None:
+        # More iterations than any run has.
+        args.eval_interval = MOST_TOKENS
+
+
 def check_sizes(args: argparse.Namespace) -> None:
     """Raise ValueError for the first size of Megatron's that cannot be one."""
     if not _asks_for_ours(args):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mhc.settings.constraint import Constraint, Refusals, Setting, shards_parameters
+from megatron_mhc.settings.constraint import Constraint, Refusals, Setting
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN, main_pattern
 from megatron_mhc.settings.names import RESIDUAL_TYPES
 
@@ -78,9 +78,16 @@ _ROWS = (
         'use --fine-grained-activation-offloading, or recomputation',
     ),
     Constraint(
-        '--use-megatron-fsdp / --use-torch-fsdp2',
-        shards_parameters,
-        'fully sharded parameters are not tested with fp32 mapping parameters',
+        '--use-megatron-fsdp',
+        lambda get: bool(get('use_megatron_fsdp')),
+        'its buffers (0.19.2) give fp32 mapping parameters beside bf16 ones the values of other '
+        'weights, without a word',
+        'use --use-distributed-optimizer',
+    ),
+    Constraint(
+        '--use-torch-fsdp2',
+        lambda get: bool(get('use_torch_fsdp2')),
+        'it wants one type for all parameters of a unit, and those of mappings stay fp32',
         'use --use-distributed-optimizer',
     ),
     Constraint(

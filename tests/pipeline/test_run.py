@@ -15,7 +15,7 @@ MODEL = (
     '--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 '
     '--max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 4 --mock-data '
     '--tokenizer-type NullTokenizer --vocab-size 255 --lr 1e-2 --min-lr 1e-3 --train-iters 6 '
-    '--lr-decay-style cosine --weight-decay 0.1 --eval-iters 1 --eval-interval 100 '
+    '--lr-decay-style cosine --weight-decay 0.1 --eval-iters 1 '
     '--log-interval 1 --split 98,1,1 --num-workers 0 --hidden-dropout 0 --attention-dropout 0 '
     '--pipeline-model-parallel-size 2 --residual-type mhc --mhc-init identity --no-load-rng '
 )
