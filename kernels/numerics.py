@@ -22,7 +22,7 @@ class Numerics:
         sinkhorn: ``exact``: columns first, rows last, nothing added. ``added``: the same order from
             a softmax over columns, with ``eps`` added to it and to every sum. ``clamped``: rows
             first, columns last, sums of at least ``eps``.
-        pre_eps: added to H_pre = sigma(...).
+        pre_eps: added to H_pre = sigma(...); post_eps: to H_post = 2 sigma(...).
         norm_outside: the norm is sqrt(mean square) + eps, not sqrt(mean square + eps).
         norm_eps: that eps where ``--mhc-norm-eps`` is left out; norm_eps_fixed: no other is theirs.
         narrow: parameters, norm, maps and Sinkhorn in the dtype of the streams, not in fp32.
@@ -31,12 +31,14 @@ class Numerics:
         merge: how streams become one; None: any way.
         merge_eps: added to the gates of a learned merge; ``model``: the eps of the model's norms,
             which is in the norm of the merge too.
+        manifold: what their H_res is kept on.
         source: whose code this is.
     """
 
     sinkhorn: str = 'exact'
     eps: float = 0.0
     pre_eps: float = 0.0
+    post_eps: float = 0.0
     norm_outside: bool = False
     norm_eps: float = NORM_EPS
     norm_eps_fixed: bool = False
@@ -45,6 +47,7 @@ class Numerics:
     mix_rounds: bool = False
     merge: str | None = None
     merge_eps: float | str = 0.0
+    manifold: str = 'sinkhorn'
     source: str = ''
 
 
@@ -88,6 +91,15 @@ NUMERICS = {
         mix_rounds=True,
         merge='mean',
         source='glm5_next of transformers 5.24',
+    ),
+    'hy4': Numerics(
+        pre_eps=1e-6,
+        post_eps=1e-6,
+        norm_eps=1e-5,
+        merge='learned',
+        merge_eps=1e-6,
+        manifold='identity',
+        source='hy_v4 of transformers 5.24',
     ),
 }
 

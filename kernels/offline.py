@@ -17,15 +17,17 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from megatron_mhc.kernels.defaults import DIVISOR
 from megatron_mhc.kernels.roofline.gpus import Gpu
@@ -48,7 +50,10 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Job:
-    """A launch as the compiler sees it, in plain values that another process can be sent."""
+    """A launch as the compiler sees it, in plain values that another process can be sent.
+
+    ``load`` gives the module of that name; it is a function at the top of another one.
+    """
 
     module: str
     kernel: str
@@ -58,6 +63,7 @@ class Job:
     options: dict[str, int]
     arch: int
     gpu: Gpu | None = None
+    load: Callable[[str], ModuleType] = importlib.import_module
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def compile_launches(
     pairs: Iterable[tuple[Launch, int]],
     workers: int | None = None,
     gpus: Mapping[int, Gpu] | None = None,
+    load: Callable[[str], ModuleType] = importlib.import_module,
 ) -> Iterator[Resources | RuntimeError]:
     """Compile launches in parallel processes and read what they take.
 
@@ -117,13 +124,14 @@ def compile_launches(
         pairs: launch and compute capability, 90 for sm_90.
         workers: processes; one for each CPU that this process may use when None.
         gpus: compute capability -> the GPU for which its kernels get a ``profile``; none when None.
+        load: how a process gets the module of a kernel by its name; see ``Job``.
 
     Yields:
         In the order of ``pairs``, resources or the error that took their place.
     """
     require_compiler()
     gpus = gpus or {}
-    jobs = [_job(launch, arch, gpus.get(arch)) for launch, arch in pairs]
+    jobs = [_job(launch, arch, gpus.get(arch), load) for launch, arch in pairs]
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
         yield from map(_attempt, jobs)
@@ -153,7 +161,12 @@ def specialization(value: torch.Tensor | float | None) -> tuple[str, bool]:
     return 'i32' if -(2**31) <= value < 2**31 else 'i64', value % DIVISOR == 0
 
 
-def _job(launch: Launch, arch: int, gpu: Gpu | None = None) -> Job:
+def _job(
+    launch: Launch,
+    arch: int,
+    gpu: Gpu | None = None,
+    load: Callable[[str], ModuleType] = importlib.import_module,
+) -> Job:
     run_time = arguments(launch)
     signature: dict[str, str] = {}
     constants: dict[tuple[int], object] = {}
@@ -168,7 +181,7 @@ def _job(launch: Launch, arch: int, gpu: Gpu | None = None) -> Job:
             attributes[(index,)] = ALIGNED
     fn = launch.kernel.fn
     known = (signature, constants, attributes, launch.options)
-    return Job(fn.__module__, fn.__name__, *known, arch, gpu)
+    return Job(fn.__module__, fn.__name__, *known, arch, gpu, load)
 
 
 def _attempt(job: Job) -> Resources | RuntimeError:
@@ -179,7 +192,10 @@ def _attempt(job: Job) -> Resources | RuntimeError:
 
 
 def _compile(job: Job) -> Resources:
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    kernel = getattr(job.load(job.module), job.kernel)
+    while not isinstance(kernel, JITFunction):
+        # What tunes it, or chooses its constants: the job has one choice.
+        kernel = kernel.fn
     source = ASTSource(kernel, job.signature, job.constants, job.attributes)
     target = GPUTarget('cuda', job.arch, WARP)
     try:

@@ -10,7 +10,7 @@ import sys
 from megatron_mhc.compat import describe_core, require_supported_core
 from megatron_mhc.inputs.refusal import announce
 from megatron_mhc.settings.flags_residual import parsed_arguments
-from megatron_mhc.settings.names import DEVICES, V_SCHEDULES
+from megatron_mhc.settings.names import DEVICES, TWO_CHUNK_SCHEDULES
 
 # Class -> its module, below ``megatron.core.models``; 0.17 has the last one alone of hybrid models.
 MODELS = {
@@ -78,7 +78,7 @@ def asks_for_a_v(argv: list[str]) -> bool:
     flag = '--pipeline-schedule'
     values = [value for name, value in itertools.pairwise(argv) if name == flag]
     values += [token.partition('=')[2] for token in argv if token.startswith(f'{flag}=')]
-    return any(value in V_SCHEDULES for value in values)
+    return any(value in TWO_CHUNK_SCHEDULES for value in values)
 
 
 def _require_one_node() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_mhc.checkpoints.check import check_checkpoints, found_checkpoints
 from megatron_mhc.compat import require_one_tree
 from megatron_mhc.engram.resume import check_memory
-from megatron_mhc.inputs.refusal import refuse, with_remedy
+from megatron_mhc.inputs.refusal import is_first_of_node, refuse, with_remedy
 from megatron_mhc.optim.lr_steps import takes_steps
 from megatron_mhc.patches.engine import Patch, apply, on_every_release
 from megatron_mhc.patches.hybrid_mixers import check_mixers
@@ -97,7 +97,8 @@ def accept(
     if residual.enabled or namespace.pipeline_schedule in PLANNED_SCHEDULES:
         check_hybrid_pattern(namespace)
     check_mixers(namespace)
-    checkpoints = found_checkpoints(namespace)
+    # One reader a node: what it refuses ends the others there too.
+    checkpoints = found_checkpoints(namespace) if is_first_of_node() else []
     check_checkpoints(namespace, residual, checkpoints)
     announce_kernels(namespace, residual)
     engram = resolve_engram(namespace)
@@ -110,10 +111,10 @@ def accept(
     check_embedding_copies(namespace, patched=ours)
     if residual.enabled:
         apply(RESIDUAL_PATCHES + TRAINING_PATCHES)
-        if namespace.overlap_moe_expert_parallel_comm:
-            apply(COMBINED_PASSES_PATCHES)
     if engram is not None:
         apply(ENGRAM_PATCHES + TRAINING_PATCHES)
+    if (residual.enabled or engram is not None) and namespace.overlap_moe_expert_parallel_comm:
+        apply(COMBINED_PASSES_PATCHES)
     if pipeline is not None:
         apply(schedule_patches(pipeline) + SCHEDULE_TRAINING_PATCHES)
     if takes_steps(namespace):

@@ -1,4 +1,4 @@
-"""Patch: ``--overlap-moe-expert-parallel-comm`` for layers with n streams.
+"""Patch: ``--overlap-moe-expert-parallel-comm`` for layers with n streams or a memory.
 
 Megatron's stock schedules then run the forward of one microbatch and the backward of another as one
 combined pass, which takes layers to pieces and adds the residual by hand. Here both are Megatron's
@@ -107,7 +107,8 @@ def require_lanes(config: Any) -> None:
     if combines(config) and COMBINED_PASSES_PATCHES[0].id not in applied():
         raise RuntimeError(
             'overlap_moe_expert_parallel_comm: the patches that combine passes of layers with n '
-            'streams are not in place; apply COMBINED_PASSES_PATCHES, or set it on the command line'
+            'streams or a memory are not in place; apply COMBINED_PASSES_PATCHES, or set it on the '
+            'command line'
         )
 
 

@@ -15,19 +15,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mhc.pipeline.edges import default_timeout, describe_edge
-from megatron_mhc.settings.residual import ResidualConfig
+from megatron_mhc.settings.model_config import RESIDUAL
 
 _BUILDS = itertools.count()
 
 
-def agree_on_edges(
-    config: Any, residual: ResidualConfig, timeout: datetime.timedelta | None = None
-) -> None:
+def agree_on_edges(config: Any, timeout: datetime.timedelta | None = None) -> None:
     """Compare this rank's edge with those of its pipeline neighbours.
 
     Args:
         config: the model's config.
-        residual: its settings.
         timeout: how long to wait for a neighbour to build its model; default
             ``--distributed-timeout-minutes`` (10 minutes).
 
@@ -39,7 +36,9 @@ def agree_on_edges(
     # Each rank builds the same number of models (teachers, for one) in the same order.
     build = next(_BUILDS)
     store = dist.distributed_c10d._get_default_store()
-    edge = f'{residual.residual_type}, {describe_edge(config, residual)}'
+    residual = RESIDUAL.peek(config)
+    kind = 'standard' if residual is None else residual.residual_type
+    edge = f'{kind}, {describe_edge(config)}'
     rank = dist.get_rank()
     store.set(_key(build, rank), edge)
     timeout = timeout or default_timeout()
@@ -51,8 +50,9 @@ def agree_on_edges(
             store.wait([_key(build, neighbour)], timeout)
         except RuntimeError as error:
             raise RuntimeError(
-                f'pipeline rank {neighbour} announced no n-stream edge within {timeout}: it runs '
-                'without --residual-type or died; start every rank with the same command'
+                f'pipeline rank {neighbour} announced no edge within {timeout}: it runs '
+                'without --residual-type and --engram-layers, or died; start every rank with the '
+                'same command'
             ) from error
         theirs = store.get(_key(build, neighbour)).decode()
         if theirs != edge:

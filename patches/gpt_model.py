@@ -20,13 +20,16 @@ from megatron_mhc.patches.combined_passes import require_lanes
 from megatron_mhc.patches.edge_check import agree_on_edges
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.patches.p2p import check_ring_of_two, negotiate_shapes_if_needed
+from megatron_mhc.pipeline.edges import is_stock
 from megatron_mhc.pipeline.embedding_copies import check_embedding_group, one_rank_holds_all
 from megatron_mhc.pipeline.initial_weights import drawn_as_on_a_line
+from megatron_mhc.pipeline.mirrored_copies import drawn_as_copies, mark_copy
 from megatron_mhc.pipeline.tied_embedding import drop_unused_output_weight, tie
 from megatron_mhc.residual.block import widen_block
 from megatron_mhc.residual.post_stream import use_post_stream
 from megatron_mhc.residual.spec import with_residual
-from megatron_mhc.schedules.inverted_v import stage_of
+from megatron_mhc.schedules import mirrored
+from megatron_mhc.schedules.inverted_v import CHUNKS, stage_of
 from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.flags_engram import engram_of
 from megatron_mhc.settings.flags_pipeline import check_recompute_stream, pipeline_config_from_args
@@ -70,16 +73,16 @@ def prepare_pipeline(config: Any, pipeline: PipelineConfig, arguments: dict[str,
     Args:
         config: the model's; ``check_planned`` refuses what it cannot have.
         pipeline: the schedule.
-        arguments: what the model is called with. On a V ``pre_process`` is set: builders may have
-            asked for the first stage by another name than the patched ones.
+        arguments: what the model is called with. Of two chunks ``pre_process`` and ``post_process``
+            are set: builders may have asked for the ends by other names than the patched ones.
     """
     vp_stage = arguments.get('vp_stage')
-    if pipeline.on_v and vp_stage is None:
+    if pipeline.two_chunks and vp_stage is None:
         raise ValueError(
             f'--pipeline-schedule {pipeline.schedule}: the model was built without vp_stage, so '
             'which of its two chunks this is cannot be told; the model provider must pass it on'
         )
-    if not pipeline.on_v and vp_stage is not None:
+    if not pipeline.two_chunks and vp_stage is not None:
         raise ValueError(
             f'--pipeline-schedule {pipeline.schedule}: the model was built with virtual stages, '
             'and this schedule has one chunk a rank; build it without, or use zb-v'
@@ -92,17 +95,22 @@ def prepare_pipeline(config: Any, pipeline: PipelineConfig, arguments: dict[str,
     config.delay_wgrad_compute = is_te_min_version('2.3.0')
     if vp_stage is not None:
         ranks = config.pipeline_model_parallel_size
-        stage = stage_of(parallel_state.get_pipeline_model_parallel_rank(), vp_stage, ranks)
-        arguments['pre_process'] = stage == 0
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        if pipeline.mirrored:
+            stage, last = mirrored.stage_of(rank, vp_stage, ranks), ranks - 1
+        else:
+            stage, last = stage_of(rank, vp_stage, ranks), CHUNKS * ranks - 1
+        arguments |= {'pre_process': stage == 0, 'post_process': stage == last}
 
 
 def drawn_as_planned(
     pipeline: PipelineConfig | None, vp_stage: int | None
 ) -> contextlib.AbstractContextManager[None]:
-    """Where a chunk is built: with the random numbers of 1F1B, also on a V."""
-    if pipeline is None or not pipeline.on_v or vp_stage is None:
+    """Where a chunk is built: with the random numbers of 1F1B, whichever rank it is on."""
+    if pipeline is None or not pipeline.two_chunks or vp_stage is None:
         return contextlib.nullcontext()
-    return drawn_as_on_a_line(parallel_state.get_pipeline_model_parallel_group(), vp_stage)
+    drawn = drawn_as_copies if pipeline.mirrored else drawn_as_on_a_line
+    return drawn(parallel_state.get_pipeline_model_parallel_group(), vp_stage)
 
 
 def prepare_embeddings(
@@ -116,6 +124,9 @@ def prepare_embeddings(
         pipeline: settings of a schedule that is run from a plan.
     """
     tied = arguments.get('share_embeddings_and_output_weights', False)
+    if pipeline is not None and pipeline.mirrored:
+        # Each end has both stages that hold one, of different copies.
+        return bool(tied)
     layout = getattr(config, 'pipeline_model_parallel_layout', None)
     on_v = pipeline is not None and pipeline.on_v
     together = one_rank_holds_all(layout, tied, inverted_v=on_v)
@@ -153,14 +164,15 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             )
             # The communicator and the optimizer read it from the config they share with the model.
             RESIDUAL.attach(config, residual)
+        engram = engram_of(config)
+        if engram is not None:
+            prepare_engram(config, engram)
+        if not is_stock(config):
             negotiate_shapes_if_needed(config)
             require_lanes(config)
             # Ahead of every chunk: tied embeddings are reduced across stages while they are built.
             if not bound.arguments.get('vp_stage'):
-                agree_on_edges(config, residual)
-        engram = engram_of(config)
-        if engram is not None:
-            prepare_engram(config, engram)
+                agree_on_edges(config)
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:
@@ -173,6 +185,9 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         add_topology(self, residual, engram)
         if together:
             tie(self)
+        if pipeline is not None and pipeline.mirrored:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            mark_copy(self, group, bound.arguments['vp_stage'])
         move_post_stream(self)
 
     return __init__
@@ -184,5 +199,5 @@ GPT_MODEL_PATCH = Patch(
     wrap=_wrap,
     reason='every layer spec of every script and release passes through it',
     fingerprints=on_every_release('97819a84') | {'0.20': '1a1e5d5b'},
-    reads=('config', 'transformer_layer_spec', 'pre_process', 'vp_stage'),
+    reads=('config', 'transformer_layer_spec', 'pre_process', 'post_process', 'vp_stage'),
 )

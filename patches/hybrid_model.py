@@ -26,6 +26,7 @@ from megatron_mhc.patches.gpt_model import (
     residual_of,
 )
 from megatron_mhc.patches.inverted_v import PATTERN_PATCHES
+from megatron_mhc.pipeline.edges import is_stock
 from megatron_mhc.pipeline.tied_embedding import tie
 from megatron_mhc.residual.spec import with_residual
 from megatron_mhc.settings.flags_engram import engram_of
@@ -65,12 +66,13 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             bound.arguments[spec_name] = with_residual(bound.arguments[spec_name], residual)
             # The communicator and the optimizer read it from the config they share with the model.
             RESIDUAL.attach(config, residual)
-            require_lanes(config)
-            if not vp_stage:
-                agree_on_edges(config, residual)
         engram = engram_of(config)
         if engram is not None:
             prepare_engram(config, engram, main_pattern(bound.arguments.get))
+        if not is_stock(config):
+            require_lanes(config)
+            if not vp_stage:
+                agree_on_edges(config)
         pipeline = pipeline_of(config)
         check_recompute_stream(residual.recompute_stream, pipeline)
         if pipeline is not None:

@@ -146,6 +146,19 @@ _PATTERN_PATCHES = tuple(
     )
 )
 PATTERN_PATCHES = frozenset(patch.id for patch in _PATTERN_PATCHES)
+EMBEDDING_RANKS_PATCH = Patch(
+    id='v-embedding-ranks',
+    target='megatron.core.parallel_state:initialize_model_parallel',
+    wrap=_both_ends_on_the_last_rank,
+    reason='the embedding groups are made of the ranks that hold an end of the model',
+    fingerprints={
+        '0.17': '2f6507d0',
+        '0.18': '75e84cde',
+        '0.19': '7e62d451',
+        '0.20': '7e62d451',
+    },
+    reads=('get_embedding_ranks', 'get_position_embedding_ranks'),
+)
 INVERTED_V_PATCHES = (
     *BATCH_PATCHES,
     Patch(
@@ -181,17 +194,5 @@ INVERTED_V_PATCHES = (
         reads=('layout', 'pipeline_model_parallel_size'),
     ),
     *_PATTERN_PATCHES,
-    Patch(
-        id='v-embedding-ranks',
-        target='megatron.core.parallel_state:initialize_model_parallel',
-        wrap=_both_ends_on_the_last_rank,
-        reason='the embedding groups are made of the ranks that hold an end of the model',
-        fingerprints={
-            '0.17': '2f6507d0',
-            '0.18': '75e84cde',
-            '0.19': '7e62d451',
-            '0.20': '7e62d451',
-        },
-        reads=('get_embedding_ranks', 'get_position_embedding_ranks'),
-    ),
+    EMBEDDING_RANKS_PATCH,
 )

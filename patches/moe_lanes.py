@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_mhc.patches.engine import Patch, on_every_release
 from megatron_mhc.schedules.executor_lanes import in_lanes, yield_lane, yield_point
 from megatron_mhc.schedules.executor_streams import launch, side_stream
-from megatron_mhc.settings.model_config import PIPELINE, RESIDUAL
+from megatron_mhc.settings.model_config import ENGRAM, PIPELINE, RESIDUAL
 from megatron_mhc.settings.names import FUSED_SCHEDULES
 
 _MOVED: ContextVar[bool] = ContextVar('megatron_mhc_moe_moved', default=False)
@@ -60,7 +60,8 @@ def combines(config: Any) -> bool:
     """Whether stock schedules are to combine passes of layers that are not Megatron's own."""
     residual = RESIDUAL.peek(config)
     asked = getattr(config, 'overlap_moe_expert_parallel_comm', False)
-    return residual is not None and residual.enabled and bool(asked)
+    own = ENGRAM.peek(config) is not None or (residual is not None and residual.enabled)
+    return own and bool(asked)
 
 
 def _with_memory_of_its_own(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,14 +13,17 @@ from typing import Any
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_mhc.patches.engine import Patch, on_every_release
-from megatron_mhc.pipeline.edges import describe_edge, edge_width, shapes_are_negotiated
-from megatron_mhc.settings.model_config import RESIDUAL
+from megatron_mhc.pipeline.edges import (
+    describe_edge,
+    edge_width,
+    is_stock,
+    shapes_are_negotiated,
+)
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def _communicate(self, *, tensor_shape, **kwargs):
-        residual = RESIDUAL.peek(self.config)
-        if residual is None or not residual.enabled or shapes_are_negotiated(self.config):
+        if is_stock(self.config) or shapes_are_negotiated(self.config):
             return original(self, tensor_shape=tensor_shape, **kwargs)
         width = edge_width(self.config)
         for name in ('tensor_send_next', 'tensor_send_prev'):
@@ -28,7 +31,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             if tensor is not None and tensor.shape[-1] != width:
                 raise RuntimeError(
                     f'pipeline edge: {name} has shape {list(tensor.shape)}, but the edge carries '
-                    f'{describe_edge(self.config, residual)}; a module between the stages changed '
+                    f'{describe_edge(self.config)}; a module between the stages changed '
                     'the width of the hidden states'
                 )
         if tensor_shape is not None and len(tensor_shape) == 3:

@@ -12,6 +12,7 @@ from megatron_mhc.patches.gpt_model import GPT_MODEL_PATCH
 from megatron_mhc.patches.hybrid_model import HYBRID_MODEL_PATCHES
 from megatron_mhc.patches.inverted_v import INVERTED_V_PATCHES
 from megatron_mhc.patches.lr_steps import LR_STEPS_PATCH
+from megatron_mhc.patches.mirrored import MIRRORED_PATCHES
 from megatron_mhc.patches.moe_lanes import MOE_LANE_PATCHES
 from megatron_mhc.patches.monitor import MONITOR_PATCHES
 from megatron_mhc.patches.p2p import P2P_PATCH
@@ -30,7 +31,7 @@ RESIDUAL_PATCHES = (
     *PARAM_GROUPS_PATCHES,
     *FLOAT_PARAMETER_PATCHES,
 )
-ENGRAM_PATCHES = (*MODEL_PATCHES, *PARAM_GROUPS_PATCHES)
+ENGRAM_PATCHES = (*MODEL_PATCHES, P2P_PATCH, *PARAM_GROUPS_PATCHES)
 # Megatron's training loop, which a caller of megatron.core alone does not load.
 TRAINING_PATCHES = (FLOPS_PATCH, RUN_START_PATCH)
 SCHEDULE_PATCHES = (
@@ -40,6 +41,12 @@ SCHEDULE_PATCHES = (
     *MOE_LANE_PATCHES,
 )
 LINE_PATCHES = (*MODEL_PATCHES, *PIPELINE_SCHEDULE_PATCHES)
+COPIES_PATCHES = (
+    *MODEL_PATCHES,
+    *MIRRORED_PATCHES,
+    *PIPELINE_SCHEDULE_PATCHES,
+    *MOE_LANE_PATCHES,
+)
 # Beside them where Megatron's training loop runs.
 SCHEDULE_TRAINING_PATCHES = (RUN_START_PATCH, SAVE_CHECKPOINT_PATCH, SKIPPED_ITERATIONS_PATCH)
 _ORDERED = (
@@ -48,6 +55,7 @@ _ORDERED = (
     *RESIDUAL_PATCHES,
     *TRAINING_PATCHES,
     *SCHEDULE_PATCHES,
+    *MIRRORED_PATCHES,
     *SCHEDULE_TRAINING_PATCHES,
     *COMBINED_PASSES_PATCHES,
     *MONITOR_PATCHES,
@@ -58,4 +66,6 @@ ALL_PATCHES = tuple({patch.id: patch for patch in _ORDERED}.values())
 
 def schedule_patches(pipeline: PipelineConfig) -> tuple[Patch, ...]:
     """Those of a schedule that is run from a plan."""
+    if pipeline.mirrored:
+        return COPIES_PATCHES
     return SCHEDULE_PATCHES if pipeline.on_v else LINE_PATCHES

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from megatron_mhc.schedules.generate_bounded import bound_obstacle, v_bound, v_half, v_min
 from megatron_mhc.schedules.generate_dualpipe import dualpipe
 from megatron_mhc.schedules.generate_interleaved import interleaved
-from megatron_mhc.schedules.generate_line import Placement, forward_only, gpipe, one_f_one_b, zb_h1
+from megatron_mhc.schedules.generate_line import (
+    Placement,
+    forward_only,
+    gpipe,
+    one_f_one_b,
+    one_f_one_b_overlap,
+    zb_h1,
+)
 from megatron_mhc.schedules.generate_v import dualpipev, dualpipev_w, zb_v
 from megatron_mhc.schedules.plan import Op, Plan
 
@@ -103,6 +110,13 @@ _ALL = (
         lambda rank, pp, m, _: one_f_one_b(rank, pp, m),
         _any,
         'arXiv 2104.04473',
+    ),
+    Schedule(
+        '1f1b-overlap',
+        '1F1B whose gradients leave ahead of its weight gradients, which hide the hops',
+        lambda rank, pp, m, _: one_f_one_b_overlap(rank, pp, m),
+        _any,
+        'this package',
     ),
     Schedule(
         'interleaved',

@@ -1,4 +1,4 @@
-"""Schedules on a line, one stage a rank: GPipe, 1F1B, ZB-H1, and evaluation on any placement."""
+"""Schedules on a line, one stage a rank: GPipe, 1F1B and its kin, evaluation on any placement."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ def one_f_one_b(rank: int, pp: int, microbatches: int) -> tuple[Op, ...]:
     for mb in range(microbatches - warmup):
         ops += [Op(Kind.F, rank, warmup + mb), Op(Kind.B, rank, mb)]
     return (*ops, *(Op(Kind.B, rank, mb) for mb in range(microbatches - warmup, microbatches)))
+
+
+def one_f_one_b_overlap(rank: int, pp: int, microbatches: int) -> tuple[Op, ...]:
+    """1F1B whose gradients leave ahead of the weight gradients, which the hops then lie behind.
+
+    Of two neighbours each waits for what the other makes between two of its weight gradients: 1F1B
+    waits for the hops there and back, in every microbatch. This one does not while two hops are no
+    longer than one W. Every rank holds the activations that it does under 1F1B.
+    """
+    ops: list[Op] = []
+    for op in one_f_one_b(rank, pp, microbatches):
+        split = (Kind.I, Kind.W) if op.kind is Kind.B else (op.kind,)
+        ops += [op._replace(kind=kind) for kind in split]
+    return tuple(ops)
 
 
 def zb_h1(rank: int, pp: int, microbatches: int) -> tuple[Op, ...]:

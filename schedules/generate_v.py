@@ -44,8 +44,11 @@ class Rank:
 
     def weight(self, chunk: int | None = None) -> None:
         """The weight gradient that has waited longest, of one chunk or of both."""
-        stage = None if chunk is None else self._chunks[chunk][0]
-        op = next(op for op in self._weights if stage in (None, op.stage))
+        if chunk is None:
+            self.ops.append(self._weights.popleft())
+            return
+        stage = self._chunks[chunk][0]
+        op = next(op for op in self._weights if op.stage == stage)
         self._weights.remove(op)
         self.ops.append(op)
 

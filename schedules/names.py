@@ -3,6 +3,7 @@
 SCHEDULE_NAMES = (
     'gpipe',
     '1f1b',
+    '1f1b-overlap',
     'interleaved',
     'zb-h1',
     'zb-v',

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -22,6 +24,7 @@ SHOWN = re.compile(
     r'|success\w+ loaded checkpoint.*|\[megatron.mhc\].*'
 )
 GRACE = 120  # seconds for the iteration, the evaluation and the checkpoint under way at a stop
+MARK = 'SUPERVISED_RUN'  # variable by which what a dead rank has left behind is still found
 
 
 def follow_parent_to_death():
@@ -37,9 +40,10 @@ class Ranks:
 
     def __init__(self, command: list[str], env: dict[str, str]):
         self.stopped_at = None
+        self._mark = uuid.uuid4().hex
         self._process = subprocess.Popen(
             command,
-            env=env,
+            env=env | {MARK: self._mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -48,6 +52,7 @@ class Ranks:
             preexec_fn=follow_parent_to_death(),
         )
         self.lines = self._process.stdout
+        threading.Thread(target=self._end_with_torchrun, daemon=True).start()
 
     def stop(self, *_signal) -> None:
         """Ask each rank to save and leave; a second call, or one after ``GRACE``, ends them all.
@@ -71,11 +76,27 @@ class Ranks:
         """End torchrun and everything below it; no rank outlives this call."""
         family = self._children(recursive=True)
         self._process.kill()
-        for process in family:
+        for process in (*family, *self._marked()):
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
+
+    def _end_with_torchrun(self) -> None:
+        """A helper of a rank that was killed lives on, and would keep our end of the pipe open."""
+        self._process.wait()
+        self.kill()
+
+    def _marked(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self._mark:
+                    found.append(process)
+            except psutil.Error:
+                # Another user's, or gone.
+                continue
+        return found
 
     def wait(self) -> int:
         try:
@@ -90,20 +111,52 @@ class Ranks:
             return []
 
 
-def run(command: list[str], env: dict[str, str], log: Path, label: str) -> None:
+class Watch(threading.Thread):
+    """Ends ``ranks`` when they have said nothing for ``silence`` seconds; None waits for ever."""
+
+    def __init__(self, ranks: Ranks, silence: float | None):
+        super().__init__(daemon=True)
+        self.hung = False
+        self._ranks, self._silence = ranks, silence
+        self._last, self._ended = time.monotonic(), threading.Event()
+        if silence is not None:
+            self.start()
+
+    def heard(self) -> None:
+        self._last = time.monotonic()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def run(self) -> None:
+        while not self._ended.wait(1):
+            if time.monotonic() - self._last > self._silence:
+                self.hung = True
+                return self._ranks.kill()
+
+
+def run(
+    command: list[str], env: dict[str, str], log: Path, label: str, silence: float | None = None
+) -> None:
     """Run ``command`` to its end, showing Megatron's own lines.
+
+    Args:
+        silence: seconds without a line after which all ranks are ended, since they hang.
 
     Raises:
         KeyboardInterrupt: stopped by a signal, after the ranks have left.
+        TimeoutError: nothing was said for ``silence`` seconds.
         RuntimeError: a rank failed; the message holds the end of the log.
     """
     ranks = Ranks(command, env)
+    watch = Watch(ranks, silence)
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     last, launcher_speaks = collections.deque(maxlen=30), False
     previous = {number: signal.signal(number, ranks.stop) for number in signals}
     try:
         with log.open('a') as file, tqdm(desc=label, unit='it', disable=None) as bar:
             for line in ranks.lines:
+                watch.heard()
                 file.write(line)
                 file.flush()
                 show(line, bar)
@@ -113,11 +166,14 @@ def run(command: list[str], env: dict[str, str], log: Path, label: str) -> None:
                     last.append(line)
         status = ranks.wait()
     finally:
+        watch.end()
         ranks.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
     if ranks.stopped_at is not None:
         raise KeyboardInterrupt
+    if watch.hung:
+        raise TimeoutError(f'nothing was said for {silence:g} s; all output: {log}')
     if status:
         raise RuntimeError(
             f'{"".join(last)}\ntraining failed (exit status {status}); all output: {log}'

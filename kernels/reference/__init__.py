@@ -6,6 +6,7 @@ The streams of a token are one vector of n*C values, stream index outer.
 """
 
 from megatron_mhc.kernels.reference.conventions import (
+    gates_as,
     mapping_as,
     merge_gates_as,
     post_res_as,
@@ -17,6 +18,7 @@ from megatron_mhc.kernels.reference.sinkhorn import sinkhorn_ref
 from megatron_mhc.kernels.reference.streams import post_res_ref, pre_ref
 
 __all__ = [
+    'gates_as',
     'mapping_as',
     'mapping_ref',
     'merge_gates_as',

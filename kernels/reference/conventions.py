@@ -94,7 +94,7 @@ def mapping_as(
         logits = r * h * _each(factors, sizes) + b
         pre, post, res = logits.split(sizes, dim=-1)
         res = _sinkhorn(res.unflatten(-1, (n, n)).to(dtype), sinkhorn_iterations, rules)
-        pre, post = torch.sigmoid(pre) + rules.pre_eps, 2 * torch.sigmoid(post)
+        pre, post = gates_as(pre, post, numerics)
         return tuple(at_least_fp32(m.to(dtype)) for m in (pre, post, res))
 
     with without_autocast(x.device):
@@ -103,12 +103,21 @@ def mapping_as(
         else:
             logits = scaled_projection_ref(x, weight, bias, _each(alpha, sizes), norm_eps)
             pre, post, res = logits.split(sizes, dim=-1)
-            pre, post = torch.sigmoid(pre) + rules.pre_eps, 2 * torch.sigmoid(post)
+            pre, post = gates_as(pre, post, numerics)
             res = sinkhorn_as(res.unflatten(-1, (n, n)), sinkhorn_iterations, numerics)
         maps = {'pre': pre, 'post': post, 'res': res}
         for name in rules.rounded:
             maps[name] = maps[name].to(x.dtype).to(maps[name].dtype)
     return maps['pre'], maps['post'], maps['res']
+
+
+def gates_as(pre: Tensor, post: Tensor, numerics: str = PAPER) -> tuple[Tensor, Tensor]:
+    """H_pre and H_post of their logits ``[..., n]``, under the conventions ``numerics``."""
+    rules = NUMERICS[numerics]
+    h_pre, h_post = torch.sigmoid(pre), 2 * torch.sigmoid(post)
+    if rules.pre_eps:
+        h_pre = h_pre + rules.pre_eps
+    return h_pre, h_post + rules.post_eps if rules.post_eps else h_post
 
 
 def _each(factors: Tensor, sizes: list[int]) -> Tensor:

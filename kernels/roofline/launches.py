@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_mhc.kernels.roofline.gpus import Gpu
 from megatron_mhc.kernels.roofline.names import RECORDED
-from megatron_mhc.kernels.roofline.predict import Prediction, predict
+from megatron_mhc.kernels.roofline.predict import Prediction, Work, predict
+from megatron_mhc.kernels.roofline.profile import Section
 from megatron_mhc.kernels.roofline.work import work_of
 from megatron_mhc.kernels.traffic import our_forms
 from megatron_mhc.kernels.verdict import Problem, label, resident_warps
@@ -36,8 +37,13 @@ class Shape:
     dtype: str
 
 
-def predict_launch(launch: Launch, found: Resources, gpu: Gpu) -> Prediction:
-    """The prediction for a compiled launch.
+def predict_launch(
+    launch: Launch,
+    found: Resources,
+    gpu: Gpu,
+    describe: Callable[[Launch, Sequence[Section], int], Work] = work_of,
+) -> Prediction:
+    """The prediction for a compiled launch, whose ``Work`` is as ``describe`` says.
 
     Raises:
         ValueError: its loops are not those that the model knows, no block fits on an SM, or it was
@@ -48,7 +54,7 @@ def predict_launch(launch: Launch, found: Resources, gpu: Gpu) -> Prediction:
     if not blocks or found.profile is None:
         why = 'was not profiled' if blocks else f'does not fit on an SM of {gpu.title}'
         raise ValueError(f'{label(launch)} {why}')
-    return predict(found.profile, work_of(launch, found.profile, blocks), gpu)
+    return predict(found.profile, describe(launch, found.profile, blocks), gpu)
 
 
 def recorded_percent(
@@ -108,6 +114,7 @@ def sublayer(
     bytes_us = 1e6 * moved / gpu.copy
     return {
         'num_streams': n,
+        'launches': len(SUBLAYER),
         'vectors': traffic.elements,
         'megabytes': moved / 1e6,
         'bytes_us': bytes_us,

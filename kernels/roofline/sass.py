@@ -19,6 +19,9 @@ TARGET = re.compile(r'`\((\.L_x_\d+)\)')
 WIDTHS = {'U8': 8, 'S8': 8, 'U16': 16, 'S16': 16, '64': 64, '128': 128, '256': 256}
 REGISTER_BITS = 32
 LANES = 32
+# A loop of at most so many instructions, with a barrier and none of these, only waits.
+LONGEST_WAIT = 8
+WORK = frozenset('LDG LDGSTS LDS STG STS FFMA FADD FMUL HMMA HGMMA UTMALDG'.split())
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Code:
 def parse(text: str) -> Code:
     """The code in ``nvdisasm -c`` of a file with one kernel.
 
-    A branch to itself, which pads the end, is no loop; of branches to one place the last counts.
+    A branch to itself, which pads the end, is no loop, nor is a wait for a barrier that asks again
+    until it is there; of branches to one place the last counts.
 
     Raises:
         RuntimeError: no instruction is found, so the text has another form than is known.
@@ -99,9 +103,18 @@ def parse(text: str) -> Code:
             'nvdisasm printed no instruction that is understood; take that of Triton'
         )
     ends: dict[int, int] = {}
+    waited = False
     for at, instruction in enumerate(instructions):
         target = TARGET.search(instruction.operands) if instruction.head == 'BRA' else None
         first = labels.get(target[1], at) if target else at
-        if first < at:
+        # Waits stand behind the code, and go back to it.
+        back, waited = waited, first < at and _waits(instructions[first:at])
+        if first < at and not (waited or back):
             ends[first] = at
     return Code(tuple(instructions), tuple(Loop(*ends) for ends in sorted(ends.items())))
+
+
+def _waits(body: list[Instruction]) -> bool:
+    """Whether a loop does nothing but ask for a barrier, as behind the copies of TMA."""
+    heads = {instruction.head for instruction in body}
+    return 'SYNCS' in heads and len(body) <= LONGEST_WAIT and not heads & WORK

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_mhc.inputs.values import flag_of
-from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.names import TWO_CHUNK_SCHEDULES
 
 # Arguments that say which layers a rank has.
 PLACES = (
@@ -73,7 +73,7 @@ def check_chunks(args: argparse.Namespace, found: Any) -> None:
             'iteration with --ckpt-step'
         )
     schedule = getattr(args, 'pipeline_schedule', None)
-    if schedule in V_SCHEDULES:
+    if schedule in TWO_CHUNK_SCHEDULES:
         raise ValueError(
             f'--pipeline-schedule {schedule}: {where} is of the format torch on disk, which '
             'numbers the chunks of its own pipeline, so that a V would start with fresh or '

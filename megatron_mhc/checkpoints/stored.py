@@ -27,7 +27,7 @@ class Stored:
 
     Args:
         sizes: look at the length of every file, too, and not only that it is there: a file system
-            that thousands of ranks share is asked for the lengths once, by the first.
+            that thousands of nodes share is asked for the lengths once, by the first rank.
 
     Attributes:
         entries: name -> torch's ``TensorStorageMetadata`` or ``BytesStorageMetadata``.

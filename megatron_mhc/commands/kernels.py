@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_mhc.inputs.options import STREAMS, WithDefaults, add_option
 from megatron_mhc.inputs.values import MOST_TOKENS, MOST_WIDTH, input_file, integer
 from megatron_mhc.kernels.defaults import ACCURACY_SIZES, ARCHITECTURES, DTYPES, KERNEL_STREAMS
+from megatron_mhc.kernels.peers import names as peer_names
 from megatron_mhc.kernels.roofline.names import NAMES, RECORDED, known
 
 TYPE_CHECKING = False
@@ -53,6 +54,13 @@ def _add_report(topics: Any) -> None:
     add('--record', type=_record, default=str(RECORD), help='what each Triton version made')
     add('--roofline', action='store_true', help='print times on a GPU: predicted, not measured')
     add('--gpu', type=_gpu, help=f'of --roofline: {", ".join(NAMES)} (default: {RECORDED})')
+    add(
+        '--peers',
+        nargs='+',
+        type=_peer,
+        metavar='PEER',
+        help=f'of --roofline: predict these too, all or of {", ".join(peer_names.PEERS)}',
+    )
     add('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(answer='megatron_mhc.commands.kernels_report')
 
@@ -98,6 +106,13 @@ def _dtype(text: str) -> str:
 def _gpu(text: str) -> str:
     try:
         return known(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _peer(text: str) -> str:
+    try:
+        return peer_names.known(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -114,6 +114,11 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     }
     if options.roofline:
         found['roofline'] = roofline(rows, gpu, asked_shape, dtype.itemsize, measured)
+    if options.peers:
+        from megatron_mhc.commands.kernels_peers import beside
+
+        sublayers = found['roofline']['sublayers']
+        found['roofline']['peers'] = beside(options.peers, sublayers, gpu, asked_shape)
     return found
 
 

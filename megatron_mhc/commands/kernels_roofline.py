@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mhc.commands.kernels_peers import peer_lines
 from megatron_mhc.inputs.table import table
 from megatron_mhc.kernels.defaults import ARCHITECTURES
 from megatron_mhc.kernels.roofline.gpus import GPUS
@@ -37,6 +38,11 @@ def chosen(options: argparse.Namespace) -> tuple[Gpu, list[int]]:
             raise ValueError(
                 f'argument --gpu: {options.gpu}: --roofline alone prints times of a GPU; add it, '
                 'or leave --gpu out'
+            )
+        if options.peers is not None:
+            raise ValueError(
+                f'argument --peers: {" ".join(options.peers)}: --roofline alone predicts; add it, '
+                'or leave --peers out'
             )
         return GPUS[RECORDED], options.arch
     gpu = GPUS[options.gpu or RECORDED]
@@ -117,6 +123,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         'there no other waits, of those that keep memory busy',
     ]
     text += [_sublayer(part) for part in model['sublayers']]
+    if 'peers' in model:
+        text += peer_lines(model['peers'])
     unknown = {row['unpredicted'] for row in found['kernels'] if row.get('unpredicted')}
     text += [f'not predicted: {why}' for why in sorted(unknown)]
     return text

@@ -64,11 +64,14 @@ def residual_of(described: Described) -> ResidualConfig:
         return ResidualConfig('standard')
     # Their own numerics, or the paper's where ``maps`` and the merge are replaced anyway.
     own = described.layout.name == 'mhc'
+    merge = 'learned' if described.learned else 'mean'
     return ResidualConfig(
         numerics=described.numerics if own else PAPER,
         num_residual_streams=described.num_streams,
         sinkhorn_iterations=described.iterations,
-        stream_merge='learned' if described.learned else 'mean',
+        stream_merge=None if described.single_pass else merge,
+        single_pass=described.single_pass,
+        manifold=described.layout.manifold,
         norm_eps=described.norm_eps,
         kernel_backend='torch',
     )

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 STANDARD = 'standard'
 # Names of ``LAYOUTS``.
-TARGETS = ('mhc', 'megatron-main', 'megatron-dev', 'deepseek-v4')
+TARGETS = (
+    'mhc',
+    'megatron-main',
+    'megatron-dev',
+    'deepseek-v4',
+    'deepseek-v4.1',
+    'glm-5.3',
+    'hy4',
+    'megatron-bridge',
+)
 # How what is made ``mhc`` may compute: as we do, or as a layout does.
-NUMERICS = ('paper', *TARGETS[1:])
+NUMERICS = ('paper', 'megatron-main', 'megatron-dev', 'deepseek-v4', 'glm-5.3', 'hy4')
+# Residuals that a standard model may get beside ``mhc``.
+RESIDUALS = ('gated', 'attention')
 # The class of the model, whatever its connections are.
 MODEL_CLASSES = ('hybrid', 'gpt')
 OWN = 'own'
@@ -20,4 +31,6 @@ FLAGS = {
     'norm_eps': '--mhc-norm-eps',
     'init_gating_factor': '--mhc-init-gating-factor',
     'noise': '--break-symmetry',
+    'gated_rank': '--gated-residual-rank',
+    'attention_block_size': '--attention-residual-block-size',
 }

@@ -14,6 +14,7 @@ from megatron_mhc.convert.choices import (
     MEGATRON,
     MODEL_CLASSES,
     NUMERICS,
+    RESIDUALS,
     STANDARD,
     TARGETS,
 )
@@ -47,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--to',
         required=True,
-        choices=(targets := (*TARGETS, *MODEL_CLASSES, HF, MEGATRON)),
+        choices=(targets := (*TARGETS, *RESIDUALS, *MODEL_CLASSES, HF, MEGATRON)),
         metavar='LAYOUT',
-        help=f'layout of the output: {", ".join(targets)}; mhc is ours, hybrid and gpt are the '
+        help=f'layout of the output: {", ".join(targets)}; mhc is ours, gated and attention '
+        'are residuals for a standard model, hybrid and gpt are the '
         'class of the model, for the same run, hf is for transformers, megatron the way back',
     )
     parser.add_argument(
@@ -111,6 +113,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='add normal noise to the biases of all maps: streams part at once, and the model is '
         'no longer exact (default: 0; home streams part them from the first step on)',
     )
+    group = parser.add_argument_group('other residuals for a standard model')
+    group.add_argument(
+        '--gated-residual-rank', type=integer(), metavar='R', help='gated: rank of the gates (320)'
+    )
+    group.add_argument(
+        '--attention-residual-block-size',
+        type=integer(),
+        metavar='N',
+        help='attention: sublayers of a block (24)',
+    )
     parser.add_argument(
         '--dry-run', action='store_true', help='print the mapping table and write nothing'
     )
@@ -164,6 +176,8 @@ def _way(to: str) -> Callable[..., Told]:
     """What converts ``to`` that, and is told."""
     if to in MODEL_CLASSES:
         from megatron_mhc.convert.report import answer
+    elif to in RESIDUALS:
+        from megatron_mhc.convert.other_residual import answer
     elif to in (HF, MEGATRON):
         from megatron_mhc.convert.hf.answer import answer
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import pathlib
 import re
@@ -12,16 +13,26 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from megatron_mhc.checkpoints.files import RELEASE
 from megatron_mhc.convert.choices import FLAGS, OWN, STANDARD, TARGETS
 from megatron_mhc.convert.complete import check_model, check_parts
-from megatron_mhc.convert.layouts import LAYOUTS, StoredLayout, Streams, hybrid_layout, to_tensors
-from megatron_mhc.convert.maps import EPS, differences
+from megatron_mhc.convert.layouts import (
+    LAYOUTS,
+    SINKHORN,
+    StoredLayout,
+    Streams,
+    hybrid_layout,
+    own_layout,
+    to_tensors,
+)
+from megatron_mhc.convert.maps import differences
 from megatron_mhc.convert.output import (
     Content,
     atomic_folder,
     check_destination,
     write_distributed,
     write_file,
+    write_run_config,
     write_safetensors,
 )
 from megatron_mhc.convert.saved_args import (
@@ -33,8 +44,8 @@ from megatron_mhc.convert.saved_args import (
     of_gpt_alone,
     read_streams,
 )
-from megatron_mhc.convert.source import Source, open_source
-from megatron_mhc.convert.upcycle import upcycled
+from megatron_mhc.convert.source import LAYOUT, THEIRS, Source, open_source
+from megatron_mhc.convert.upcycle import of_kind, upcycled
 from megatron_mhc.convert.verify import largest_difference
 from megatron_mhc.settings.residual import PAPER
 
@@ -126,7 +137,9 @@ def convert(
         if to != 'mhc':
             raise of_gpt_alone(opened, described.symbols)
         layout = hybrid_layout(described.symbols)
-    _check_change(source, described, layout, upcycling)
+    elif to == 'mhc' and described.layout is not None:
+        layout = own_layout(described.layout.manifold)
+    _check_change(source, opened.format, described, layout, upcycling)
     _check_numerics(source, described, layout, numerics)
     content, report = _made(opened, described, layout, upcycling, numerics)
     if not unchecked:
@@ -160,10 +173,11 @@ def _made(
         streams = upcycled(
             described.num_layers, described.hidden_size, sublayers=sublayers, **upcycling
         )
+        streams = of_kind(streams, layout)
     else:
         ours = (numerics or described.numerics) if layout.name == 'mhc' else None
         streams = read_streams(opened, described, ours)
-    stacked = layout.name != 'deepseek-v4' and are_stacked(carried)
+    stacked = not layout.model_types and are_stacked(carried)
     new = to_tensors(streams, layout, stacked)
     args = converted_args(opened.args, streams, layout, upcycling.get('init_gating_factor'))
     content = Content(opened, carried, new, {**opened.common, 'args': args, 'iteration': 0})
@@ -178,16 +192,23 @@ def _made(
         {}
         if described.symbols
         else differences(
-            streams, described.layout or LAYOUTS['mhc'], layout, norm_eps_of(opened.args)
+            streams,
+            described.layout or own_layout(layout.manifold),
+            layout,
+            norm_eps_of(opened.args),
         ),
     )
     return content, report
 
 
 def _check_change(
-    source: pathlib.Path, described: Described, layout: StoredLayout, upcycling: dict[str, Any]
+    source: pathlib.Path,
+    form: str,
+    described: Described,
+    layout: StoredLayout,
+    upcycling: dict[str, Any],
 ) -> None:
-    if described.layout is layout:
+    if described.name == layout.name:
         raise ValueError(f'--to {layout.name}: {source} is in that layout already')
     if described.layout is not None and upcycling:
         raise ValueError(
@@ -195,6 +216,40 @@ def _check_change(
             f'streams, and {source} is a {described.name} checkpoint, whose own are kept; leave it '
             'out'
         )
+    if layout.name == 'megatron-bridge' and form == 'torch':
+        raise ValueError(
+            f'--to {layout.name}: {source} is a file of the torch format, and megatron-bridge '
+            'reads distributed ones alone; save it with --ckpt-format torch_dist'
+        )
+    if described.layout is None or layout.name == 'mhc':
+        return
+    _check_kind(source, described.layout.manifold, described.single_pass, layout)
+
+
+def _check_kind(
+    source: pathlib.Path, manifold: str, single_pass: bool, layout: StoredLayout
+) -> None:
+    """Refuse what no weights make up for: another manifold, and reads of another sublayer."""
+    others = [other for other in LAYOUTS.values() if other.name != 'mhc']
+    fit = [o.name for o in others if (o.manifold, o.single_pass) == (manifold, single_pass)]
+    if layout.name in fit:
+        return
+    remedy = f'choose {" or ".join(fit)}' if fit else 'it stays as it is'
+    own, theirs = _flags(manifold, single_pass), _flags(layout.manifold, layout.single_pass)
+    if own:
+        raise ValueError(
+            f'--to {layout.name}: {source} was trained with {own}, which that layout has not; '
+            f'{remedy}'
+        )
+    raise ValueError(
+        f'--to {layout.name}: its models have {theirs}, without which {source} was trained; '
+        f'{remedy}'
+    )
+
+
+def _flags(manifold: str, single_pass: bool) -> str:
+    flags = [f'--mhc-manifold {manifold}'] if manifold != SINKHORN else []
+    return ' '.join([*flags, *(['--mhc-single-pass'] if single_pass else [])])
 
 
 def _check_numerics(
@@ -258,19 +313,31 @@ def _carried(source: Source, described: Described) -> list[str]:
 
 
 def _write(folder: pathlib.Path, content: Content, streams: Streams, layout: StoredLayout) -> None:
-    if layout.name == 'deepseek-v4':
-        config = {
-            'num_hidden_layers': len(streams.layers),
-            'hidden_size': streams.hidden_size,
-            'hc_mult': streams.num_streams,
-            'hc_sinkhorn_iters': streams.iterations,
-            'hc_eps': EPS,
-        }
-        write_safetensors(folder, content, {**getattr(content.source, 'config', {}), **config})
+    if layout.model_types:
+        write_safetensors(folder, content, _config(content, streams, layout))
     elif content.source.format == 'torch':
         write_file(folder, content)
     else:
         write_distributed(folder, content)
+        if layout.name == 'megatron-bridge':
+            write_run_config(folder / RELEASE, content.common['args'])
+
+
+def _config(content: Content, streams: Streams, layout: StoredLayout) -> dict[str, Any]:
+    """``config.json``: what its project has in it, if it came from there, and what streams need."""
+    theirs = getattr(content.source, 'config', content.common.get(THEIRS, {}))
+    config: dict[str, Any] = copy.deepcopy(theirs)
+    inner = config['text_config'] if isinstance(config.get('text_config'), dict) else config
+    inner |= {
+        'num_hidden_layers': len(streams.layers),
+        'hidden_size': streams.hidden_size,
+        'hc_mult': streams.num_streams,
+        'rms_norm_eps': streams.norm_eps,
+        **layout.constants,
+    }
+    if layout.manifold == SINKHORN:
+        inner['hc_sinkhorn_iters'] = streams.iterations
+    return {**config, LAYOUT: layout.name}
 
 
 def _rows(

@@ -6,16 +6,21 @@ import argparse
 import pathlib
 from typing import Any
 
-from megatron_mhc.convert.choices import HF
+from megatron_mhc.convert.choices import FLAGS, HF
 from megatron_mhc.convert.conversion import Converted, Progress, convert
+from megatron_mhc.convert.layouts import SINKHORN
 from megatron_mhc.convert.told import Told, tell_verified
 from megatron_mhc.inputs.table import table
-from megatron_mhc.kernels.defaults import NORM_EPS
-from megatron_mhc.kernels.numerics import PAPER
+from megatron_mhc.kernels.numerics import NUMERICS, PAPER
 
 
 def answer(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> Told:
     """Convert; ``given`` are options of new streams."""
+    if vain := [FLAGS[name] for name in ('gated_rank', 'attention_block_size') if name in given]:
+        raise ValueError(
+            f'{vain[0]}: no effect with --to {options.to}; use --to gated or attention, or leave '
+            'it out'
+        )
     report = convert(
         options.source,
         options.destination,
@@ -57,6 +62,8 @@ def _plain(report: Converted) -> dict[str, Any]:
 
 
 def _merge(report: Converted) -> str:
+    if report.streams.single_pass:
+        return 'pre'
     return 'mean' if report.streams.head is None else 'learned'
 
 
@@ -88,12 +95,17 @@ def _how_to_load(report: Converted, destination: pathlib.Path) -> str:
     if report.target == 'mhc':
         streams = report.streams
         flags = ['--residual-type mhc', f'--mhc-num-residual-streams {streams.num_streams}']
-        flags.append(f'--mhc-sinkhorn-iterations {streams.iterations}')
+        if streams.manifold == SINKHORN:
+            flags.append(f'--mhc-sinkhorn-iterations {streams.iterations}')
+        else:
+            flags.append(f'--mhc-manifold {streams.manifold}')
+        if streams.single_pass:
+            flags.append('--mhc-single-pass')
         if streams.head is not None:
             flags.append('--mhc-stream-merge learned')
         if streams.numerics != PAPER:
             flags.append(f'--mhc-numerics {streams.numerics}')
-        if streams.norm_eps != NORM_EPS:
+        if streams.norm_eps != NUMERICS[streams.numerics].norm_eps:
             flags.append(f'--mhc-norm-eps {streams.norm_eps:g}')
         return f'train on with --load {destination} {" ".join(flags)}'
     return f'a new optimizer starts from iteration 0: {destination} is a release'

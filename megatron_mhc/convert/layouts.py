@@ -1,4 +1,4 @@
-"""Where the mapping parameters of n streams are kept, in four layouts, and in which order.
+"""Where the mapping parameters of n streams are kept, in each layout, and in which order.
 
 All store phi as ``[n*n + 2n, n*C]`` with rows pre | post | res, stream index outer in the columns,
 and differ in names and in what the rows of res stand for. With L the logits of our H_res:
@@ -8,16 +8,22 @@ and differ in names and in what the rows of res stand for. With L the logits of 
   of ours, whose limit is the same matrix. H_res is applied as it is, so nothing may be transposed.
 * ``megatron-dev``: row i*n + j is L[j, i]; rows first, columns last, and *then* transposed, so that
   transposed logits give our H_res, with ours order of steps.
-* ``deepseek-v4``: as dev (``comb``), the three alpha in one ``scale``.
+* ``megatron-bridge``: as dev, whose modules it fills; its arguments lie in ``run_config.yaml``.
+* ``deepseek-v4``: as dev (``comb``), the three alpha in one ``scale``. So do ``glm-5.3``, which has
+  no learned merge, and ``deepseek-v4.1``, where the last H_pre merges (``--mhc-single-pass``).
+* ``hy4``: no rows of res, for H_res is I (``--mhc-manifold identity``), and two alpha.
 
-Where else the four differ in what they compute, ``maps.py`` says; ``mhc`` computes as any of them,
-by ``--mhc-numerics``.
+Where else they differ in what they compute, ``maps.py`` says; ``mhc`` computes as any of them, by
+``--mhc-numerics``. Names of those outside of Megatron are those of their released weights:
+glm5_next and hy_v4 as transformers 5.24 writes them, and V4.1 as nemo-automodel 0.7 reads it
+(``deepseek_v41/state_dict_adapter.py``).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -26,6 +32,7 @@ from torch import Tensor
 from megatron_mhc.settings.residual import NORM_EPS, PAPER
 
 SUBLAYERS = ('self_attention', 'mlp')
+SINKHORN = 'sinkhorn'
 # Of a hybrid model's layers, where it is not attention of some kind.
 HYBRID_SUBLAYERS = {'-': 'mlp', 'E': 'mlp', 'M': 'mixer'}
 
@@ -49,6 +56,7 @@ class Streams:
         head: of the learned merge; None where the mean is taken.
         norm_eps: of the norm of all n*C values, where a layout lets it be chosen.
         numerics: ``--mhc-numerics``, which ``mhc`` alone lets be chosen.
+        single_pass: ``--mhc-single-pass``; manifold: ``sinkhorn`` or ``identity``.
     """
 
     num_streams: int
@@ -58,6 +66,8 @@ class Streams:
     head: Parameters | None = None
     norm_eps: float = NORM_EPS
     numerics: str = PAPER
+    single_pass: bool = False
+    manifold: str = SINKHORN
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,11 @@ class StoredLayout:
         head: names of phi, b and alpha of the learned merge; None where there is none.
         head_always: the mean can be had only as a learned merge.
         flag: the argument that tells Megatron of it; streams: its argument for n.
+        numerics: ``--mhc-numerics`` under which ours compute the same.
+        single_pass, manifold: as ``Streams`` has them; ``mhc`` takes either of each.
+        model_types: of ``config.json`` beside its safetensors; none where Megatron keeps it.
+        aliases: (pattern, name) of the same tensors where somebody else saved them.
+        constants: values of ``config.json`` that have no flag here, and what ours compute with.
     """
 
     name: str
@@ -79,6 +94,22 @@ class StoredLayout:
     head_always: bool = False
     flag: str | None = None
     streams: str = 'num_residual_streams'
+    numerics: str = PAPER
+    single_pass: bool = False
+    manifold: str = SINKHORN
+    model_types: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+    def own_name(self, name: str) -> str:
+        """What this layout calls a stored tensor; others keep their names."""
+        for pattern, own in self.aliases:
+            name = re.sub(pattern, own, name)
+        return name
+
+    @property
+    def num_alpha(self) -> int:
+        return 3 if self.manifold == SINKHORN else 2
 
     def sublayer_names(self, layer: int | None) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Names of one layer; of all layers in one tensor where ``layer`` is None."""
@@ -104,11 +135,20 @@ def _megatron(sublayer: str) -> tuple[str, ...]:
 
 
 _MEGATRON = {sublayer: _megatron(sublayer) for sublayer in SUBLAYERS}
-_HEAD = ('hc_head_fn', 'hc_head_base', 'hc_head_scale')
-_V4 = {
-    sublayer: tuple(f'layers.{{layer}}.hc_{short}_{end}' for end in ('fn', 'base', 'scale'))
-    for sublayer, short in zip(SUBLAYERS, ('attn', 'ffn'), strict=True)
-}
+_ENDS = ('fn', 'base', 'scale')
+_HEAD = tuple(f'hc_head_{end}' for end in _ENDS)
+
+
+def _released(attention: str, mlp: str) -> dict[str, tuple[str, ...]]:
+    starts = zip(SUBLAYERS, (attention, mlp), strict=True)
+    return {sublayer: tuple(start + end for end in _ENDS) for sublayer, start in starts}
+
+
+_V4 = _released('layers.{layer}.hc_attn_', 'layers.{layer}.hc_ffn_')
+# Before mapping parameters that transformers saved; DeepSeek's own files have it not.
+_V4_ALIASES = ((r'^model\.(?=(layers\.\d+\.)?hc_)', ''),)
+_EPS = {'hc_eps': 1e-6}
+_HY4 = r'model.\1.hc_pre.'
 _MERGE = 'decoder.stream_merge.'
 LAYOUTS = {
     layout.name: layout
@@ -127,6 +167,7 @@ LAYOUTS = {
             head=None,
             flag='enable_mhc_connections',
             streams='mhc_num_residual_streams',
+            numerics='megatron-main',
         ),
         StoredLayout(
             'megatron-dev',
@@ -135,10 +176,81 @@ LAYOUTS = {
             head=tuple('decoder.' + name for name in _HEAD),
             head_always=True,
             flag='enable_hyper_connections',
+            numerics='megatron-dev',
         ),
-        StoredLayout('deepseek-v4', transposed=True, names=_V4, head=_HEAD, head_always=True),
+        StoredLayout(
+            'deepseek-v4',
+            transposed=True,
+            names=_V4,
+            head=_HEAD,
+            head_always=True,
+            numerics='deepseek-v4',
+            model_types=('deepseek_v4',),
+            aliases=_V4_ALIASES,
+            constants=_EPS,
+        ),
+        StoredLayout(
+            'deepseek-v4.1',
+            transposed=True,
+            names=_V4,
+            head=None,
+            numerics='deepseek-v4',
+            single_pass=True,
+            model_types=('deepseek_v41', 'deepseek_v41_text'),
+            aliases=_V4_ALIASES,
+            constants=_EPS,
+        ),
+        StoredLayout(
+            'glm-5.3',
+            transposed=True,
+            names={
+                sublayer: tuple(f'model.language_model.{name}' for name in names)
+                for sublayer, names in _V4.items()
+            },
+            head=None,
+            numerics='glm-5.3',
+            model_types=('glm5_next', 'glm5_next_text'),
+            aliases=(
+                (
+                    r'^(?:model\.)?(?:language_model\.)?(?=layers\.\d+\.hc_)',
+                    'model.language_model.',
+                ),
+            ),
+            constants=_EPS,
+        ),
+        StoredLayout(
+            'hy4',
+            transposed=False,
+            names=_released(
+                'model.layers.{layer}.hc_pre.hc_attn_layer.hc_',
+                'model.layers.{layer}.hc_pre.hc_mlp_layer.hc_',
+            ),
+            head=tuple(f'model.hc_pre.hc_head.hc_head_{end}' for end in _ENDS),
+            head_always=True,
+            numerics='hy4',
+            manifold='identity',
+            model_types=('hy_v4',),
+            aliases=(
+                (r'^(?:model\.)?(layers\.\d+)\.(?:hc_pre\.)?(?=hc_(?:attn|mlp)_layer\.)', _HY4),
+                (
+                    r'^(?:model\.)?(?:hc_pre\.)?hc_head\.hc_(?:head_)?',
+                    'model.hc_pre.hc_head.hc_head_',
+                ),
+            ),
+            constants={**_EPS, 'hc_magnitude': 2.0},
+        ),
     )
 }
+LAYOUTS['megatron-bridge'] = replace(LAYOUTS['megatron-dev'], name='megatron-bridge')
+
+
+def own_layout(manifold: str = SINKHORN) -> StoredLayout:
+    """``mhc``, which has no alpha_res where no logits of H_res are."""
+    ours = LAYOUTS['mhc']
+    if manifold == SINKHORN:
+        return ours
+    names = {sublayer: names[:-1] for sublayer, names in ours.names.items()}
+    return replace(ours, names=names, manifold=manifold)
 
 
 @dataclass(frozen=True)
@@ -231,6 +343,7 @@ def from_tensors(
     learned: bool,
     norm_eps: float = NORM_EPS,
     numerics: str = PAPER,
+    single_pass: bool = False,
     fold: bool = True,
 ) -> Streams:
     """What ``to_tensors`` is given, from tensors of any float dtype, by name.
@@ -241,8 +354,8 @@ def from_tensors(
     Raises:
         ValueError: a tensor has another shape than n, C and L say.
     """
-    n = num_streams
-    rows, width = n * n + 2 * n, n * hidden_size
+    n, alphas = num_streams, layout.num_alpha
+    rows, width = 2 * n + (n * n if layout.manifold == SINKHORN else 0), n * hidden_size
 
     def part(name: str, number: int | None, shape: tuple[int, ...]) -> Tensor:
         value = get(name)
@@ -256,7 +369,7 @@ def from_tensors(
 
     def sublayer(names: tuple[str, ...], number: int | None) -> Parameters:
         phi, bias = part(names[0], number, (rows, width)), part(names[1], number, (rows,))
-        sizes = (3,) if len(names) == 3 else (1, 1, 1)
+        sizes = (alphas,) if len(names) == 3 else (1,) * alphas
         alpha = torch.cat(
             [part(name, number, (size,)) for name, size in zip(names[2:], sizes, strict=True)]
         )
@@ -279,7 +392,8 @@ def from_tensors(
         head = Parameters(*values)
         if fold and layout.head_always and _is_mean(head, n):
             head = None
-    return Streams(n, hidden_size, iterations, layers, head, norm_eps, numerics)
+    kept = numerics, single_pass, layout.manifold
+    return Streams(n, hidden_size, iterations, layers, head, norm_eps, *kept)
 
 
 def _mismatch(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:

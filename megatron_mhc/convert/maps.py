@@ -1,6 +1,6 @@
 """What each layout computes from the same parameters, written apart from our own modules.
 
-The four agree but for small numbers, which no conversion can carry over:
+They agree but for small numbers, which no conversion can carry over:
 
 ==============  =====================  ===============  ====================================
 layout          norm of the n*C values gates            H_res
@@ -8,13 +8,16 @@ layout          norm of the n*C values gates            H_res
 mhc             --mhc-norm-eps         sigma, 2 sigma   columns, then rows
 megatron-main   ``|v|/sqrt(nC) + e``   sigma, 2 sigma   rows, then columns; divisors >= e
 megatron-dev    ``|v|/sqrt(nC) + e``   sigma+e, 2 sigma transposed: rows, then columns; + e
-deepseek-v4     eps e                  sigma+e, 2 sigma transposed: rows, then columns; + e
+deepseek-v4     rms_norm_eps           sigma+e, 2 sigma transposed: rows, then columns; + e
+hy4             rms_norm_eps           sigma+e,         I
+                                       2 sigma + e
 ==============  =====================  ===============  ====================================
 
 with e = 1e-6; ``mhc`` as ``--mhc-numerics paper`` has it, and otherwise as the layout of that name
-does (``glm-5.3``: as ``deepseek-v4``). A learned merge of the last two is sigma+e' with e' in its
-norm: e, or in dev the eps of the model's norms. Megatron-LM's are those of August 2026;
-DeepSeek-V4's those of its released code. In fp32, in which nothing of them is rounded.
+does. ``glm-5.3`` and ``deepseek-v4.1`` compute as ``deepseek-v4``, ``megatron-bridge`` as dev. A
+learned merge of the last three is sigma+e', with e' = e, or in dev the eps of the model's norms,
+which is in the norm of the merge too. Megatron-LM's are those of August 2026; DeepSeek-V4's those
+of its released code. In fp32, in which nothing of them is rounded.
 """
 
 from __future__ import annotations
@@ -49,10 +52,9 @@ def computes_as(layout: StoredLayout, numerics: str = PAPER) -> str:
     Args:
         numerics: ``--mhc-numerics``, which ``mhc`` alone has.
     """
-    if layout.name != 'mhc':
-        return layout.name
+    theirs = numerics if layout.name == 'mhc' else layout.numerics
     # They differ in the eps of the norm, the merge, and what they round.
-    return {PAPER: 'mhc', 'glm-5.3': 'deepseek-v4'}.get(numerics, numerics)
+    return {PAPER: 'mhc', 'glm-5.3': 'deepseek-v4'}.get(theirs, theirs)
 
 
 def normalised(formula: str, x: Tensor, own_eps: float = NORM_EPS) -> Tensor:
@@ -77,15 +79,19 @@ def maps(
     Args:
         x: ``[..., n*C]`` streams in fp32.
         stored: phi, b and alpha in the layout's own order.
-        own_eps: ``--mhc-norm-eps`` of ``mhc``, ``rms_norm_eps`` of ``deepseek-v4``.
+        own_eps: ``--mhc-norm-eps`` of ``mhc``, ``rms_norm_eps`` of those with a ``config.json``.
         numerics: ``--mhc-numerics`` of ``mhc``.
     """
     n, formula = num_streams, computes_as(layout, numerics)
-    scale = stored.alpha.repeat_interleave(torch.tensor([n, n, n * n]))
+    sizes = [n, n, len(stored.bias) - 2 * n]
+    scale = stored.alpha.repeat_interleave(torch.tensor(sizes[: len(stored.alpha)]))
     logits = normalised(formula, x, own_eps) @ stored.phi.T * scale + stored.bias
-    pre, post, res = logits.split([n, n, n * n], dim=-1)
-    res = res.unflatten(-1, (n, n))
+    pre, post, res = logits.split(sizes, dim=-1)
     pre, post = torch.sigmoid(pre), 2 * torch.sigmoid(post)
+    if not sizes[-1]:
+        eps = EPS if formula == 'hy4' else 0.0
+        return pre + eps, post + eps, torch.eye(n).expand(*x.shape[:-1], n, n)
+    res = res.unflatten(-1, (n, n))
     if formula == 'mhc':
         m = torch.exp(res - res.amax(dim=(-2, -1), keepdim=True))
         for _ in range(iterations):
@@ -151,7 +157,7 @@ def differences(
         (layout, to_tensors(streams, layout, stacked=False), eps)
         for layout, eps in (
             (first, streams.norm_eps),
-            (second, streams.norm_eps if second.name == 'mhc' else EPS),
+            (second, streams.norm_eps if second.name == 'mhc' or second.model_types else EPS),
         )
     ]
     largest = dict.fromkeys(OF, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -31,6 +32,8 @@ from megatron_mhc.checkpoints.stored import COMMON_FILE
 from megatron_mhc.convert.source import (
     CONFIG,
     INDEX,
+    RUN_CONFIG,
+    SCALARS,
     TORCH_FILE,
     Chunk,
     Entry,
@@ -171,6 +174,19 @@ def write_distributed(root: pathlib.Path, content: Written, iteration: int | Non
     (folder / CONFIG_FILE).write_text(
         json.dumps({'sharded_backend': 'torch_dist', 'sharded_backend_version': 1})
     )
+
+
+def write_run_config(folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """What megatron-bridge 0.6 reads of an iteration in place of arguments, from plain values.
+
+    Its release of Megatron takes the model from ``model``, and one rank's files from the rest.
+    """
+    yaml = require('pyyaml', 'yaml')
+    model = {name: value for name, value in vars(args).items() if type(value) in SCALARS}
+    model |= {f'{kind}_model_parallel_size': 1 for kind in ('tensor', 'pipeline')}
+    saved = {'save_optim': False, 'save_rng': False, 'fully_parallel_save': False}
+    text = yaml.safe_dump({'model': model, 'checkpoint': saved})
+    (folder / RUN_CONFIG).write_text(text)
 
 
 def write_file(root: pathlib.Path, content: Written, iteration: int | None = None) -> None:

@@ -9,17 +9,31 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from megatron_mhc.convert.choices import STANDARD
-from megatron_mhc.convert.layouts import LAYOUTS, StoredLayout, Streams, from_tensors
+from megatron_mhc.convert.layouts import (
+    LAYOUTS,
+    SINKHORN,
+    StoredLayout,
+    Streams,
+    from_tensors,
+    own_layout,
+)
 from megatron_mhc.convert.pattern import parsed, pattern_of
-from megatron_mhc.convert.source import Source
+from megatron_mhc.convert.source import RUN_CONFIG, SHAPE, Source, model_config
 from megatron_mhc.inputs.values import check_number
 from megatron_mhc.settings.flag import flags_of
 from megatron_mhc.settings.flags_residual import resolve_arguments, saved_residual_config
-from megatron_mhc.settings.residual import LEAST_NORM_EPS, NORM_EPS, PAPER, ResidualConfig
+from megatron_mhc.settings.residual import (
+    LEAST_NORM_EPS,
+    NORM_EPS,
+    NUMERICS,
+    PAPER,
+    ResidualConfig,
+)
 
 ITERATIONS = 'mhc_sinkhorn_iterations'
-HC_EPS = 1e-6
 SAMPLES = ('consumed_train', 'consumed_valid', 'skipped_train')
+# Those of which other projects have layouts.
+MANIFOLDS = (SINKHORN, 'identity')
 # How far the run had come: the output is a release, from which training starts anew.
 PROGRESS = ('iteration', *(f'{kind}_samples' for kind in SAMPLES))
 
@@ -34,6 +48,7 @@ class Described(NamedTuple):
         norm_eps: of the norm of all streams; that of ``mhc`` where a layout has it built in.
         numerics: ``--mhc-numerics`` under which ours compute the same.
         symbols: of the layers of a hybrid model; empty of a GPT model.
+        single_pass: ``--mhc-single-pass``.
     """
 
     layout: StoredLayout | None
@@ -46,6 +61,7 @@ class Described(NamedTuple):
     norm_eps: float = NORM_EPS
     symbols: str = ''
     numerics: str = PAPER
+    single_pass: bool = False
 
     @property
     def name(self) -> str:
@@ -67,7 +83,8 @@ def describe(source: Source, origin: str = 'auto') -> Described:
     args = source.args
     said = _layout_name(source)
     name = said if origin == 'auto' else origin
-    if said not in (name, STANDARD) or (said == STANDARD and name in ('mhc', 'deepseek-v4')):
+    files = name in LAYOUTS and LAYOUTS[name].model_types
+    if said not in (name, STANDARD) or (said == STANDARD and (name == 'mhc' or files)):
         raise ValueError(
             f'--from {origin}: {source.folder} is a {said} checkpoint by its saved arguments; '
             'leave out --from'
@@ -92,35 +109,47 @@ def describe(source: Source, origin: str = 'auto') -> Described:
         _require_decoder(source)
         symbols = parsed(pattern).layers if pattern else ''
         return Described(None, *shape, 0, 0, stacked, False, symbols=symbols)
-    learned, norm_eps, numerics = layout.head_always, NORM_EPS, name
+    learned, norm_eps = layout.head_always, NORM_EPS
+    numerics, single_pass = layout.numerics, layout.single_pass
     if name == 'mhc':
         residual = _plain_mhc(source)
         learned, norm_eps = residual.stream_merge == 'learned', residual.norm_eps
-        numerics = residual.numerics
-    if name == 'deepseek-v4':
-        config = source.config
-        n, iterations, stacked = config['hc_mult'], config['hc_sinkhorn_iters'], False
-        norm_eps = _eps_of(source, config)
+        numerics, single_pass = residual.numerics, residual.single_pass
+        layout = own_layout(residual.manifold)
+    if layout.model_types:
+        config = model_config(source.config)
+        n, iterations = config[SHAPE[layout.streams]], config.get(SHAPE[ITERATIONS])
+        norm_eps, stacked = _eps_of(source, layout, config), False
     else:
         n, iterations = getattr(args, layout.streams, None), getattr(args, ITERATIONS, None)
+    if layout.manifold != SINKHORN:
+        # No pass is made; the number is the default.
+        iterations = ResidualConfig.sinkhorn_iterations
     if not isinstance(n, int) or not isinstance(iterations, int):
         raise ValueError(
             f'{source.folder}: the saved arguments name no number of streams, so it is no {name} '
             'checkpoint; leave out --from, or name another layout'
         )
-    return Described(layout, *shape, n, iterations, stacked, learned, norm_eps, numerics=numerics)
+    return Described(
+        *(layout, *shape, n, iterations, stacked, learned, norm_eps),
+        numerics=numerics,
+        single_pass=single_pass,
+    )
 
 
-def _eps_of(source: Source, config: dict[str, Any]) -> float:
-    """Of the norm of a DeepSeek-V4, whose other eps has one value here."""
-    other = config.get('hc_eps', HC_EPS)
-    if other != HC_EPS:
-        raise ValueError(
-            f'{source.folder}: hc_eps {other} in its config.json: only {HC_EPS:g}, which all '
-            'released models have, is converted'
-        )
-    eps = config.get('rms_norm_eps', NORM_EPS)
-    check_number('rms_norm_eps of config.json', eps, LEAST_NORM_EPS, 1.0, 'DeepSeek-V4 has 1e-6')
+def _eps_of(source: Source, layout: StoredLayout, config: dict[str, Any]) -> float:
+    """Of the norm of all streams, where the other constants have the one value that ours have."""
+    for name, ours in layout.constants.items():
+        theirs = config.get(name, ours)
+        if theirs != ours:
+            raise ValueError(
+                f'{source.folder}: {name} {theirs} in its config.json: only {ours:g}, which all '
+                'released models have, is converted'
+            )
+    usual = NUMERICS[layout.numerics].norm_eps
+    eps = config.get('rms_norm_eps', usual)
+    remedy = f'{layout.name} has {usual:g}'
+    check_number('rms_norm_eps of config.json', eps, LEAST_NORM_EPS, 1.0, remedy)
     return float(eps)
 
 
@@ -140,10 +169,12 @@ def are_stacked(names: Iterable[str]) -> bool:
 
 def _layout_name(source: Source) -> str:
     if source.format == 'safetensors':
-        return 'deepseek-v4'
+        return source.layout.name
     for layout in LAYOUTS.values():
         if layout.flag and getattr(source.args, layout.flag, False):
-            return layout.name
+            # It fills the modules of dev, and keeps its arguments elsewhere.
+            bridge = layout.name == 'megatron-dev' and (source.folder / RUN_CONFIG).is_file()
+            return 'megatron-bridge' if bridge else layout.name
     return getattr(source.args, 'residual_type', STANDARD)
 
 
@@ -158,10 +189,9 @@ def _require_decoder(source: Source) -> None:
 def _plain_mhc(source: Source) -> ResidualConfig:
     residual = saved_residual_config(source.args)
     for what, given in (
-        (f'--mhc-manifold {residual.manifold}', residual.manifold != 'sinkhorn'),
+        (f'--mhc-manifold {residual.manifold}', residual.manifold not in MANIFOLDS),
         (f'--mhc-fixed-mappings {" ".join(residual.fixed_mappings)}', residual.fixed_mappings),
         ('--mhc-stream-merge sum', residual.stream_merge == 'sum'),
-        ('--mhc-single-pass', residual.single_pass),
     ):
         if given:
             raise ValueError(
@@ -206,6 +236,7 @@ def read_streams(source: Source, described: Described, numerics: str | None = No
         learned=described.learned,
         norm_eps=described.norm_eps,
         numerics=numerics or described.numerics,
+        single_pass=described.single_pass,
         fold=numerics in (None, PAPER),
     )
 
@@ -228,13 +259,17 @@ def converted_args(
             delattr(args, name)
     values: dict[str, Any] = {
         layout.streams: streams.num_streams,
-        ITERATIONS: streams.iterations,
         'mhc_init_gating_factor': 0.01 if factor is None else factor,
     }
+    if streams.manifold == SINKHORN:
+        values[ITERATIONS] = streams.iterations
     if layout.name == 'mhc':
+        merge = 'mean' if streams.head is None else 'learned'
         values |= {
             'residual_type': 'mhc',
-            'mhc_stream_merge': 'mean' if streams.head is None else 'learned',
+            'mhc_manifold': streams.manifold,
+            'mhc_single_pass': streams.single_pass,
+            'mhc_stream_merge': None if streams.single_pass else merge,
             'mhc_norm_eps': streams.norm_eps,
             'mhc_numerics': streams.numerics,
         }

@@ -10,7 +10,6 @@ import importlib
 import io
 import json
 import pathlib
-import re
 import zipfile
 from typing import Any, NamedTuple
 
@@ -21,24 +20,30 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_mhc.checkpoints.files import RANK_FILES, TRACKER, format_of, iteration_folder
 from megatron_mhc.checkpoints.plain import check_archive, one_line, plain_load
 from megatron_mhc.checkpoints.stored import COMMON_FILE, Stored
+from megatron_mhc.convert.layouts import LAYOUTS, SINKHORN, StoredLayout
 
 # What belongs to a run, not to a model.
 RUN_STATE = ('optimizer.', 'chained_', 'rng_state', 'rerun_state_machine_state', 'common_state')
 TORCH_FILE = 'mp_rank_00/model_optim_rng.pt'
+# The configuration of another project, kept where its format has no place for it.
+THEIRS = 'source_config'
 # Of the common state, what describes the weights.
-KEPT = ('args', 'checkpoint_version', 'content_metadata')
+KEPT = ('args', 'checkpoint_version', 'content_metadata', THEIRS)
 CONFIG = 'config.json'
 MODEL = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
-# Megatron's argument -> what DeepSeek-V4's configuration calls it.
+# Which of ``LAYOUTS`` it is, in a configuration that we wrote.
+LAYOUT = 'mhc_layout'
+# Of a megatron-bridge run, in place of arguments among its plain state.
+RUN_CONFIG = 'run_config.yaml'
+# Megatron's argument -> what DeepSeek-V4's configuration, and those after it, call it.
 SHAPE = {
     'num_layers': 'num_hidden_layers',
     'hidden_size': 'hidden_size',
     'num_residual_streams': 'hc_mult',
     'mhc_sinkhorn_iterations': 'hc_sinkhorn_iters',
 }
-# Before mapping parameters that transformers saved; DeepSeek's own files have it not.
-PREFIX = re.compile(r'^model\.(?=(layers\.\d+\.)?hc_)')
+SCALARS = (str, bool, int, float, type(None))
 # Opaque states, which safetensors keep as bytes.
 OPAQUE = '_extra_state'
 
@@ -77,7 +82,7 @@ class Source:
 
     Attributes:
         format: ``torch_dist``, ``torch`` or ``safetensors``.
-        config: of ``safetensors`` alone, its ``config.json``.
+        config: of ``safetensors`` alone, its ``config.json``; layout: what that names.
         args: the arguments of the run that saved it.
         state: its plain state; common: of that what describes the weights, ``args`` among it.
         entries: name -> ``Entry`` of all that belongs to the model, in the file's order.
@@ -87,6 +92,7 @@ class Source:
 
     format: str
     config: dict[str, Any]
+    layout: StoredLayout
 
     def __init__(self, folder: pathlib.Path, common: dict[str, Any]) -> None:
         self.folder = folder
@@ -160,7 +166,10 @@ class DistributedSource(Source):
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.stored = Stored(folder)
-        super().__init__(folder, self.stored.common())
+        common = self.stored.common()
+        if 'args' not in common and (folder / RUN_CONFIG).is_file():
+            common['args'] = _run_config_args(folder / RUN_CONFIG)
+        super().__init__(folder, common)
         for name, entry in self.stored.entries.items():
             own = self.run if name.startswith(RUN_STATE) else self.entries
             if isinstance(entry, TensorStorageMetadata):
@@ -225,13 +234,21 @@ class SafetensorsSource(Source):
     def __init__(self, folder: pathlib.Path) -> None:
         with one_line(f'{folder / CONFIG}'):
             self.config = json.loads((folder / CONFIG).read_text())
-            args = {ours: self.config[name] for ours, name in SHAPE.items()}
-        common = {'args': argparse.Namespace(**args)}
+            model = model_config(self.config)
+        self.layout = _layout_named(folder, model)
+        with one_line(f'{folder / CONFIG}'):
+            shape = dict(SHAPE)
+            if self.layout.manifold != SINKHORN:
+                del shape['mhc_sinkhorn_iterations']
+            args = {ours: model[name] for ours, name in shape.items()}
+        common = {'args': argparse.Namespace(**args), THEIRS: self.config}
         if (folder / COMMON_FILE).is_file():
             check_archive(folder / COMMON_FILE)
             common = plain_load(folder / COMMON_FILE)
         super().__init__(folder, common)
-        self.files = {PREFIX.sub('', name): tensor for name, tensor in open_tensors(folder).items()}
+        self.files = {
+            self.layout.own_name(name): tensor for name, tensor in open_tensors(folder).items()
+        }
         for name in self.files:
             # Mapped into memory, not read.
             self.entries[name] = whole(None if OPAQUE in name else self._get(name))
@@ -279,11 +296,53 @@ def require(package: str, module: str) -> Any:
         ) from error
 
 
+def model_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` says of the language model, which may be one part of several."""
+    text = config.get('text_config')
+    if not isinstance(text, dict):
+        return config
+    return {**config, **text, 'model_type': config.get('model_type')}
+
+
+def _layout_named(folder: pathlib.Path, config: dict[str, Any]) -> StoredLayout:
+    """One without a type is DeepSeek-V4's, as its own files are.
+
+    Raises:
+        ValueError: the layout of such a model is unknown.
+    """
+    named, kind = config.get(LAYOUT), config.get('model_type')
+    for layout in LAYOUTS.values():
+        if layout.model_types and (
+            named == layout.name or (not named and kind in layout.model_types)
+        ):
+            return layout
+    if named or kind:
+        raise ValueError(
+            f'{folder}: {LAYOUT if named else "model_type"} {named or kind} in its {CONFIG}: no '
+            f'layout of n streams is known by that name; those are {", ".join(_known())}'
+        )
+    return LAYOUTS['deepseek-v4']
+
+
+def _known() -> list[str]:
+    return [kind for layout in LAYOUTS.values() for kind in layout.model_types]
+
+
+def _run_config_args(file: pathlib.Path) -> argparse.Namespace:
+    """The plain values of a megatron-bridge model, under the names of Megatron's arguments."""
+    yaml = require('pyyaml', 'yaml')
+    with one_line(str(file), yaml.YAMLError):
+        model = yaml.safe_load(file.read_text())['model']
+        plain = {name: value for name, value in model.items() if type(value) in SCALARS}
+    return argparse.Namespace(**plain)
+
+
 def has_layout(folder: pathlib.Path) -> bool:
-    """Whether ``config.json`` is of DeepSeek-V4's layout; ``convert`` writes it without a type."""
+    """Whether ``config.json`` is of a model with n streams, or does not say which it is."""
     with one_line(f'{folder / CONFIG}'):
         config = json.loads((folder / CONFIG).read_text())
-    return SHAPE['num_residual_streams'] in config or 'model_type' not in config
+        model = model_config(config)
+    return SHAPE['num_residual_streams'] in model or 'model_type' not in config
 
 
 def open_source(path: pathlib.Path, step: int | None = None) -> Source:

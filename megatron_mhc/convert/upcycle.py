@@ -10,9 +10,17 @@ sublayer reads mostly one of them, its home: the sums are the same, the gradient
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from megatron_mhc.convert.layouts import Parameters, Streams, mean_as_head
+from megatron_mhc.convert.layouts import (
+    SINKHORN,
+    Parameters,
+    StoredLayout,
+    Streams,
+    mean_as_head,
+)
 from megatron_mhc.inputs.values import (
     MOST_FACTOR,
     MOST_ITERATIONS,
@@ -76,6 +84,23 @@ def upcycled(
     if stream_merge == 'learned':
         head = mean_as_head(n, hidden_size)._replace(alpha=torch.full((1,), init_gating_factor))
     return Streams(n, hidden_size, iterations, layers, head, norm_eps)
+
+
+def of_kind(streams: Streams, layout: StoredLayout) -> Streams:
+    """The streams that ``upcycled`` made, as a layout of another kind has them; as exact there.
+
+    In a single pass the first read is of one of equal streams, and every H_pre sums to 1. Where
+    H_res is I there are no logits of it.
+    """
+    streams = replace(streams, single_pass=layout.single_pass, manifold=layout.manifold)
+    if layout.manifold == SINKHORN:
+        return streams
+    rows, gates = 2 * streams.num_streams, layout.num_alpha
+    layers = tuple(
+        tuple(Parameters(p.phi[:rows], p.bias[:rows], p.alpha[:gates]) for p in layer)
+        for layer in streams.layers
+    )
+    return replace(streams, layers=layers)
 
 
 def _check(

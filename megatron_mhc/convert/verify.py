@@ -199,11 +199,16 @@ def _use_maps(model: LanguageModule, source: Source, described: Described) -> No
         connection.all_maps = (  # type: ignore[method-assign]
             lambda x: maps(layout, x, stored, n, described.iterations, described.norm_eps)
         )
+        if described.single_pass:
+            # Reads with the map of the sublayer before already.
+            return
         connection.read = lambda x: HyperConnection.read(connection, x)  # type: ignore[method-assign]
 
     for layer, module in enumerate(model.decoder.layers):
         use(module.self_attention_hyper_connection, layer, 0)
         use(module.mlp_hyper_connection, layer, 1)
+    if described.single_pass:
+        return
     head, eps = stored_head(source.tensor, layout, source.entries), model.config.layernorm_epsilon
     model.decoder.stream_merge.forward = lambda x: ops.pre(
         x, merge_gates(layout, x, head, n, eps, described.norm_eps), backend='torch'

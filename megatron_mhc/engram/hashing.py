@@ -14,7 +14,11 @@ ABSENT = 0
 
 
 def hash_ngrams(
-    ids: Tensor, positions: Tensor, engram: EngramConfig, addresses: Addresses
+    ids: Tensor,
+    positions: Tensor,
+    engram: EngramConfig,
+    addresses: Addresses,
+    earlier: Tensor | None = None,
 ) -> Tensor:
     """The row that each token's n-grams have in each table.
 
@@ -26,13 +30,17 @@ def hash_ngrams(
         positions: place of each token in its document, ``[b, s]``: an n-gram begins no earlier.
         engram: orders and heads.
         addresses: of the layer.
+        earlier: ids of tokens before these, ``[b, any]``.
 
     Returns:
         ``[b, s, orders * heads]``, rows of the layer's one matrix.
     """
     found, mixed = {}, torch.zeros_like(ids)
+    line = ids if earlier is None else torch.cat([earlier, ids], 1)
+    line = torch.nn.functional.pad(line, (len(addresses.multipliers), 0), value=ABSENT)
+    first = line.shape[1] - ids.shape[1]
     for back, multiplier in enumerate(addresses.multipliers):
-        before = torch.nn.functional.pad(ids, (back, 0), value=ABSENT)[:, : ids.shape[1]]
+        before = line[:, first - back : line.shape[1] - back]
         before = torch.where(positions >= back, before, ABSENT)
         mixed = mixed ^ (before * multiplier)
         found[back + 1] = mixed

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_mhc.engram.generation import LayerCache
 from megatron_mhc.engram.table import EngramTable
 from megatron_mhc.kernels.reference.precision import shown_overflow
 from megatron_mhc.settings.engram import CONVOLUTION_WIDTH, EngramConfig
@@ -33,7 +35,7 @@ class EngramLayer(MegatronModule):
         layer: decoder layer, from 1.
         num_streams: n.
         config: of the model.
-        tp_group: the tensor-parallel ranks.
+        groups: its ranks.
     """
 
     def __init__(
@@ -42,13 +44,13 @@ class EngramLayer(MegatronModule):
         layer: int,
         num_streams: int,
         config: TransformerConfig,
-        tp_group: torch.distributed.ProcessGroup,
+        groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
-        self.engram, self.tp_group = engram, tp_group
+        self.engram, self.tp_group = engram, groups.tp
         self.streams = (num_streams, config.hidden_size)
         wide, dtype = num_streams * config.hidden_size, config.params_dtype
-        self.table = EngramTable(engram, layer, config, tp_group)
+        self.table = EngramTable(engram, layer, config, groups)
         self.key = nn.Parameter(torch.empty(wide, engram.dim, dtype=dtype))
         self.value = nn.Parameter(torch.zeros(config.hidden_size, engram.dim, dtype=dtype))
         self.hidden_norm = nn.Parameter(torch.ones(wide, dtype=dtype))
@@ -70,13 +72,16 @@ class EngramLayer(MegatronModule):
         values = torch.empty(self.key.shape, device='cpu')
         self.key.copy_(values.normal_(0.0, self.config.init_method_std, generator=generator))
 
-    def forward(self, x: Tensor, found: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, found: Tensor, positions: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
         """The streams with what was retrieved added.
 
         Args:
             x: streams ``[s, b, n*C]``, with sequence parallelism this rank's share of s.
             found: rows of the tables, ``[b, s, tables]``, of the whole sequence.
             positions: place of each token of ``x`` in its document, ``[s, b]``.
+            cache: in inference, where earlier tokens are in it alone.
         """
         retrieved = self.table(found)
         value = functional.linear(retrieved, self.value).unsqueeze(-2)
@@ -85,7 +90,7 @@ class EngramLayer(MegatronModule):
         gate = torch.sigmoid(match.sum(-1, keepdim=True) / math.sqrt(self.streams[1]))
         gated = gate * value
         normed = self._norm(gated, self.convolution_norm).to(value.dtype)
-        added = gated + functional.silu(self._convolve(normed, positions))
+        added = gated + functional.silu(self._convolve(normed, positions, cache))
         return x + added.flatten(-2).to(x.dtype)
 
     def _by_stream(self, x: Tensor) -> Tensor:
@@ -97,10 +102,14 @@ class EngramLayer(MegatronModule):
         normed = functional.rms_norm(wide, x.shape[-1:], eps=self.config.layernorm_epsilon)
         return shown_overflow(normed, wide) * self._by_stream(gain)
 
-    def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, positions: Tensor, cache: LayerCache | None) -> Tensor:
         """``out[t] = sum_j taps[j] x[t - j * dilation]`` within the document of t."""
         reach = self.engram.reach
-        before, length = torch.cat([self._preceding(x), x]), x.shape[0]
+        read = None if cache is None else cache.read
+        preceding = self._preceding(x) if read is None else self._by_stream(read)
+        before, length = torch.cat([preceding, x]), x.shape[0]
+        if cache is not None:
+            cache.keep(before[-reach:].flatten(-2))
         total = self.convolution[0] * x
         for tap in range(1, CONVOLUTION_WIDTH):
             back = tap * self.engram.dilation

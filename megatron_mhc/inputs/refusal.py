@@ -21,6 +21,11 @@ def is_first_rank() -> bool:
     return os.environ.get('RANK', '0') == '0'
 
 
+def is_first_of_node() -> bool:
+    """Whether this process reads for its node what all ranks would read alike."""
+    return os.environ.get('LOCAL_RANK', '0') == '0'
+
+
 def refuse(program: str, message: str) -> NoReturn:
     """End the process as argparse does, without its usage text.
 
@@ -35,7 +40,7 @@ def refuse(program: str, message: str) -> NoReturn:
         _tell_torchrun(line)
     else:
         time.sleep(PATIENCE)
-        if os.environ.get('LOCAL_RANK', '0') == '0':
+        if is_first_of_node():
             rank = os.environ['RANK']
             print(f'{program}: error on rank {rank}: {message}', file=sys.stderr, flush=True)
     sys.exit(2)

@@ -13,7 +13,7 @@ from megatron_mhc.residual.attention import block_sums_of
 from megatron_mhc.schedules.executor_channels import Transport
 from megatron_mhc.schedules.plan import Plan
 from megatron_mhc.settings.flags_residual import parsed_arguments
-from megatron_mhc.settings.model_config import RESIDUAL
+from megatron_mhc.settings.model_config import ENGRAM, RESIDUAL
 from megatron_mhc.settings.residual import ResidualConfig
 
 
@@ -40,28 +40,43 @@ def transport_for(
         group,
         lambda op: None if negotiated else shape,
         config.pipeline_dtype,
-        torch.device(torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'),
+        own_device(),
         timeout=default_timeout(),
     )
 
 
+def own_device() -> torch.device:
+    """Where this process has its tensors."""
+    return torch.device(torch.cuda.current_device() if torch.cuda.is_available() else 'cpu')
+
+
 def edge_width(config: Any) -> int:
     """Values a token in a message between two stages: n*C, and what a topology sends with them."""
-    residual = RESIDUAL.peek(config)
+    residual, engram = RESIDUAL.peek(config), ENGRAM.peek(config)
     streams = 1 if residual is None else _streams(config, residual)
     width: int = streams * config.hidden_size
     if residual is not None and residual.single_pass:
         width += residual.edge_values(config.pipeline_dtype.itemsize)
+    if engram is not None:
+        width += engram.edge_values(config.pipeline_dtype.itemsize)
     return width
+
+
+def is_stock(config: Any) -> bool:
+    """Whether the messages of this model are those of Megatron."""
+    residual = RESIDUAL.peek(config)
+    return ENGRAM.peek(config) is None and (residual is None or not residual.enabled)
 
 
 def _streams(config: Any, residual: ResidualConfig) -> int:
     return block_sums_of(config, residual) or residual.streams
 
 
-def describe_edge(config: Any, residual: ResidualConfig) -> str:
+def describe_edge(config: Any) -> str:
     """What such a message has, in words."""
+    residual = RESIDUAL.peek(config) or ResidualConfig('standard')
     beside = ' and H_pre' if residual.single_pass else ''
+    beside += '' if ENGRAM.peek(config) is None else ' and token ids'
     what = 'block sums' if residual.residual_type == 'attention' else 'streams'
     return f'{_streams(config, residual)} {what} of {config.hidden_size}{beside}'
 

@@ -1,4 +1,4 @@
-"""Megatron's layer layout for the inverted V."""
+"""Megatron's layer layout for the inverted V, and for two copies of a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from megatron_mhc.schedules import mirrored
 from megatron_mhc.schedules.inverted_v import CHUNKS, by_chunk_and_rank, holder_of, stage_of
 
 
@@ -50,3 +51,43 @@ class InvertedVLayout(PipelineParallelLayerLayout):
         ranks = self.pipeline_model_parallel_size
         before = (holder_of(s, ranks) for s in range(stage_of(pp_rank, vp_stage or 0, ranks)))
         return sum(self.layout[rank][chunk].count(layer_type) for rank, chunk in before)
+
+
+class MirroredLayout(PipelineParallelLayerLayout):
+    """The stages of a model, written twice (``mirrored.doubled``), held by two ranks each.
+
+    Args:
+        layout: one entry a stage, first to last, and again.
+        pipeline_model_parallel_size: P, as many as stages.
+    """
+
+    def __init__(self, layout: str, pipeline_model_parallel_size: int) -> None:
+        ranks = pipeline_model_parallel_size
+        stages = self.parse_str_to_list(mirrored.single(layout))
+        if len(stages) != ranks:
+            raise ValueError(
+                f'--pipeline-model-parallel-layout {layout}: {len(stages)} stages, but each copy '
+                f'has one on each of {ranks} pipeline ranks; give {ranks} stages separated by |'
+            )
+        super().__init__(
+            [stages[mirrored.stage_of(r, c, ranks)] for c in range(CHUNKS) for r in range(ranks)],
+            ranks,
+        )
+        self.input_data = layout
+        # One copy, in stage order, as the checks of the base class expect it.
+        self._stages = [
+            self.layout[stage][mirrored.chunk_of(stage, ranks)] for stage in range(ranks)
+        ]
+        self.flatten_layout = [layer for stage in self._stages for layer in stage]
+
+    def get_layer_offset(
+        self,
+        layer_type: LayerType = LayerType.decoder,
+        vp_stage: int | None = None,
+        pp_rank: int | None = None,
+    ) -> int:
+        """Number of layers of ``layer_type`` before this chunk, in forward order."""
+        if pp_rank is None:
+            pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        stage = mirrored.stage_of(pp_rank, vp_stage or 0, self.pipeline_model_parallel_size)
+        return sum(layers.count(layer_type) for layers in self._stages[:stage])

@@ -25,7 +25,8 @@ def proved_plan(
     """This rank's part of a plan that can run to its end on all ranks of ``group``.
 
     Each rank checks what it and its neighbours do. What only all operations together show, the
-    first rank finds out, the first time that a plan is asked for.
+    first rank finds out, the first time that a plan is asked for; of the job for the plans that a
+    command line names, else of each pipeline.
 
     Args:
         pipeline: which schedule.
@@ -41,7 +42,7 @@ def proved_plan(
     plan = step_plan.plan_of(pipeline.schedule, group.rank(), *settings)
     ranks = tuple(dist.get_process_group_ranks(group))
     key = pipeline.schedule, group.rank(), ranks, *settings
-    if key not in _proved:
+    if key not in _proved and not step_plan.is_promised(pipeline.schedule, *settings):
         wrong: list[str | None] = [None]
         if group.rank() == 0:
             try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
@@ -23,13 +24,18 @@ from torch import nn
 
 from megatron_mhc.pipeline.chunk_stage import ChunkStage
 from megatron_mhc.pipeline.edges import transport_for
+from megatron_mhc.pipeline.mirrored_copies import (
+    shared_losses,
+    split_batches,
+    sum_copies,
+)
 from megatron_mhc.pipeline.proof import proved_plan
 from megatron_mhc.pipeline.verify import run_twice
 from megatron_mhc.schedules.executor import in_turn, run_plan
 from megatron_mhc.schedules.executor_channels import Transport
 from megatron_mhc.schedules.executor_lanes import run_lanes
+from megatron_mhc.schedules.mirrored import chunk_of
 from megatron_mhc.schedules.plan import Plan
-from megatron_mhc.schedules.stage_layers import stage_at
 from megatron_mhc.settings.model_config import POST_STREAM, RESIDUAL
 from megatron_mhc.settings.pipeline import PipelineConfig
 
@@ -77,6 +83,8 @@ def run_pipeline_step(
     if p2p_communicator is not None:
         group, context_size = p2p_communicator.pp_group, pg_collection.cp.size()
     rebuilds = _recompute_stream(config) is not None
+    if pipeline.mirrored:
+        iterators = split_batches(iterators, group, num_microbatches, forward_only)
     plan = proved_plan(pipeline, group, num_microbatches, forward_only, rebuilds)
     transport = transport_for(config, plan, group, seq_length // context_size, micro_batch_size)
 
@@ -90,19 +98,27 @@ def run_pipeline_step(
         first_val_step=first_val_step,
         collect_non_loss_data=collect_non_loss_data,
     )
-    passes = _Passes(config, model, plan, group.rank(), transport, forward, forward_only)
+    passes = _Passes(
+        config, model, plan, group.rank(), transport, forward, forward_only, pipeline.mirrored
+    )
     with _timed(config):
         if forward_only:
-            return passes.run(iterators, False, False)
+            losses = passes.run(iterators, False, False)
+            return shared_losses(losses, group) if pipeline.mirrored else losses
         gather_parameters(config, model)
         with gradient_sync_off(model):
             if verifies_next_step(model[0], pipeline):
                 losses = run_twice(passes.run, model, iterators)
             else:
                 early = not force_all_reduce and all(map(overlaps_reduction, model))
+                # Copies of a stage add up what they have before data-parallel ranks do.
+                early = early and not pipeline.mirrored
                 losses = passes.run(iterators, False, early)
-        finalize(config, model, passes.stages, pg_collection, force_all_reduce)
-    return losses
+        if pipeline.mirrored:
+            sum_copies(model, group)
+        ends = group if pipeline.mirrored else None
+        finalize(config, model, passes.stages, pg_collection, force_all_reduce, ends)
+    return shared_losses(losses, group) if pipeline.mirrored else losses
 
 
 @dataclass(frozen=True)
@@ -157,6 +173,7 @@ class _Passes:
     transport: Transport
     forward: Callable[..., Any]
     evaluating: bool
+    mirrored: bool = False
     stages: dict[tuple[int, int], ChunkStage] = field(default_factory=dict)
 
     def run(
@@ -164,10 +181,12 @@ class _Passes:
     ) -> list[Any]:
         """All of them; returns the loss records."""
         losses: list[Any] = []
-        for chunk in range(len(self.model)):
-            stage = stage_at(self.rank, chunk, self.plan.pp, 'v' if len(self.model) > 1 else 'line')
+        held = self.plan.chunks[self.rank]
+        for number, (stage, direction) in enumerate(held):
+            # Of two copies the rank's earlier stage is its first chunk, else they are in order.
+            chunk = chunk_of(stage, self.plan.pp) if self.mirrored else number
             is_last = stage == self.plan.stages - 1
-            self.stages[stage, 0] = ChunkStage(
+            self.stages[stage, direction] = ChunkStage(
                 self.model[chunk],
                 self.config,
                 functools.partial(self.forward, iterators[chunk], losses, chunk, is_last),
@@ -220,13 +239,20 @@ def finalize(
     stages: dict[tuple[int, int], ChunkStage],
     pg_collection: Any,
     force_all_reduce: bool | None,
+    mirrored: dist.ProcessGroup | None = None,
 ) -> None:
-    """Reduce gradients and scale them, by Megatron's own function."""
+    """Reduce gradients and scale them, by Megatron's own function.
+
+    ``mirrored`` is the pipeline-parallel group where both of its ends compute losses.
+    """
     if config.finalize_model_grads_func is None:
         return
     tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
     for stage in stages.values():
         tokens += stage.tokens
+    if mirrored is not None and config.calculate_per_token_loss:
+        # Each end has counted those of its copy.
+        dist.all_reduce(tokens, group=mirrored)
     config.finalize_model_grads_func(
         model,
         tokens if config.calculate_per_token_loss else None,

@@ -1,9 +1,10 @@
-"""Streams and H_pre as one tensor, where nothing else gets across: stages and recomputed layers.
+"""Streams and what belongs to them as one tensor, where nothing else gets across.
 
-A pipeline sends one tensor of one type, and a checkpoint returns one. A message is
+A pipeline sends one tensor of one type, and a recomputed part returns one. A message is
 ``[s, b, width]`` of the streams' type. In memory all streams come first, so that who receives them
-need not copy, and then H_pre: where streams have 16 bits, the bits of its fp32 in three values,
-because rounding it would change the model. Gradients go back in the same form.
+need not copy, and then what is beside them, H_pre or token ids: where streams have 16 bits, the
+bits of its fp32 in three values, because rounding it would change the model. Gradients go back in
+the same form.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from megatron_mhc.kernels.reference.precision import at_least_fp32
 _BITS = 11
 
 
-def pack(x: Tensor, h_pre: Tensor) -> Tensor:
-    """Streams ``[s, b, n*C]`` and H_pre ``[s, b, n]`` -> message ``[s, b, width]``, a copy."""
-    message: Tensor = _Pack.apply(x, h_pre.to(at_least_fp32(x).dtype))
+def pack(x: Tensor, beside: Tensor) -> Tensor:
+    """Streams ``[s, b, n*C]`` and ``[s, b, k]`` beside them -> a copy, ``[s, b, width]``."""
+    message: Tensor = _Pack.apply(x, beside.to(at_least_fp32(x).dtype))
     return message
 
 
-def unpack(message: Tensor, num_streams: int, hidden_size: int) -> tuple[Tensor, Tensor]:
-    """Message -> streams ``[s, b, n*C]``, in its memory, and H_pre ``[s, b, n]``.
+def unpack(message: Tensor, count: int, wide: int) -> tuple[Tensor, Tensor]:
+    """Message -> streams ``[s, b, wide]``, in its memory, and ``[s, b, count]`` beside them.
 
     A message belongs to one reader: bits cannot be added, as gradients of two readers would be.
     """
-    x, h_pre = _Unpack.apply(message, num_streams, hidden_size)
-    return x, h_pre
+    x, beside = _Unpack.apply(message, count, wide)
+    return x, beside
 
 
 class _Pack(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h_pre: Tensor) -> Tensor:
-        ctx.sizes = h_pre.shape[-1], x.shape[-1] // h_pre.shape[-1]
-        return _joined(x, h_pre)
+    def forward(ctx: Any, x: Tensor, beside: Tensor) -> Tensor:
+        ctx.sizes = beside.shape[-1], x.shape[-1]
+        return _joined(x, beside)
 
     @staticmethod
     @once_differentiable
@@ -51,23 +52,21 @@ class _Pack(Function):
 
 class _Unpack(Function):
     @staticmethod
-    def forward(
-        ctx: Any, message: Tensor, num_streams: int, hidden_size: int
-    ) -> tuple[Tensor, Tensor]:
-        view, h_pre = _parts(message, num_streams, hidden_size)
+    def forward(ctx: Any, message: Tensor, count: int, wide: int) -> tuple[Tensor, Tensor]:
+        view, beside = _parts(message, count, wide)
         # Without a base, as Megatron wants what it may free.
         x = torch.empty(0, dtype=view.dtype, device=view.device)
         x.data = view
-        return x, h_pre
+        return x, beside
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_pre: Tensor) -> tuple[Tensor, None, None]:
-        return _joined(grad_x, grad_pre), None, None
+    def backward(ctx: Any, grad_x: Tensor, grad_beside: Tensor) -> tuple[Tensor, None, None]:
+        return _joined(grad_x, grad_beside), None, None
 
 
-def _joined(x: Tensor, h_pre: Tensor) -> Tensor:
-    values = _as_values(h_pre, x.dtype)
+def _joined(x: Tensor, beside: Tensor) -> Tensor:
+    values = _as_values(beside, x.dtype)
     *tokens, n, parts = values.shape
     message = x.new_empty(*tokens, x.shape[-1] + n * parts)
     line = message.view(-1)
@@ -76,20 +75,19 @@ def _joined(x: Tensor, h_pre: Tensor) -> Tensor:
     return message
 
 
-def _parts(message: Tensor, num_streams: int, hidden_size: int) -> tuple[Tensor, Tensor]:
+def _parts(message: Tensor, count: int, wide: int) -> tuple[Tensor, Tensor]:
     *tokens, width = message.shape
-    wide = num_streams * hidden_size
     line = message.contiguous().view(-1)
     streams = line.numel() // width * wide
-    values = line[streams:].view(*tokens, num_streams, (width - wide) // num_streams)
+    values = line[streams:].view(*tokens, count, (width - wide) // count)
     return line[:streams].view(*tokens, wide), _from_values(values)
 
 
-def _as_values(h_pre: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[..., n]`` -> ``[..., n, 1 or 3]`` of ``dtype``."""
-    if h_pre.dtype == dtype:
-        return h_pre.unsqueeze(-1)
-    bits = h_pre.contiguous().view(torch.int32).unsqueeze(-1)
+def _as_values(beside: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[..., k]`` -> ``[..., k, 1 or 3]`` of ``dtype``."""
+    if beside.dtype == dtype:
+        return beside.unsqueeze(-1)
+    bits = beside.contiguous().view(torch.int32).unsqueeze(-1)
     return ((bits >> _shifts(bits)) & ((1 << _BITS) - 1)).to(torch.int16).view(dtype)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_mhc import ops
 from megatron_mhc.kernels.numerics import PAPER
+from megatron_mhc.kernels.reference.conventions import gates_as
 from megatron_mhc.kernels.reference.mapping import scaled_projection_ref
 from megatron_mhc.kernels.reference.precision import without_autocast
 from megatron_mhc.manifolds import registry
@@ -73,7 +74,7 @@ class ManifoldHyperConnection(HyperConnection):
             return ops.mapping(x, *parameters, **self._settings(), numerics=numerics)
         pre, post, res = self._logits(x)
         with without_autocast(x.device):
-            return torch.sigmoid(pre), 2 * torch.sigmoid(post), self.manifold.matrix(res)
+            return *gates_as(pre, post, self.residual.numerics), self.manifold.matrix(res)
 
     def res_logits(self, x: Tensor) -> Tensor | None:
         manifold, fixed = self.manifold, 'res' in self.residual.fixed_mappings

@@ -133,7 +133,8 @@ def use_post_stream(model: LanguageModule) -> None:
         # A Mamba layer has no MLP to move.
         elif isinstance(layer, TransformerLayer) and not isinstance(layer.mlp_bda, IdentityFuncOp):
             _move_residual_add(layer, stream)
-        layer.register_forward_pre_hook(_settle_inputs, with_kwargs=True)
+        # Before the memory, which reads the streams too.
+        layer.register_forward_pre_hook(_settle_inputs, with_kwargs=True, prepend=True)
     norm = final_norm_of(block)
     if norm is not None:
         # Before the hook that merges the streams.

@@ -67,7 +67,7 @@ def opened(x: Tensor, residual: ResidualConfig, hidden_size: int) -> Tensor:
     n = residual.streams
     if x.shape[-1] != n * hidden_size + residual.edge_values(x.dtype.itemsize):
         return x
-    streams, h_pre = unpack(x, n, hidden_size)
+    streams, h_pre = unpack(x, n, n * hidden_size)
     NEXT_PRE.attach(streams, h_pre)
     return streams
 

@@ -138,6 +138,13 @@ class EngramConfig:
         """Tokens before its own that the convolution reads."""
         return (CONVOLUTION_WIDTH - 1) * self.dilation
 
+    def edge_values(self, value_bytes: int) -> int:
+        """Values a token, of ``value_bytes`` each, between pipeline stages beside the streams.
+
+        Its id and its place, as numbers of fp32: as themselves, or each as three of 16 bits.
+        """
+        return 2 * (3 if value_bytes == 2 else 1)
+
     def structure(self) -> tuple[tuple[str, Any], ...]:
         """What has to be equal for weights to mean the same."""
         return structure(self)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_mhc.settings.engram import EngramConfig
 from megatron_mhc.settings.flag import flags_of, given, write_back
 from megatron_mhc.settings.flags_residual import parsed_arguments
-from megatron_mhc.settings.refused_engram import check_engram, check_stage, evenly_divided
+from megatron_mhc.settings.refused_engram import check_engram
 
 
 def engram_config_from_args(args: argparse.Namespace) -> EngramConfig | None:
@@ -35,9 +35,6 @@ def resolve_engram(args: argparse.Namespace) -> EngramConfig | None:
     engram = engram_config_from_args(args)
     if engram is not None:
         check_engram(args, engram)
-        first_stage_layers = evenly_divided(args)
-        if first_stage_layers is not None:
-            check_stage(engram, first_stage_layers)
         write_back(args, engram)
     return engram
 

@@ -10,6 +10,7 @@ from megatron_mhc.inputs.refusal import announce, is_first_rank
 from megatron_mhc.inputs.values import flag_of
 from megatron_mhc.schedules.inverted_v import CHUNKS, check_layout, even_layout, written_out
 from megatron_mhc.schedules.live import live_at_peak
+from megatron_mhc.schedules.mirrored import doubled, mirrored_layout
 from megatron_mhc.schedules.pattern_stages import cut_pattern
 from megatron_mhc.settings import step_plan
 from megatron_mhc.settings.flag import flags_of, given, refuse_in_vain
@@ -79,7 +80,7 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
         _check_chunks(args, schedule)
         return None
     check_planned(args, pipeline)
-    if not pipeline.on_v:
+    if not pipeline.two_chunks:
         _check_chunks(args, '1f1b', pipeline.schedule)
     if args.micro_batch_size is None:
         raise ValueError(
@@ -90,14 +91,17 @@ def resolve_pipeline(args: argparse.Namespace) -> PipelineConfig | None:
     if pipeline.on_v:
         divided = f'layers {_lay_out(args)} in stage order, '
         advise_on_optimizer_state(args, 'will be saved')
+    if pipeline.mirrored:
+        divided = f'two copies of the layers {_double(args)}, '
     ranks = args.pipeline_model_parallel_size
     recompute = getattr(args, 'mhc_recompute_layer_num', None) not in (None, 'none')
     for microbatches in _microbatch_counts(args):
         step_plan.check_numbers(pipeline.schedule, ranks, microbatches, pipeline.live_bound)
         # No rank begins a step without the first one, which has proved the plan by then.
+        numbers = ranks, microbatches, False, recompute, pipeline.live_bound
         if is_first_rank():
-            numbers = pipeline.schedule, ranks, microbatches, False, recompute
-            step_plan.prove(*numbers, pipeline.live_bound)
+            step_plan.prove(pipeline.schedule, *numbers)
+        step_plan.promise(pipeline.schedule, *numbers)
     if is_first_rank():
         live = live_at_peak(pipeline.schedule, ranks, microbatches, CHUNKS, pipeline.live_bound)
         announce(
@@ -220,6 +224,16 @@ def _lay_out(args: argparse.Namespace) -> str:
     counted = int(embedding), int(loss)
     layout = even_layout(args.num_layers, ranks, first, last, *counted, *ends)
     args.pipeline_model_parallel_layout = layout
+    return layout
+
+
+def _double(args: argparse.Namespace) -> str:
+    """The layers of every stage of a copy; those of both in the argument where Megatron looks."""
+    ends = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+    ranks = args.pipeline_model_parallel_size
+    layout = mirrored_layout(args.pipeline_model_parallel_layout, args.num_layers, ranks, *ends)
+    args.pipeline_model_parallel_layout = doubled(layout)
     return layout
 
 

@@ -45,8 +45,8 @@ ENGRAM_FLAGS = Group(
 PIPELINE_FLAGS = Group(
     'pipeline schedules',
     'Schedules as data, proved before they run (megatron-mhc schedule shows them). All but 1f1b, '
-    'interleaved and zb-h1 hold two chunks per rank in a V, with both ends of the model on the '
-    'last pipeline rank.',
+    '1f1b-overlap, zb-h1 and interleaved hold two chunks per rank in a V, with both ends of the '
+    'model on the last pipeline rank.',
     (PipelineConfig, PipelineOptions),
 )
 LR_FLAGS = Group(

@@ -32,20 +32,3 @@ def main_pattern(get: Setting) -> str | None:
     """The main layers of the arguments' pattern; None of another model, and on a config."""
     pattern = layer_pattern(get)
     return pattern.partition('/')[0] if pattern else None
-
-
-def first_stage_layers(main: str, ranks: int, first: int | None, last: int | None) -> int:
-    """How many layers Megatron gives to the first stage.
-
-    Args:
-        main: the main layers, with or without ``|``.
-        ranks: of the pipeline.
-        first: layers of the first rank, where they are given beside the pattern.
-        last: of the last rank.
-    """
-    stage, *others = main.split('|')
-    if others or ranks == 1:
-        return len(stage)
-    if first is not None:
-        return first
-    return len(stage) // ranks if last is None else (len(stage) - last) // (ranks - 1)

@@ -9,13 +9,21 @@ STREAM_TYPES = ('hc', 'mhc', 'gated')
 MAPPED_TYPES = ('hc', 'mhc')
 RECOMPUTE_SEGMENTS = ('none', 'stage', 'auto')
 STOCK_SCHEDULES = ('1f1b', 'interleaved')
-# Run from a plan: on the inverted V, those with fused slots last, and one stage a rank.
+# Run from a plan: on the inverted V, those with fused slots last; one stage a rank; and a stage of
+# each of two copies of the model.
 FUSED_SCHEDULES = ('dualpipev', 'dualpipev-w')
 V_SCHEDULES = ('zb-v', 'v-half', 'v-min', 'v-bound', *FUSED_SCHEDULES)
-LINE_SCHEDULES = ('zb-h1',)
-PLANNED_SCHEDULES = (*LINE_SCHEDULES, *V_SCHEDULES)
+LINE_SCHEDULES = ('1f1b-overlap', 'zb-h1')
+MIRRORED_SCHEDULES = ('dualpipe',)
+TWO_CHUNK_SCHEDULES = (*V_SCHEDULES, *MIRRORED_SCHEDULES)
+PLANNED_SCHEDULES = (*LINE_SCHEDULES, *TWO_CHUNK_SCHEDULES)
 PIPELINE_SCHEDULES = (*STOCK_SCHEDULES, *PLANNED_SCHEDULES)
-# Those of which a study looks at all layouts unless it is told which.
-STUDIED_SCHEDULES = (*STOCK_SCHEDULES, 'zb-v', *FUSED_SCHEDULES)
+# Those of which a study looks at all layouts unless it is told which: all but the one that is made
+# for a bound.
+STUDIED_SCHEDULES = (
+    *STOCK_SCHEDULES,
+    *LINE_SCHEDULES,
+    *(name for name in V_SCHEDULES if name != 'v-bound'),
+)
 # What --device takes; `unchanged` is the adaptor's alone.
 DEVICES = ('auto', 'cpu', 'cuda', 'unchanged')

@@ -6,16 +6,23 @@ from dataclasses import MISSING, dataclass
 
 from megatron_mhc.inputs.values import MOST_TOKENS, shown
 from megatron_mhc.settings.flag import check, refuse_stray, setting
-from megatron_mhc.settings.names import PIPELINE_SCHEDULES, PLANNED_SCHEDULES, V_SCHEDULES
+from megatron_mhc.settings.names import (
+    MIRRORED_SCHEDULES,
+    PIPELINE_SCHEDULES,
+    PLANNED_SCHEDULES,
+    V_SCHEDULES,
+)
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
     """A pipeline schedule that is run from a plan.
 
-    All but ``zb-h1`` are on the inverted V: rank r of P holds stages P - 1 - r and P + r. ``zb-v``,
-    ``v-half`` and ``v-min`` are of arXiv 2405.15362; the fused slots of ``dualpipev-w`` leave the
-    weight gradients until after the slot, so that both hops start earlier.
+    ``1f1b-overlap`` and ``zb-h1`` have one stage a rank. ``dualpipe`` has two copies of the model,
+    and rank r stages r and P - 1 - r. All others are on the inverted V: rank r of P holds stages
+    P - 1 - r and P + r. ``zb-v``, ``v-half`` and ``v-min`` are of arXiv 2405.15362; the fused slots
+    of ``dualpipev-w`` leave the weight gradients until after the slot, so that both hops start
+    earlier.
 
     Raises:
         ValueError: a value is out of range; the message names the flag that sets it.
@@ -66,8 +73,18 @@ class PipelineConfig:
 
     @property
     def on_v(self) -> bool:
-        """Whether a rank holds two stages, of an inverted V; else it holds one, as in 1F1B."""
+        """Whether a rank holds two stages, of an inverted V."""
         return self.schedule in V_SCHEDULES
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a rank holds two stages, each of another copy of the model."""
+        return self.schedule in MIRRORED_SCHEDULES
+
+    @property
+    def two_chunks(self) -> bool:
+        """Whether a rank holds two stages of any kind; else it holds one, as in 1F1B."""
+        return self.on_v or self.mirrored
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from megatron_mhc.settings.refused_cuda_graphs import ASKED, NEVER, UNASKED
 from megatron_mhc.settings.refused_engram import ENGRAM
 from megatron_mhc.settings.refused_gated import GATED
 from megatron_mhc.settings.refused_mudd import MUDD
-from megatron_mhc.settings.refused_pipeline import INVERTED_V, ON_LINE
+from megatron_mhc.settings.refused_pipeline import INVERTED_V, MIRRORED, ON_LINE
 from megatron_mhc.settings.refused_post_stream import POST_STREAM
 from megatron_mhc.settings.refused_residual import RESIDUAL
 from megatron_mhc.settings.refused_single_pass import SINGLE_PASS
@@ -22,6 +22,7 @@ REFUSALS = (
     ATTENTION,
     SINGLE_PASS,
     INVERTED_V,
+    MIRRORED,
     ON_LINE,
     POST_STREAM,
     ENGRAM,

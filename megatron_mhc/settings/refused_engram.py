@@ -7,14 +7,22 @@ from typing import Any
 from megatron_mhc.settings.constraint import (
     Constraint,
     Refusals,
+    Setting,
     cuda_graphs,
     full_recompute,
     offloads,
     shards_parameters,
 )
 from megatron_mhc.settings.engram import ROW_BLOCKS, EngramConfig
-from megatron_mhc.settings.hybrid_stages import first_stage_layers, main_pattern
-from megatron_mhc.settings.names import V_SCHEDULES
+from megatron_mhc.settings.hybrid_stages import main_pattern
+
+
+def _sharing_experts(get: Setting) -> int:
+    """Ranks that share the experts of a layer; 1 where each has them all."""
+    ranks: int = get('expert_model_parallel_size') or 1
+    of_one = get('expert_tensor_parallel_size') or get('tensor_model_parallel_size') or 1
+    return 1 if ranks == 1 else ranks * of_one
+
 
 _ROWS = (
     Constraint(
@@ -54,26 +62,10 @@ _ROWS = (
         f'use a divisor of {ROW_BLOCKS}',
     ),
     Constraint(
-        f'--pipeline-schedule {" / ".join(V_SCHEDULES)}',
-        lambda get: (
-            get('pipeline_schedule') in V_SCHEDULES
-            or bool(getattr(get('pipeline_config'), 'on_v', get('pipeline_config')))
-        ),
-        'the layers of its first stage are not told by rank, and fused slots run two microbatches '
-        'in turn, each with token ids of its own',
-        'use --pipeline-schedule 1f1b, zb-h1 or interleaved',
-    ),
-    Constraint(
-        '--mhc-post-stream high',
-        lambda get: get('mhc_post_stream') == 'high',
-        'what the memory adds is not ordered after a second stream',
-        'use --mhc-post-stream compute',
-    ),
-    Constraint(
-        '--overlap-moe-expert-parallel-comm',
-        lambda get: bool(get('overlap_moe_expert_parallel_comm')),
-        'its schedule calls parts of a layer by hand, past the memory',
-        'drop the flag',
+        '--expert-model-parallel-size x --expert-tensor-parallel-size',
+        lambda get: ROW_BLOCKS % _sharing_experts(get) != 0,
+        f'the rows of the tables, a multiple of {ROW_BLOCKS}, are shared evenly',
+        f'let their product be a divisor of {ROW_BLOCKS}',
     ),
     Constraint(
         '--cuda-graph-impl / --enable-cuda-graph',
@@ -84,7 +76,7 @@ _ROWS = (
     Constraint(
         '--transformer-impl inference_optimized',
         lambda get: get('transformer_impl') == 'inference_optimized',
-        'inference with a KV cache does not keep the tokens that n-grams need',
+        'its dynamic batches do not keep the tokens before the newest ones, which n-grams need',
         'use --transformer-impl transformer_engine or local',
     ),
     Constraint(
@@ -122,19 +114,20 @@ _ROWS = (
 ENGRAM = Refusals('--engram-layers', 'leave out --engram-layers', _ROWS)
 
 
-def check_engram(settings: object, engram: EngramConfig) -> None:
+def check_engram(settings: object, engram: EngramConfig, main: str | None = None) -> None:
     """Raise ValueError for the first refused pair found in ``settings``.
 
     Args:
         settings: parsed arguments or a ``TransformerConfig``.
         engram: the memory.
+        main: the main layers of a hybrid model's pattern, which only the arguments have.
     """
     ENGRAM.check(settings)
 
     def get(name: str) -> Any:
         return getattr(settings, name, None)
 
-    main = main_pattern(get)
+    main = main or main_pattern(get)
     last, layers = engram.layers[-1], get('num_layers')
     if main is not None:
         # What --num-layers says then counts for nothing.
@@ -150,43 +143,3 @@ def check_engram(settings: object, engram: EngramConfig) -> None:
             f'--sequence-parallel leaves {share} tokens to a rank, and the convolution of '
             f'--engram-layers reads the {engram.reach} before; use fewer tensor-parallel ranks'
         )
-
-
-def check_stage(engram: EngramConfig, first_stage_layers: int) -> None:
-    """Raise ValueError unless all layers with a memory are in the first pipeline stage."""
-    last = engram.layers[-1]
-    if last > first_stage_layers:
-        raise ValueError(
-            f'--engram-layers {last}: the first pipeline stage ends with layer '
-            f'{first_stage_layers}, and Megatron gives token ids to the first stage only; name '
-            'earlier layers, or give it more with --decoder-first-pipeline-num-layers'
-        )
-
-
-# What moves layers between stages: the model's config then knows how many the first one has.
-_MOVING = (
-    'pipeline_model_parallel_layout',
-    'decoder_first_pipeline_num_layers',
-    'decoder_last_pipeline_num_layers',
-    'account_for_embedding_in_pipeline_split',
-    'account_for_loss_in_pipeline_split',
-)
-
-
-def evenly_divided(settings: object) -> int | None:
-    """Layers of the first stage by parsed arguments; None where they do not tell."""
-
-    def get(name: str) -> Any:
-        return getattr(settings, name, None)
-
-    main, ranks = main_pattern(get), get('pipeline_model_parallel_size') or 1
-    if main is not None:
-        given = (get(f'decoder_{end}_pipeline_num_layers') for end in ('first', 'last'))
-        return first_stage_layers(main, ranks, *given)
-    if get('num_layers') is None or any(map(get, _MOVING)):
-        return None
-    layers: int = get('num_layers') // ranks
-    of_virtual_stage: int | None = get('num_layers_per_virtual_pipeline_stage')
-    if of_virtual_stage is not None:
-        return of_virtual_stage
-    return layers // (get('num_virtual_stages_per_pipeline_rank') or 1)

@@ -8,11 +8,13 @@ from megatron_mhc.settings.constraint import (
     Refusals,
     Setting,
     cuda_graphs,
+    hybrid_model,
     offloads,
+    predicts,
     shards_parameters,
 )
 from megatron_mhc.settings.hybrid_stages import LAYOUT_BESIDE_PATTERN
-from megatron_mhc.settings.names import LINE_SCHEDULES, V_SCHEDULES
+from megatron_mhc.settings.names import LINE_SCHEDULES, MIRRORED_SCHEDULES, V_SCHEDULES
 from megatron_mhc.settings.pipeline import PipelineConfig
 
 
@@ -116,13 +118,21 @@ _ROWS = (
     ),
 )
 # Of two chunks a rank alone.
-_ON_V = (
+_OF_TWO = (
     Constraint(
         '--fp8-recipe delayed',
         lambda get: bool(get('fp8')) and get('fp8_recipe') in (None, 'delayed'),
         'a pass of one chunk moves the amax histories of both on, so scales depend on the order',
         'use --fp8-recipe tensorwise, blockwise or mxfp8',
     ),
+    Constraint(
+        '--ckpt-format torch',
+        lambda get: get('ckpt_format') == 'torch',
+        'it numbers chunks, not layers, so another schedule would load the wrong ones',
+        'use --ckpt-format torch_dist',
+    ),
+)
+_ON_V = (
     Constraint(
         '--num-layers-per-virtual-pipeline-stage',
         _other_than_two_chunks,
@@ -135,16 +145,63 @@ _ON_V = (
         'a V has two chunks a rank',
         'drop the flag',
     ),
-    Constraint(
-        '--ckpt-format torch',
-        lambda get: get('ckpt_format') == 'torch',
-        'it numbers chunks, not layers, so another schedule would load the wrong ones',
-        'use --ckpt-format torch_dist',
-    ),
     LAYOUT_BESIDE_PATTERN,
 )
+_ON_MIRRORED = (
+    Constraint(
+        '--num-layers-per-virtual-pipeline-stage / --num-virtual-stages-per-pipeline-rank',
+        lambda get: any(
+            get(name) is not None
+            for name in (
+                'num_layers_per_virtual_pipeline_stage',
+                'num_virtual_stages_per_pipeline_rank',
+            )
+        ),
+        'a copy of the model has one stage a rank',
+        'drop the flag, or name the layers with --pipeline-model-parallel-layout',
+    ),
+    Constraint(
+        '--account-for-embedding-in-pipeline-split / --account-for-loss-in-pipeline-split',
+        lambda get: bool(
+            get('account_for_embedding_in_pipeline_split')
+            or get('account_for_loss_in_pipeline_split')
+        ),
+        'the rank of an end holds the first stage and the last one, so neither is to be shortened '
+        'by itself',
+        'name the layers with --pipeline-model-parallel-layout',
+    ),
+    Constraint(
+        '--hybrid-layer-pattern',
+        hybrid_model,
+        'a hybrid model picks the segment of a chunk by rank and virtual stage, and the copies '
+        'have each segment on two ranks',
+        'use --pipeline-schedule dualpipev-w, or a GPT model',
+    ),
+    Constraint(
+        '--mtp-num-layers',
+        predicts,
+        'the embedding would have four copies, two of them on each end',
+        'use --pipeline-schedule dualpipev-w',
+    ),
+    Constraint(
+        '--moe-router-load-balancing-type global_aux_loss',
+        lambda get: 'global_aux_loss' in str(get('moe_router_load_balancing_type')),
+        'it counts the tokens of all data-parallel ranks, and a copy sees half of the microbatches',
+        'use aux_loss, seq_aux_loss or none',
+    ),
+    Constraint(
+        '--mhc-monitor / --mhc-alarm',
+        lambda get: bool(get('mhc_monitor')) or get('mhc_alarm') not in (None, 'off'),
+        "composite maps are products of one token's maps over all stages, and a rank's two stages "
+        'see other tokens',
+        'use --pipeline-schedule dualpipev-w, or drop the flag',
+    ),
+)
 _OTHERWISE = 'use --pipeline-schedule 1f1b'
-INVERTED_V = Refusals('--pipeline-schedule {}', _OTHERWISE, _ROWS + _ON_V, V_SCHEDULES)
+INVERTED_V = Refusals('--pipeline-schedule {}', _OTHERWISE, _ROWS + _OF_TWO + _ON_V, V_SCHEDULES)
+MIRRORED = Refusals(
+    '--pipeline-schedule {}', _OTHERWISE, _ROWS + _OF_TWO + _ON_MIRRORED, MIRRORED_SCHEDULES
+)
 ON_LINE = Refusals('--pipeline-schedule {}', _OTHERWISE, _ROWS, LINE_SCHEDULES)
 
 
@@ -155,4 +212,5 @@ def check_planned(settings: object, pipeline: PipelineConfig) -> None:
         settings: parsed arguments or a ``TransformerConfig``.
         pipeline: the schedule.
     """
-    (INVERTED_V if pipeline.on_v else ON_LINE).check(settings, pipeline.schedule)
+    rows = MIRRORED if pipeline.mirrored else INVERTED_V if pipeline.on_v else ON_LINE
+    rows.check(settings, pipeline.schedule)

@@ -111,11 +111,11 @@ class ResidualConfig:
         PAPER,
         '--mhc-numerics',
         choices=tuple(NUMERICS),
-        only=_SINKHORN,
+        only=_MHC,
         structural=True,
-        help='whose numerics: `paper`, or as `deepseek-v4`, `megatron-dev`, `megatron-main` or '
-        '`glm-5.3` compute, for weights that came from there or go there: order of Sinkhorn-Knopp, '
-        'eps and where it stands, what is rounded, merge',
+        help='whose numerics: `paper`, or as `deepseek-v4`, `megatron-dev`, `megatron-main`, '
+        '`glm-5.3` or, on the manifold `identity`, `hy4` compute, for weights that came from there '
+        'or go there: order of Sinkhorn-Knopp, eps and where it stands, what is rounded, merge',
         more='all but paper take torch for the mapping; what differs is in the guide numerics',
         source='the mHC paper',
     )

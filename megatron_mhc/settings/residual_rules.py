@@ -72,7 +72,10 @@ def _resolve_norm_eps(config: ResidualConfig) -> None:
 
 
 def _check_backend(config: ResidualConfig) -> None:
-    if config.kernel_backend == 'triton' and not takes_triton(config.numerics, 'mapping'):
+    # On another manifold the mapping is torch's under every name.
+    fused = config.manifold == 'sinkhorn'
+    triton = config.kernel_backend == 'triton'
+    if triton and fused and not takes_triton(config.numerics, 'mapping'):
         raise ValueError(
             f'--mhc-kernel-backend triton: the kernels compute as --mhc-numerics {PAPER} does, '
             f'not as {config.numerics} does; use auto, which then takes torch for the mapping'
@@ -80,6 +83,12 @@ def _check_backend(config: ResidualConfig) -> None:
 
 
 def _check_manifold(config: ResidualConfig) -> None:
+    theirs = NUMERICS[config.numerics].manifold
+    if config.numerics != PAPER and config.manifold != theirs:
+        raise ValueError(
+            f'--mhc-numerics {config.numerics} with --mhc-manifold {config.manifold}: that project '
+            f'keeps H_res on {theirs}; use --mhc-manifold {theirs}, or --mhc-numerics {PAPER}'
+        )
     if config.manifold == 'sinkhorn':
         return
     if 'res' in config.fixed_mappings:

@@ -5,8 +5,10 @@ Apart from ``PipelineConfig``, whose flags need no generators.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Collection
+import gc
+from collections.abc import Collection, Iterator
 
 from megatron_mhc.schedules.catalog import (
     SCHEDULES,
@@ -34,6 +36,20 @@ def check_numbers(
         raise ValueError(f'--global-batch-size with --pipeline-schedule: {reason}')
 
 
+# What the first rank of the job proves before any other gets to its first step.
+_promised: set[tuple[object, ...]] = set()
+
+
+def promise(schedule: str, *settings: object) -> None:
+    """Note that the first rank of the job proves this; it ends the job where it cannot."""
+    _promised.add((schedule, *settings))
+
+
+def is_promised(schedule: str, *settings: object) -> bool:
+    """Whether this process may leave the proof to the first rank; alike on all ranks."""
+    return (schedule, *settings) in _promised
+
+
 @functools.lru_cache(maxsize=64)
 def plan_of(
     schedule: str,
@@ -57,8 +73,9 @@ def plan_of(
     on_v = SCHEDULES[schedule].placement == 'v'
     own = ranks - 1 - rank if on_v else rank
     seen = range(max(0, own - 1), min(ranks, own + 2))
-    plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, live_bound, seen)
-    validate(plan, ranks=seen)
+    with _without_collections():
+        plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, live_bound, seen)
+        validate(plan, ranks=seen)
     kept = tuple(ops if holder == own else () for holder, ops in enumerate(plan.ranks))
     plan = plan.with_ranks(kept)
     return plan.reversed_ranks() if on_v else plan
@@ -77,10 +94,23 @@ def prove(
 
     Or would hold more microbatches at once than ``live_bound``.
 
-    Looks at all operations of all ranks, once: one rank does it for its pipeline.
+    Looks at all operations of all ranks, once: one rank does it for its pipeline, or for the job.
     """
-    plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, live_bound)
-    validate(plan, live_bound=live_bound)
+    with _without_collections():
+        plan = _lowered(schedule, ranks, microbatches, evaluating, recompute, live_bound)
+        validate(plan, live_bound=live_bound)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Millions of operations are made, none of them in a cycle; collections take half the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _lowered(
@@ -93,7 +123,8 @@ def _lowered(
     only: Collection[int] | None = None,
 ) -> Plan:
     if evaluating:
-        placement = placement_of(SCHEDULES[schedule].placement, ranks)
+        # Of two copies of the model, one does.
+        placement = placement_of(SCHEDULES[schedule].placement, ranks)[:1]
         return lower(forward_only(placement, microbatches, only=only), reduce=False)
     plan = make_plan(schedule, ranks, microbatches, only=only, live_bound=live_bound)
     return lower(plan, recompute=recompute)

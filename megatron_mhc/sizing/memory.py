@@ -212,7 +212,7 @@ def _rank_parameters(shape: ModelShape, pp: int, placement: str, chunks: int) ->
 
 def sharing(part: str, layout: Layout) -> tuple[int, int]:
     """How many ranks divide a part of a stage's parameters, and the replicas of each share."""
-    if part == 'routed_experts':
+    if part in ('routed_experts', 'engram_tables'):
         return layout.tp * layout.ep, layout.expert_dp
     return 1 if part in REPLICATED else layout.tp, layout.replicas
 
@@ -241,10 +241,13 @@ def stages_of(
 def edge_bytes(shape: ModelShape, layout: Layout) -> int:
     """Bytes from one stage to the next and back, each way, per microbatch.
 
-    n C values a token, and what a topology sends beside them: single pass the n of H_pre.
+    n C values a token, and what is sent beside them: by single pass the n of H_pre, and token ids
+    for a memory.
     """
     residual, width = shape.residual, shape.value_bytes
     values = residual.streams * shape.hidden + residual.edge_values(width)
+    if shape.engram is not None:
+        values += shape.engram.edge_values(width)
     return width * _tokens(shape, layout) * values
 
 

@@ -179,6 +179,18 @@ def test_only_the_first_rank_looks_at_the_length_of_every_file(both, parse, refu
     assert 'which is not there' in refused(f'{FLAGS} --load {both[1]}')
 
 
+def test_one_rank_of_a_node_reads_the_checkpoint(both, parse, refused, monkeypatch):
+    """What it refuses ends the others of its node."""
+    cut(both[1] / 'iter_0000003' / '.metadata')
+    monkeypatch.setenv('RANK', '11')
+    monkeypatch.setenv('LOCAL_RANK', '3')
+    assert parse(*f'{FLAGS} --load {both[1]}'.split()).load
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setattr('megatron_mhc.inputs.refusal.PATIENCE', 0)
+    with pytest.raises(SystemExit):
+        parse(*f'{FLAGS} --load {both[1]}'.split())
+
+
 def test_damaged_files(both, refused):
     file = both[0] / 'iter_0000003' / 'mp_rank_00' / 'model_optim_rng.pt'
     whole = file.read_bytes()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from layout_cases import MOE
 
+from megatron_mhc.settings.engram import EngramConfig
+
 SMALL = {'ngram_orders': (2, 3), 'heads': 2, 'table_size': 50, 'dim': 16}
 KINDS = {
     'standard': None,
@@ -237,6 +239,7 @@ class Ranks:
 
     def __init__(self, rank, size):
         self.rank, self.size = (lambda: rank), (lambda: size)
+        self.tp = self
 
 
 def test_tables_start_alike_on_any_number_of_ranks(with_memory):
@@ -283,6 +286,8 @@ def test_layers_that_run_without_token_ids_say_so(with_memory):
 
 
 def test_packed_documents_are_told_apart_by_their_bounds(with_memory):
+    from megatron_mhc.engram.tokens import placed
+
     memory = with_memory().decoder.engram
     tokens = torch.randint(0, 64, (1, 16))
     found = []
@@ -290,19 +295,72 @@ def test_packed_documents_are_told_apart_by_their_bounds(with_memory):
         ([*range(16)], torch.tensor([0, 5, 6, 13], dtype=torch.int32)),
         ([*range(5), 0, *range(7), *range(3)], None),
     ):
-        memory.note(tokens, torch.tensor([positions]), bounds)
+        memory.note(placed(memory.token_map[tokens], torch.tensor([positions]), bounds))
         found.append(memory._noted)
     for number in (2, 3):
-        for packed, restarted in zip(*(noted[number] for noted in found), strict=True):
+        for packed, restarted in zip(*(noted[number][:2] for noted in found), strict=True):
             assert torch.equal(packed, restarted)
 
 
-def test_inference_with_a_cache_is_refused(with_memory):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_survive_the_way_to_the_next_stage(dtype, random_seed):
+    from megatron_mhc.engram import tokens
+
+    group, engram = Ranks(0, 1), EngramConfig((2,))
+    x = torch.randn(7, 2, 12, dtype=dtype, requires_grad=True)
+    ids = torch.randint(1, tokens.LARGEST_ID, (2, 7))
+    given = tokens.Tokens(ids, torch.arange(7).expand(2, -1))
+    message = tokens.sent(x, given, group, False)
+    assert message.shape == (7, 2, 12 + engram.edge_values(dtype.itemsize))
+    assert message.isfinite().all()
+    arrived = message.detach().requires_grad_()
+    streams, found = tokens.received(arrived, engram, group, False)
+    assert torch.equal(streams, x)
+    for got, expected in zip(found, given, strict=True):
+        assert torch.equal(got, expected)
+    gradient = torch.randn_like(x)
+    streams.backward(gradient)
+    message.backward(arrived.grad)
+    assert torch.equal(x.grad, gradient)
+
+
+def test_inference_that_cannot_be_followed_is_refused(with_memory):
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    model = with_memory()
+    model = with_memory().eval()
     tokens, positions = torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None]
-    with pytest.raises(NotImplementedError, match='--engram-layers: inference with a KV cache'):
-        model(tokens, positions, None, inference_context=StaticInferenceContext(1, 16))
+    context = StaticInferenceContext(1, 32)
+    context.sequence_len_offset = 3
+    with pytest.raises(RuntimeError, match='begins with token 3 of 1 sequences, and the tokens'):
+        model(tokens, positions, None, inference_context=context)
+    context.is_static_batching = lambda: False
+    with pytest.raises(NotImplementedError, match='--engram-layers: dynamic batches do not keep'):
+        model(tokens, positions, None, inference_context=context)
+    for name in ('pipeline_model_parallel_size', 'tensor_model_parallel_size'):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(NotImplementedError) as raised:
+            patch.setattr(model.config, name, 2)
+            patch.setattr(model.config, 'sequence_parallel', True)
+            model(tokens, positions, None, inference_context=StaticInferenceContext(1, 16))
+        assert str(raised.value).startswith('--engram-layers: inference with --')
     with pytest.raises(ValueError, match='without input_ids'):
         model(None, positions, None, decoder_input=torch.zeros(16, 1, 32))
+
+
+def test_beam_search_takes_what_is_kept_along(with_memory):
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    model = with_memory(KINDS['hc']).eval()
+    randomise(model)
+    tokens, positions = torch.randint(0, 64, (2, 7)), torch.arange(7).expand(2, -1)
+    mask = torch.ones(6, 6).triu(1).bool()[None, None]
+    following = []
+    for order in ([0, 1], [1, 0]):
+        context = StaticInferenceContext(2, 16)
+        with torch.no_grad():
+            model(tokens[:, :6], positions[:, :6], mask, inference_context=context)
+            context.sequence_len_offset = 6
+            context.enable_decode_mode()
+            context.swap_key_value_dict(torch.tensor(order))
+            step = tokens[order, 6:], positions[:, 6:], None
+            following.append(model(*step, inference_context=context))
+    assert torch.equal(following[1], following[0][[1, 0]])

@@ -142,17 +142,6 @@ REFUSED_CONFIGS = {
     },
     '--residual-type mudd cannot be combined': {'residual': {'residual_type': 'mudd'}},
     '--engram-layers 3: the model has 2 layers': {'num_layers': 2},
-    '--engram-layers 3: the first pipeline stage ends with layer 2': {
-        'num_layers': 4,
-        'pipeline_model_parallel_size': 2,
-        'pipeline_dtype': torch.float32,
-    },
-    '--engram-layers 3: the first pipeline stage ends with layer 1': {
-        'num_layers': 4,
-        'pipeline_model_parallel_size': 2,
-        'pipeline_model_parallel_layout': 'Et|tttL',
-        'pipeline_dtype': torch.float32,
-    },
 }
 
 

@@ -12,6 +12,8 @@ RESIDUALS = {
     'mhc': {'residual_type': 'mhc', 'init': 'identity', 'kernel_backend': 'torch'},
     'mhc-kernels': {'kernel_backend': 'triton'},
     'mhc-single-pass': {'residual_type': 'mhc', 'single_pass': True},
+    'engram': None,
+    'engram-mhc': {'residual_type': 'mhc', 'single_pass': True},
     'mudd': {'residual_type': 'mudd'},
     'gated': {'residual_type': 'gated', 'gated_rank': 3},
     'mhc-learned': {'residual_type': 'mhc', 'stream_merge': 'learned'},
@@ -19,6 +21,7 @@ RESIDUALS = {
     'hybrid-mhc': {'residual_type': 'mhc', 'init': 'identity', 'kernel_backend': 'torch'},
 }
 PATTERNS = {'hybrid-mhc': '*-*-', 'mamba-mhc': 'M-*M'}
+MEMORY = {'layers': (1, 3), 'heads': 2, 'table_size': 50, 'dim': 16}
 MAMBA = {'mamba_state_dim': 8, 'mamba_head_dim': 8, 'mamba_num_groups': 2}
 
 
@@ -40,12 +43,13 @@ def model(request, build, random_seed):
         model = hybrid_model(PATTERNS[request.param], RESIDUALS[request.param], **MAMBA)
     else:
         norm = {'normalization': 'RMSNorm'} if request.param == 'gated' else {}
-        model = build(RESIDUALS[request.param], **norm)
+        memory = {'engram': MEMORY} if request.param.startswith('engram') else {}
+        model = build(RESIDUALS[request.param], **norm, **memory)
     generator = torch.Generator().manual_seed(random_seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if 'hyper_connection' in name or 'stream_merge' in name:
+            if 'hyper_connection' in name or 'stream_merge' in name or 'engram' in name:
                 parameter.add_(0.3 * noise)
             # Weights of whole outputs: their size multiplies from layer to layer.
             if 'dense_aggregates' in name:

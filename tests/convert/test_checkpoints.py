@@ -297,7 +297,7 @@ BAD = {
     'single pass': (
         lambda f: edit(f, mhc_single_pass=True, mhc_stream_merge='pre'),
         DEV,
-        '--mhc-single-pass, which no other layout has',
+        '--mhc-single-pass, which that layout has not; choose deepseek-v4.1',
     ),
     'another manifold': (
         lambda f: edit(f, mhc_manifold='permutation', mhc_sinkhorn_iterations=None),

@@ -8,13 +8,20 @@ import hf_models
 import pytest
 import torch
 from hf_models import GROUPED, LLAMA, UNTIED
+from safetensors.torch import load_file
 
 from megatron_mhc.convert import verify
 from megatron_mhc.convert.hf.export import export
+from megatron_mhc.convert.hf.restore import restore
 from megatron_mhc.convert.hf.verify import exported_logits
+from megatron_mhc.convert.saved_args import own_residual
 from megatron_mhc.convert.source import open_source
+from megatron_mhc.settings.flags_residual import same_structure
 
 MHC, HC = '--residual-type mhc', '--residual-type hc'
+GATED = f'--residual-type gated --gated-residual-rank 5 {LLAMA}'
+# Of six sublayers, so that blocks end within layers, too.
+ATTENTION = '--residual-type attention --attention-residual-block-size 3'
 EXPERTS = '--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 16'
 LATENT = (
     '--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 '
@@ -83,6 +90,18 @@ MODELS = {
     ),
     'as megatron main': (f'{MHC} {LLAMA} --mhc-numerics megatron-main', 'megatron_mhc'),
     'all fixed': (f'{MHC} {LLAMA} --mhc-fixed-mappings pre post res', 'megatron_mhc'),
+    'gated': (f'{GATED} {GROUPED}', 'megatron_mhc'),
+    'gated latent experts': (
+        f'{GATED} {UNTIED} {LATENT} {EXPERTS} --q-lora-rank 16 --qk-layernorm --rope-type rope '
+        '--moe-layer-freq [0]+[1]*2 --mhc-num-residual-streams 3',
+        'megatron_mhc',
+    ),
+    'attention': (f'{ATTENTION} {LLAMA} {GROUPED}', 'megatron_mhc'),
+    'attention experts': (
+        f'{ATTENTION} {LLAMA} {UNTIED} {EXPERTS}',
+        'megatron_mhc',
+    ),
+    'attention gpt': (f'{ATTENTION} {GPT}', 'megatron_mhc'),
     'hc': (f'{HC} {LLAMA} {GROUPED} {UNTIED}', 'megatron_mhc'),
     'hc gpt': (f'{HC} {GPT} --hc-no-tanh --mhc-stream-merge mean', 'megatron_mhc'),
     'hc static': (f'{HC} {LLAMA} --hc-variant static --mhc-stream-merge learned', 'megatron_mhc'),
@@ -113,3 +132,18 @@ def test_logits_are_those_of_megatron(exported, case):
         got = exported_logits(folder, tokens, attn_implementation=attention)
         print(case, attention, (got - expected).abs().max().item(), expected.abs().max().item())
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('case', ['gated latent experts', 'attention'])
+def test_what_has_another_residual_comes_back_bitwise(exported, tmp_path, case):
+    """Under the names of Transformer Engine's layers; with its settings, and the same logits."""
+    source, folder = exported(MODELS[case][0])
+    restore(folder, tmp_path / 'back')
+    export(tmp_path / 'back', tmp_path / 'again')
+    first, second = (load_file(p / 'model.safetensors') for p in (folder, tmp_path / 'again'))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    own, back = (own_residual(open_source(path).args) for path in (source, tmp_path / 'back'))
+    assert same_structure(own, back) and own.residual_type in case
+    logits = [hf_models.megatron_logits(path) for path in (source, tmp_path / 'back')]
+    assert torch.equal(*logits)

@@ -23,7 +23,8 @@ from megatron_mhc.kernels.numerics import NUMERICS
 
 CPU = torch.device('cpu')
 EPS = 1e-6
-OTHERS = [name for name in NUMERICS if name != 'paper']
+# With an H_res that is not I.
+OTHERS = [n for n, r in NUMERICS.items() if n != 'paper' and r.manifold == 'sinkhorn']
 # Those that keep and apply the transpose of our H_res.
 TRANSPOSED = ('deepseek-v4', 'megatron-dev', 'glm-5.3')
 NORM_EPS = {'deepseek-v4': 1e-6, 'megatron-dev': 1e-6, 'megatron-main': 1e-6, 'glm-5.3': 1e-5}

@@ -28,7 +28,8 @@ class Config:
 
 def raised(residual: ResidualConfig) -> str:
     try:
-        agree_on_edges(Config, residual, datetime.timedelta(seconds=3))
+        Config.residual_config = residual
+        agree_on_edges(Config, datetime.timedelta(seconds=3))
     except RuntimeError as error:
         return str(error)
     return ''

@@ -43,7 +43,7 @@ PP2_FULL, VPP2 = {'layout': {'pp': 2}, 'config': FULL}, {'pp': 2, 'vpp': 2}
 OWN = ('hyper_connection', 'stream_merge', 'dense_aggregates', '.engram.')
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 # 32 tokens: with sequence parallelism 16 a rank, of which the convolution reads 9 from the other.
-ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
+ENGRAM = {'layers': (2, 4), 'heads': 2, 'table_size': 50, 'dim': 16}
 # Prediction layers in another chunk of the rank that has the embedding. Shapes are negotiated, in
 # one direction at a time where both neighbours of a stage are the same rank.
 MTP_ALONE = {
@@ -155,9 +155,16 @@ CASES = [
     ('dp2', 'engram', 2, {'microbatches': 2}, True),
     ('pp2', 'engram', 2, {'layout': {'pp': 2}}, True),
     ('pp2', 'engram-standard', 2, {'layout': {'pp': 2}}, True),
+    # One layer before the last stage, which has one too.
+    ('pp2-vpp2', 'engram', 2, {'layout': VPP2}, True),
+    ('pp2-vpp2-empty', 'engram-standard', 2, EMPTY, True),
+    ('pp2-tp2-sp', 'engram', 4, {'layout': {'pp': 2, 'tp': 2, 'sp': True}}, False),
     ('tp2', 'engram-standard', 2, {'layout': {'tp': 2}}, False),
     ('tp2-sp', 'engram', 2, {'layout': {'tp': 2, 'sp': True}}, False),
+    # Tables shared as experts are, also by ranks of both kinds.
     ('ep2', 'engram-moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
+    ('tp2-sp-ep4', 'engram-moe', 4, {'layout': {'tp': 2, 'sp': True, 'ep': 4}}, False),
+    ('pp2-ep2', 'engram-moe', 4, {'layout': {'pp': 2, 'ep': 2}}, False),
     ('ep2', 'moe', 2, {'layout': {'ep': 2}, 'microbatches': 2}, False),
     ('pp2', 'hybrid', 2, {'layout': {'pp': 2}, 'pattern': '*-*-*|-*-'}, True),
     ('pp2-vpp2', 'hybrid-hc', 2, {'layout': VPP2, 'pattern': '*-*|-|*-*|-'}, True),

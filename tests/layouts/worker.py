@@ -8,6 +8,7 @@ optimizer step) as a distributed checkpoint again, so that any two layouts can b
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import pathlib
@@ -259,10 +260,10 @@ def run(case: dict, folder: pathlib.Path) -> dict:
 
 def step(case: dict, folder: pathlib.Path) -> dict:
     config, chunks = build(case)
-    equal = copies_agree(chunks)
+    equal = copies_agree(chunks) and mirrors_agree(case, chunks)
     if case.get('initial'):
         save(weights(chunks), folder / case['name'])
-        return {'next': draws()}
+        return {'next': draws(), 'equal_copies': equal}
     if case.get('reference'):
         randomise(chunks)
         save(weights(chunks), folder / case['weights'])
@@ -293,7 +294,7 @@ def step(case: dict, folder: pathlib.Path) -> dict:
         else:
             grad_norm = gradients_as_weights(optimizer, chunks)
         save(weights(chunks), folder / case['name'])
-    equal = equal and copies_agree(chunks)
+    equal = equal and copies_agree(chunks) and mirrors_agree(case, chunks)
     for chunk in chunks:
         # Its hooks on the gradients of experts are in a cycle that the collector cannot see.
         chunk.__dict__.clear()
@@ -314,6 +315,24 @@ def copies_agree(chunks: list[torch.nn.Module]) -> bool:
     agree = [True] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(agree, all(torch.equal(c, copies[0]) for c in copies))
     return all(agree)
+
+
+def mirrors_agree(case: dict, chunks: list[torch.nn.Module]) -> bool:
+    """Whether the two ranks that hold a stage each have it alike, where a schedule has two copies."""
+    if case.get('schedule', {}).get('schedule') != 'dualpipe':
+        return True
+    own = [digests(chunk) for chunk in chunks]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    found = [None] * group.size()
+    torch.distributed.all_gather_object(found, own, group=group)
+    return found == found[::-1]
+
+
+def digests(chunk: torch.nn.Module) -> list[str]:
+    return [
+        hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+        for parameter in chunk.parameters()
+    ]
 
 
 def make_optimizer(case: dict, chunks: list[torch.nn.Module]):

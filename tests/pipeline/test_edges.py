@@ -11,6 +11,7 @@ import torch
 from launch import launch
 
 from megatron_mhc import ResidualConfig
+from megatron_mhc.ops import post_res
 
 WORKER = pathlib.Path(__file__).parents[1] / 'layouts' / 'edge_worker.py'
 
@@ -24,7 +25,22 @@ def test_stages_that_disagree_are_stopped(tmp_path):
     assert (
         'rank 1 has [mhc, 2 streams of 32], its neighbour rank 0 has [mhc, 4' in second['streams']
     )
-    assert 'pipeline rank 1 announced no n-stream edge' in first['stock']
+    assert 'pipeline rank 1 announced no edge' in first['stock']
+
+
+@pytest.mark.parametrize('sublayers', [1, 2, 3, 5])
+def test_streams_span_one_vector_more_than_there_were_sublayers(sublayers):
+    """So that nothing shorter than n C values has them, but behind very few sublayers."""
+    n, width = 4, 16
+    draw = torch.Generator().manual_seed(torch.seed() % 2**31)
+
+    def random(*sizes):
+        return torch.rand(sizes, generator=draw, dtype=torch.float64) + 0.1
+
+    x = random(1, 1, width).expand(1, n, width).flatten(1)
+    for _ in range(sublayers):
+        x = post_res(x, random(1, width), random(1, n), random(1, n, n), backend='torch')
+    assert torch.linalg.matrix_rank(x.unflatten(-1, (n, width))).item() == min(n, sublayers + 1)
 
 
 @pytest.fixture

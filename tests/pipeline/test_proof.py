@@ -30,6 +30,7 @@ def forgotten(monkeypatch):
     step_plan.plan_of.cache_clear()
     step_plan.prove.cache_clear()
     pipeline_proof._proved.clear()
+    step_plan._promised.clear()
 
 
 @pytest.mark.parametrize('evaluating', [False, True])
@@ -111,3 +112,27 @@ def test_a_plan_is_proved_once(monkeypatch):
         pipeline_proof.proved_plan(PipelineConfig('dualpipev'), group, 4, False, False)
         pipeline_proof.proved_plan(PipelineConfig('dualpipev'), other, 4, False, False)
     assert (len(proofs), len(told)) == (1, 2)
+
+
+def test_what_a_command_line_names_is_proved_by_the_first_rank_of_the_job(monkeypatch, parse):
+    """Not again by the first rank of each of hundreds of pipelines, while the others wait."""
+    proofs = []
+    monkeypatch.setattr(step_plan, 'prove', lambda *numbers: proofs.append(numbers))
+    flags = '--num-layers 8 --micro-batch-size 1 --global-batch-size 12 --rampup-batch-size 4 4 9'
+    flags += ' --pipeline-model-parallel-size 2 --pipeline-schedule zb-v'
+    told = []
+    monkeypatch.setattr(
+        pipeline_proof.dist, 'broadcast_object_list', lambda *_, **__: told.append(1)
+    )
+    for rank, expected in (('9', 0), ('0', 2)):
+        monkeypatch.setenv('RANK', rank)
+        parse(*flags.split())
+        assert len(proofs) == expected
+        for microbatches in (4, 12):
+            pipeline_proof.proved_plan(
+                PipelineConfig('zb-v'), Group(0, 2), microbatches, False, False
+            )
+    assert (len(proofs), told) == (2, [])
+    # A size between the two is not known before its step.
+    pipeline_proof.proved_plan(PipelineConfig('zb-v'), Group(0, 2), 8, False, False)
+    assert (len(proofs), told) == (3, [1])

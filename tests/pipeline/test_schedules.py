@@ -11,12 +11,14 @@ import torch
 from layout_cases import MIXERS, MOE, MOST_THREADS, OWN_NORM_TOLERANCE, SPLIT_SUM_TOLERANCE, launch
 
 from megatron_mhc.schedules.catalog import make_plan
+from megatron_mhc.schedules.mirrored import doubled
 from megatron_mhc.schedules.validator import live_activations
 
 MHC = {'residual_type': 'mhc', 'init': 'identity'}
 SCHEDULES = ('zb-v', 'dualpipev', 'dualpipev-w')
+HIDDEN = '1f1b-overlap'
 SINGLE = {**MHC, 'single_pass': True}
-ENGRAM = {'layers': (1, 2), 'heads': 2, 'table_size': 50, 'dim': 16}
+ENGRAM = {'layers': (2, 3), 'heads': 2, 'table_size': 50, 'dim': 16}
 MIXED, DEEP = ('standard', 'mhc'), ('deep', 'deep-mhc')
 MTP = {'mtp_num_layers': 1, 'apply_rope_fusion': False}
 HC = {'residual_type': 'hc'}
@@ -32,7 +34,7 @@ BEFORE, ALONE_BEHIND = '*|-M|*|E-/*E', '*-|M*|E-|/*E'
 PREDICTED = {'layers': 6, 'pattern': '*-M*E-/*E', 'config': {**STACK, **MTP}}
 
 TIED = ('tied', 'mtp', 'mtp-tied')
-HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', *TIED)
+HYBRIDS = ('standard', 'hc', 'mhc', 'mamba', 'local', 'mtp-standard', 'engram', *TIED)
 
 # model -> what distinguishes it
 MODELS = {
@@ -48,6 +50,7 @@ MODELS = {
     'mtp-tied': {'residual': MHC, 'config': MTP, 'tied': True},
     'moe': {'residual': MHC, 'config': MOE},
     'engram': {'residual': MHC, 'engram': ENGRAM},
+    'engram-moe': {'engram': ENGRAM, 'config': MOE},
     'hybrid-standard': MIXED_LAYERS,
     'hybrid-hc': {'residual': HC, **MIXED_LAYERS},
     'hybrid-mhc': {'residual': MHC, **MIXED_LAYERS},
@@ -57,6 +60,7 @@ MODELS = {
     'hybrid-mtp': {'residual': MHC, **PREDICTED},
     'hybrid-mtp-tied': {'residual': HC, **PREDICTED, 'tied': True},
     'hybrid-mtp-standard': PREDICTED,
+    'hybrid-engram': {'engram': ENGRAM, 'layers': 4, 'pattern': '*-M-', 'config': LOCAL},
     'hybrid-mamba': {'residual': HC, 'layers': 6, 'pattern': 'MMMMMM', 'config': LOCAL},
 }
 EVEN_4 = 'Et|t|t|tL'
@@ -98,8 +102,13 @@ ALONE = [
     ('odd-5', 'odd', 1, 5, {}),
     ('moe-4', 'moe', 1, 4, {}),
     ('engram-4', 'engram', 1, 4, {}),
+    ('engram-moe-ep2', 'engram-moe', 2, 8, {'layout': EP}),
     ('mhc-dp2', 'mhc', 2, 8, {}),
     ('standard-dp2', 'standard', 2, 8, {}),
+    ('moe-dp2', 'moe', 2, 8, {}),
+    ('tied-dp2', 'tied', 2, 8, {}),
+    ('mhc-dp4', 'mhc', 4, 16, {}),
+    ('mhc-tp2-sp-dp2', 'mhc', 4, 8, {'layout': SP}),
     ('mhc-tp2-sp', 'mhc', 2, 4, {'layout': SP}),
     ('standard-tp2', 'standard', 2, 4, {'layout': TP}),
     ('moe-ep2', 'moe', 2, 8, {'layout': EP}),
@@ -130,16 +139,28 @@ def in_pattern(name: str, reference: str, world: int, schedule: str, pattern: st
     return placed(name, f'hybrid-{reference}', world, schedule, pp, case | changes)
 
 
-def on_line(name: str, reference: str, world: int, pp: int = 2, **changes):
+def on_line(name: str, reference: str, world: int, pp: int = 2, schedule: str = 'zb-h1', **changes):
     """One chunk a rank, where Megatron has it for 1F1B."""
     case = {'config': {}, 'parallel': {'vpp': None}, **changes}
-    return placed(name, reference, world, 'zb-h1', pp, case)
+    return placed(name, reference, world, schedule, pp, case)
 
 
-def combined(name: str, layout: dict, **changes):
+def copies(name: str, reference: str, world: int, pp: int = 2, **changes):
+    """Two copies of the model: one stage of each on a rank."""
+    layout = doubled(EVEN_4 if pp == 4 else 'Ett|ttL')
+    config = {'pipeline_model_parallel_layout': layout, **changes.pop('config', {})}
+    return placed(name, reference, world, 'dualpipe', pp, {'config': config, **changes})
+
+
+def stock(reference: str, pp: int):
+    """Megatron's own 1F1B, which the plans on a line are put beside."""
+    return f'1f1b-{pp}', reference, pp, {'layout': {'pp': pp}, 'config': {}}
+
+
+def combined(name: str, layout: dict, reference: str = 'moe-ep2', **changes):
     """Stock schedules that run a forward and a backward at once; experts on two ranks."""
     case = {'layout': {**layout, **EP}, 'combined': True, 'config': {}}
-    return name, 'moe-ep2', 4 if layout else 2, {**case, **changes}
+    return name, reference, 4 if layout else 2, {**case, **changes}
 
 
 def placed(name: str, reference: str, world: int, schedule: str, pp: int, case: dict):
@@ -161,7 +182,12 @@ BOUNDED = [
     on_line('moe', 'moe-4', 2),
     on_line('rebuilt', 'mhc-8', 2, **rebuilt('stage', **MHC)),
     on_line('dp2-overlap', 'mhc-dp2', 4, **OVERLAP),
+    on_line('2', 'mhc-4', 2, schedule=HIDDEN),
+    on_line('4', 'deep-mhc-12', 4, 4, HIDDEN),
+    on_line('rebuilt-high', 'mhc-8', 2, schedule=HIDDEN, **REBUILT, **HIGH),
+    on_line('dp2-overlap', 'mhc-dp2', 4, schedule=HIDDEN, **OVERLAP),
 ]
+STOCK = [stock('mhc-4', 2), stock('deep-mhc-12', 4)]
 MATRIX = [
     *(on_v(f'2-{m}-{r}', f'{r}-{m}', 2, s) for s in SCHEDULES for m in (4, 8) for r in MIXED),
     *(on_v(f'4-{m}-{r}', f'{r}-{m}', 4, s) for s in SCHEDULES for m in (8, 12) for r in DEEP),
@@ -181,12 +207,31 @@ HYBRID = [
     in_pattern('step', 'step', 4, 'dualpipev', UNEVEN, **DIST),
     in_pattern('step-overlap', 'step', 4, 'zb-v', LOSS_ALONE, **DIST, **OVERLAP),
 ]
+# Beside two data-parallel replicas of the model.
+MIRRORED = [
+    *(copies('2', f'{model}-dp2', 2) for model in (*MIXED, 'moe')),
+    copies('4', 'mhc-dp2', 4, 4),
+    copies('verified', 'standard-dp2', 2, settings={'verify_steps': 1}),
+    copies('rebuilt-high', 'mhc-dp2', 2, **REBUILT, **HIGH),
+    copies('full', 'mhc-dp2', 2, config=FULL),
+    copies('tp2-sp', 'mhc-tp2-sp-dp2', 4, parallel=SP),
+    copies('step', 'mhc-step', 2, **PLAIN),
+    copies('step-4', 'mhc-step', 4, 4, **DIST, **OVERLAP),
+]
 BITWISE = [
+    *STOCK,
+    *MIRRORED,
     *MATRIX,
     *BOUNDED,
     on_line('hybrid', 'hybrid-mhc-4', 2, pattern='*-M*|E-EM'),
-    on_line('memory', 'engram-4', 2),
+    # Token ids cross from stage to stage.
+    on_line('2', 'engram-4', 2),
+    *(on_v('2', 'engram-4', 2, schedule) for schedule in ('zb-v', 'v-half', 'v-min')),
+    on_v('high', 'engram-4', 2, 'dualpipev', **HIGH),
+    in_pattern('2', 'engram-4', 2, 'dualpipev-w', '*|-|M|-'),
+    on_v('ep2', 'engram-moe-ep2', 4, 'dualpipev-w', parallel=EP),
     combined('combined', {}),
+    combined('combined', V2, 'engram-moe-ep2'),
     combined('combined-interleaved', V2),
     combined('combined-p2p', V2, config={'overlap_p2p_comm': True}),
     *HYBRID,
@@ -234,6 +279,9 @@ BITWISE = [
 ]
 # Two copies of a weight have their gradients summed at the end, one copy as they come.
 CLOSE = [
+    copies('tied', 'tied-dp2', 2),
+    # Four replicas, summed in another order.
+    copies('dp2-overlap', 'mhc-dp4', 4, **OVERLAP),
     on_v('tied', 'tied-4', 2, 'dualpipev-w'),
     on_line('tied-mtp', 'mtp-tied-4', 2),
     on_v('mtp', 'mtp-4', 2, 'dualpipev', 'Et|t|t|tmL'),
@@ -251,12 +299,14 @@ INITIAL = [
     ('pp2', 2, {**MODELS['mhc']}, EVEN_4),
     ('pp2-experts', 2, {**MODELS['moe'], 'layers': 8}, 'Ett|tt|tt|ttL'),
     ('pp4', 4, MODELS['deep'], EVEN_8),
+    ('pp2-copies', 2, {**MODELS['moe'], 'layers': 8}, doubled('Etttt|ttttL')),
     ('pp2-pattern', 2, {**MODELS['hybrid-mhc'], 'pattern': '*-M*|E-EM'}, '*-|M*|E-|EM'),
 ]
 EVALUATIONS = [
     on_v('eval', 'mhc-4', 2, 'dualpipev', **EVAL),
     on_v('eval', 'deep-12', 4, 'zb-v', **EVAL),
     on_line('eval', 'mhc-4', 2, **EVAL),
+    copies('eval', 'mhc-4', 2, **EVAL),
     in_pattern('eval', 'mhc-4', 2, 'dualpipev', UNEVEN, **EVAL, **HIGH),
 ]
 
@@ -279,7 +329,8 @@ def runs(tmp_path_factory):
     for name, world, case, stages in INITIAL:
         pp, config = 4 if name == 'pp4' else 2, case.get('config', {})
         case = {**case, 'initial': True}
-        v = {**case, 'layout': {'pp': pp, 'vpp': 2}, 'schedule': {'schedule': 'v-half'}}
+        schedule = 'dualpipe' if name.endswith('copies') else 'v-half'
+        v = {**case, 'layout': {'pp': pp, 'vpp': 2}, 'schedule': {'schedule': schedule}}
         if 'pattern' in case:
             v['pattern'] = stages
         else:
@@ -293,7 +344,13 @@ def runs(tmp_path_factory):
 
 
 def losses(results: dict, case: str) -> list[float]:
-    return sorted(loss for rank in results[case]['losses'] for loss in rank)
+    ranks = results[case]['losses']
+    if case.startswith('dualpipe-'):
+        # Both ends of the pipeline tell them all.
+        ends = [rank for rank in ranks if rank]
+        assert len(ends) % 2 == 0 and ends[: len(ends) // 2] == ends[len(ends) // 2 :]
+        ranks = ends[len(ends) // 2 :]
+    return sorted(loss for rank in ranks for loss in rank)
 
 
 def ids(cases: list) -> list:
@@ -307,6 +364,7 @@ def test_bitwise_as_without_a_pipeline(runs, tensors, name, reference):
     folder, results = runs
     case = f'{name}-{reference}'
     assert losses(results, case) == losses(results, reference) != []
+    assert results[case]['equal_copies']
     got, wanted = tensors(folder / case), tensors(folder / reference)
     assert got.keys() == wanted.keys()
     for key, value in wanted.items():
@@ -331,8 +389,9 @@ def test_as_without_a_pipeline_but_for_the_order_of_sums(runs, tensors, name, re
 @pytest.mark.parametrize(('name', 'reference'), ids(EVALUATIONS))
 def test_evaluation_has_the_losses_of_training(runs, name, reference):
     _, results = runs
-    flat = [loss for rank in results[f'{name}-{reference}']['losses'] for loss in rank]
-    assert flat == results[reference]['losses'][0]
+    ranks = results[f'{name}-{reference}']['losses']
+    told = ranks[-1:] if name.startswith('dualpipe-') else ranks
+    assert [loss for rank in told for loss in rank] == results[reference]['losses'][0]
 
 
 @pytest.mark.parametrize('name', [name for name, *_ in INITIAL])
@@ -343,6 +402,7 @@ def test_a_v_begins_with_the_weights_of_1f1b(runs, tensors, name):
     assert line.keys() == v.keys()
     assert all(torch.equal(v[key], value) for key, value in line.items())
     assert len(set(results[f'{name}-v']['next'])) == len(results[f'{name}-v']['next'])
+    assert results[f'{name}-v']['equal_copies']
     assert results[f'{name}-v']['next'] == results[f'{name}-line']['next']
 
 

@@ -159,6 +159,21 @@ def test_messages_are_n_streams_wide():
     assert edge_bytes(fp32, layout) == 2 * wide + 4096 * 4 * 4
 
 
+def test_what_can_make_a_message_shorter():
+    """The table of ``docs/schedules.md``, in MiB."""
+    shape = RECIPES['27b'].shape()
+
+    def mib(layout, **changes):
+        return round(edge_bytes(dataclasses.replace(shape, **changes), layout) / 2**20, 1)
+
+    line = Layout(8, pp=2)
+    assert mib(line, residual=ResidualConfig('standard')) == 20 and mib(line) == 80
+    assert mib(line, residual=ResidualConfig(single_pass=True)) == 80.1
+    assert mib(line, value_bytes=4) == 160
+    assert mib(line, residual=ResidualConfig(num_residual_streams=2)) == 40
+    assert mib(Layout(8, pp=2, tp=2)) == mib(Layout(8, pp=2, cp=2)) == 40
+
+
 def test_show_prints_one_object(show):
     status, out, err = show('show 27b --layout 64gpu --json')
     found = json.loads(out)

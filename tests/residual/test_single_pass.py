@@ -108,7 +108,7 @@ def test_a_message_keeps_every_bit_there_and_back(random_seed, dtype):
     if dtype.itemsize == 2:
         assert sent.isfinite().all()
     message = sent.detach().requires_grad_()
-    streams, read = unpack(message, n, width)
+    streams, read = unpack(message, n, n * width)
     assert streams._base is None and streams.data_ptr() == message.data_ptr()
     assert torch.equal(streams, x) and torch.equal(as_bits(read), as_bits(h_pre))
     gradients = torch.randn_like(x), any_fp32.flip(0).to(wide)

@@ -22,7 +22,7 @@ from megatron_mhc.schedules.plan import COMMUNICATION, Op, Plan
 
 WORKER = pathlib.Path(__file__).with_name('executor_worker.py')
 ROOT = WORKER.parents[2]
-LINES = ('gpipe', '1f1b', 'interleaved', 'zb-h1')
+LINES = ('gpipe', '1f1b', '1f1b-overlap', 'interleaved', 'zb-h1')
 VS = ('zb-v', 'dualpipev', 'dualpipev-w')
 BOUNDED = ('v-half', 'v-min', 'v-bound')
 

@@ -13,7 +13,14 @@ from megatron_mhc.schedules.lowering import lower, place_recompute
 from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.times import Times, durations
 
-PLANS = [('gpipe', 1), ('1f1b', 1), ('zb-h1', 1), ('interleaved', 2), ('interleaved', 3)]
+PLANS = [
+    ('gpipe', 1),
+    ('1f1b', 1),
+    ('1f1b-overlap', 1),
+    ('zb-h1', 1),
+    ('interleaved', 2),
+    ('interleaved', 3),
+]
 PLANS += [('zb-v', 2), ('dualpipev', 2), ('dualpipev-w', 2), ('dualpipe', 2)]
 
 

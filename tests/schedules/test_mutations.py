@@ -20,6 +20,7 @@ PLANS = [
     ('interleaved', 2, 4),
     ('interleaved', 3, 3),
     ('zb-h1', 3, 4),
+    ('1f1b-overlap', 3, 4),
     ('zb-v', 2, 2),
     ('zb-v', 4, 4),
     ('dualpipev', 2, 6),

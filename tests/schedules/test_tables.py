@@ -6,6 +6,7 @@ import pytest
 
 from megatron_mhc.schedules.catalog import make_plan
 from megatron_mhc.schedules.lowering import lower
+from megatron_mhc.schedules.plan import Kind
 from megatron_mhc.schedules.simulator import simulate
 from megatron_mhc.schedules.times import Times
 from megatron_mhc.study.published import ZERO_BUBBLE
@@ -22,6 +23,7 @@ def run(name, pp, microbatches, chunks=2, **times):
 CLOSED_FORMS = {
     'gpipe': lambda p, f, i, w: (p - 1) * (f + i + w),
     '1f1b': lambda p, f, i, w: (p - 1) * (f + i + w),
+    '1f1b-overlap': lambda p, f, i, w: (p - 1) * (f + i),
     'interleaved': lambda p, f, i, w: (p - 1) * (f + i + w) / 2,
     'zb-h1': lambda p, f, i, w: (p - 1) * (f + i + w - 2 * w),
     'dualpipe': lambda p, f, i, w: (p / 2 - 1) * ((f + i + w) + (i + w) - 3 * w),
@@ -31,7 +33,7 @@ CLOSED_FORMS = {
 
 # DualPipe's expression holds where F = I >= W: in the middle its ranks set F against I.
 TIMES = {name: [(1, 1, 1), (1, 1, 0.75), (2, 2, 1.5)] for name in CLOSED_FORMS}
-for straight in ('gpipe', '1f1b', 'interleaved', 'zb-h1'):
+for straight in ('gpipe', '1f1b', '1f1b-overlap', 'interleaved', 'zb-h1'):
     TIMES[straight] += [(1, 1.25, 0.75), (2, 2.25, 1.5)]
 
 
@@ -117,6 +119,8 @@ def test_what_a_faster_fused_slot_gives(alpha, step):
 
 STEPS = {
     '1f1b': (213, 219.2, 225.4, 237.8, 262.6),
+    # Two hops there and back for each rank, once a step.
+    '1f1b-overlap': (206, 206.7, 207.4, 208.8, 211.6),
     'interleaved': (202.5, 204, 205.5, 208.5, 214.5),
     'zb-h1': (199, 200.4, 201.8, 204.6, 210.2),
     'zb-v': (195.5, 197.2, 198.8, 202.1, 209),
@@ -131,6 +135,37 @@ def test_step_against_hop(name):
     for hop, step in zip((0, 0.05, 0.1, 0.2, 0.4), STEPS[name], strict=True):
         # Half a unit of the last digit, and what is rounded twice.
         assert run(name, 8, 64, hop=hop).makespan == pytest.approx(step, abs=0.0501), hop
+
+
+STOCK = [(0, 213), (0.05, 220), (0.1, 226.9), (0.2, 240.8), (0.4, 268.6)]
+
+
+@pytest.mark.parametrize('hop, step', STOCK)
+def test_receives_posted_when_needed_as_stock_megatron_does(hop, step):
+    """When there is nothing else to do. That it waits for its own sends too is not counted."""
+    plan = lower(make_plan('1f1b', 8, 64))
+    ranks = []
+    for ops in plan.ranks:
+        # Receives of two payloads may wait at a time; each goes just in front of its WAIT.
+        late = {op._replace(kind=Kind.WAIT): op for op in ops if op.kind is Kind.RECV}
+        others = (op for op in ops if op.kind is not Kind.RECV)
+        ranks.append(tuple(o for op in others for o in ((late[op], op) if op in late else (op,))))
+    found = simulate(plan.with_ranks(tuple(ranks)), Times(hop=hop)).makespan
+    assert found == pytest.approx(step, abs=0.0501)
+
+
+@pytest.mark.parametrize('times', [(1, 1, 1), (1, 1.25, 0.75), (2, 2, 1)])
+def test_1f1b_overlap_hides_hops_up_to_half_of_a_weight_gradient(times):
+    """As it is executed, with one receive posted ahead; what it cannot hide it waits for."""
+    forward, input_grad, weight_grad = times
+    executed = lower(make_plan('1f1b-overlap', 4, 32))
+    bubbles = []
+    for hop in (0, 0.5 * weight_grad, 0.6 * weight_grad):
+        found = simulate(executed, Times(forward, input_grad, weight_grad, hop=hop))
+        # There and back through the pipeline once, which nothing hides.
+        bubbles.append(found.bubble - 6 * hop)
+    assert bubbles[:2] == pytest.approx([3 * (forward + input_grad)] * 2)
+    assert bubbles[2] > bubbles[1] + 10 * 0.1 * weight_grad
 
 
 # P = 8, m = 64. R is 6.7 % of F + B.

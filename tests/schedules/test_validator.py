@@ -207,7 +207,7 @@ def test_live_activations(pp):
 
     falling = tuple(float(pp - rank) for rank in range(pp))
     assert peaks('gpipe') == (4 * pp,) * pp
-    assert peaks('1f1b') == falling
+    assert peaks('1f1b') == falling == peaks('1f1b-overlap')
     assert peaks('interleaved')[0] == 1.5 * pp - 0.5
     assert set(peaks('zb-h1')) == {pp} == set(peaks('zb-v'))
     assert set(peaks('dualpipev')) == {pp + 0.5} == set(peaks('dualpipev-w'))

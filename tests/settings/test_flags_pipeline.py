@@ -91,6 +91,9 @@ def test_a_schedule_on_a_line_leaves_the_layers_to_megatron(parse, capsys):
     assert args.pipeline_model_parallel_layout is None
     out = capsys.readouterr().out
     assert 'zb-h1: 4 ranks, 8 microbatches, at most 4 microbatches in flight on a rank' in out
+    assert not pipeline_config_from_args(
+        parse(*f'{PP4} --pipeline-schedule 1f1b-overlap'.split())
+    ).on_v
     own = parse(*ZB_H1.split(), '--pipeline-model-parallel-layout', 'Ettt|tttt*2|tttt|tL')
     assert not pipeline_config_from_args(own).on_v
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mhc.checkpoints.check import check_checkpoint
 from megatron_mhc.settings.flags_residual import residual_config_from_args
-from megatron_mhc.settings.residual import ResidualConfig
+from megatron_mhc.settings.residual import NUMERICS, ResidualConfig
 
 REFUSED = {
     '--residual-type mhc --mhc-numerics deepseek-v4 --mhc-stream-merge mean': '--mhc-stream-merge '
@@ -20,8 +20,10 @@ REFUSED = {
     '--residual-type mhc --mhc-numerics glm-5.3 --mhc-single-pass': 'that project has no single',
     '--residual-type mhc --mhc-numerics glm-5.3 --mhc-kernel-backend triton': 'paper does, not as '
     'glm-5.3 does; use auto',
-    '--residual-type mhc --mhc-numerics glm-5.3 --mhc-manifold identity': 'has no effect with '
-    "manifold='identity'",
+    '--residual-type mhc --mhc-numerics glm-5.3 --mhc-manifold identity': 'keeps H_res on '
+    'sinkhorn; use --mhc-manifold sinkhorn, or --mhc-numerics paper',
+    '--residual-type mhc --mhc-numerics hy4': 'keeps H_res on identity; use --mhc-manifold '
+    'identity',
     '--residual-type mhc --mhc-numerics glm-5.3 --mhc-no-edge-fusion': 'edge_fusion=False has no '
     "effect with numerics='glm-5.3'",
     '--residual-type hc --mhc-numerics paper': '--mhc-numerics has no effect',
@@ -41,11 +43,14 @@ def test_numerics_bring_what_belongs_to_them(parse):
         ('megatron-dev', 'learned', 1e-6),
         ('megatron-main', 'mean', 1e-6),
         ('glm-5.3', 'mean', 1e-5),
+        ('hy4', 'learned', 1e-5),
     ):
-        args = parse('--residual-type', 'mhc', '--mhc-numerics', name)
+        manifold = NUMERICS[name].manifold
+        flags = f'--residual-type mhc --mhc-numerics {name} --mhc-manifold {manifold}'
+        args = parse(*flags.split())
         found = args.mhc_numerics, args.mhc_stream_merge, args.mhc_norm_eps
         assert found == (name, merge, eps)
-        assert residual_config_from_args(args) == ResidualConfig(numerics=name)
+        assert residual_config_from_args(args) == ResidualConfig(numerics=name, manifold=manifold)
     assert ResidualConfig(numerics='paper') == ResidualConfig()
     eps = parse('--residual-type', 'mhc', *'--mhc-numerics glm-5.3 --mhc-norm-eps 1e-6'.split())
     assert eps.mhc_norm_eps == 1e-6

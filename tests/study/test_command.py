@@ -34,7 +34,7 @@ def command(answer):
 
 def test_a_hundred_thousand_gpus(command, planned):
     status, out, _ = command('27b --gpus 100000 --global-batch-size 100000 --json')
-    assert len(planned) < 120 and sum(planned) < 10_000
+    assert len(planned) < 180 and sum(planned) < 15_000
     found = json.loads(out)
     assert status == 0 and len(found['points']) > 100
     assert found['best'][0]['gpus'] == 100_000
@@ -47,8 +47,9 @@ BENCH = Path(__file__).resolve().parents[2] / 'tools' / 'bench'
 def measured(tmp_path, monkeypatch):
     """``measured(us, **changes)``: a CSV as the bench writes it."""
     monkeypatch.setattr(sys, 'path', [str(BENCH), *sys.path])
-    from bench_cases import Case as Shape
     from bench_measure import COLUMNS, status_row
+
+    from megatron_mhc.kernels.peers.contender import Case as Shape
 
     def write(us: dict[str, float], **changes) -> Path:
         path = tmp_path / 'results.csv'

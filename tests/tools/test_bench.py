@@ -27,8 +27,14 @@ import bench_report  # noqa: E402
 import bench_run  # noqa: E402
 import bench_timer  # noqa: E402
 import profile_layer  # noqa: E402
-from bench_cases import Case, all_cases  # noqa: E402
-from bench_contender import Contender, transposed_square  # noqa: E402
+from bench_cases import all_cases  # noqa: E402
+
+from megatron_mhc.kernels.peers.contender import (  # noqa: E402
+    Case,
+    Contender,
+    availability,
+    transposed_square,
+)
 
 TINY = ['--device', 'cpu', '--hidden-sizes', '32', '--tokens', '8', '--num-streams', '2']
 CASE = Case(hidden=32, tokens=8, streams=2)
@@ -152,7 +158,7 @@ def test_a_failing_peer_is_a_row():
     (row,) = measured(Choosy, 'pre')
     assert row.status == 'skipped: only 4 streams'
     assert measured(Choosy, 'post') == []
-    assert bench_peers.availability(Raising) == (False, 'OSError: half installed')
+    assert availability(Raising) == (False, 'OSError: half installed')
 
 
 class Raising(Contender):

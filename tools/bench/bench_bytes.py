@@ -7,8 +7,7 @@ these GB/s, so that they compare between implementations.
 
 from __future__ import annotations
 
-from bench_cases import DTYPES, LAYER, Case
-
+from megatron_mhc.kernels.peers.contender import LAYER, Case
 from megatron_mhc.kernels.traffic import Traffic, kernel_forms, our_forms
 
 FORWARD, BACKWARD, BOTH = 'fwd', 'bwd', 'fwd+bwd'
@@ -47,7 +46,7 @@ def ideal_elements(op: str, direction: str, streams: int) -> float:
 
 def ideal_bytes(op: str, direction: str, case: Case) -> int:
     """Bytes of one call, per sublayer for ``layer``: streams, fp32 maps and the projection."""
-    itemsize = DTYPES[case.dtype].itemsize
+    itemsize = case.torch_dtype.itemsize
     parts = traffic(op, direction, case.streams)
     tokens = sum(part.bytes(case.tokens, case.hidden, itemsize) for part in parts)
     # Forward reads the fp32 weight, backward reads it and writes its gradient.

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from bench_cases import LAYER, Inputs
-from bench_contender import Contender
+from bench_cases import Inputs
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from megatron_mhc.kernels.peers.contender import LAYER, Contender
 
 OPS = ('sublayer', 'layer', 'fused_edge', 'mapping', 'pre', 'post', 'sinkhorn')
 """``sublayer`` is read, y given, write; ``layer`` two of them, whose time is given per sublayer."""

@@ -9,32 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
-HEADLINE_TOKENS, HEADLINE_STREAMS = 8192, 4
-LAYER = 2
-"""Sublayers of a layer (attention and MLP): as many sets of parameters and sublayer outputs."""
-
-
-class Case(NamedTuple):
-    """C hidden size, T tokens, n streams, dtype of the streams, Sinkhorn-Knopp iterations."""
-
-    hidden: int
-    tokens: int
-    streams: int
-    dtype: str = 'bf16'
-    iterations: int = 20
-
-    def __str__(self) -> str:
-        return f'C={self.hidden} T={self.tokens} n={self.streams} {self.dtype}'
-
-    @property
-    def maps(self) -> int:
-        """Rows of the projection: pre | post | res."""
-        return self.streams * (self.streams + 2)
-
-    @property
-    def headline(self) -> bool:
-        return self.tokens == HEADLINE_TOKENS and self.streams == HEADLINE_STREAMS
+from megatron_mhc.kernels.peers.contender import LAYER, Case
 
 
 class Inputs(NamedTuple):
@@ -63,7 +38,7 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
         return torch.randn(shape, device=device, dtype=dtype, generator=generator)
 
     def streams(size: int) -> Tensor:
-        return normal(case.tokens, 1, size, dtype=DTYPES[case.dtype])
+        return normal(case.tokens, 1, size, dtype=case.torch_dtype)
 
     def maps(*shape: int) -> Tensor:
         return normal(case.tokens, 1, *shape)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import re
 import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def new_folder(results: Path, device: str) -> Path:
     return folder
 
 
-def describe(device: str, argv: list[str]) -> dict[str, str]:
+def describe(device: str, argv: list[str], script: str = 'bench.py') -> dict[str, str]:
     """Label to value, in the order of the report's header."""
     import torch
     from bench_timer import l2_bytes
@@ -58,7 +60,7 @@ def describe(device: str, argv: list[str]) -> dict[str, str]:
     facts = {
         'device': device_name(device),
         'date': f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC',
-        'command': shlex.join(['python', 'tools/bench/bench.py', *argv]),
+        'command': shlex.join(['python', f'tools/bench/{script}', *argv]),
         'commit': f'{commit} with local changes' if changed else commit,
         'python': platform.python_version(),
         'torch': torch.__version__,
@@ -78,3 +80,9 @@ def describe(device: str, argv: list[str]) -> dict[str, str]:
     else:
         facts['note'] = 'on a CPU the bench shows that it works; no time here means anything'
     return facts
+
+
+if __name__ == '__main__':
+    # ``bench_environment.py DEVICE SCRIPT ARGS...``: as JSON.
+    device, script, *rest = sys.argv[1:]
+    print(json.dumps(describe(device, rest, script), indent=2))

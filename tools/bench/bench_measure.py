@@ -9,11 +9,18 @@ from functools import partial
 import torch
 from bench_bytes import BACKWARD, BOTH, FORWARD, ideal_bytes, ideal_elements, target
 from bench_calls import COMPOSITES, Call, build
-from bench_cases import LAYER, Case, in_double, make_inputs
-from bench_contender import Contender, first_line, transposed_square
+from bench_cases import in_double, make_inputs
 from bench_ours import OURS, Torch
 from bench_timer import CpuTimer, CudaTimer
 from torch import Tensor
+
+from megatron_mhc.kernels.peers.contender import (
+    LAYER,
+    Case,
+    Contender,
+    first_line,
+    transposed_square,
+)
 
 OK = 'ok'
 CHECK_TOKENS = 256

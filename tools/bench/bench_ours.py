@@ -6,11 +6,10 @@ import importlib.util
 from typing import Any
 
 import torch
-from bench_cases import Case
-from bench_contender import EPS, Contender
 from torch import Tensor
 
 from megatron_mhc import __version__, ops
+from megatron_mhc.kernels.peers.contender import EPS, Case, Contender
 
 
 class Torch(Contender):

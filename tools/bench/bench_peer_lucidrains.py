@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 from importlib.metadata import version
 
-from bench_contender import Contender
 from torch import Tensor
+
+from megatron_mhc.kernels.peers.contender import Contender
 
 
 class Lucidrains(Contender):

@@ -16,8 +16,9 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from bench_contender import EPS, Contender, transposed_square
 from torch import Tensor
+
+from megatron_mhc.kernels.peers.contender import EPS, Contender, transposed_square
 
 
 def _release(wanted: int) -> tuple[bool, str]:

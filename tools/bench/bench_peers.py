@@ -6,12 +6,17 @@ line here. The first paragraph of its docstring is its row of the README's table
 
 from __future__ import annotations
 
-from bench_contender import Contender, first_line
-from bench_peer_liger import Liger, LigerHalfPhi
 from bench_peer_lucidrains import Lucidrains
-from bench_peer_megatron import Megatron
-from bench_peer_te import TransformerEngine, TransformerEngineBuffer, TransformerEngineSplitK
 from bench_peer_tilekernels import TileKernels, TileKernelsPerOp
+
+from megatron_mhc.kernels.peers.contender import Contender
+from megatron_mhc.kernels.peers.liger import Liger, LigerHalfPhi
+from megatron_mhc.kernels.peers.megatron import Megatron
+from megatron_mhc.kernels.peers.te import (
+    TransformerEngine,
+    TransformerEngineBuffer,
+    TransformerEngineSplitK,
+)
 
 PEERS: tuple[type[Contender], ...] = (
     TileKernels,
@@ -24,11 +29,3 @@ PEERS: tuple[type[Contender], ...] = (
     Megatron,
     Lucidrains,
 )
-
-
-def availability(kind: type[Contender]) -> tuple[bool, str]:
-    """``kind.available()``, where an exception is a reason like any other."""
-    try:
-        return kind.available()
-    except Exception as error:  # noqa: BLE001  a broken installation must not stop the bench
-        return False, first_line(error)

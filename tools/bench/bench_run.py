@@ -11,12 +11,13 @@ import bench_environment
 import bench_report
 import torch._functorch.config
 from bench_calls import COMPOSITES
-from bench_cases import Case, all_cases
-from bench_contender import Contender
+from bench_cases import all_cases
 from bench_measure import OK, Row, measure, status_row
 from bench_ours import OURS, Compiled
-from bench_peers import PEERS, availability
+from bench_peers import PEERS
 from bench_timer import GPU_SECONDS, CpuTimer, CudaTimer, make_timer
+
+from megatron_mhc.kernels.peers.contender import Case, Contender, availability
 
 REPORT_SECONDS = 60
 """How often the files are written again while the run goes on."""

@@ -60,10 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     import torch
     from bench_calls import build
-    from bench_cases import Case, make_inputs
+    from bench_cases import make_inputs
     from bench_ours import OURS
-    from bench_peers import PEERS, availability
+    from bench_peers import PEERS
     from torch.profiler import ProfilerActivity, profile
+
+    from megatron_mhc.kernels.peers.contender import Case, availability
 
     cuda = options.device == 'cuda'
     kinds = {kind.name: kind for kind in (*OURS, *PEERS)}

@@ -11,6 +11,7 @@ from megatron_mhc.convert.conversion import Progress
 from megatron_mhc.convert.hf.export import Exported, export
 from megatron_mhc.convert.hf.restore import restore
 from megatron_mhc.convert.told import Told, tell_verified
+from megatron_mhc.settings.names import STREAM_TYPES
 
 
 def answer(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> Told:
@@ -51,7 +52,7 @@ def _refuse_in_vain(options: argparse.Namespace, given: dict[str, Any]) -> None:
 def _print(report: Exported) -> None:
     config = report.config
     residual = config.get('residual_type', 'standard')
-    streams = '' if residual == 'standard' else f', n = {config["num_residual_streams"]}'
+    streams = f', n = {config["num_residual_streams"]}' if residual in STREAM_TYPES else ''
     print(
         f'{residual}: {config["num_hidden_layers"]} layers{streams}, C = {config["hidden_size"]}, '
         f'{report.tensors} tensors, {report.nbytes:,} bytes, {config["dtype"]}'

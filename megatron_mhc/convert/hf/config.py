@@ -89,6 +89,8 @@ RESIDUAL = {
     'single_pass': 'single_pass',
     'hc_variant': 'hc_variant',
     'hc_tanh': 'hc_tanh',
+    'gated_rank': 'gated_rank',
+    'attention_block_size': 'attention_block_size',
 }
 MANIFOLDS = ('sinkhorn', 'permutation', 'kronecker', 'orthogonal', 'diagonal', 'identity')
 POSITIONS = ('rope', 'learned_absolute', 'none')
@@ -143,7 +145,7 @@ ONLY: dict[str, tuple[str, tuple[Any, ...]]] = {
     'moe_router_dtype': ('--moe-router-dtype', (None, 'fp32', 'fp64')),
     'position_embedding_type': ('--position-embedding-type', POSITIONS),
     'normalization': ('--normalization', ('RMSNorm', 'LayerNorm')),
-    'residual_type': ('--residual-type', ('standard', 'hc', 'mhc')),
+    'residual_type': ('--residual-type', ('standard', 'hc', 'mhc', 'gated', 'attention')),
     'mhc_manifold': ('--mhc-manifold', (None, *MANIFOLDS)),
 }
 

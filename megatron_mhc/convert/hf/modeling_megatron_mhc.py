@@ -73,7 +73,8 @@ DEFAULTS = {
     'router_groups': None,
     'router_group_topk': None,
     'router_dtype': None,
-    # standard, hc (arXiv 2409.19606) or mhc (arXiv 2512.24880)
+    # standard, hc (arXiv 2409.19606), mhc (arXiv 2512.24880), gated (as Qwen4-Exp) or attention
+    # (arXiv 2603.15031, by blocks)
     'residual_type': 'mhc',
     'num_residual_streams': 4,
     'stream_merge': 'mean',
@@ -86,6 +87,9 @@ DEFAULTS = {
     'single_pass': False,
     'hc_variant': 'dynamic',
     'hc_tanh': True,
+    'gated_rank': 320,
+    # In sublayers.
+    'attention_block_size': 24,
 }
 
 
@@ -102,8 +106,8 @@ class MegatronMhcConfig(PretrainedConfig):
 
     @property
     def streams(self):
-        """n, or 0 for the standard residual."""
-        return 0 if self.residual_type == 'standard' else self.num_residual_streams
+        """n, or 0 where there is one residual stream."""
+        return 0 if self.residual_type in ('standard', 'attention') else self.num_residual_streams
 
 
 class Norm(nn.Module):
@@ -354,17 +358,18 @@ class Experts(nn.Module):
         return scores.topk(k, dim=-1).indices
 
 
-# Of each convention: Sinkhorn-Knopp; eps added to H_pre; whether eps of the norm stands outside the
-# root; whether parameters and maps are in the dtype of the streams; which maps are rounded to it
-# before they are applied; whether both terms of the mix are; eps added to the gates of the merge,
-# 'model' that of the model's norms.
+# Of each convention: Sinkhorn-Knopp; eps added to H_pre, and to H_post; whether eps of the norm
+# stands outside the root; whether parameters and maps are in the dtype of the streams; which maps
+# are rounded to it before they are applied; whether both terms of the mix are; eps added to the
+# gates of the merge, 'model' that of the model's norms.
 EPS = 1e-6
 NUMERICS = {
-    'paper': ('exact', 0, False, False, (), False, 0),
-    'deepseek-v4': ('added', EPS, False, False, (), False, EPS),
-    'megatron-dev': ('added', EPS, True, False, ('pre', 'post', 'res'), False, 'model'),
-    'megatron-main': ('clamped', 0, True, True, (), True, 0),
-    'glm-5.3': ('added', EPS, False, False, ('post', 'res'), True, 0),
+    'paper': ('exact', 0, 0, False, False, (), False, 0),
+    'deepseek-v4': ('added', EPS, 0, False, False, (), False, EPS),
+    'megatron-dev': ('added', EPS, 0, True, False, ('pre', 'post', 'res'), False, 'model'),
+    'megatron-main': ('clamped', 0, 0, True, True, (), True, 0),
+    'glm-5.3': ('added', EPS, 0, False, False, ('post', 'res'), True, 0),
+    'hy4': ('exact', EPS, EPS, False, False, (), False, EPS),
 }
 
 
@@ -506,7 +511,7 @@ class HyperConnection(nn.Module):
         alphas = [self.alpha_pre, self.alpha_post, getattr(self, 'alpha_res', self.alpha_post)]
         scale = torch.cat([alpha.expand(size) for alpha, size in zip(alphas, sizes, strict=True)])
         eps, rules = self.config.residual_norm_eps, NUMERICS[self.config.numerics]
-        kind, pre_eps, outside, narrow, rounded, _, _ = rules
+        kind, pre_eps, post_eps, outside, narrow, rounded, _, _ = rules
         if narrow:
             logits = self.narrow_logits(x, scale, eps)
         else:
@@ -519,7 +524,8 @@ class HyperConnection(nn.Module):
             h_res = sinkhorn(res, self.config.sinkhorn_iterations, kind).float()
         else:
             h_res = MANIFOLDS[self.config.manifold][1](res, n)
-        maps = {'pre': pre.sigmoid() + pre_eps, 'post': 2 * post.sigmoid(), 'res': h_res}
+        pre, post = pre.sigmoid() + pre_eps, 2 * post.sigmoid() + post_eps
+        maps = {'pre': pre, 'post': post, 'res': h_res}
         for name in ('pre', 'post') if narrow else rounded:
             maps[name] = maps[name].to(x.dtype).float()
         return maps['pre'], maps['post'], maps['res']
@@ -576,23 +582,111 @@ class StreamMerge(nn.Module):
             return (total / n if merge == 'mean' else total).to(x.dtype)
 
 
+class GatedConnection(nn.Module):
+    """A read of n streams, every channel weighed by a gate of low rank, and H_post ``[b, s, n]``.
+
+    Each stream is normed by itself, so that neither sublayers nor the model have norms. Without
+    ``writes`` it is the last read, which makes one stream of n.
+    """
+
+    def __init__(self, config, writes=True):
+        super().__init__()
+        self.config = config
+        width = config.streams * config.hidden_size
+        self.gain = nn.Parameter(torch.ones(width, dtype=torch.float32))
+        self.down, self.up = (
+            CastLinear(width, config.gated_rank),
+            CastLinear(config.gated_rank, width),
+        )
+        self.write = CastLinear(width, config.streams) if writes else None
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        n, width = self.config.streams, self.config.hidden_size
+        with torch.autocast(x.device.type, enabled=False):
+            streams = x.float().unflatten(-1, (n, width))
+            normed = F.rms_norm(streams, (width,), eps=self.config.norm_eps)
+            normed = normed * self.gain.float().view(n, width)
+            v = normed.flatten(-2)
+            gates = self.up(F.silu(self.down(v) / n)).sigmoid().unflatten(-1, (n, width))
+            h_post = None if self.write is None else 2 * (self.write(v) / n).sigmoid()
+            return (gates * normed).mean(-2).to(x.dtype), h_post
+
+    def forward(self, x: Tensor, last_pre: Tensor | None = None) -> Tensor:
+        return self.read(x)[0]
+
+    def around(self, sublayer, x: Tensor) -> Tensor:
+        u, h_post = self.read(x)
+        return write(x, sublayer(u), h_post, torch.eye(self.config.streams, device=x.device))
+
+
+class BlockAttention(nn.Module):
+    """A softmax over block sums, side by side in ``[b, s, k*C]``: the running one is the last.
+
+    Args:
+        begins: whether the sublayer that reads is the first of its block.
+    """
+
+    def __init__(self, config, begins=False):
+        super().__init__()
+        self.config, self.begins = config, begins
+        self.query = nn.Parameter(torch.zeros(config.hidden_size, dtype=torch.float32))
+
+    def forward(self, x: Tensor, last_pre: Tensor | None = None) -> Tensor:
+        width = self.config.hidden_size
+        with torch.autocast(x.device.type, enabled=False):
+            sums = x.float().unflatten(-1, (-1, width))
+            normed = F.rms_norm(sums, (width,), eps=self.config.norm_eps)
+            weights = (normed * self.query.float()).sum(-1).softmax(-1)
+            return (weights.unsqueeze(-1) * sums).sum(-2).to(x.dtype)
+
+    def around(self, sublayer, x: Tensor) -> Tensor:
+        y, width = sublayer(self(x)), self.config.hidden_size
+        ended, running = x[..., :-width], x[..., -width:]
+        if self.begins:
+            return torch.cat([x, y.to(x.dtype)], dim=-1)
+        return torch.cat([ended, (running.float() + y.float()).to(x.dtype)], dim=-1)
+
+
+def connection_of(config, sublayer):
+    """The residual connection of a sublayer, counted from 0; None of the standard one."""
+    kind = config.residual_type
+    if kind == 'attention':
+        return BlockAttention(config, begins=sublayer % config.attention_block_size == 0)
+    if kind == 'gated':
+        return GatedConnection(config)
+    return None if kind == 'standard' else HyperConnection(config)
+
+
+def merge_of(config):
+    """What makes one stream of what the last layer leaves."""
+    kind = config.residual_type
+    if kind == 'attention':
+        return BlockAttention(config)
+    if kind == 'gated':
+        return GatedConnection(config, writes=False)
+    return None if kind == 'standard' else StreamMerge(config)
+
+
+def norm_of(config):
+    """A norm of layers or of the model, which gated reads make needless."""
+    return nn.Identity() if config.residual_type == 'gated' else Norm(config, config.hidden_size)
+
+
 class MegatronMhcLayer(GradientCheckpointingLayer):
     """Attention and MLP, each around its own residual connection."""
 
     def __init__(self, config, index):
         super().__init__()
         self.single_pass = config.single_pass
-        self.rounds = NUMERICS[config.numerics][5]
-        self.input_layernorm = Norm(config, config.hidden_size)
+        self.rounds = NUMERICS[config.numerics][6]
+        self.input_layernorm = norm_of(config)
         attention = LatentAttention if config.kv_lora_rank else Attention
         self.self_attn = attention(config, index)
-        self.post_attention_layernorm = Norm(config, config.hidden_size)
+        self.post_attention_layernorm = norm_of(config)
         experts = config.num_experts and config.expert_layers[index]
         self.mlp = Experts(config) if experts else MLP(config, config.intermediate_size)
-        self.self_attention_hyper_connection = self.mlp_hyper_connection = None
-        if config.streams:
-            self.self_attention_hyper_connection = HyperConnection(config)
-            self.mlp_hyper_connection = HyperConnection(config)
+        self.self_attention_hyper_connection = connection_of(config, 2 * index)
+        self.mlp_hyper_connection = connection_of(config, 2 * index + 1)
 
     def forward(self, x: Tensor, h_pre: Tensor | None, position, mask, cache=None, **kwargs):
         """The next streams, and the H_pre that a single pass hands to the next sublayer."""
@@ -609,6 +703,8 @@ class MegatronMhcLayer(GradientCheckpointingLayer):
     def around(self, connection, sublayer, x: Tensor, before: Tensor | None):
         if connection is None:
             return x + sublayer(x), None
+        if not isinstance(connection, HyperConnection):
+            return connection.around(sublayer, x), before
         h_pre, h_post, h_res = connection(x)
         y = sublayer(read(x, before if self.single_pass else h_pre))
         return write(x, y, h_post, h_res, self.rounds), h_pre
@@ -631,7 +727,11 @@ class MegatronMhcPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, HyperConnection | StreamMerge):
+        if isinstance(module, GatedConnection):
+            nn.init.ones_(module.gain)
+        elif isinstance(module, BlockAttention):
+            nn.init.zeros_(module.query)
+        elif isinstance(module, HyperConnection | StreamMerge):
             for name, parameter in module.named_parameters():
                 nn.init.constant_(parameter, 0.01 if 'alpha' in name else 0.0)
 
@@ -645,8 +745,8 @@ class MegatronMhcModel(MegatronMhcPreTrainedModel):
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(MegatronMhcLayer(config, index) for index in layers)
-        self.stream_merge = StreamMerge(config) if config.streams else None
-        self.norm = Norm(config, width)
+        self.stream_merge = merge_of(config)
+        self.norm = norm_of(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -660,7 +760,7 @@ class MegatronMhcModel(MegatronMhcPreTrainedModel):
         output_hidden_states=None,
         **kwargs,
     ):
-        """``hidden_states`` of the output, if asked for, are what each layer gets: n*C wide."""
+        """``hidden_states``, if asked for, are what each layer gets: n*C wide, or k*C."""
         config, cache = self.config, take_cache(kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = config.use_cache if use_cache is None else use_cache

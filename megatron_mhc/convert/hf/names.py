@@ -91,11 +91,20 @@ class _Rows:
 
     def streams(self, module: str) -> None:
         for name in _mapping_names(self.config):
-            self.rows.append(Row(f'{module}.{name}', (f'{module}.{name}',)))
+            own = name.removeprefix('gates.').removeprefix('reader.')
+            self.rows.append(Row(f'{module}.{name}', (f'{module}.{own}',)))
+
+
+# Of gates, and of a query: Megatron's module -> names in it; transformers has them without it.
+_GATES = ('gain', 'down.weight', 'up.weight', 'write.weight')
 
 
 def _mapping_names(config: Config) -> list[str]:
-    """Parameters of a hyper-connection."""
+    """Parameters of a residual connection."""
+    if config['residual_type'] == 'gated':
+        return [f'gates.{name}' for name in _GATES]
+    if config['residual_type'] == 'attention':
+        return ['reader.query']
     if set(config['fixed_mappings']) == set(MAPPINGS):
         return []
     if config['residual_type'] == 'hc':
@@ -112,22 +121,38 @@ def rows_outside(config: Config) -> list[Row]:
     rows.add('embedding.word_embeddings', 'model.embed_tokens')
     if config['position_embedding_type'] == 'learned_absolute':
         rows.add('embedding.position_embeddings', 'model.position_embeddings')
-    if config['residual_type'] != 'standard' and config['stream_merge'] == 'learned':
-        rows.rows += [
-            Row(f'decoder.stream_merge.{name}', (f'model.stream_merge.{name}',))
-            for name in ('mapping_proj.weight', 'bias', 'alpha')
-        ]
-    rows.norm('decoder.final_layernorm.', 'model.norm')
+    rows.rows += [
+        Row(f'decoder.stream_merge.{name}', (f'model.stream_merge.{name}',))
+        for name in _merge_names(config)
+    ]
+    if has_norms(config):
+        rows.norm('decoder.final_layernorm.', 'model.norm')
     if not config['tie_word_embeddings']:
         rows.add('output_layer', 'lm_head')
     return rows.rows
+
+
+def _merge_names(config: Config) -> list[str]:
+    kind = config['residual_type']
+    if kind == 'gated':
+        return [*_GATES[:-1]]
+    if kind == 'attention':
+        return ['query']
+    learned = kind != 'standard' and config['stream_merge'] == 'learned'
+    return ['mapping_proj.weight', 'bias', 'alpha'] if learned else []
+
+
+def has_norms(config: Config) -> bool:
+    """Whether layers and the model have norms; gated reads are normed already."""
+    return bool(config['residual_type'] != 'gated')
 
 
 def rows_of_layer(config: Config, layer: int) -> list[Row]:
     """One layer, under names without its prefix."""
     rows = _Rows(config)
     fused = 'self_attention.linear_qkv.layer_norm_'
-    rows.norm('input_layernorm.' if config['kv_lora_rank'] else fused, 'input_layernorm')
+    if has_norms(config):
+        rows.norm('input_layernorm.' if config['kv_lora_rank'] else fused, 'input_layernorm')
     if config['kv_lora_rank']:
         _latent(rows)
     else:
@@ -139,7 +164,8 @@ def rows_of_layer(config: Config, layer: int) -> list[Row]:
     rows.add('self_attention.linear_proj', 'self_attn.o_proj', bias=config['attention_bias'])
     experts = has_experts(config, layer)
     fused = 'mlp.linear_fc1.layer_norm_'
-    rows.norm('pre_mlp_layernorm.' if experts else fused, 'post_attention_layernorm')
+    if has_norms(config):
+        rows.norm('pre_mlp_layernorm.' if experts else fused, 'post_attention_layernorm')
     if experts:
         _experts(rows)
     else:
@@ -217,7 +243,7 @@ def all_rows(config: Config) -> Iterator[tuple[int | None, Row]]:
 def stateful_modules(config: Config, layer: int | None) -> list[str]:
     """Modules of Megatron's or of Transformer Engine's that save a state, without the prefix."""
     if layer is None:
-        return ['decoder.final_layernorm']
+        return ['decoder.final_layernorm'] if has_norms(config) else []
     inside = {row.megatron.rpartition('.')[0] for row in rows_of_layer(config, layer)}
     inside = {name for name in inside if 'hyper_connection' not in name and 'router' not in name}
     return sorted(inside | {'self_attention.core_attention'})

@@ -1,20 +1,57 @@
-"""What every implementation on the bench has in common: ours, torch, and each peer.
+"""What every implementation has in common that is compared: ours, torch, and each peer.
 
-Inputs arrive in our layout and orientation (see ``bench_cases``):
+The bench times them and the model of ``roofline`` predicts them. Inputs arrive in our layout and
+orientation, streams ``[T, 1, n*C]`` and maps in fp32:
 ``x_new[i] = sum_j H_res[i, j] x[j] + H_post[i] y``, H_res normalised columns first, rows last. The
 layout methods turn them into what the implementation wants and back, outside the timed region.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
-from bench_cases import Case
 from torch import Tensor
 
+from megatron_mhc.kernels.defaults import DTYPES
+
+LAYER = 2
+"""Sublayers of a layer (attention and MLP): as many sets of parameters and sublayer outputs."""
 EPS = 1e-20
 """For every epsilon an implementation asks for: all then compute the same function."""
+
+
+HEADLINE_TOKENS, HEADLINE_STREAMS = 8192, 4
+
+
+class Case(NamedTuple):
+    """C hidden size, T tokens, n streams, dtype of the streams, Sinkhorn-Knopp iterations."""
+
+    hidden: int
+    tokens: int
+    streams: int
+    dtype: str = 'bf16'
+    iterations: int = 20
+
+    def __str__(self) -> str:
+        return f'C={self.hidden} T={self.tokens} n={self.streams} {self.dtype}'
+
+    @property
+    def maps(self) -> int:
+        """Rows of the projection: pre | post | res."""
+        return self.streams * (self.streams + 2)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype])
+        return dtype
+
+    @property
+    def headline(self) -> bool:
+        """Whether the report shows it first."""
+        return self.tokens == HEADLINE_TOKENS and self.streams == HEADLINE_STREAMS
 
 
 class Contender:
@@ -30,13 +67,19 @@ class Contender:
     without: tuple[str, ...] = ()
     """Ops that it does not offer, or not one by one."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, device: str | None = None):
+        """``device`` is that of its tensors where it is known already, such as meta."""
         self.case = case
 
     @classmethod
     def available(cls) -> tuple[bool, str]:
         """Whether it can run on this machine, and why not or which version."""
         return True, ''
+
+    @classmethod
+    def module(cls, name: str) -> ModuleType:
+        """The module that holds kernels of it under their names, by the name that they give."""
+        return importlib.import_module(name)
 
     def unsupported(self) -> str:
         """Why it does not take this case, or the empty string."""
@@ -68,7 +111,8 @@ class Contender:
 
     def params_back(self, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of ``params`` as gradients of weight, bias, alpha."""
-        return params
+        weight, bias, alpha = params
+        return weight, bias, alpha
 
     # --- timed -----------------------------------------------------------------------------------
     def sinkhorn(self, logits: Tensor) -> Tensor:
@@ -110,6 +154,14 @@ class Contender:
                 quantity: right for time, not for a comparison of numbers.
         """
         return self.write_read(y, state, params)[:2]
+
+
+def availability(kind: type[Contender]) -> tuple[bool, str]:
+    """``kind.available()``, where an exception is a reason like any other."""
+    try:
+        return kind.available()
+    except Exception as error:  # a broken installation must not stop what asks
+        return False, first_line(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,21 +9,39 @@ fp32 and cannot be set. Only n = 4.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import sys
+from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from bench_contender import Contender, transposed_square
 from torch import Tensor
+
+from megatron_mhc.kernels.peers.contender import Contender, transposed_square
 
 PACKAGE = 'transformer_engine'
 # Of the package: the kernels, their autograd functions, and the one compiled call of the latter.
 KERNELS, WRAPPERS = f'{PACKAGE}.common.triton.mhc', f'{PACKAGE}.pytorch.triton.mhc'
 GEMM = f'{PACKAGE}.pytorch.cpp_extensions.gemm'
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """A bare Python wheel of it cannot be found inside: whoever finds it would import it."""
+    found = importlib.util.find_spec(PACKAGE) if PACKAGE not in sys.modules else None
+    bare = found is not None and importlib.util.find_spec('transformer_engine_torch') is None
+    if bare:
+        # None there is what Python takes for: no such module.
+        sys.modules[PACKAGE] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if bare:
+            del sys.modules[PACKAGE]
 
 
 @functools.cache
@@ -34,6 +52,8 @@ def load() -> tuple[ModuleType, str]:
         FileNotFoundError: the installed release has no mHC.
     """
     spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f'{PACKAGE} is not installed')
     root = Path(spec.submodule_search_locations[0])
     files = {
         name: root.joinpath(*name.split('.')[1:]).with_suffix('.py') for name in (KERNELS, WRAPPERS)
@@ -49,7 +69,7 @@ def load() -> tuple[ModuleType, str]:
     return _load_alone(files), 'mHC files alone, torch for its one GEMM'
 
 
-def _forget(keep: set[str] = frozenset()) -> None:
+def _forget(keep: Collection[str] = ()) -> None:
     for name in [name for name in sys.modules if name.split('.')[0] == PACKAGE]:
         if name not in keep:
             del sys.modules[name]
@@ -61,7 +81,7 @@ def _load_alone(files: dict[str, Path]) -> ModuleType:
     Nobody else may meet those: Megatron, for one, asks whether TransformerEngine can be imported.
     """
     gemm = ModuleType(GEMM)
-    gemm.general_gemm = _gemm
+    gemm.__dict__['general_gemm'] = _gemm
     try:
         for name in (KERNELS, WRAPPERS, GEMM):
             parts = name.split('.')
@@ -71,6 +91,7 @@ def _load_alone(files: dict[str, Path]) -> ModuleType:
         sys.modules[GEMM] = gemm
         for name, path in files.items():
             spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None
             module = sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         return module
@@ -106,6 +127,10 @@ class TransformerEngine(Contender):
             return True, f'transformer-engine {version("transformer-engine")} ({how})'
         except PackageNotFoundError:
             return True, f'transformer-engine of unknown version ({how})'
+
+    @classmethod
+    def module(cls, name: str) -> ModuleType:
+        return load()[0]
 
     def unsupported(self) -> str:
         return '' if self.case.streams == 4 else 'only 4 streams'
@@ -146,14 +171,14 @@ class TransformerEngine(Contender):
         n = self.case.streams
         return load()[0].mhc_fused_expand_combine(y, None, h_post, x, h_res, n)
 
-    def read(self, x: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, tuple]:
+    def read(self, x: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         buffer = torch.empty_like(x, dtype=torch.float32) if self.buffer else None
         h_pre, h_post, h_res = self._maps(x, params, buffer)
         n = self.case.streams
         u = load()[0].mhc_fused_aggregate(x, h_pre, n, fused_grad_x_acc_buffer=buffer)
-        return u, (x, h_post, h_res, *([buffer] if self.buffer else []))
+        return u, (x, h_post, h_res, *([] if buffer is None else [buffer]))
 
-    def write(self, y: Tensor, state: tuple) -> Tensor:
+    def write(self, y: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         x, h_post, h_res, *buffer = state
         n = self.case.streams
         return load()[0].mhc_fused_expand_combine(

@@ -8,13 +8,26 @@ no Sinkhorn op of its own.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 from importlib.metadata import version
+from types import ModuleType
 
 import torch
-from bench_cases import DTYPES
-from bench_contender import EPS, Contender
 from torch import Tensor
+
+from megatron_mhc.kernels.peers.contender import EPS, Contender
+from megatron_mhc.kernels.peers.te import hidden
+
+FUNCTIONS = 'liger_kernel.transformers.functional'
+
+
+@functools.cache
+def _load(name: str) -> ModuleType:
+    # It imports PEFT, which imports a TransformerEngine that it finds.
+    with hidden():
+        return importlib.import_module(name)
 
 
 class Liger(Contender):
@@ -29,11 +42,13 @@ class Liger(Contender):
     def available(cls) -> tuple[bool, str]:
         if importlib.util.find_spec('liger_kernel') is None:
             return False, 'not installed; pip install --no-deps liger-kernel'
-        from liger_kernel.transformers import functional
-
-        if not hasattr(functional, 'liger_mhc_coeffs'):
+        if not hasattr(_load(FUNCTIONS), 'liger_mhc_coeffs'):
             return False, 'this release has no mHC; 0.8.0 and later do'
         return True, f'liger-kernel {version("liger-kernel")}'
+
+    @classmethod
+    def module(cls, name: str) -> ModuleType:
+        return _load(name)
 
     def streams(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.case.streams, self.case.hidden))
@@ -42,7 +57,7 @@ class Liger(Contender):
         return x.flatten(-2)
 
     def params(self, weight: Tensor, bias: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
-        phi = weight.t().to(DTYPES[self.case.dtype]) if self.half_phi else weight.t()
+        phi = weight.t().to(self.case.torch_dtype) if self.half_phi else weight.t()
         return phi, bias, *alpha.unbind()
 
     def params_back(self, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,9 +65,7 @@ class Liger(Contender):
         return phi.t(), bias, torch.stack(alpha)
 
     def mapping(self, x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from liger_kernel.transformers.functional import liger_mhc_coeffs
-
-        return liger_mhc_coeffs(
+        return _load(FUNCTIONS).liger_mhc_coeffs(
             x,
             *params,
             allow_fp32=True,
@@ -64,14 +77,10 @@ class Liger(Contender):
         )
 
     def pre(self, x: Tensor, h_pre: Tensor) -> Tensor:
-        from liger_kernel.transformers.functional import liger_mhc_pre
-
-        return liger_mhc_pre(x, h_pre)
+        return _load(FUNCTIONS).liger_mhc_pre(x, h_pre)
 
     def post(self, x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
-        from liger_kernel.transformers.functional import liger_mhc_post_res
-
-        return liger_mhc_post_res(x, y, h_post, h_res)
+        return _load(FUNCTIONS).liger_mhc_post_res(x, y, h_post, h_res)
 
 
 class LigerHalfPhi(Liger):

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from bench_cases import Case
-from bench_contender import EPS, Contender, transposed_square
 from torch import Tensor
+
+from megatron_mhc.kernels.peers.contender import EPS, Case, Contender, transposed_square
 
 MODULE = 'megatron.core.fusions.fused_mhc_kernels'
 
@@ -27,8 +27,9 @@ MODULE = 'megatron.core.fusions.fused_mhc_kernels'
 def _installed() -> bool:
     # Looking for the file, because importing megatron.core to look for a submodule takes seconds.
     package = importlib.util.find_spec('megatron')
-    roots = package.submodule_search_locations if package else ()
-    return any(Path(root, 'core', 'fusions', 'fused_mhc_kernels.py').exists() for root in roots)
+    roots = package.submodule_search_locations if package else None
+    inside = Path('core', 'fusions', 'fused_mhc_kernels.py')
+    return any(Path(root, inside).exists() for root in roots or ())
 
 
 @functools.cache
@@ -52,24 +53,24 @@ class Megatron(Contender):
 
     name = 'megatron'
 
-    def __init__(self, case: Case):
-        super().__init__(case)
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.transposed = _applies_transposed(device)
+    def __init__(self, case: Case, device: str | None = None):
+        super().__init__(case, device)
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        # Only numbers can tell; what it launches does not depend on it.
+        self.transposed = device == 'meta' or _applies_transposed(device)
         self.rows_first = not self.transposed
 
     @classmethod
     def available(cls) -> tuple[bool, str]:
         if not _installed():
             return False, f'the installed Megatron-Core has no {MODULE}'
-        from megatron.core import __version__
-
+        core = importlib.import_module('megatron.core').__version__
         backends = [
             name
             for name in ('triton', 'cutile')
             if getattr(_kernels(), f'is_{name}_available', lambda: False)()
         ]
-        return True, f'megatron-core {__version__} ({", ".join(backends) or "torch only"})'
+        return True, f'megatron-core {core} ({", ".join(backends) or "torch only"})'
 
     def streams(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.case.streams, self.case.hidden))
