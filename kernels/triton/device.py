@@ -19,6 +19,17 @@ def load_maps(ptr, t, rows, COUNT: tl.constexpr):
 
 
 @triton.jit
+def columns(tile, COUNT: tl.constexpr):
+    """``[BT, COUNT]`` -> COUNT vectors ``[BT]``; COUNT is a power of two."""
+    if COUNT == 1:
+        return (tl.reshape(tile, [tile.shape[0]]),)
+    else:
+        halves = tl.permute(tl.reshape(tile, [tile.shape[0], 2, COUNT // 2]), (0, 2, 1))
+        first, second = tl.split(halves)
+        return columns(first, COUNT // 2) + columns(second, COUNT // 2)
+
+
+@triton.jit
 def load_streams(ptr, offsets, C, mask, N: tl.constexpr):
     """Streams at ``offsets`` of stream 0 -> N tiles ``[BT, BC]`` as they are stored."""
     streams = ()
@@ -77,6 +88,7 @@ def sublayer_output(
     bias_ptr,
     seed_ptr,
     t,
+    c0,
     c,
     C,
     mask,
@@ -90,22 +102,24 @@ def sublayer_output(
     if HAS_BIAS:
         y += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     if DROPOUT:
-        y *= dropout_scale(seed_ptr, t, c, C, threshold, scale)
+        y *= dropout_scale(seed_ptr, t, c0, C, threshold, scale, c.shape[0])
     return y
 
 
 @triton.jit
-def dropout_scale(seed_ptr, t, c, C, threshold, scale):
+def dropout_scale(seed_ptr, t, c0, C, threshold, scale, BC: tl.constexpr):
     """0 where the element is dropped, else ``scale`` = 1 / (1 - p); ``[BT, BC]``.
 
     Philox 4x32-10 with the seed as key and (t * ceil(C/4) + c // 4) as counter; the word is c % 4.
     ``reference/dropout.py`` is its torch form.
     """
     BT: tl.constexpr = t.shape[0]
-    BC: tl.constexpr = c.shape[0]
-    # c starts at a multiple of 4 and is contiguous, hence one counter for each 4 channels.
-    group = tl.max(tl.reshape(c, [BC // 4, 4]), 1) // 4
+    # One counter for each 4 channels: c0 is a multiple of 4.
+    group = c0 // 4 + tl.arange(0, BC // 4)
     counter = t.to(tl.int64)[:, None] * ((C + 3) // 4) + group[None, :]
     r0, r1, r2, r3 = tl.randint4x(tl.load(seed_ptr), counter)
     words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [BT, BC])
-    return tl.where((words.to(tl.uint32, bitcast=True) >> 8) >= threshold, scale, 0.0)
+    # The upper 24 bits reach the threshold where the word reaches 256 times it; 2^24 none reaches.
+    least = tl.full([], 256, tl.uint32) * threshold
+    kept = tl.where(threshold < 2**24, scale, 0.0)
+    return tl.where(words.to(tl.uint32, bitcast=True) >= least, kept, 0.0)

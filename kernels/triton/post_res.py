@@ -43,14 +43,15 @@ def post_res_forward_kernel(
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0).to(tl.int64)
     t = pid // blocks * BT + tl.arange(0, BT)
-    c = (pid % blocks).to(tl.int32) * BC + tl.arange(0, BC)
+    c0 = (pid % blocks).to(tl.int32) * BC
+    c = c0 + tl.arange(0, BC)
     rows = t < T
     mask = rows[:, None] if EVEN else rows[:, None] & (c < C)[None, :]
     post, res = load_maps(post_ptr, t, rows, N), load_maps(res_ptr, t, rows, N * N)
     at = t[:, None] * (N * C) + c[None, :]
     x = widened(load_streams(x_ptr, at, C, mask, N), N)
     y = sublayer_output(
-        y_ptr, bias_ptr, seed_ptr, t, c, C, mask, threshold, scale, HAS_BIAS, DROPOUT
+        y_ptr, bias_ptr, seed_ptr, t, c0, c, C, mask, threshold, scale, HAS_BIAS, DROPOUT
     )
     # x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * y
     for i in tl.static_range(N):
@@ -81,7 +82,7 @@ def post_res_backward_kernel(
         g = widened(load_streams(g_ptr, at, C, mask, N), N)
         x = widened(load_streams(x_ptr, at, C, mask, N), N)
         y = sublayer_output(
-            y_ptr, bias_ptr, seed_ptr, t, c, C, mask, threshold, scale, HAS_BIAS, DROPOUT
+            y_ptr, bias_ptr, seed_ptr, t, c0, c, C, mask, threshold, scale, HAS_BIAS, DROPOUT
         )
         # dh_post[i] = sum_c g[i] * y and dh_res[i, j] = sum_c g[i] * x[j]
         post_sums, res_sums = (), ()
@@ -93,7 +94,7 @@ def post_res_backward_kernel(
         # dy = sum_i h_post[i] * g[i], through the same dropout
         dy = mix(post, g, 0, 1, N)
         if DROPOUT:
-            dy *= dropout_scale(seed_ptr, t, c, C, threshold, scale)
+            dy *= dropout_scale(seed_ptr, t, c0, C, threshold, scale, BC)
         tl.store(dy_ptr + t[:, None] * C + c[None, :], dy, mask=mask)
         if WRITE_DX:
             # dx[j] = sum_i h_res[i, j] * g[i]

@@ -107,7 +107,7 @@ def projection_kernel(
         if MIX:
             wide = widened(x, N)
             y = sublayer_output(
-                y_ptr, bias_ptr, seed_ptr, t, c, C, mask, threshold, scale, HAS_BIAS, DROPOUT
+                y_ptr, bias_ptr, seed_ptr, t, c0, c, C, mask, threshold, scale, HAS_BIAS, DROPOUT
             )
             new = ()
             # x'[i] = sum_j h_res[i, j] * x[j] + h_post[i] * y, rounded as it is stored

@@ -19,7 +19,7 @@ from truth import (
 
 from megatron_mhc import ops
 from megatron_mhc.kernels.reference import post_res_ref, pre_ref
-from megatron_mhc.kernels.reference.dropout import dropout_scale_ref
+from megatron_mhc.kernels.reference.dropout import dropout_constants, dropout_scale_ref
 
 triton = pytest.importorskip('triton')
 tl = triton.language
@@ -128,7 +128,7 @@ def test_the_generator_is_philox(random_seed):
 @triton.jit
 def mask_kernel(seed_ptr, mask_ptr, first, C, BT: tl.constexpr, BC: tl.constexpr):
     i, c = tl.arange(0, BT), tl.arange(0, BC)
-    mask = dropout_scale(seed_ptr, first + i.to(tl.int64), c, C, 2**23, 1.0)
+    mask = dropout_scale(seed_ptr, first + i.to(tl.int64), 0, C, 2**23, 1.0, BC)
     tl.store(mask_ptr + i[:, None] * BC + c[None, :], mask)
 
 
@@ -141,6 +141,22 @@ def test_the_generator_counts_beyond_32_bits(device, random_seed):
         for c in range(channels):
             word = philox((first + t) * 4 + c // 4, int(seed))[c % 4]
             assert mask[t, c] == float((word >> 8) >= 2**23)
+
+
+@triton.jit
+def scales_kernel(seed_ptr, scale_ptr, threshold, scale, C, BC: tl.constexpr):
+    row = tl.arange(0, 1).to(tl.int64)
+    scales = dropout_scale(seed_ptr, row, 0, C, threshold, scale, BC)
+    tl.store(scale_ptr + tl.arange(0, BC)[None, :], scales)
+
+
+@pytest.mark.parametrize('p', [1e-9, 2.0**-24, 1 - 2.0**-24, 1 - 1e-9])
+def test_the_ends_of_the_range(p, device, random_seed):
+    """Thresholds 0, 1, 2^24 - 1 and 2^24, the last of which no word reaches."""
+    seed, got = seed_tensor(device), torch.empty(1, 64, device=device)
+    constants = dropout_constants(p)
+    launch(scales_kernel, (1,), seed, got, *constants, 64, tile=Tile(1), BC=64)
+    assert torch.equal(got, dropout_scale_ref(1, 64, p, seed))
 
 
 @pytest.mark.parametrize('p', [0.1, 0.5])
