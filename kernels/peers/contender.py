@@ -45,7 +45,8 @@ class Case(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, DTYPES[self.dtype])
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype])
+        return dtype
 
     @property
     def headline(self) -> bool:
@@ -110,7 +111,8 @@ class Contender:
 
     def params_back(self, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of ``params`` as gradients of weight, bias, alpha."""
-        return params
+        weight, bias, alpha = params
+        return weight, bias, alpha
 
     # --- timed -----------------------------------------------------------------------------------
     def sinkhorn(self, logits: Tensor) -> Tensor:

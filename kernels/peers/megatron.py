@@ -27,8 +27,9 @@ MODULE = 'megatron.core.fusions.fused_mhc_kernels'
 def _installed() -> bool:
     # Looking for the file, because importing megatron.core to look for a submodule takes seconds.
     package = importlib.util.find_spec('megatron')
-    roots = package.submodule_search_locations if package else ()
-    return any(Path(root, 'core', 'fusions', 'fused_mhc_kernels.py').exists() for root in roots)
+    roots = package.submodule_search_locations if package else None
+    inside = Path('core', 'fusions', 'fused_mhc_kernels.py')
+    return any(Path(root, inside).exists() for root in roots or ())
 
 
 @functools.cache
@@ -63,14 +64,13 @@ class Megatron(Contender):
     def available(cls) -> tuple[bool, str]:
         if not _installed():
             return False, f'the installed Megatron-Core has no {MODULE}'
-        from megatron.core import __version__
-
+        core = importlib.import_module('megatron.core').__version__
         backends = [
             name
             for name in ('triton', 'cutile')
             if getattr(_kernels(), f'is_{name}_available', lambda: False)()
         ]
-        return True, f'megatron-core {__version__} ({", ".join(backends) or "torch only"})'
+        return True, f'megatron-core {core} ({", ".join(backends) or "torch only"})'
 
     def streams(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.case.streams, self.case.hidden))

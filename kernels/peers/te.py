@@ -13,7 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +52,8 @@ def load() -> tuple[ModuleType, str]:
         FileNotFoundError: the installed release has no mHC.
     """
     spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f'{PACKAGE} is not installed')
     root = Path(spec.submodule_search_locations[0])
     files = {
         name: root.joinpath(*name.split('.')[1:]).with_suffix('.py') for name in (KERNELS, WRAPPERS)
@@ -67,7 +69,7 @@ def load() -> tuple[ModuleType, str]:
     return _load_alone(files), 'mHC files alone, torch for its one GEMM'
 
 
-def _forget(keep: set[str] = frozenset()) -> None:
+def _forget(keep: Collection[str] = ()) -> None:
     for name in [name for name in sys.modules if name.split('.')[0] == PACKAGE]:
         if name not in keep:
             del sys.modules[name]
@@ -79,7 +81,7 @@ def _load_alone(files: dict[str, Path]) -> ModuleType:
     Nobody else may meet those: Megatron, for one, asks whether TransformerEngine can be imported.
     """
     gemm = ModuleType(GEMM)
-    gemm.general_gemm = _gemm
+    gemm.__dict__['general_gemm'] = _gemm
     try:
         for name in (KERNELS, WRAPPERS, GEMM):
             parts = name.split('.')
@@ -89,6 +91,7 @@ def _load_alone(files: dict[str, Path]) -> ModuleType:
         sys.modules[GEMM] = gemm
         for name, path in files.items():
             spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None
             module = sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         return module
@@ -168,14 +171,14 @@ class TransformerEngine(Contender):
         n = self.case.streams
         return load()[0].mhc_fused_expand_combine(y, None, h_post, x, h_res, n)
 
-    def read(self, x: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, tuple]:
+    def read(self, x: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         buffer = torch.empty_like(x, dtype=torch.float32) if self.buffer else None
         h_pre, h_post, h_res = self._maps(x, params, buffer)
         n = self.case.streams
         u = load()[0].mhc_fused_aggregate(x, h_pre, n, fused_grad_x_acc_buffer=buffer)
-        return u, (x, h_post, h_res, *([buffer] if self.buffer else []))
+        return u, (x, h_post, h_res, *([] if buffer is None else [buffer]))
 
-    def write(self, y: Tensor, state: tuple) -> Tensor:
+    def write(self, y: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         x, h_post, h_res, *buffer = state
         n = self.case.streams
         return load()[0].mhc_fused_expand_combine(

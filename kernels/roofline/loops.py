@@ -52,8 +52,8 @@ def passes_of(launch: Launch, loops: Sequence[Section]) -> tuple[float, ...]:
     kept = list(range(len(counts)))
     while len(kept) > len(loops):
         kept.remove(min(kept, key=lambda at: counts[at].passes))
-    where = {at: place for place, at in enumerate(kept)}
-    places = [where.get(counts[at].inside, None) for at in kept]
+    where: dict[int | None, int] = {at: place for place, at in enumerate(kept)}
+    places = [where.get(counts[at].inside) for at in kept]
     wanted = [None if loop.inside is None else loop.inside - 1 for loop in loops]
     if len(kept) != len(loops) or places != wanted:
         raise ValueError(

@@ -133,8 +133,8 @@ def _launch(function: Any, args: Sequence[Any], named: Mapping[str, Any], grid: 
             heuristics |= function.values
         function = function.fn
     bound = dict(zip(function.arg_names, args, strict=False)) | dict(named)
-    for name, value in heuristics.items():
-        bound[name] = value(bound)
+    for name, choose in heuristics.items():
+        bound[name] = choose(bound)
     size = grid(bound) if callable(grid) else grid
     options = {'num_warps': NUM_WARPS, 'num_stages': NUM_STAGES}
     options |= {

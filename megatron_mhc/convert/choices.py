@@ -8,11 +8,11 @@ TARGETS = (
     'mhc',
     'megatron-main',
     'megatron-dev',
-    'megatron-bridge',
     'deepseek-v4',
     'deepseek-v4.1',
     'glm-5.3',
     'hy4',
+    'megatron-bridge',
 )
 # How what is made ``mhc`` may compute: as we do, or as a layout does.
 NUMERICS = ('paper', 'megatron-main', 'megatron-dev', 'deepseek-v4', 'glm-5.3', 'hy4')

@@ -35,12 +35,13 @@ from megatron_mhc.convert.output import (
     write_distributed,
     write_file,
 )
-from megatron_mhc.convert.saved_args import PROGRESS, Described, describe, norm_eps_of
+from megatron_mhc.convert.saved_args import PROGRESS, Described, describe
 from megatron_mhc.convert.source import Source, open_source
 from megatron_mhc.convert.told import Told, tell_verified
 from megatron_mhc.convert.verify import largest_difference
 from megatron_mhc.residual.attention import AttentionMerge, BlockAttention
 from megatron_mhc.residual.gated import GatedConnection, GatedMerge, Gates
+from megatron_mhc.residual.hyper_connection import HyperConnection
 from megatron_mhc.settings.flag import write_back
 from megatron_mhc.settings.residual import ResidualConfig
 
@@ -183,7 +184,7 @@ def _made(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of the residual, and the names that have no place beside them."""
     layers, width = described.num_layers, described.hidden_size
-    eps, gated = norm_eps_of(opened.args), residual.residual_type == 'gated'
+    gated = residual.residual_type == 'gated'
     std = getattr(opened.args, 'init_method_std', 0.02)
     new: dict[str, list[Tensor]] = {}
     replaced: set[str] = set()
@@ -200,18 +201,20 @@ def _made(
     for sublayer in range(2 * layers):
         layer, (name, norm) = sublayer // 2, tuple(SUBLAYERS.items())[sublayer % 2]
         stem = 'decoder.layers.' if described.stacked else f'decoder.layers.{layer}.'
+        own: HyperConnection
         if gated:
-            own = GatedConnection(width, residual, sublayer, norm_eps=eps, std=std)
-            fold(own.gates, f'{stem}{norm}.', layer if described.stacked else None)
+            own = gate = GatedConnection(width, residual, sublayer, std=std)
+            fold(gate.gates, f'{stem}{norm}.', layer if described.stacked else None)
         else:
-            own = BlockAttention(width, residual, sublayer, sublayers=2 * layers, norm_eps=eps)
+            own = BlockAttention(width, residual, sublayer)
         for key, value in own.named_parameters():
             new.setdefault(f'{stem}{name}_hyper_connection.{key}', []).append(value.data)
+    merge: torch.nn.Module
     if gated:
-        merge = GatedMerge(width, residual, norm_eps=eps, std=std)
-        fold(merge, FINAL, None)
+        merge = last = GatedMerge(width, residual, std=std)
+        fold(last, FINAL, None)
     else:
-        merge = AttentionMerge(width, residual, 2 * layers, norm_eps=eps)
+        merge = AttentionMerge(width, residual, 2 * layers)
     tensors = {
         name: torch.stack(values) if described.stacked else values[0]
         for name, values in new.items()

@@ -55,6 +55,12 @@ _ROWS = (
         'drop the flag',
     ),
     Constraint(
+        '--fine-grained-activation-offloading',
+        lambda get: bool(get('fine_grained_activation_offloading')),
+        'it releases the input of a layer, which later layers still read',
+        'use --recompute-granularity selective',
+    ),
+    Constraint(
         '--recompute-granularity full',
         full_recompute,
         'a recomputed layer gets its input without the outputs of earlier layers',

@@ -73,14 +73,9 @@ _ROWS = (
     Constraint(
         '--cpu-offloading-num-layers',
         lambda get: bool(get('cpu_offloading') or get('cpu_offloading_num_layers')),
-        'offloading whole layers is not tested with n streams',
-        'use activation recomputation instead',
-    ),
-    Constraint(
-        '--fine-grained-activation-offloading',
-        lambda get: bool(get('fine_grained_activation_offloading')),
-        'it releases the residual of a layer, here a sublayer input, which only a GPU can test',
-        'use activation recomputation instead',
+        "its commit between two layers passes on the streams' tensor alone, without what a layer "
+        'leaves on it for the next',
+        'use --fine-grained-activation-offloading, or recomputation',
     ),
     Constraint(
         '--use-megatron-fsdp / --use-torch-fsdp2',

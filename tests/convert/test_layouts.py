@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_mhc.convert.choices import TARGETS
 from megatron_mhc.convert.layouts import (
     LAYOUTS,
     Parameters,
@@ -60,10 +59,6 @@ def assert_same(a: Streams, b: Streams) -> None:
     for x, y in zip(first, second, strict=True):
         for part, other in zip(x, y, strict=True):
             assert torch.equal(part, other)
-
-
-def test_the_command_offers_every_layout():
-    assert {*TARGETS} == LAYOUTS.keys()
 
 
 @pytest.mark.parametrize('stacked', [True, False])

@@ -131,9 +131,17 @@ def test_what_transformer_engine_and_ours_start(predicted):
     assert len(ours) <= 8 and count <= 4 and moved < VECTOR
 
 
-def test_peers_in_the_report():
+def test_peers_and_measured_times_in_the_report(tmp_path):
     """Absent ones are a line each; ours is left out where kernels of it were not asked for."""
+    run = {'gpu': 'h200', 'hidden_size': 4096, 'tokens': 8192, 'dtype': 'bf16', 'triton': '3.8.0'}
+    run |= {'date': '2026-12-01', 'microseconds': {'pre_forward 4': 91.7}}
+    folder = tmp_path / 'results' / 'made-up'
+    folder.mkdir(parents=True)
+    (folder / 'kernels.json').write_text(json.dumps(run))
     hidden = (
+        'from pathlib import Path\n'
+        'from megatron_mhc.commands import kernels_roofline\n'
+        f'kernels_roofline.BENCH = Path({str(tmp_path)!r})\n'
         'import importlib.util as u\n'
         'find = u.find_spec\n'
         'u.find_spec = lambda name, *rest: None if name.startswith(("transformer", "liger"))'
@@ -147,6 +155,8 @@ def test_peers_in_the_report():
     assert f'a sublayer of each, forward + backward: {LABEL}' in text.stdout
     for line in ('te, n = 4: absent: not installed', 'liger, n = 4: absent', 'ours, n = 4: no sum'):
         assert line in text.stdout, text.stdout
+    (row,) = (line for line in text.stdout.splitlines() if line.startswith('pre_forward'))
+    assert row.endswith('92 (made-up, Triton 3.8.0)'), row
     for result, words in (
         (wrong, ('--peers: flash', 'liger', 'megatron')),
         (apart, ('--peers: te', '--roofline')),

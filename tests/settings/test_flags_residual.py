@@ -134,7 +134,7 @@ REFUSED = {
     f'--residual-type hc {MLP}': '--recompute-modules mlp without --disable-bias-linear',
     f'--residual-type mhc {MLP} --num-experts 2 --moe-layer-freq 2': 'recompute other modules',
     '--residual-type hc --cpu-offloading-num-layers 1': '--cpu-offloading-num-layers',
-    '--residual-type mhc --fine-grained-activation-offloading': '--fine-grained-activation',
+    '--residual-type mudd --transformer-impl local --fine-grained-activation-offloading': 'later layers still read',
     '--residual-type hc --transformer-impl inference_optimized': 'inference_optimized',
     '--residual-type mhc --use-torch-fsdp2': '--use-torch-fsdp2',
     '--residual-type mhc --yaml-cfg x.yaml': '--yaml-cfg cannot be combined',
