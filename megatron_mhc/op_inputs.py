@@ -55,7 +55,7 @@ def require_mapping(
 
 def _factors(alpha: Tensor | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     """The gating factors, one tensor or three, with their names."""
-    if not isinstance(alpha, tuple | list):
+    if isinstance(alpha, torch.Tensor) or not isinstance(alpha, Sequence):
         return [('alpha', alpha)]
     if len(alpha) != 3:
         raise ValueError(f'alpha: got {len(alpha)} tensors, wanted one [3] or three [1]')

@@ -323,8 +323,12 @@ def maps_forward(
     tile, grid, span, constants = _forward_plan(tokens, width // n, n, with_u)
     post, res = partial.new_empty(*lead, n), partial.new_empty(*lead, n, n)
     proj, inv = partial.new_empty(tokens, n * n + 2 * n), partial.new_empty(tokens)
-    pre = None if with_u else partial.new_empty(*lead, n)
-    u = x.new_empty(*lead, width // n) if with_u else None
+    if with_u:
+        first = x.new_empty(*lead, width // n)
+        pre, u = None, first
+    else:
+        first = partial.new_empty(*lead, n)
+        pre, u = first, None
     launch(
         maps_forward_kernel,
         grid,
@@ -335,7 +339,7 @@ def maps_forward(
         MP=columns,
         **constants,
     )
-    return u if pre is None else pre, post, res, proj, inv
+    return first, post, res, proj, inv
 
 
 @functools.lru_cache(SHAPES)

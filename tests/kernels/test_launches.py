@@ -188,7 +188,8 @@ def test_recording_starts_nothing(device, random_seed):
 
 # Of torch: what neither computes nor copies.
 FREE = {'view', 'detach', 'slice', 'split', 'select', 'expand', 't', 'transpose', 'alias'} | {
-    'empty', 'new_empty', 'empty_like', 'empty_strided', 'as_strided', '_unsafe_view', 'unsqueeze'
+    'empty', 'new_empty', 'empty_like', 'empty_strided', 'as_strided', '_unsafe_view', 'unsqueeze',
+    'split_with_sizes',
 }  # fmt: skip
 
 
