@@ -7,7 +7,7 @@ are relative RMS, ``|got - want| / |want|`` over a whole tensor; bounds follow f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,6 +119,10 @@ class _Inputs:
         pre, post, res = self.random(tokens, n), self.random(tokens, n), self.random(tokens, n, n)
         return pre.sigmoid(), 2 * post.sigmoid(), res.softmax(-1)
 
+    def parameters(self, mapping: dict[str, Tensor]) -> tuple[Any, ...]:
+        """As the autograd functions take them."""
+        return mapping['weight'], mapping['bias'], self.settings, mapping['alpha']
+
     def reference_mapping(self, x: Tensor, mapping: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return mapping_ref(
             x, **mapping, num_streams=self.n, sinkhorn_iterations=ITERATIONS, norm_eps=NORM_EPS
@@ -140,7 +144,7 @@ def _mapping(inputs: _Inputs) -> list[Row]:
     bounds = outputs | {'dx': inputs.stored + inputs.gradients} | gradients
     return _rows(
         *('mapping', inputs, {'x': inputs.x, **inputs.mapping}, bounds),
-        lambda x, **mapping: Mapping.apply(x, *mapping.values(), inputs.settings),
+        lambda x, **mapping: Mapping.apply(x, *inputs.parameters(mapping)),
         lambda x, **mapping: inputs.reference_mapping(x, mapping),
         sums={'dalpha': 'dbias', 'dweight': 'dbias'},
     )
@@ -176,7 +180,7 @@ def _sublayer(inputs: _Inputs) -> list[Row]:
     """``read`` and ``write``, whose gradient of the streams is written once."""
 
     def kernels(x: Tensor, y: Tensor, **mapping: Tensor) -> tuple[Tensor, ...]:
-        u, h_post, h_res, carried = Read.apply(x, *mapping.values(), inputs.settings)
+        u, h_post, h_res, carried = Read.apply(x, *inputs.parameters(mapping))
         return u, Write.apply(carried, y, h_post, h_res, None, 0.0, None)
 
     def reference(x: Tensor, y: Tensor, **mapping: Tensor) -> tuple[Tensor, ...]:
@@ -196,7 +200,7 @@ def _fused_edge(inputs: _Inputs) -> list[Row]:
 
     def run(fused: bool) -> Callable[..., tuple[Tensor, ...]]:
         def kernels(x: Tensor, y: Tensor, **mapping: Tensor) -> tuple[Tensor, ...]:
-            parameters = (*mapping.values(), inputs.settings)
+            parameters = inputs.parameters(mapping)
             _, h_post, h_res, carried = Read.apply(x, *parameters)
             written = (carried, y, h_post, h_res, None, DROPOUT, inputs.seed)
             if fused:

@@ -177,7 +177,7 @@ def _job(
             signature[name], aligned = specialization(run_time[name])
         if signature[name] == 'constexpr':
             constants[(index,)] = run_time.get(name, launch.constants.get(name))
-        elif aligned:
+        elif aligned and not launch.kernel.params[index].do_not_specialize_on_alignment:
             attributes[(index,)] = ALIGNED
     fn = launch.kernel.fn
     known = (signature, constants, attributes, launch.options)

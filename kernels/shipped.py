@@ -85,7 +85,7 @@ def _inputs(
     """Streams, the mapping's parameters with its settings, and y's bias, dropout and seed."""
     m = n * n + 2 * n
     settings = MappingSettings(n, ITERATIONS, NORM_EPS, 'auto')
-    parameters = (_leaf(m, n * channels), _leaf(m), _leaf(3), settings)
+    parameters = (_leaf(m, n * channels), _leaf(m), settings, *(_leaf(1) for _ in range(3)))
     seed = torch.empty(1, dtype=torch.int64, device='meta')
     output = (_leaf(channels, dtype=dtype), dropout, seed) if dropout else (None, 0.0, None)
     return _leaf(tokens, n * channels, dtype=dtype), parameters, output

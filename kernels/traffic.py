@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 STREAMS = ('x_ptr', 'y_ptr', 'u_ptr', 'out_ptr', 'g_ptr', 'dx_ptr', 'dy_ptr', 'du_ptr')
 PARAMETERS = (
-    *('weight_ptr', 'high_ptr', 'low_ptr', 'bias_ptr', 'alpha_ptr', 'seed_ptr'),
-    *('dweight_ptr', 'dbias_ptr', 'dalpha_ptr'),
+    *('weight_ptr', 'high_ptr', 'low_ptr', 'bias_ptr', 'seed_ptr'),
+    *('a_pre_ptr', 'a_post_ptr', 'a_res_ptr', 'dweight_ptr', 'sums_ptr'),
 )
 # Constants that change what a kernel reads or writes.
 VARIANTS = ('MIX', 'HAS_G', 'HAS_U', 'WRITE_DX')
@@ -66,25 +66,24 @@ def paper_forms(n: int) -> dict[str, Traffic]:
 def our_forms(n: int) -> dict[str, Traffic]:
     """Sums over our kernels for one sublayer, with a projection neither split nor padded."""
     kernels = kernel_forms(n)
-    maps, pre = kernels['maps_forward'], kernels['pre_forward']
-    mapping = kernels['projection'] + maps
+    pre, read = kernels['pre_forward'], kernels['maps_forward HAS_U']
+    mapping = kernels['projection'] + kernels['maps_forward']
     post_res = kernels['post_res_forward']
-    post_res_dx, pre_dx = kernels['post_res_backward WRITE_DX'], kernels['pre_backward WRITE_DX']
+    post_res_dx, pre_dx = kernels['post_res_backward WRITE_DX'], kernels['pre_backward']
     mapping_dx = kernels['maps_backward'] + kernels['read_backward']
     return {
         'mapping': mapping,
         'F_pre': pre,
         'F_post,res': post_res,
         'forward in three passes': mapping + pre + post_res,
-        'forward at the fused edge': kernels['projection MIX'] + maps + pre,
+        'forward at the fused edge': kernels['projection MIX'] + read,
         'mapping backward': mapping_dx,
         'F_pre backward': pre_dx,
         'F_post,res backward': post_res_dx,
         # Autograd adds the three dx one after the other.
         'backward op by op': mapping_dx + pre_dx + post_res_dx + Traffic(4 * n, 2 * n),
         'backward at the fused edge': kernels['post_res_backward']
-        + kernels['pre_backward']
-        + kernels['maps_backward']
+        + kernels['maps_backward HAS_U']
         + kernels['read_backward HAS_G HAS_U'],
     }
 
@@ -103,17 +102,18 @@ def kernel_forms(n: int, splits: int = 1, columns: int | None = None) -> dict[st
         'projection': Traffic(n, 0, 0, partial),
         'projection MIX': Traffic(n + 1, n, n + square, partial),
         'maps_forward': Traffic(0, 0, partial, 2 * m + 1),
+        'maps_forward HAS_U': Traffic(n, 1, partial, 2 * m + 1 - n),
         'pre_forward': Traffic(n, 1, n, 0),
         'post_res_forward': Traffic(n + 1, n, n + square, 0),
         'sinkhorn_forward': Traffic(0, 0, square, square),
         'post_res_backward': Traffic(2 * n + 1, 1, n, n + square),
         'post_res_backward WRITE_DX': Traffic(2 * n + 1, n + 1, n + square, n + square),
-        'pre_backward': Traffic(n + 1, 0, 0, n),
-        'pre_backward WRITE_DX': Traffic(n + 1, n, n, n),
-        'maps_backward': Traffic(0, 0, 2 * m + 1, n + columns + 1),
-        'read_backward': Traffic(n, n, columns + 1, 0),
-        'read_backward HAS_U': Traffic(n + 1, n, columns + 1 + n, 0),
-        'read_backward HAS_G HAS_U': Traffic(2 * n + 1, n, columns + 1 + n + square, 0),
+        'pre_backward': Traffic(n + 1, n, n, n),
+        'maps_backward': Traffic(0, 0, 2 * m + 1, columns + 2),
+        'maps_backward HAS_U': Traffic(n + 1, 0, 2 * m + 1 - n, n + columns + 2),
+        'read_backward': Traffic(n, n, columns + 2, 0),
+        'read_backward HAS_U': Traffic(n + 1, n, columns + 2 + n, 0),
+        'read_backward HAS_G HAS_U': Traffic(2 * n + 1, n, columns + 2 + n + square, 0),
         'sinkhorn_backward': Traffic(0, 0, 2 * square, square),
     }
 

@@ -5,6 +5,8 @@ Each check raises a ValueError that names the argument, what it was and what was
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def require_mapping(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | Sequence[Tensor],
     n: int,
     sinkhorn_iterations: int,
     norm_eps: float,
@@ -25,7 +27,8 @@ def require_mapping(
 ) -> None:
     require_positive('num_streams', n, MOST_STREAMS)
     require_positive('sinkhorn_iterations', sinkhorn_iterations)
-    for name, tensor in (('x', x), ('weight', weight), ('bias', bias), ('alpha', alpha)):
+    factors = _factors(alpha)
+    for name, tensor in (('x', x), ('weight', weight), ('bias', bias), *factors):
         require_float(name, tensor)
     if x.dim() < 1 or x.shape[-1] % n or not x.shape[-1]:
         raise ValueError(f'x: got shape {shape_of(x)}, wanted [..., n*C] with n = {n} streams')
@@ -33,10 +36,10 @@ def require_mapping(
     for name, tensor, wanted in (
         ('weight', weight, (maps, x.shape[-1])),
         ('bias', bias, (maps,)),
-        ('alpha', alpha, (3,)),
+        *((name, factor, (3 // len(factors),)) for name, factor in factors),
     ):
         require_shape(name, tensor, wanted)
-    require_same_device(x, weight=weight, bias=bias, alpha=alpha)
+    require_same_device(x, weight=weight, bias=bias, **dict(factors))
     if not is_number(norm_eps) or not 0 <= norm_eps <= 1:
         raise ValueError(
             f'norm_eps: got {norm_eps!r}, wanted a number from 0 to 1 (it is added to a mean '
@@ -48,6 +51,15 @@ def require_mapping(
         raise ValueError(
             f"precision: got 'bf16x2' for {x.dtype} streams, wanted 'auto' (it needs bf16 streams)"
         )
+
+
+def _factors(alpha: Tensor | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    """The gating factors, one tensor or three, with their names."""
+    if isinstance(alpha, torch.Tensor) or not isinstance(alpha, Sequence):
+        return [('alpha', alpha)]
+    if len(alpha) != 3:
+        raise ValueError(f'alpha: got {len(alpha)} tensors, wanted one [3] or three [1]')
+    return [(f'alpha[{place}]', factor) for place, factor in enumerate(alpha)]
 
 
 def require_post_res(

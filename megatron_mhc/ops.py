@@ -13,8 +13,10 @@ reference), ``triton`` (an error where they cannot run) or ``torch``. A sublayer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_mhc.kernels import reference
@@ -94,7 +96,7 @@ def mapping(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | Sequence[Tensor],
     *,
     num_streams: int,
     sinkhorn_iterations: int = 20,
@@ -109,7 +111,7 @@ def mapping(
         x: ``[..., n*C]`` streams, any float dtype.
         weight: ``[n*n + 2n, n*C]``, rows pre | post | res (res row-major).
         bias: ``[n*n + 2n]``, added after the division by the norm.
-        alpha: ``[3]``, gating factors of pre, post, res.
+        alpha: ``[3]``, gating factors of pre, post, res; or three ``[1]``, which are not copied.
         num_streams: n, at least 1.
         sinkhorn_iterations: passes of Eq 9 (paper: 20).
         norm_eps: added under the root of the mean square (the paper: 1e-20; DeepSeek-V4: 1e-6).
@@ -128,7 +130,7 @@ def mapping(
     x = _values_in_line(x)
     if not _on_kernels(backend, 'mapping', x, n, numerics):
         return reference.mapping_as(
-            *(x, weight, bias, alpha),
+            *(x, weight, bias, _joined(alpha)),
             num_streams=n,
             sinkhorn_iterations=sinkhorn_iterations,
             norm_eps=norm_eps,
@@ -138,7 +140,7 @@ def mapping(
 
     settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
     h_pre, h_post, h_res = Mapping.apply(
-        _rows(x, x.shape[-1]), *_parameters(weight, bias, alpha), settings
+        _rows(x, x.shape[-1]), *_parameters(weight, bias), settings, *_separate(alpha)
     )
     tokens = x.shape[:-1]
     return h_pre.view(*tokens, n), h_post.view(*tokens, n), h_res.view(*tokens, n, n)
@@ -209,7 +211,10 @@ def post_res(
         return reference.post_res_as(x, y, h_post, h_res, bias, dropout, seed, numerics)
     from megatron_mhc.kernels.autograd.ops import PostRes
 
-    written = _write_arguments(x, y, h_post, h_res)
+    written = (
+        *(_rows(x, x.shape[-1]), _rows(y, y.shape[-1])),
+        *(_rows(h_post.float(), n), _rows(h_res.float(), n, n)),
+    )
     x_new: Tensor = PostRes.apply(*written, _vector(bias), dropout, seed)
     return x_new.view(x.shape)
 
@@ -218,7 +223,7 @@ def read(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | Sequence[Tensor],
     *,
     num_streams: int,
     sinkhorn_iterations: int = 20,
@@ -236,15 +241,15 @@ def read(
     x = _values_in_line(x)
     if not _on_kernels(backend, 'read', x, n):
         u, h_post, h_res, carried = reference.read_ref(
-            x, weight, bias, alpha, n, sinkhorn_iterations, norm_eps
+            x, weight, bias, _joined(alpha), n, sinkhorn_iterations, norm_eps
         )
         return u, Carried(carried, h_post, h_res, fused=False)
     from megatron_mhc.kernels.autograd.fused_edge import Read
     from megatron_mhc.kernels.autograd.ops import MappingSettings
 
     settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
-    outputs = Read.apply(_rows(x, x.shape[-1]), *_parameters(weight, bias, alpha), settings)
-    return _read_outputs(x, n, *outputs)
+    outputs = Read.apply(x, *_parameters(weight, bias), settings, *_separate(alpha))
+    return _read_outputs(*outputs)
 
 
 def write(
@@ -280,9 +285,9 @@ def write(
         seed = dropout_seed(x.device)
     from megatron_mhc.kernels.autograd.fused_edge import Write
 
-    written = _write_arguments(*_streams_first(y, carried))
+    written = x, y, h_post.float(), h_res.float()
     x_new: Tensor = Write.apply(*written, _vector(bias), dropout, seed)
-    return x_new.view(x.shape)
+    return x_new
 
 
 def write_read(
@@ -290,7 +295,7 @@ def write_read(
     carried: Carried,
     weight: Tensor,
     bias: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | Sequence[Tensor],
     *,
     num_streams: int,
     sinkhorn_iterations: int = 20,
@@ -341,10 +346,10 @@ def write_read(
 
     settings = MappingSettings(n, sinkhorn_iterations, norm_eps, precision)
     x_new, *outputs = WriteRead.apply(
-        *(*_write_arguments(*_streams_first(y, carried)), _vector(y_bias), dropout, seed),
-        *(*_parameters(weight, bias, alpha), settings),
+        *(x, y, carried.h_post.float(), carried.h_res.float(), _vector(y_bias), dropout, seed),
+        *(*_parameters(weight, bias), settings, *_separate(alpha)),
     )
-    return x_new.view(x.shape), *_read_outputs(x, n, *outputs)
+    return x_new, *_read_outputs(*outputs)
 
 
 def _require_carried(carried: Carried) -> None:
@@ -380,23 +385,17 @@ def _parameters(*parameters: Tensor) -> tuple[Tensor, ...]:
     return tuple(parameter.float().contiguous() for parameter in parameters)
 
 
-def _streams_first(y: Tensor, carried: Carried) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return carried.x, y, carried.h_post, carried.h_res
+def _joined(alpha: Tensor | Sequence[Tensor]) -> Tensor:
+    """As the reference takes the gating factors."""
+    return alpha if isinstance(alpha, Tensor) else torch.cat([*alpha])
 
 
-def _write_arguments(x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> tuple[Tensor, ...]:
-    n = h_post.shape[-1]
-    return (
-        _rows(x, x.shape[-1]),
-        _rows(y, y.shape[-1]),
-        _rows(h_post.float(), n),
-        _rows(h_res.float(), n, n),
-    )
+def _separate(alpha: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """As the kernels take them: one tensor, or three that nobody joins."""
+    return _parameters(*((alpha,) if isinstance(alpha, Tensor) else alpha))
 
 
 def _read_outputs(
-    x: Tensor, n: int, u: Tensor, h_post: Tensor, h_res: Tensor, carried: Tensor
+    u: Tensor, h_post: Tensor, h_res: Tensor, carried: Tensor
 ) -> tuple[Tensor, Carried]:
-    tokens = x.shape[:-1]
-    maps = h_post.view(*tokens, n), h_res.view(*tokens, n, n)
-    return u.view(*tokens, -1), Carried(carried.view(x.shape), *maps, fused=True)
+    return u, Carried(carried, h_post, h_res, fused=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,29 +48,35 @@ class Mapping(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, settings: MappingSettings
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        settings: MappingSettings,
+        *alpha: Tensor,
     ) -> tuple[Tensor, ...]:
         n, iterations, norm_eps, precision = settings
         partial, squares = project(x, weight, n, precision)
         *maps, proj, inv = maps_forward(
-            partial, squares, bias, alpha, n, x.shape[1], iterations, norm_eps
+            *(partial, squares, bias, single(alpha), x, n, iterations, norm_eps, x.shape[:1]),
+            with_u=False,
         )
-        ctx.save_for_backward(x, weight, bias, alpha, proj, inv)
+        ctx.save_for_backward(x, weight, bias, proj, inv, *alpha)
         ctx.settings = settings
         return tuple(maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, alpha, proj, inv = ctx.saved_tensors
+        x, weight, bias, proj, inv, *alpha = ctx.saved_tensors
         dpre, dpost, dres = (grad.contiguous() for grad in grads)
         n, iterations, _, precision = ctx.settings
         precision = backward_precision(precision, x.dtype, n)
-        _, dproj, dnorm, dbias, dalpha = maps_backward(
-            dpre, dpost, dres, proj, inv, bias, alpha, x.shape[1], iterations, precision
+        _, dproj, dnorm, sums = maps_backward(
+            dpre, dpost, dres, proj, inv, bias, single(alpha), x, iterations, precision
         )
         dx, dweight = read_backward(x, weight, dproj, dnorm, precision)
-        return dx, dweight, dbias, dalpha, None
+        return dx, dweight, *small_gradients(sums, alpha)
 
 
 class Pre(Function):
@@ -114,6 +121,18 @@ class PostRes(Function):
             g.contiguous(), x, y, h_post, h_res, bias, ctx.dropout, seed
         )
         return dx, dy, dpost, dres, bias_gradient(dy, bias), None, None
+
+
+def single(alpha: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gating factors of pre, post and res: three tensors ``[1]``, or one ``[3]`` of them."""
+    return alpha if len(alpha) == 3 else alpha[0].unbind()
+
+
+def small_gradients(sums: Tensor, alpha: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Of b, of the settings (none) and of ``alpha`` as it was given: views of one tensor."""
+    sizes = [len(sums) - 3, *(len(factor) for factor in alpha)]
+    dbias, *dalpha = sums.split_with_sizes(sizes)
+    return dbias, None, *dalpha
 
 
 def bias_gradient(dy: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MARGIN = 0.05
 # The kernels of one sublayer between two fused edges, forward and backward, by their labels.
 SUBLAYER = (
-    *('pack', 'projection mix', 'maps_forward', 'pre_forward'),
-    *('pre_backward', 'maps_backward', 'read_backward g u', 'post_res_backward'),
+    *('pack', 'projection mix', 'maps_forward u'),
+    *('maps_backward u', 'read_backward g u', 'post_res_backward'),
 )
 
 

@@ -112,7 +112,7 @@ class Ours(Contender):
         return x.flatten(0, 1)
 
     def read(self, x: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
-        u, *state = Read.apply(x, *params, self._settings())
+        u, *state = Read.apply(x, *self._read_arguments(params))
         return u, state
 
     def write(self, y: Tensor, state: Any) -> Tensor:
@@ -125,12 +125,15 @@ class Ours(Contender):
     ) -> tuple[Tensor, Tensor, Any]:
         h_post, h_res, carried = state
         x_new, u, *state = WriteRead.apply(
-            carried, y.flatten(0, 1), h_post, h_res, None, 0.0, None, *params, self._settings()
+            *(carried, y.flatten(0, 1), h_post, h_res, None, 0.0, None),
+            *self._read_arguments(params),
         )
         return x_new, u, state
 
-    def _settings(self) -> MappingSettings:
-        return MappingSettings(self.case.streams, ITERATIONS, NORM_EPS, 'auto')
+    def _read_arguments(self, params: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        weight, bias, alpha = params
+        settings = MappingSettings(self.case.streams, ITERATIONS, NORM_EPS, 'auto')
+        return weight, bias, settings, alpha
 
 
 def eager_of(kind: type[Contender], case: Case, gpu: Gpu) -> Eager:

@@ -41,43 +41,52 @@ def work_of(launch: Launch, sections: Sequence[Section], resident: int) -> Work:
 
 
 def _passes(launch: Launch, loops: Sequence[Section]) -> list[float]:
-    """Passes of each loop in the order of the code."""
-    memory = [loop for loop in loops if loop.memory]
-    steps = _steps(launch)
-    if len(memory) > (steps is not None) or (loops and not memory and steps is not None):
+    """Passes of each loop in the order of the code, in the mean of the programs."""
+    memory, steps = [loop for loop in loops if loop.memory], _steps(launch)
+    if len(memory) != len(steps) and (loops or memory):
         raise ValueError(
-            f'{variant(launch)}: {len(memory)} loops over memory in the code, '
-            f'{int(steps is not None)} expected'
+            f'{variant(launch)}: {len(memory)} loops over memory in the code, {len(steps)} expected'
         )
     made = launch.constants.get('ITERATIONS', 1) - 1
-    part = math.ceil(made / RESTARTS)
-    passes = []
+    part, share = math.ceil(made / RESTARTS), _share(launch)
+    passes, of_memory = [], iter(steps)
     for index, loop in enumerate(loops, start=1):
         if loop.memory:
-            passes.append(steps or 1.0)
+            passes.append(next(of_memory))
         elif loop.inside is not None:
             # The pass number p of a part makes p - 1 before it again.
             passes.append((part - 1) / 2)
         elif any(other.inside == index for other in loops):
-            passes.append(made / RESTARTS)
+            passes.append(share * made / RESTARTS)
         else:
-            passes.append(float(part if 'backward' in launch.name else made))
+            passes.append(share * (part if 'backward' in launch.name else made))
     return passes
 
 
-def _steps(launch: Launch) -> float | None:
-    """Passes of the loop over global memory; None where the kernel has none."""
+def _steps(launch: Launch) -> tuple[float, ...]:
+    """Passes of the loops over global memory, in the order of the code."""
     given, constants = arguments(launch), launch.constants
-    name = variant(launch).split()[0]
+    name, share = variant(launch).split()[0], _share(launch)
     if name == 'projection':
-        return float(_blocks(min(given['span'], given['C']), constants['BC']))
+        return (float(_blocks(min(given['span'], given['C']), constants['BC'])),)
     if name == 'read_backward':
-        return float(_blocks(min(given['span'], given['T']), constants['BT']))
+        return (float(_blocks(min(given['span'], given['T']), constants['BT'])),)
     if name in ('post_res_backward', 'pre_backward'):
-        return float(_blocks(given['C'], constants['BC']))
+        return (float(_blocks(given['C'], constants['BC'])),)
+    of_maps: tuple[float, ...] = ()
     if name == 'maps_forward':
-        return float(given['partial_ptr'].shape[0])
-    return None
+        of_maps = (share * given['partial_ptr'].shape[0],)
+    if name.startswith('maps') and constants['HAS_U']:
+        span = min(given.get('span', given['C']), given['C'])
+        return *of_maps, (1 - share) * _blocks(span, constants['BC'])
+    return of_maps
+
+
+def _share(launch: Launch) -> float:
+    """Of the programs those that do Sinkhorn."""
+    if not launch.name.startswith('maps'):
+        return 1.0
+    return _blocks(arguments(launch)['T'], launch.constants['BT']) / launch.grid[0]
 
 
 def _again(launch: Launch) -> int:
@@ -89,7 +98,7 @@ def _again(launch: Launch) -> int:
         phi: int = PHI_BYTES * n * given['C'] * constants['MP']
         return phi * (_blocks(given['T'], constants['BT']) - 1)
     if name == 'read_backward':
-        maps: int = 4 * given['T'] * (constants['MP'] + 1 + n + n * n)
+        maps: int = 4 * given['T'] * (constants['MP'] + 2 + n + n * n)
         return maps * (_blocks(given['C'], constants['BC']) - 1)
     return 0
 

@@ -34,6 +34,7 @@ class Kernel(Protocol):
 
     __name__: str
     arg_names: list[str]
+    params: list[Any]
     fn: Callable[..., object]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...

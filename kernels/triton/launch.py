@@ -7,6 +7,7 @@ what a call would start, with the shipped tile sizes, without a GPU and without 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ MOST_REGISTERS = 255
 # Programs that fill the largest GPU; the SMs of H100 and H200; and what the start of a program and
 # its partial sum cost, in blocks.
 PROGRAMS, SMS, ENDS = 512, 132, 4
+# So many shapes of one process are decided upon once: choices follow from shapes alone.
+SHAPES = 1024
 _RECORD: ContextVar[list[Launch] | None] = ContextVar('megatron_mhc_launches', default=None)
 
 
@@ -39,6 +42,18 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 2
     registers: int | None = None
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told of it."""
+        cap = {} if self.registers is None else {'maxnreg': self.registers}
+        # Fusion is said, because Triton's default changes: stored streams must not depend on it.
+        return {
+            'num_warps': self.num_warps,
+            'num_stages': self.num_stages,
+            'enable_fp_fusion': True,
+            **cap,
+        }
 
 
 @dataclass(frozen=True)
@@ -84,26 +99,19 @@ def launch(
     kernel: Kernel, grid: tuple[int, ...], *arguments: object, tile: Tile, **constants: object
 ) -> None:
     """Run ``kernel`` on the device of its tensors; nothing is read back."""
-    options = {
-        'num_warps': tile.num_warps,
-        'num_stages': tile.num_stages,
-        # Said, because Triton's default changes: stored streams must not depend on it.
-        'enable_fp_fusion': True,
-    }
-    if tile.registers is not None:
-        options['maxnreg'] = tile.registers
     record = _RECORD.get()
     if record is not None:
-        record.append(Launch(kernel, grid, arguments, constants, options))
+        record.append(Launch(kernel, grid, arguments, constants, tile.options))
         return
     device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
     # Triton launches on the current device, which need not be the tensors'.
     say_what_is_slow(kernel, arguments)
     guard = torch.cuda.device(device) if device.type == 'cuda' else contextlib.nullcontext()
     with guard:
-        kernel[grid](*arguments, **constants, **options)
+        kernel[grid](*arguments, **constants, **tile.options)
 
 
+@functools.lru_cache(SHAPES)
 def fitted(tile: Tile, channels: int) -> Tile:
     """``tile``, no wider than ``channels`` need.
 
@@ -114,6 +122,7 @@ def fitted(tile: Tile, channels: int) -> Tile:
     return replace(tile, channels=width, registers=cap)
 
 
+@functools.lru_cache(SHAPES)
 def span_of(programs: int, blocks: int, most: int) -> int:
     """Blocks for each part, where ``programs`` x parts share the work; at most ``most`` parts.
 

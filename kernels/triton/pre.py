@@ -29,15 +29,13 @@ def pre_forward_kernel(
 
 
 @triton.jit
-def pre_backward_kernel(
-    du_ptr, x_ptr, pre_ptr, dpre_ptr, dx_ptr, T, C,
-    N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr, EVEN: tl.constexpr,
-    WRITE_DX: tl.constexpr,
+def pre_gradient(
+    du_ptr, x_ptr, t, rows, C,
+    N: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr, EVEN: tl.constexpr,
+    pre=None, dx_ptr=None,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    rows = t < T
-    if WRITE_DX:
-        pre = load_maps(pre_ptr, t, rows, N)
+    """dh_pre of whole rows as N vectors ``[BT]``; stores dx where there is a place for it."""
+    BT: tl.constexpr = t.shape[0]
     dpre = ()
     for _ in tl.static_range(N):
         dpre = dpre + (tl.zeros([BT, BC // VEC], tl.float32),)
@@ -52,12 +50,27 @@ def pre_backward_kernel(
         for j in tl.static_range(N):
             sums = sums + (dpre[j] + fold(du * x[j], VEC),)
         dpre = sums
-        if WRITE_DX:
+        if dx_ptr is not None:
             # dx[j] = h_pre[j] * du
             for j in tl.static_range(N):
                 tl.store(dx_ptr + at + j * C, pre[j][:, None] * du, mask=mask)
+    total = ()
     for j in tl.static_range(N):
-        tl.store(dpre_ptr + t * N + j, tl.sum(dpre[j], 1), mask=rows)
+        total = total + (tl.sum(dpre[j], 1),)
+    return total
+
+
+@triton.jit
+def pre_backward_kernel(
+    du_ptr, x_ptr, pre_ptr, dpre_ptr, dx_ptr, T, C,
+    N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    rows = t < T
+    pre = load_maps(pre_ptr, t, rows, N)
+    dpre = pre_gradient(du_ptr, x_ptr, t, rows, C, N, BC, VEC, EVEN, pre, dx_ptr)
+    for j in tl.static_range(N):
+        tl.store(dpre_ptr + t * N + j, dpre[j], mask=rows)
 
 
 def pre_forward(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
@@ -80,14 +93,13 @@ def pre_forward(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
 
 
 def pre_backward(
-    du: torch.Tensor, x: torch.Tensor, h_pre: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """du ``[T, C]``, x ``[T, n*C]`` -> fp32 dh_pre ``[T, n]``, and dx unless ``h_pre`` is None."""
+    du: torch.Tensor, x: torch.Tensor, h_pre: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """du ``[T, C]``, x ``[T, n*C]``, fp32 h_pre ``[T, n]`` -> fp32 dh_pre ``[T, n]`` and dx."""
     tokens, channels = du.shape
-    n = x.shape[1] // channels
+    n = h_pre.shape[1]
     tile = fitted(BACKWARD[n], channels)
-    dpre = x.new_empty(tokens, n, dtype=torch.float32)
-    dx = None if h_pre is None else torch.empty_like(x)
+    dpre, dx = torch.empty_like(h_pre), torch.empty_like(x)
     launch(
         pre_backward_kernel,
         (cdiv(tokens, tile.tokens),),
@@ -98,6 +110,5 @@ def pre_backward(
         BC=tile.channels,
         VEC=8,
         EVEN=channels % tile.channels == 0,
-        WRITE_DX=dx is not None,
     )
     return dpre, dx

@@ -34,7 +34,7 @@ from megatron_mhc.kernels.triton.launch import (
     launch,
     span_of,
 )
-from megatron_mhc.kernels.triton.maps import map_columns
+from megatron_mhc.kernels.triton.maps import MOST_SPLITS, map_columns
 from megatron_mhc.kernels.triton.post_res import post_res
 
 # One tile with and without MIX, so that both add in the same order.
@@ -55,7 +55,6 @@ WIDE_TILE = {
 # Of bf16 streams that are read value by value, which takes registers: these spill with ``TILE``.
 NARROW_TILE = {**TILE, 1: WIDE_TILE[1], 4: WIDE_TILE[4]}
 PACK = Tile(0, 32, num_warps=8)
-MOST_SPLITS = 8
 
 PRECISIONS = ('bf16x2', 'tf32', 'tf32x3', 'ieee')
 """How phi meets the streams: as bf16 high and low part (24 -> 16 bits; bf16 streams are exact), or

@@ -105,7 +105,8 @@ def read_backward_kernel(
         at = t[:, None] * (N * C) + c[None, :]
         x = load_streams(x_ptr, at, C, mask, N)
         d_high, d_low, d_high_t, d_low_t = load_dproj(dproj_ptr, t, rows, MP, PRECISION)
-        dnorm = tl.load(dnorm_ptr + t, mask=rows, other=0.0)[:, None]
+        dnorm = tl.load(dnorm_ptr + t, mask=rows, other=0.0)
+        dnorm = (dnorm + tl.load(dnorm_ptr + T + t, mask=rows, other=0.0))[:, None]
         if HAS_U:
             pre = load_maps(pre_ptr, t, rows, N)
             du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -155,7 +156,7 @@ def read_backward(
 
     Args:
         x: ``[T, n*C]``; weight: fp32 ``[n*n + 2n, n*C]``; dproj: as ``maps_backward`` stored it for
-            ``backward_precision``; dnorm: ``[T]``; precision: what that gave.
+            ``backward_precision``; dnorm: ``[2, T]``, added; precision: what that gave.
         g: ``[T, n*C]``, gradient of the streams that F_post,res made with ``h_res``, or None.
         du: ``[T, C]``, gradient of the sublayer input that F_pre made with ``h_pre``, or None.
 

@@ -127,8 +127,8 @@ class ManifoldHyperConnection(HyperConnection):
         present = [self.alpha_pre, self.alpha_post, getattr(self, 'alpha_res', None)]
         return [alpha for alpha in present if alpha is not None]
 
-    def _parameters_of_mapping(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.mapping_proj(), self.bias, torch.cat(self._alphas())
+    def _parameters_of_mapping(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return self.mapping_proj(), self.bias, self._alphas()
 
     def _settings(self) -> _Settings:
         return {

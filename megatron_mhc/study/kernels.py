@@ -83,10 +83,11 @@ def _forms(kind: str, n: int) -> tuple[tuple[Traffic, Traffic], tuple[Traffic, T
         rest = maps + forms['F_pre'], back
         return (rest[0] + post[0], forms['backward op by op']), rest
     whole = forms['forward at the fused edge'], forms['backward at the fused edge']
-    backward = [
-        kernels[name] for name in ('pre_backward', 'maps_backward', 'read_backward HAS_G HAS_U')
-    ]
-    return whole, (forms['mapping'] + forms['F_pre'], sum(backward, Traffic()))
+    rest = (
+        kernels['projection'] + kernels['maps_forward HAS_U'],
+        kernels['maps_backward HAS_U'] + kernels['read_backward HAS_G HAS_U'],
+    )
+    return whole, rest
 
 
 class Measured:

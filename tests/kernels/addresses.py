@@ -40,7 +40,7 @@ def touched(launch: Launch, programs: Iterable[tuple[int, int]]) -> dict[str, tu
     seen = {}
 
     def note(addresses: np.ndarray, mask: np.ndarray) -> None:
-        chosen = np.broadcast_to(addresses, mask.shape)[mask]
+        chosen = np.broadcast_to(addresses, mask.shape)[mask.astype(bool)]
         for address in {int(chosen.min()), int(chosen.max())} if chosen.size else ():
             # The nearest tensor, so that an offset below zero is told from one beyond the end.
             index = (address + GAP // 2) // GAP

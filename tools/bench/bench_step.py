@@ -5,11 +5,17 @@ are in one process and take turns, so that a busy machine slows them alike; the 
 CPU, not of the clock on the wall.
 
     python tools/bench/bench_step.py [--hidden-size 256] [--residual-type mhc]
+
+With --python it takes the time of Python instead: sublayers of mHC on the Triton kernels, whose
+launches are recorded and not run.
+
+    python tools/bench/bench_step.py --python [--samples 50]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -21,6 +27,8 @@ from megatron_mhc.inputs.refusal import OneLineParser
 from megatron_mhc.inputs.values import MOST_WIDTH, integer
 
 VOCABULARY = 256
+# Of ``--python``: so many that the first read and the last write hardly count.
+SUBLAYERS = 24
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add('--residual-type', choices=['hc', 'mhc'], default='mhc')
     add('--num-streams', type=integer(1, 16), default=4)
     add('--samples', type=integer(1, 1000), default=7, help='steps of each, after one to warm up')
+    add('--python', action='store_true', help='Python of a sublayer on the kernels, no step')
     options = parser.parse_args(argv)
     if options.hidden_size > 64 and options.hidden_size % 64:
         parser.error(
@@ -102,8 +111,65 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     return {kind: times[1:] for kind, times in seconds.items()}
 
 
+def python_of_sublayers(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Microseconds of one sublayer's Python, by direction, and its launches.
+
+    ``SUBLAYERS`` in a row with fused edges, as the layers call them, and what autograd does for
+    them. A launch itself is Triton's time and not counted, nor are values: memory is left as it is.
+    """
+    # Kernels that are interpreted take tensors on the CPU; none of them runs here.
+    os.environ['TRITON_INTERPRET'] = '1'
+    import torch
+
+    from megatron_mhc import ResidualConfig
+    from megatron_mhc.kernels.triton.launch import record_launches
+    from megatron_mhc.residual.hyper_connection import Pending
+    from megatron_mhc.residual.mhc import ManifoldHyperConnection
+
+    torch.set_num_threads(1)
+    settings = ResidualConfig(num_residual_streams=options.num_streams, kernel_backend='triton')
+    channels = options.hidden_size
+    rooms = [ManifoldHyperConnection(channels, settings, place) for place in range(SUBLAYERS)]
+    shape = options.seq_length, options.micro_batch_size
+    # Each its own output of a sublayer: sums of their gradients would count here.
+    x, *ys = (
+        torch.empty(*shape, width, dtype=torch.bfloat16, requires_grad=True)
+        for width in (options.num_streams * channels, *SUBLAYERS * [channels])
+    )
+    found: dict[str, list[float]] = {'forward': [], 'backward': [], 'launches': []}
+    for _ in range(options.samples + 1):
+        with record_launches() as launches:
+            start = time.process_time()
+            _, u, carried = rooms[0](x)
+            outputs = [u]
+            for room, y in zip(rooms[1:], ys, strict=False):
+                _, u, carried = room(Pending(y, carried))
+                outputs.append(u)
+            outputs.append(rooms[-1].post(ys[-1], carried))
+            middle = time.process_time()
+            torch.autograd.backward(outputs, [torch.empty_like(one) for one in outputs])
+            end = time.process_time()
+        spent = middle - start, end - middle
+        for key, value in zip(found, (*(1e6 * s for s in spent), len(launches)), strict=True):
+            found[key].append(value / SUBLAYERS)
+        for tensor in (x, *ys, *(p for room in rooms for p in room.parameters())):
+            tensor.grad = None
+    return {key: values[1:] for key, values in found.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.python:
+        found = python_of_sublayers(options)
+        print(
+            f'n = {options.num_streams}, Python of a sublayer: '
+            + ', '.join(
+                f'{way} {statistics.median(found[way]):.0f} us (fastest {min(found[way]):.0f})'
+                for way in ('forward', 'backward')
+            )
+            + f'; {found["launches"][0]:.1f} launches, recorded and not run'
+        )
+        return 0
     import torch
 
     from megatron_mhc.runtime import cpu_device
