@@ -8,7 +8,7 @@ VENV ?= .venv
 export PYTHON
 RUN := $(VENV)/bin/python
 
-.PHONY: help train compare evaluate test bench lint types docs clean
+.PHONY: help train compare evaluate test bench rehearse lint types docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -38,6 +38,9 @@ test: $(VENV)/.installed ## run the tests, two files at a time (-n 0: one)
 
 bench: $(VENV)/.installed ## time the mHC ops on a GPU, beside torch and every installed peer
 	@$(RUN) tools/bench/bench.py $(ARGS)
+
+rehearse: $(VENV)/.installed ## drive every step of tools/bench/gpu_check.sh without a GPU
+	@PYTHON=$(RUN) tools/bench/gpu_check.sh --rehearse $(ARGS)
 
 lint: $(VENV)/.installed ## check style, imports and spelling
 	@$(RUN) -m ruff check . $(ARGS)

@@ -116,7 +116,9 @@ class WriteRead(Function):
         ctx.save_for_backward(
             *(carried, y, h_post, y_bias, seed), *(x_new, weight, bias, *saved, *alpha)
         )
-        return _own(x_new, ctx.lead), *outputs
+        # With a version of its own: a hook between layers may change the streams in place. The next
+        # layer then reads them again, and what was read ahead of it gets no gradient.
+        return _own(x_new, ctx.lead).data, *outputs
 
     @staticmethod
     @once_differentiable

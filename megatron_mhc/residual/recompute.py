@@ -63,12 +63,16 @@ def segment_of(x: Tensor, size: int) -> RecomputedSegment | None:
     return segment or RecomputedSegment(size)
 
 
+type _Kind = tuple[torch.Size, torch.dtype]
+
+
 class _Slot:
     """The place of one tensor saved for the backward."""
 
-    __slots__ = ('tensor',)
+    __slots__ = ('kind', 'tensor')
 
-    def __init__(self, tensor: Tensor | None) -> None:
+    def __init__(self, kind: _Kind, tensor: Tensor | None = None) -> None:
+        self.kind = kind
         self.tensor = tensor
 
 
@@ -205,8 +209,8 @@ class RecomputedSegment:
 
     def _save(self, tensor: Tensor) -> _Slot:
         if self._keeps(tensor):
-            return _Slot(tensor.detach())
-        slot = _Slot(None)
+            return _Slot(_kind(tensor), tensor.detach())
+        slot = _Slot(_kind(tensor))
         self._slots.append(slot)
         return slot
 
@@ -228,7 +232,7 @@ class RecomputedSegment:
         def fill(tensor: Tensor) -> None:
             if not self._keeps(tensor):
                 slot = next(slots, None)
-                if slot is None:
+                if slot is None or slot.kind != _kind(tensor):
                     raise RuntimeError(_DIFFERENT)
                 slot.tensor = tensor.detach()
                 filled.append(slot.tensor)
@@ -251,6 +255,10 @@ _DIFFERENT = (
     'the mHC kernels did not save the same tensors when they were run again as in the forward: a '
     'parameter was frozen, or the kernel backend changed, between the two'
 )
+
+
+def _kind(tensor: Tensor) -> _Kind:
+    return tensor.shape, tensor.dtype
 
 
 def _load_nothing(saved: Any) -> Tensor:

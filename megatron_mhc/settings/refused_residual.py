@@ -80,8 +80,8 @@ _ROWS = (
     Constraint(
         '--use-megatron-fsdp',
         lambda get: bool(get('use_megatron_fsdp')),
-        'its buffers (0.19.2) give fp32 mapping parameters beside bf16 ones the values of other '
-        'weights, without a word',
+        'under it (0.19.2) fp32 mapping parameters beside bf16 ones were seen with wrong values, '
+        'without a word',
         'use --use-distributed-optimizer',
     ),
     Constraint(

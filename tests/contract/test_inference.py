@@ -136,5 +136,7 @@ def test_megatrons_text_generation_picks_the_likeliest_tokens(model):
             with torch.no_grad():
                 following = whole(model, tokens)[:, -1:].argmax(-1)
             tokens = torch.cat([tokens, following], 1)
-        generated = list(request.generated_tokens)
-        assert generated and generated == tokens[0, -8:].tolist()[: len(generated)]
+        generated, expected = list(request.generated_tokens), tokens[0, -8:].tolist()
+        # Nothing, where the end of the document is the likeliest of all.
+        assert generated or expected[0] == Letters.eod
+        assert generated == expected[: len(generated)]

@@ -39,7 +39,9 @@ def test_every_pass_is_there_once(name):
         assert all(
             set(found) in allowed and len(set(found)) == len(found) for found in kinds.values()
         )
-        assert any(op.kind is Kind.W for op in leaves) == name.startswith(('zb', 'v-', 'dualpipe'))
+        assert any(op.kind is Kind.W for op in leaves) == name.startswith(
+            ('1f1b-overlap', 'zb', 'v-', 'dualpipe')
+        )
 
 
 @pytest.mark.parametrize('name', list(SCHEDULES))
