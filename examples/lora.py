@@ -125,10 +125,25 @@ def merge_adapters(model):
 
 
 def main():
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument('--lora-base', required=True, type=pathlib.Path)
-    parser.add_argument('--lora-rank', default=8, type=int)
-    parser.add_argument('--lora-out', type=pathlib.Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="All else are Megatron's flags and ours: megatron-mhc docs flags",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    folder = {'type': pathlib.Path, 'metavar': 'FOLDER'}
+    parser.add_argument(
+        '--lora-base',
+        required=True,
+        help='checkpoint of the whole model, as --load names it',
+        **folder,
+    )
+    parser.add_argument(
+        '--lora-rank', default=8, type=int, metavar='R', help='rank of each adapter (default: 8)'
+    )
+    parser.add_argument(
+        '--lora-out', help="gets the adapters at the end, in PEFT's format", **folder
+    )
     own, sys.argv[1:] = parser.parse_known_args()
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
     import pretrain_gpt
