@@ -12,7 +12,29 @@ from megatron_mhc.schedules import mirrored
 from megatron_mhc.schedules.inverted_v import CHUNKS, by_chunk_and_rank, holder_of, stage_of
 
 
-class InvertedVLayout(PipelineParallelLayerLayout):
+class _TwoStages(PipelineParallelLayerLayout):
+    """A layout whose ranks hold two stages each, in another order than Megatron's."""
+
+    # Layers of every stage, in forward order.
+    _stages: list[list[LayerType]]
+
+    def _stage_of(self, rank: int, chunk: int) -> int:
+        raise NotImplementedError
+
+    def get_layer_offset(
+        self,
+        layer_type: LayerType = LayerType.decoder,
+        vp_stage: int | None = None,
+        pp_rank: int | None = None,
+    ) -> int:
+        """Number of layers of ``layer_type`` before this chunk, in forward order."""
+        if pp_rank is None:
+            pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        before = self._stages[: self._stage_of(pp_rank, vp_stage or 0)]
+        return sum(layers.count(layer_type) for layers in before)
+
+
+class InvertedVLayout(_TwoStages):
     """A layer layout written in stage order (``Et|tt|tt|tL``) and held in an inverted V.
 
     Args:
@@ -32,28 +54,16 @@ class InvertedVLayout(PipelineParallelLayerLayout):
             )
         super().__init__(by_chunk_and_rank(stages, ranks), ranks)
         self.input_data = layout
+        holders = (holder_of(stage, ranks) for stage in range(CHUNKS * ranks))
+        self._stages = [self.layout[rank][chunk] for rank, chunk in holders]
         # In stage order, as the checks of the base class expect it.
-        self.flatten_layout = [
-            layer
-            for stage in range(CHUNKS * ranks)
-            for layer in self.layout[holder_of(stage, ranks)[0]][holder_of(stage, ranks)[1]]
-        ]
+        self.flatten_layout = [layer for stage in self._stages for layer in stage]
 
-    def get_layer_offset(
-        self,
-        layer_type: LayerType = LayerType.decoder,
-        vp_stage: int | None = None,
-        pp_rank: int | None = None,
-    ) -> int:
-        """Number of layers of ``layer_type`` before this chunk, in forward order."""
-        if pp_rank is None:
-            pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-        ranks = self.pipeline_model_parallel_size
-        before = (holder_of(s, ranks) for s in range(stage_of(pp_rank, vp_stage or 0, ranks)))
-        return sum(self.layout[rank][chunk].count(layer_type) for rank, chunk in before)
+    def _stage_of(self, rank: int, chunk: int) -> int:
+        return stage_of(rank, chunk, self.pipeline_model_parallel_size)
 
 
-class MirroredLayout(PipelineParallelLayerLayout):
+class MirroredLayout(_TwoStages):
     """The stages of a model, written twice (``mirrored.doubled``), held by two ranks each.
 
     Args:
@@ -80,14 +90,5 @@ class MirroredLayout(PipelineParallelLayerLayout):
         ]
         self.flatten_layout = [layer for stage in self._stages for layer in stage]
 
-    def get_layer_offset(
-        self,
-        layer_type: LayerType = LayerType.decoder,
-        vp_stage: int | None = None,
-        pp_rank: int | None = None,
-    ) -> int:
-        """Number of layers of ``layer_type`` before this chunk, in forward order."""
-        if pp_rank is None:
-            pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-        stage = mirrored.stage_of(pp_rank, vp_stage or 0, self.pipeline_model_parallel_size)
-        return sum(layers.count(layer_type) for layers in self._stages[:stage])
+    def _stage_of(self, rank: int, chunk: int) -> int:
+        return mirrored.stage_of(rank, chunk, self.pipeline_model_parallel_size)

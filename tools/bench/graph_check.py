@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from bench_megatron import LINE, model_flags, require_heads
 
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import MOST_WIDTH, integer
@@ -27,9 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = ('none', 'local', 'transformer_engine', 'full_iteration')
 # Iterations that run before a graph is there: recording, warming up.
 EAGER = 4
-LINE = re.compile(
-    r'iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).*lm loss: (\S+) .*'
-)
 # iteration -> milliseconds and the loss as it is printed.
 Curve = dict[int, tuple[float, str]]
 
@@ -51,30 +49,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if options.device == 'cpu':
         options.hidden_size, options.num_layers, options.seq_length = 64, 1, 8
         options.train_iters = 2 * EAGER
-    if options.hidden_size > 64 and options.hidden_size % 64:
-        parser.error(
-            f'--hidden-size {options.hidden_size}: attention has heads of 64; give a multiple of 64'
-        )
+    require_heads(parser, options.hidden_size)
     return options
 
 
 def flags(options: argparse.Namespace, graphs: str, engine: bool) -> list[str]:
     """Megatron's arguments for one run; ``engine``: Transformer Engine is installed."""
-    chosen = f"""
-        --num-layers {options.num_layers} --hidden-size {options.hidden_size}
-        --num-attention-heads {options.hidden_size // 64} --seq-length {options.seq_length}
-        --max-position-embeddings {options.seq_length} --position-embedding-type rope
-        --normalization RMSNorm --swiglu --disable-bias-linear --bf16
-        --attention-dropout 0 --hidden-dropout 0
-        --mock-data --tokenizer-type NullTokenizer --vocab-size 32000
-        --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --seed 1
-        --train-iters {options.train_iters} --eval-iters 0 --eval-interval 100000 --log-interval 1
-        --no-check-for-nan-in-loss-and-grad --residual-type {options.residual_type}
-        --mhc-kernel-backend {'triton' if options.device == 'cuda' else 'torch'}
-    """.split()
-    if not engine:
-        chosen += """--transformer-impl local --no-gradient-accumulation-fusion
-            --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion""".split()
+    chosen = model_flags(options, engine)
+    chosen += ['--global-batch-size', '4', '--lr', '1e-3', '--no-check-for-nan-in-loss-and-grad']
+    chosen += ['--residual-type', options.residual_type]
+    chosen += ['--mhc-kernel-backend', 'triton' if options.device == 'cuda' else 'torch']
     if graphs != 'none' and options.device == 'cuda':
         chosen += ['--cuda-graph-impl', graphs, '--mhc-cuda-graphs']
     return chosen

@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench_megatron import LINE, model_flags, require_heads
+
 from megatron_mhc.inputs.refusal import OneLineParser, refuse
 from megatron_mhc.inputs.values import MOST_WIDTH, integer
 
@@ -36,12 +38,8 @@ RUNS = {
     'post-high': ('--residual-type', 'mhc', '--mhc-post-stream', 'high'),
 }
 DEFAULT = ('standard-bf16', 'mhc-bf16', 'standard-fp8', 'mhc-fp8')
-# Without Transformer Engine.
-LOCAL = """--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm
-    --no-rope-fusion --no-masked-softmax-fusion""".split()
 # C, layers, s, iterations, sequences of a step.
 SIZES = {'cuda': (4096, 4, 4096, 20, 8), 'cpu': (64, 1, 8, 2, 1)}
-LINE = re.compile(r'iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).*lm loss: (\S+)')
 MEMORY = re.compile(r'max allocated: ([\d.]+)')
 FILE, MARKDOWN = 'train.json', 'train.md'
 
@@ -67,25 +65,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, size in zip(sizes, SIZES[options.device], strict=True):
         if getattr(options, name) is None:
             setattr(options, name, size)
-    if options.hidden_size % 64:
-        parser.error(
-            f'--hidden-size {options.hidden_size}: attention has heads of 64; give a multiple of 64'
-        )
+    require_heads(parser, options.hidden_size)
     return options
 
 
 def flags(options: argparse.Namespace, run: str, engine: bool) -> list[str]:
     """Megatron's arguments for one run; ``engine``: Transformer Engine is installed."""
-    chosen = f"""
-        --num-layers {options.num_layers} --hidden-size {options.hidden_size}
-        --num-attention-heads {options.hidden_size // 64} --seq-length {options.seq_length}
-        --max-position-embeddings {options.seq_length} --position-embedding-type rope
-        --normalization RMSNorm --swiglu --disable-bias-linear --bf16
-        --attention-dropout 0 --hidden-dropout 0
-        --mock-data --tokenizer-type NullTokenizer --vocab-size 32000
-        --micro-batch-size 1 --global-batch-size {options.global_batch_size} --lr 1e-4 --seed 1
-        --train-iters {options.train_iters} --eval-iters 0 --eval-interval 100000 --log-interval 1
-    """.split()
+    chosen = model_flags(options, engine)
+    chosen += ['--global-batch-size', str(options.global_batch_size), '--lr', '1e-4']
     chosen += RUNS[run]
     if 'mhc' in RUNS[run]:
         chosen += ['--mhc-kernel-backend', 'triton']
@@ -93,7 +80,7 @@ def flags(options: argparse.Namespace, run: str, engine: bool) -> list[str]:
         folder = options.output / run
         chosen += ['--profile', '--use-pytorch-profiler', '--profile-step-start', '6']
         chosen += ['--profile-step-end', '8', '--tensorboard-dir', str(folder / 'tensorboard')]
-    return chosen if engine else chosen + LOCAL
+    return chosen
 
 
 def train(options: argparse.Namespace, run: str, engine: bool) -> dict[str, object]:
