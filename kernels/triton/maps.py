@@ -144,7 +144,8 @@ def store_u(
         pre = pre + (tl.zeros([BT], tl.float32),)
     slice_size = tl.full([], 1, tl.int64) * T
     for s in tl.static_range(MOST_SPLITS):
-        there = rows & (s < splits)
+        # A block: the interpreter makes numbers of a condition that it has to repeat.
+        there = rows & (tl.full([BT], s, tl.int32) < splits)
         at = s * slice_size + t
         squares += tl.load(squares_ptr + at, mask=there, other=0.0)
         sums = ()
